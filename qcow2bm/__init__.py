@@ -1,0 +1,81 @@
+"""Persistent dirty bitmaps of qcow2 disk images.
+
+>>> import qcow2bm
+>>> with qcow2bm.open("vm.qcow2") as image:                      # doctest: +SKIP
+...     for extents in image.bitmaps["daily"].extents():
+...         print(extents)                                       # int64[n, 2]: start, length
+
+The public names are loaded on first use: importing the package loads neither construct nor
+numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qcow2bm.api import Bitmap, Image, open
+    from qcow2bm.errors import (
+        BitmapBrokenError,
+        BitmapError,
+        BitmapInconsistentError,
+        BitmapNotFoundError,
+        BitmapStaleError,
+        ChangedWhileReadingError,
+        FormatError,
+        ImageLockedError,
+        LimitError,
+        Qcow2BmError,
+        ShortReadError,
+        StateError,
+        StorageError,
+        UnsupportedError,
+    )
+    from qcow2bm.problems import Problem
+    from qcow2bm.storage.base import Storage
+
+__all__ = [
+    "Bitmap",
+    "BitmapBrokenError",
+    "BitmapError",
+    "BitmapInconsistentError",
+    "BitmapNotFoundError",
+    "BitmapStaleError",
+    "ChangedWhileReadingError",
+    "FormatError",
+    "Image",
+    "ImageLockedError",
+    "LimitError",
+    "Problem",
+    "Qcow2BmError",
+    "ShortReadError",
+    "StateError",
+    "Storage",
+    "StorageError",
+    "UnsupportedError",
+    "__version__",
+    "open",
+]
+
+_HOMES = {
+    "Bitmap": "qcow2bm.api",
+    "Image": "qcow2bm.api",
+    "open": "qcow2bm.api",
+    "Problem": "qcow2bm.problems",
+    "Storage": "qcow2bm.storage.base",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'qcow2bm' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES.get(name, "qcow2bm.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,101 @@
+"""From packed bits to extents, chunk by chunk, in memory that does not grow with the bitmap.
+
+Every place where a bit differs from the one before it is an edge. Over the whole stream of bits
+the edges are start, end, start, end, ... of the extents, so only the open start is carried from
+one chunk to the next.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_BYTES = 64 << 10
+"""How many bytes of bits are unpacked at once: bounds the memory at any density."""
+
+_DENSE = 3  # from one byte in so many with an edge on: unpack all bytes, not only those
+
+
+def edges(words: NDArray[np.uint64], carry: int) -> NDArray[np.int64]:
+    """The positions of all bits that differ from the bit before them, ascending.
+
+    ``words`` is uint64[n] of packed bits in little-endian order; before bit 0 comes
+    ``carry``, 0 or 1.
+
+    *Twin*: `qcow2bm.bits.plain.count_edges` counts them.
+    """
+    before = words << np.uint64(1)
+    before[1:] |= words[:-1] >> np.uint64(63)
+    before[:1] |= np.uint64(carry)
+    before ^= words
+    words_marked = np.flatnonzero(before != 0)
+    if not len(words_marked):
+        return np.zeros(0, np.int64)
+    octets = before[words_marked].view(np.uint8)
+    marked = np.flatnonzero(octets != 0)
+    if len(marked) * _DENSE > 8 * len(words):
+        return _set_bits(before.view(np.uint8))
+    found = _set_bits(octets[marked])
+    byte = marked[found >> 3]
+    return (words_marked[byte >> 3] << 6) + ((byte & 7) << 3) + (found & 7)
+
+
+def _set_bits(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return np.flatnonzero(np.unpackbits(octets, bitorder="little").view(np.bool_))
+
+
+class ExtentFinder:
+    """Turns a stream of bits into extents.
+
+    Feed the bits in order with `bits` and `constant`; each returns the extents that are
+    complete by then, and `finish` the last one. The results together are all extents, merged,
+    ascending, each in one piece: int64[n, 2] of (start, length) in guest bytes, clipped to the
+    disk.
+    """
+
+    def __init__(self, granularity: int, virtual_size: int) -> None:
+        """``granularity`` and ``virtual_size`` are in guest bytes."""
+        self._granularity = granularity
+        self._virtual_size = virtual_size
+        self._position = 0  # bits fed so far
+        self._open: int | None = None  # the bit at which an extent began that has not ended
+
+    def bits(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Feeds packed bits, uint8[n] with ``n`` a multiple of 8."""
+        found = edges(data.view(np.uint64), int(self._open is not None))
+        if len(found):
+            found += self._position
+        self._position += 8 * len(data)
+        return self._extents(found)
+
+    def constant(self, value: bool, length_bytes: int) -> NDArray[np.int64]:
+        """Feeds ``8 * length_bytes`` bits that are all set or all clear."""
+        position = self._position
+        self._position += 8 * length_bytes
+        if value == (self._open is not None):
+            return np.zeros((0, 2), np.int64)
+        return self._extents(np.array([position], np.int64))
+
+    def finish(self) -> NDArray[np.int64]:
+        """Ends the stream: an extent still open reaches to the end of the disk."""
+        if self._open is None:
+            return np.zeros((0, 2), np.int64)
+        return self._extents(np.array([self._position], np.int64))
+
+    def _extents(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+        carried = int(self._open is not None)
+        count, odd = divmod(len(found) + carried, 2)
+        extents = np.empty((count, 2), np.int64)
+        flat = extents.reshape(-1)
+        if self._open is not None and count:
+            flat[0] = self._open
+        flat[carried:] = found[: len(flat) - carried]
+        if odd:
+            self._open = int(found[-1]) if len(found) else self._open
+        elif len(found):
+            self._open = None
+        extents *= self._granularity
+        if count and extents[-1, 1] > self._virtual_size:
+            extents[-1, 1] = self._virtual_size
+        extents[:, 1] -= extents[:, 0]
+        return extents

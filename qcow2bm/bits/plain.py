@@ -1,0 +1,59 @@
+"""Counting bits and classifying bitmap tables with Python's own integers and arrays.
+
+Loading numpy costs more than these functions do on inputs of up to some tens of megabytes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, Run
+
+
+def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> Iterator[Run]:
+    """The entries of a bitmap table, uint64[n], as runs in order.
+
+    *Twin*: `qcow2bm.bits.tables.table_runs`.
+    """
+    kind, first, start, expected = -1, 0, 0, -1
+    for index, word in enumerate(words):
+        if word == 0:
+            this = ALL_ZEROES
+        elif word == 1:
+            this = ALL_ONES
+        elif word & offset_mask == word and word % cluster_size == 0:
+            if word == expected:
+                expected += cluster_size
+                continue
+            this = ALLOCATED
+        else:
+            this = INVALID
+        if this == kind and this != ALLOCATED:
+            continue
+        if kind >= 0:
+            yield Run(kind, first, index - first, start)
+        kind, first = this, index
+        start = word if this == ALLOCATED else 0
+        expected = word + cluster_size if this == ALLOCATED else -1
+    if kind >= 0:
+        yield Run(kind, first, len(words) - first, start)
+
+
+def count_bits(data: bytes | bytearray | memoryview) -> int:
+    """How many bits are set.
+
+    *Twin*: `qcow2bm.bits.counting.count_bits`.
+    """
+    return int.from_bytes(data, "little").bit_count()
+
+
+def count_edges(data: bytes | bytearray | memoryview, carry: int) -> int:
+    """How many bits differ from the bit before them; before bit 0 comes ``carry``, 0 or 1.
+
+    *Twin*: `qcow2bm.bits.extents.edges`, whose result has this length.
+    """
+    bits = int.from_bytes(data, "little")
+    # The shift moves the last bit out past the end, where it would count as an edge.
+    last = bits >> (8 * len(data) - 1) if len(data) else carry
+    return (bits ^ (bits << 1 | carry)).bit_count() - last

@@ -1,0 +1,146 @@
+"""A qcow2 file, opened: header, header extensions, and bounded reads.
+
+*Spec*: spec/header.md.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from qcow2bm.errors import ChangedWhileReadingError, FormatError, LimitError
+from qcow2bm.format import extensions, features
+from qcow2bm.format.extensions import HeaderExtension
+from qcow2bm.format.features import Feature, FeatureNames
+from qcow2bm.format.header import FIELD_OFFSETS, V3_LENGTH, parse_header
+from qcow2bm.storage.base import Storage, read_bytes, read_exactly
+from qcow2bm.units import align_up
+
+MIN_CLUSTER_BITS = 9
+MAX_CLUSTER_BITS = 21
+
+
+class ClusterFile:
+    """The header area of an image, read once, and reads from anywhere in the file.
+
+    Attributes:
+        header: the fixed header.
+        area: the header extensions.
+        extensions_offset: the host offset at which the extension area begins.
+        cluster_size: in bytes.
+        virtual_size: of the disk in bytes, whole sectors as QEMU counts it.
+        file_size: of the image file in bytes, when it was opened.
+    """
+
+    def __init__(self, storage: Storage, *, force_share: bool) -> None:
+        """Reads the header area; the caller holds `lock`.
+
+        Raises:
+            FormatError: no qcow2 header, or a cluster size that leaves nothing to go by.
+            UnsupportedError: another version of qcow2.
+            StorageError: reading failed.
+        """
+        self.storage = storage
+        self._force_share = force_share
+        self.file_size = storage.size()
+        start = read_bytes(storage, 0, min(self.file_size, 1 << MIN_CLUSTER_BITS))
+        self.header = parse_header(start)
+        if not MIN_CLUSTER_BITS <= self.header.cluster_bits <= MAX_CLUSTER_BITS:
+            raise FormatError(
+                "header",
+                "cluster_bits",
+                FIELD_OFFSETS["cluster_bits"],
+                f"is {self.header.cluster_bits}, must be {MIN_CLUSTER_BITS} to {MAX_CLUSTER_BITS}",
+            )
+        self.cluster_size = self.header.cluster_size
+        cluster = self.read(0, self.cluster_size)
+        self.header = parse_header(cluster)
+        self.virtual_size = self.header.size & ~511
+        self.extensions_offset, data = self._extension_area(cluster)
+        self.area = extensions.parse_extensions(data, self.extensions_offset)
+        self._seen = cluster[: self._used_length()]
+
+    def _extension_area(self, cluster: bytes) -> tuple[int, bytes]:
+        start = self.header.header_length
+        if self.header.version == 3 and not V3_LENGTH <= start <= self.cluster_size:
+            return start, b""  # where the extensions begin is unknown
+        end = self.header.backing_file_offset
+        return start, cluster[start : end if 0 < end <= self.cluster_size else None]
+
+    def _used_length(self) -> int:
+        end = self.extensions_offset + sum(e.size for e in self.area.extensions) + 8
+        header = self.header
+        if header.backing_file_offset <= self.cluster_size:
+            end = max(end, header.backing_file_offset + header.backing_file_size)
+        return end
+
+    @property
+    def feature_names(self) -> FeatureNames:
+        """The image's own table of feature names; empty if it has none."""
+        found = self.find(extensions.FEATURE_NAMES)
+        return features.parse_feature_names(found.data) if found else FeatureNames()
+
+    def features(self, kind: str) -> tuple[Feature, ...]:
+        """The feature bits set: ``kind`` is "incompatible", "compatible" or "autoclear"."""
+        mask: int = getattr(self.header, f"{kind}_features")
+        return features.features(kind, mask, self.feature_names)
+
+    def find(self, type: int) -> HeaderExtension | None:
+        """The last header extension of a type, which is the one QEMU goes by."""
+        return next((e for e in reversed(self.area.extensions) if e.type == type), None)
+
+    def text(self, extension_type: int) -> str | None:
+        """The content of a string extension, such as the data file's name."""
+        found = self.find(extension_type)
+        return found.data.decode("utf-8", "surrogateescape") if found else None
+
+    @property
+    def backing_file(self) -> str | None:
+        """The name of the backing file as it stands in the header; never opened."""
+        offset, size = self.header.backing_file_offset, self.header.backing_file_size
+        if not 0 < offset <= self.cluster_size or not size:
+            return None
+        return self._seen[offset : offset + min(size, 1023)].decode("utf-8", "surrogateescape")
+
+    def lock(self) -> AbstractContextManager[None]:
+        """QEMU's locks of a reader, or nothing where the caller forces sharing.
+
+        Raises:
+            ImageLockedError: somebody writes to the image.
+            StorageError: the file system has no locks.
+        """
+        return nullcontext() if self._force_share else self.storage.read_lock()
+
+    def verify(self) -> None:
+        """Reads the header area again.
+
+        Raises:
+            ChangedWhileReadingError: it is no longer what it was.
+            StorageError: reading failed.
+        """
+        if self.read(0, len(self._seen)) != self._seen:
+            raise ChangedWhileReadingError(self.storage.name, "header")
+
+    def contains(self, offset: int, length: int) -> bool:
+        """Whether these bytes lie in the file; its last cluster counts as whole."""
+        return offset + length <= align_up(self.file_size, self.cluster_size)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills ``buffer`` from host ``offset`` on; past the end of the file stand zeros.
+
+        Raises:
+            LimitError: not even the last cluster reaches there.
+            StorageError: reading failed.
+        """
+        if not self.contains(offset, len(buffer)):
+            end = offset + len(buffer)
+            raise LimitError("the end of a structure", end, self.file_size)
+        inside = max(0, min(len(buffer), self.file_size - offset))
+        read_exactly(self.storage, offset, buffer[:inside])
+        if inside < len(buffer):
+            buffer[inside:] = bytes(len(buffer) - inside)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from host ``offset`` on; raises as `read_into` does."""
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)

@@ -1,0 +1,233 @@
+"""What is wrong with a header and its extensions, as far as they alone can tell.
+
+*Spec*: spec/header.md; the ids are in spec/problems.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.format import extensions, features
+from qcow2bm.format.header import FIELD_OFFSETS, V3_LENGTH
+from qcow2bm.format.refcounts import MAX_ORDER
+from qcow2bm.format.snapshots import HEAD_LENGTH, MAX_SNAPSHOTS
+from qcow2bm.problems import Problem, problem
+from qcow2bm.units import ceil_div
+
+MAX_BACKING_FILE_SIZE = 1023
+MAX_BACKING_FORMAT_LENGTH = 15
+MAX_L1_BYTES = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+MIN_EXTENDED_L2_CLUSTER_SIZE = 16 << 10
+MAX_SIZE = 1 << 62  # keeps every product of bits and granularity within int64
+MAX_L1_ENTRIES = (1 << 31) - 1  # for the disk alone; more is a disk too big for QEMU
+
+CRYPT_LUKS = 2
+
+
+def header_problems(file: ClusterFile) -> tuple[Problem, ...]:
+    """Every fault of the header and of the header extensions, in file order."""
+    found = (*_fixed(file), *_tables(file), *_features(file), *_extensions(file))
+    return tuple(sorted(found, key=lambda problem: problem.offset))
+
+
+def _at(id: str, reason: str) -> Problem:
+    """A Problem of a header field; the id's second part is the field's name."""
+    return problem(id, FIELD_OFFSETS[id.split(".")[1]], reason)
+
+
+def _fixed(file: ClusterFile) -> Iterator[Problem]:
+    header, cluster_size = file.header, file.cluster_size
+    if header.backing_file_offset > cluster_size:
+        yield _at("header.backing_file_offset.invalid", "lies beyond the first cluster")
+    elif header.backing_file_offset:
+        limit = min(MAX_BACKING_FILE_SIZE, cluster_size - header.backing_file_offset)
+        if header.backing_file_size > limit:
+            yield _at(
+                "header.backing_file_size.too-large",
+                f"is {header.backing_file_size}, more than the {limit} bytes there can be",
+            )
+    if header.size % 512:
+        yield _at(
+            "header.size.unaligned",
+            f"is {header.size}, not whole sectors: QEMU uses {file.virtual_size}",
+        )
+    if header.crypt_method > CRYPT_LUKS:
+        yield _at("header.crypt_method.unknown", f"is {header.crypt_method}, must be 0 to 2")
+    if header.refcount_order > MAX_ORDER:
+        yield _at("header.refcount_order.too-large", f"is {header.refcount_order}, at most 6")
+    if header.version == 3:
+        if header.header_length < V3_LENGTH:
+            yield _at(
+                "header.header_length.too-small",
+                f"is {header.header_length}, at least {V3_LENGTH}: "
+                "where the header extensions begin is unknown",
+            )
+        elif header.header_length > cluster_size:
+            yield _at(
+                "header.header_length.too-large",
+                f"is {header.header_length}, more than a cluster: "
+                "where the header extensions begin is unknown",
+            )
+        elif header.header_length % 8:
+            yield _at(
+                "header.header_length.unaligned", f"is {header.header_length}, no multiple of 8"
+            )
+    if any(header.padding):
+        yield _at("header.padding.nonzero", "is not zero")
+
+
+def _tables(file: ClusterFile) -> Iterator[Problem]:
+    header, cluster_size = file.header, file.cluster_size
+    l2_entry_size = 16 if header.incompatible_features & features.INCOMPATIBLE_EXTENDED_L2 else 8
+    entries = ceil_div(header.size, cluster_size * (cluster_size // l2_entry_size))
+    if entries > MAX_L1_ENTRIES or header.size > MAX_SIZE:
+        yield _at("header.size.too-large", f"is {header.size}, too big for clusters this small")
+    elif header.l1_size < entries:
+        yield _at("header.l1_size.too-small", f"is {header.l1_size}, but the disk needs {entries}")
+    if 8 * header.l1_size > MAX_L1_BYTES:
+        yield _at("header.l1_size.too-large", f"is {header.l1_size}, at most {MAX_L1_BYTES // 8}")
+    elif not file.contains(header.l1_table_offset, 8 * header.l1_size):
+        yield _at("header.l1_table_offset.past-eof", _past_eof(header.l1_table_offset))
+    if header.l1_table_offset % cluster_size:
+        yield _at("header.l1_table_offset.unaligned", _unaligned(header.l1_table_offset))
+
+    length = header.refcount_table_clusters * cluster_size
+    if not length:
+        yield _at("header.refcount_table_clusters.zero", "is 0")
+    elif length > MAX_REFCOUNT_TABLE_BYTES:
+        yield _at(
+            "header.refcount_table_clusters.too-large",
+            f"is {header.refcount_table_clusters}, at most "
+            f"{MAX_REFCOUNT_TABLE_BYTES // cluster_size}",
+        )
+    elif not file.contains(header.refcount_table_offset, length):
+        yield _at("header.refcount_table_offset.past-eof", _past_eof(header.refcount_table_offset))
+    if header.refcount_table_offset % cluster_size:
+        yield _at(
+            "header.refcount_table_offset.unaligned", _unaligned(header.refcount_table_offset)
+        )
+
+    if header.nb_snapshots > MAX_SNAPSHOTS:
+        yield _at(
+            "header.nb_snapshots.too-large", f"is {header.nb_snapshots}, at most {MAX_SNAPSHOTS}"
+        )
+    elif header.nb_snapshots and not file.contains(
+        header.snapshots_offset, HEAD_LENGTH * header.nb_snapshots
+    ):
+        yield _at(
+            "header.snapshots_offset.past-eof",
+            f"is {header.snapshots_offset:#x}: "
+            f"{header.nb_snapshots} snapshots there reach past the end of the file",
+        )
+    if header.snapshots_offset % cluster_size:
+        yield _at("header.snapshots_offset.unaligned", _unaligned(header.snapshots_offset))
+
+
+def _past_eof(offset: int) -> str:
+    return f"is {offset:#x}: the table reaches past the end of the file"
+
+
+def _unaligned(offset: int) -> str:
+    return f"is {offset:#x}, not at the start of a cluster"
+
+
+def _features(file: ClusterFile) -> Iterator[Problem]:
+    header = file.header
+    unknown = [
+        str(f.bit) + (f" ({f.name})" if f.name else "")
+        for f in file.features("incompatible")
+        if not features.KNOWN_INCOMPATIBLE >> f.bit & 1
+    ]
+    if unknown:
+        yield _at(
+            "header.incompatible_features.unknown",
+            f"has unknown bits set: {', '.join(unknown)}; the image must not be interpreted",
+        )
+    if header.incompatible_features & features.INCOMPATIBLE_DIRTY:
+        yield _at("header.incompatible_features.dirty", "has the dirty bit: refcounts are outdated")
+    if header.incompatible_features & features.INCOMPATIBLE_CORRUPT:
+        yield _at(
+            "header.incompatible_features.corrupt", "has the corrupt bit: QEMU only reads the image"
+        )
+    if (
+        header.incompatible_features & features.INCOMPATIBLE_EXTENDED_L2
+        and file.cluster_size < MIN_EXTENDED_L2_CLUSTER_SIZE
+    ):
+        yield _at(
+            "header.incompatible_features.extended-l2",
+            "has extended L2 entries, which need clusters of 16 KiB or more",
+        )
+    names = [
+        str(f.bit) + (f" ({f.name})" if f.name else "")
+        for f in file.features("autoclear")
+        if not features.KNOWN_AUTOCLEAR >> f.bit & 1
+    ]
+    if names:
+        yield _at("header.autoclear_features.unknown", f"has unknown bits set: {', '.join(names)}")
+    if (
+        header.autoclear_features & features.AUTOCLEAR_RAW_DATA_FILE
+        and not header.incompatible_features & features.INCOMPATIBLE_DATA_FILE
+    ):
+        yield _at(
+            "header.autoclear_features.no-data-file",
+            "says that the data file is raw, but there is none",
+        )
+    if header.autoclear_features & features.AUTOCLEAR_BITMAPS and not (
+        file.find(extensions.BITMAPS) or file.area.fault
+    ):
+        yield _at(
+            "header.autoclear_features.no-bitmaps",
+            "has the bitmaps bit, but there is no bitmaps extension: "
+            "the next write makes QEMU mark the image corrupt",
+        )
+    compression = header.compression_type or 0
+    if header.incompatible_features & features.INCOMPATIBLE_COMPRESSION:
+        if not compression:
+            yield _at("header.compression_type.bit-unexpected", "is 0, but its feature bit is set")
+        elif compression > 1:
+            yield _at("header.compression_type.unknown", f"is {compression}, must be 0 or 1")
+    elif compression:
+        yield _at(
+            "header.compression_type.bit-missing",
+            f"is {compression}, but its feature bit is not set",
+        )
+
+
+def _extensions(file: ClusterFile) -> Iterator[Problem]:
+    header, area = file.header, file.area
+    places = area.offsets(file.extensions_offset)
+    for extension, place in zip(area.extensions, places, strict=True):
+        data = place + extensions.HEAD_LENGTH
+        length = len(extension.data)
+        if any(extension.padding):
+            yield problem("header-extension.padding.nonzero", data + length, "is not zero")
+        if extension.type == extensions.BACKING_FORMAT and length > MAX_BACKING_FORMAT_LENGTH:
+            yield problem(
+                "header-extension.backing-format.too-long",
+                place,
+                f"is {length} bytes long, at most {MAX_BACKING_FORMAT_LENGTH}",
+            )
+        if extension.type == extensions.BITMAPS and length != extensions.BITMAPS_LENGTH:
+            yield problem(
+                "header-extension.bitmaps.length",
+                place + 4,
+                f"is {length}, must be {extensions.BITMAPS_LENGTH}",
+            )
+    end = file.extensions_offset + sum(extension.size for extension in area.extensions)
+    if area.fault:
+        yield problem("header-extension.length.too-large", area.fault.offset, area.fault.reason)
+    elif len(area.end) < extensions.HEAD_LENGTH and header.header_length <= file.cluster_size:
+        yield problem("header-extension.end.missing", end, "is missing")
+    bitmaps = [
+        p for e, p in zip(area.extensions, places, strict=True) if e.type == extensions.BITMAPS
+    ]
+    if len(bitmaps) > 1:
+        yield problem(
+            "header-extension.bitmaps.duplicate",
+            bitmaps[1],
+            "extension stands there a second time; QEMU goes by the last",
+        )
+    if header.crypt_method == CRYPT_LUKS and not file.find(extensions.CRYPTO):
+        yield problem("header-extension.crypto.missing", end, "is missing")

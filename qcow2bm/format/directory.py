@@ -1,0 +1,170 @@
+"""The bitmap directory and its entries.
+
+*Spec*: spec/bitmaps.md, "Bitmap directory".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
+
+from qcow2bm.format.schema import build, flat_struct
+from qcow2bm.units import align_up
+
+FLAG_IN_USE = 1 << 0
+FLAG_AUTO = 1 << 1
+FLAG_EXTRA_DATA_COMPATIBLE = 1 << 2
+KNOWN_FLAGS = 0b111
+
+TYPE_DIRTY_TRACKING = 1
+
+_HEAD = Struct(
+    "bitmap_table_offset" / Int64ub,
+    "bitmap_table_size" / Int32ub,
+    "flags" / Int32ub,
+    "type" / Int8ub,
+    "granularity_bits" / Int8ub,
+    "name_size" / Int16ub,
+    "extra_data_size" / Int32ub,
+)
+ENTRY = Struct(
+    *_HEAD.subcons[:-2],
+    "name_size" / Rebuild(Int16ub, len_(this.name)),
+    "extra_data_size" / Rebuild(Int32ub, len_(this.extra_data)),
+    "extra_data" / Bytes(this.extra_data_size),
+    "name" / Bytes(this.name_size),
+    "padding" / Bytes(lambda this: -(this.extra_data_size + this.name_size) % 8),
+)
+
+# An image may have 65,535 entries; construct would need seconds for them.
+_READ_HEAD = flat_struct(_HEAD)
+HEAD_LENGTH = _READ_HEAD.size
+
+
+def _offsets() -> dict[str, int]:
+    offsets, position = {}, 0
+    for field in _HEAD.subcons:
+        offsets[str(field.name)] = position
+        position += field.sizeof()
+    return offsets
+
+
+FIELD_OFFSETS = _offsets()
+"""The byte offset of each field in a directory entry, by its name in the specification."""
+
+
+class DirectoryEntry(NamedTuple):
+    """One bitmap directory entry, fields under their names in the specification.
+
+    ``index`` counts from 0 in the directory and ``offset`` is the entry's host offset; neither
+    is stored in the entry. ``name_size`` and ``extra_data_size`` are the stored sizes; where
+    they point beyond the directory, the entry is cut off: ``name_bytes`` is then None, and
+    ``extra_data`` and ``padding`` are empty.
+    """
+
+    index: int
+    offset: int
+    bitmap_table_offset: int
+    bitmap_table_size: int
+    flags: int
+    type: int
+    granularity_bits: int
+    name_size: int
+    extra_data_size: int
+    extra_data: bytes
+    name_bytes: bytes | None
+    padding: bytes
+
+    @property
+    def name(self) -> str | None:
+        """The name; bytes that are not UTF-8 are kept as surrogates (PEP 383)."""
+        if self.name_bytes is None:
+            return None
+        return self.name_bytes.decode("utf-8", "surrogateescape")
+
+    @property
+    def granularity(self) -> int:
+        """How many guest bytes one bit stands for."""
+        return 1 << self.granularity_bits
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody may have changed the disk without recording it here."""
+        return bool(self.flags & FLAG_IN_USE)
+
+    @property
+    def auto(self) -> bool:
+        """Whether the bitmap is to record all writes to the disk."""
+        return bool(self.flags & FLAG_AUTO)
+
+    @property
+    def size(self) -> int:
+        """How many bytes the entry occupies in the directory, padding included."""
+        return HEAD_LENGTH + align_up(self.extra_data_size + self.name_size, 8)
+
+    def offset_of(self, field: str) -> int:
+        """The host offset of a field, by its name in the specification."""
+        if field == "extra_data":
+            return self.offset + HEAD_LENGTH
+        if field == "name":
+            return self.offset + HEAD_LENGTH + self.extra_data_size
+        if field == "padding":
+            return self.offset + HEAD_LENGTH + self.extra_data_size + self.name_size
+        return self.offset + FIELD_OFFSETS[field]
+
+
+class Directory(NamedTuple):
+    """The entries of a bitmap directory, and the bytes at its end that make no entry."""
+
+    entries: tuple[DirectoryEntry, ...]
+    rest: bytes
+
+
+def parse_directory(data: bytes, offset: int, max_entries: int) -> Directory:
+    """The entries in ``data``, at most ``max_entries``; ``offset`` is its host offset.
+
+    Accepts any bytes: only the last entry can be cut off, and what is no entry is ``rest``.
+    Zeros up to the end are no entries: a real one has a nonzero type.
+    """
+    entries: list[DirectoryEntry] = []
+    position, end = 0, len(data)
+    content = len(data.rstrip(b"\0"))
+    while position < content and end - position >= HEAD_LENGTH and len(entries) < max_entries:
+        head = _READ_HEAD.unpack_from(data, position)
+        name_size, extra_data_size = head[5], head[6]
+        extra = position + HEAD_LENGTH
+        name = extra + extra_data_size
+        padding = name + name_size
+        stop = extra + align_up(extra_data_size + name_size, 8)
+        place = len(entries), offset + position
+        if stop > end:
+            entries.append(DirectoryEntry(*place, *head, b"", None, b""))
+            return Directory(tuple(entries), b"")
+        entries.append(
+            DirectoryEntry(*place, *head, data[extra:name], data[name:padding], data[padding:stop])
+        )
+        position = stop
+    return Directory(tuple(entries), data[position:])
+
+
+def build_entry(entry: DirectoryEntry) -> bytes:
+    """The bytes of an entry with its name and padding.
+
+    Raises:
+        FormatError: a value does not fit its field.
+        ValueError: the entry was cut off.
+    """
+    if entry.name_bytes is None:
+        raise ValueError("the entry is cut off, its name unknown")
+    return build(ENTRY, entry._asdict() | {"name": entry.name_bytes}, "bitmap directory entry")
+
+
+def build_directory(directory: Directory) -> bytes:
+    """The bytes of a bitmap directory.
+
+    Raises:
+        FormatError: a value does not fit its field.
+        ValueError: an entry was cut off.
+    """
+    return b"".join(map(build_entry, directory.entries)) + directory.rest

@@ -1,0 +1,190 @@
+"""The header extensions: the area they lie in, and the small ones' contents.
+
+*Spec*: spec/header.md, "Header extensions", and spec/bitmaps.md, "Bitmaps extension".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from construct import Bytes, Int32ub, Int64ub, Rebuild, Struct, len_, this
+
+from qcow2bm.errors import FormatError
+from qcow2bm.format.schema import build, parse
+
+END = 0
+BACKING_FORMAT = 0xE2792ACA
+FEATURE_NAMES = 0x6803F857
+BITMAPS = 0x23852875
+CRYPTO = 0x0537BE77
+DATA_FILE = 0x44415441
+
+NAMES = {
+    BACKING_FORMAT: "backing format",
+    FEATURE_NAMES: "feature name table",
+    BITMAPS: "bitmaps",
+    CRYPTO: "crypto header",
+    DATA_FILE: "external data file name",
+}
+
+_HEAD = Struct("type" / Int32ub, "length" / Int32ub)
+_EXTENSION = Struct(
+    "type" / Int32ub,
+    "length" / Rebuild(Int32ub, len_(this.data)),
+    "data" / Bytes(this.length),
+)
+_BITMAPS = Struct(
+    "nb_bitmaps" / Int32ub,
+    "reserved" / Int32ub,
+    "bitmap_directory_size" / Int64ub,
+    "bitmap_directory_offset" / Int64ub,
+)
+_CRYPTO = Struct("offset" / Int64ub, "length" / Int64ub)
+
+HEAD_LENGTH = _HEAD.sizeof()
+BITMAPS_LENGTH = _BITMAPS.sizeof()
+
+
+class HeaderExtension(NamedTuple):
+    """One header extension.
+
+    ``padding`` is what stands between the data and the next multiple of 8, zero unless
+    something is odd. The data of a string extension is not NUL-terminated.
+    """
+
+    type: int
+    data: bytes
+    padding: bytes
+
+    @property
+    def name(self) -> str | None:
+        """What the specification calls it, None for an unknown type."""
+        return NAMES.get(self.type)
+
+    @property
+    def size(self) -> int:
+        """How many bytes it occupies, with its head of 8 bytes and its padding."""
+        return HEAD_LENGTH + len(self.data) + len(self.padding)
+
+
+class HeaderExtensions(NamedTuple):
+    """The header extension area.
+
+    ``end`` is the end marker as it stands in the file (8 bytes), or what lies between the last
+    extension and the end of the area where there is no end marker (fewer than 8 bytes, mostly
+    none). ``fault`` says why reading stopped before, None if it did not.
+    """
+
+    extensions: tuple[HeaderExtension, ...]
+    end: bytes
+    fault: FormatError | None = None
+
+    def offsets(self, start: int) -> tuple[int, ...]:
+        """The host offset of each extension's head; ``start`` is where the area begins."""
+        offsets = []
+        for extension in self.extensions:
+            offsets.append(start)
+            start += extension.size
+        return tuple(offsets)
+
+
+class BitmapsExtension(NamedTuple):
+    """The data of the bitmaps extension, 24 bytes."""
+
+    nb_bitmaps: int
+    reserved: int
+    bitmap_directory_size: int
+    bitmap_directory_offset: int
+
+
+class CryptoHeader(NamedTuple):
+    """The data of the crypto header extension: where the encryption header lies."""
+
+    offset: int
+    length: int
+
+
+def parse_extensions(data: bytes, start: int = 0) -> HeaderExtensions:
+    """The header extensions in ``data``: all bytes from the header's end to the area's end.
+
+    ``start`` is the host offset of ``data``. What follows the end marker is not looked at.
+    A fault does not raise: what was read before it is kept.
+    """
+    extensions = []
+    position = 0
+    while len(data) - position >= HEAD_LENGTH:
+        head = parse(_HEAD, data[position : position + HEAD_LENGTH], "header extension", position)
+        if head.type == END:
+            return HeaderExtensions(tuple(extensions), data[position : position + HEAD_LENGTH])
+        stop = position + HEAD_LENGTH + head.length
+        if stop > len(data):
+            fault = FormatError(
+                "header extension",
+                "length",
+                start + position + 4,
+                f"is {head.length}, but only {len(data) - position - HEAD_LENGTH} bytes follow",
+            )
+            return HeaderExtensions(tuple(extensions), b"", fault)
+        fields = parse(_EXTENSION, data[position:stop], "header extension", start + position)
+        position = min(stop + -head.length % 8, len(data))
+        extensions.append(HeaderExtension(fields.type, fields.data, data[stop:position]))
+    return HeaderExtensions(tuple(extensions), data[position:])
+
+
+def build_extensions(area: HeaderExtensions) -> bytes:
+    """The bytes of the extension area up to and including its end marker.
+
+    Raises:
+        FormatError: a type does not fit its field.
+    """
+    parts = [
+        build(_EXTENSION, extension._asdict(), "header extension") + extension.padding
+        for extension in area.extensions
+    ]
+    return b"".join(parts) + area.end
+
+
+def parse_bitmaps_extension(data: bytes, offset: int = 0) -> BitmapsExtension:
+    """The bitmaps extension in its 24 bytes of data; ``offset`` is their host offset.
+
+    Raises:
+        FormatError: ``data`` has another length.
+    """
+    if len(data) != BITMAPS_LENGTH:
+        raise FormatError(
+            "bitmaps extension", "length", offset - 4, f"is {len(data)}, must be {BITMAPS_LENGTH}"
+        )
+    fields = parse(_BITMAPS, data, "bitmaps extension", offset)
+    return BitmapsExtension(*(fields[name] for name in BitmapsExtension._fields))
+
+
+def build_bitmaps_extension(extension: BitmapsExtension) -> bytes:
+    """The 24 bytes of data of the bitmaps extension.
+
+    Raises:
+        FormatError: a value does not fit its field.
+    """
+    return build(_BITMAPS, extension._asdict(), "bitmaps extension")
+
+
+def parse_crypto_header(data: bytes, offset: int = 0) -> CryptoHeader:
+    """The crypto header extension in its 16 bytes of data; ``offset`` is their host offset.
+
+    Raises:
+        FormatError: ``data`` has another length.
+    """
+    if len(data) != _CRYPTO.sizeof():
+        raise FormatError(
+            "crypto header extension", "length", offset - 4, f"is {len(data)}, must be 16"
+        )
+    fields = parse(_CRYPTO, data, "crypto header extension", offset)
+    return CryptoHeader(fields.offset, fields.length)
+
+
+def build_crypto_header(header: CryptoHeader) -> bytes:
+    """The 16 bytes of data of the crypto header extension.
+
+    Raises:
+        FormatError: a value does not fit its field.
+    """
+    return build(_CRYPTO, header._asdict(), "crypto header extension")

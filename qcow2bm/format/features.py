@@ -1,0 +1,99 @@
+"""Feature bits of the header and the feature name table.
+
+*Spec*: spec/header.md, "Feature bits".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from construct import Bytes, GreedyBytes, GreedyRange, Int8ub, Struct
+
+from qcow2bm.format.schema import build, parse
+
+INCOMPATIBLE_DIRTY = 1 << 0
+INCOMPATIBLE_CORRUPT = 1 << 1
+INCOMPATIBLE_DATA_FILE = 1 << 2
+INCOMPATIBLE_COMPRESSION = 1 << 3
+INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+AUTOCLEAR_BITMAPS = 1 << 0
+AUTOCLEAR_RAW_DATA_FILE = 1 << 1
+
+KNOWN_INCOMPATIBLE = 0b11111
+KNOWN_AUTOCLEAR = 0b11
+
+KINDS = ("incompatible", "compatible", "autoclear")  # the table's kind numbers 0, 1, 2
+
+_KNOWN_NAMES = {
+    ("incompatible", 0): "dirty bit",
+    ("incompatible", 1): "corrupt bit",
+    ("incompatible", 2): "external data file",
+    ("incompatible", 3): "compression type",
+    ("incompatible", 4): "extended L2 entries",
+    ("compatible", 0): "lazy refcounts",
+    ("autoclear", 0): "bitmaps",
+    ("autoclear", 1): "raw external data",
+}
+
+_ENTRY = Struct("kind" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
+_TABLE = Struct("entries" / GreedyRange(_ENTRY), "rest" / GreedyBytes)
+
+
+class FeatureName(NamedTuple):
+    """One entry of the feature name table; ``name`` is the whole field of 46 bytes."""
+
+    kind: int
+    bit: int
+    name: bytes
+
+    @property
+    def text(self) -> str:
+        """The name without its zero padding."""
+        return self.name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+class FeatureNames(NamedTuple):
+    """The feature name table; ``rest`` is what is left where it ends inside an entry."""
+
+    entries: tuple[FeatureName, ...] = ()
+    rest: bytes = b""
+
+
+class Feature(NamedTuple):
+    """A feature bit that is set, with its name where somebody knows it."""
+
+    bit: int
+    name: str | None
+
+
+def parse_feature_names(data: bytes) -> FeatureNames:
+    """The feature name table in the data of its header extension. Accepts any bytes."""
+    table = parse(_TABLE, data, "feature name table", 0)
+    return FeatureNames(
+        tuple(FeatureName(entry.kind, entry.bit, entry.name) for entry in table.entries),
+        table.rest,
+    )
+
+
+def build_feature_names(names: FeatureNames) -> bytes:
+    """The data of the feature name table's header extension.
+
+    Raises:
+        FormatError: a number or name does not fit its field.
+    """
+    entries = [entry._asdict() for entry in names.entries]
+    return build(_TABLE, {"entries": entries, "rest": names.rest}, "feature name table")
+
+
+def features(kind: str, mask: int, names: FeatureNames) -> tuple[Feature, ...]:
+    """The bits set in ``mask``, lowest first; ``kind`` is one of `KINDS`.
+
+    The image's own name table names the bits the specification does not.
+    """
+    table = {(entry.kind, entry.bit): entry.text for entry in names.entries}
+    number = KINDS.index(kind)
+    return tuple(
+        Feature(bit, _KNOWN_NAMES.get((kind, bit)) or table.get((number, bit)) or None)
+        for bit in range(64)
+        if mask >> bit & 1
+    )

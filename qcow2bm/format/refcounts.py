@@ -1,0 +1,90 @@
+"""The refcount table and its blocks, for all seven refcount widths.
+
+*Spec*: spec/refcounts.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from functools import cache
+
+from construct import Array, BitsInteger, BitStruct, Bitwise, Int8ub, Int16ub, Int32ub, Int64ub
+
+from qcow2bm.format.schema import bit_masks, parse
+
+MAX_ORDER = 6
+ENTRY_LENGTH = 8  # of the refcount table
+
+TABLE_ENTRY = BitStruct("offset" / BitsInteger(55), "reserved" / BitsInteger(9))
+TABLE_OFFSET_MASK = bit_masks(TABLE_ENTRY)["offset"]
+TABLE_RESERVED_MASK = bit_masks(TABLE_ENTRY)["reserved"]
+
+_WHOLE_BYTES = {3: (Int8ub, "B"), 4: (Int16ub, "H"), 5: (Int32ub, "I"), 6: (Int64ub, "Q")}
+
+
+def byte_schema(refcount_order: int) -> Bitwise:
+    """The refcounts below 8 bits that share one byte, the highest bits first."""
+    width = 1 << refcount_order
+    return Bitwise(Array(8 // width, BitsInteger(width)))
+
+
+@cache
+def _refcounts_of_bytes(refcount_order: int) -> tuple[bytes, ...]:
+    """The refcounts in each of the 256 bytes, the lowest bits first as the format wants."""
+    schema = byte_schema(refcount_order)
+    return tuple(
+        bytes(reversed(parse(schema, bytes([byte]), "refcount block", 0))) for byte in range(256)
+    )
+
+
+def parse_refcount_table(data: bytes) -> array[int]:
+    """The entries of a refcount table as uint64[len(data) // 8], reserved bits included.
+
+    Raises:
+        ValueError: ``len(data)`` is not a multiple of 8.
+    """
+    return _swapped(array("Q", data))
+
+
+def build_refcount_table(words: array[int]) -> bytes:
+    """The bytes of a refcount table with these entries, uint64[n]."""
+    return _swapped(words[:]).tobytes()
+
+
+def parse_refcount_block(data: bytes, refcount_order: int) -> array[int]:
+    """The refcounts in a block: uint8[n] up to order 3, else uint16, uint32, uint64[n].
+
+    ``n`` is ``8 * len(data) >> refcount_order``.
+
+    Raises:
+        ValueError: ``len(data)`` is not a whole number of refcounts, or the order is not 0..6.
+    """
+    if not 0 <= refcount_order <= MAX_ORDER:
+        raise ValueError(f"refcount_order is {refcount_order}, must be 0..{MAX_ORDER}")
+    if refcount_order < 3:
+        return array("B", b"".join(map(_refcounts_of_bytes(refcount_order).__getitem__, data)))
+    return _swapped(array(_WHOLE_BYTES[refcount_order][1], data))
+
+
+def build_refcount_block(refcounts: array[int], refcount_order: int) -> bytes:
+    """The bytes of a refcount block.
+
+    Raises:
+        ValueError: the refcounts do not fill whole bytes, or one does not fit its width.
+    """
+    if refcount_order >= 3:
+        return _swapped(array(_WHOLE_BYTES[refcount_order][1], refcounts)).tobytes()
+    numbers = {counts: byte for byte, counts in enumerate(_refcounts_of_bytes(refcount_order))}
+    step = 8 >> refcount_order
+    raw = refcounts.tobytes()
+    try:
+        return bytes(numbers[raw[i : i + step]] for i in range(0, len(raw), step))
+    except KeyError:
+        raise ValueError(f"not whole bytes of {1 << refcount_order}-bit refcounts") from None
+
+
+def _swapped(words: array[int]) -> array[int]:
+    if sys.byteorder == "little":
+        words.byteswap()
+    return words

@@ -1,0 +1,72 @@
+"""The one place where construct parses and builds, and its errors become FormatError."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import construct
+
+from qcow2bm.errors import FormatError
+
+
+def parse(schema: Any, data: bytes, structure: str, offset: int) -> Any:  # noqa: ANN401
+    """The construct Container that ``schema`` reads from ``data``.
+
+    ``offset`` is the host offset of ``data``, for messages.
+
+    Raises:
+        FormatError: ``data`` does not fit the schema.
+    """
+    try:
+        return schema.parse(data)
+    except construct.ConstructError as error:
+        raise FormatError(structure, _field_of(error), offset, _reason_of(error)) from error
+
+
+def build(schema: Any, values: Mapping[str, object], structure: str) -> bytes:  # noqa: ANN401
+    """The bytes ``schema`` makes of ``values``.
+
+    Raises:
+        FormatError: a value does not fit its field.
+    """
+    try:
+        return bytes(schema.build(values))
+    except construct.ConstructError as error:
+        raise FormatError(structure, _field_of(error), 0, _reason_of(error)) from error
+
+
+def flat_struct(schema: Any) -> struct.Struct:  # noqa: ANN401
+    """A ``struct.Struct`` with exactly the fields of a construct Struct of plain integers.
+
+    construct interprets a schema field by field; where tens of thousands of records are read,
+    this reads the same fields, taken from the schema itself, in one call.
+    """
+    formats = [field.subcon.fmtstr for field in schema.subcons]
+    orders = {text[0] for text in formats}
+    if len(orders) != 1:
+        raise ValueError("the fields differ in byte order")
+    return struct.Struct(orders.pop() + "".join(text[1:] for text in formats))
+
+
+def bit_masks(schema: Any) -> dict[str, int]:  # noqa: ANN401
+    """The mask of each field of a construct BitStruct, as a big-endian integer sees it."""
+    masks: dict[str, int] = {}
+    shift = 8 * schema.sizeof()
+    for field in schema.subcon.subcons:
+        width = field.subcon.length
+        shift -= width
+        masks[field.name] = ((1 << width) - 1) << shift
+    return masks
+
+
+def _field_of(error: construct.ConstructError) -> str:
+    path = error.path or ""
+    return path.rpartition(" -> ")[2] if " -> " in path else ""
+
+
+def _reason_of(error: construct.ConstructError) -> str:
+    if isinstance(error, construct.StreamError):
+        return "is cut off"
+    return "is invalid"

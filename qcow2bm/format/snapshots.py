@@ -1,0 +1,87 @@
+"""The snapshot table, as far as counting references to clusters needs it.
+
+*Spec*: spec/refcounts.md, "Snapshot table".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from construct import Bytes, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
+
+from qcow2bm.errors import FormatError
+from qcow2bm.format.schema import build, parse
+
+MAX_SNAPSHOTS = 65536
+MAX_EXTRA_DATA_SIZE = 1024
+HEAD_LENGTH = 40
+
+SNAPSHOT = Struct(
+    "l1_table_offset" / Int64ub,
+    "l1_size" / Int32ub,
+    "id_str_size" / Rebuild(Int16ub, len_(this.id_str)),
+    "name_size" / Rebuild(Int16ub, len_(this.name)),
+    "date_sec" / Int32ub,
+    "date_nsec" / Int32ub,
+    "vm_clock_nsec" / Int64ub,
+    "vm_state_size" / Int32ub,
+    "extra_data_size" / Rebuild(Int32ub, len_(this.extra_data)),
+    "extra_data" / Bytes(this.extra_data_size),
+    "id_str" / Bytes(this.id_str_size),
+    "name" / Bytes(this.name_size),
+    "padding" / Bytes(lambda this: -(this.extra_data_size + this.id_str_size + this.name_size) % 8),
+)
+
+
+class SnapshotHeader(NamedTuple):
+    """One snapshot table entry, fields under their names in the specification."""
+
+    l1_table_offset: int
+    l1_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    vm_state_size: int
+    extra_data: bytes
+    id_str: bytes
+    name: bytes
+    padding: bytes
+
+    @property
+    def size(self) -> int:
+        """How many bytes the entry occupies in the snapshot table."""
+        tail = len(self.extra_data) + len(self.id_str) + len(self.name) + len(self.padding)
+        return HEAD_LENGTH + tail
+
+
+def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[SnapshotHeader, ...]:
+    """The first ``nb_snapshots`` entries in ``data``; ``offset`` is its host offset.
+
+    Raises:
+        FormatError: an entry is cut off, or has more than 1024 bytes of extra data.
+    """
+    snapshots = []
+    position = 0
+    for number in range(nb_snapshots):
+        structure = f"snapshot table entry {number}"
+        # An entry is under 200 KiB: no more is handed over, so that reading stays linear.
+        fields = parse(
+            SNAPSHOT, data[position : position + (1 << 18)], structure, offset + position
+        )
+        if fields.extra_data_size > MAX_EXTRA_DATA_SIZE:
+            raise FormatError(
+                structure, "extra_data_size", offset + position + 36, "is more than 1024"
+            )
+        snapshot = SnapshotHeader(*(fields[name] for name in SnapshotHeader._fields))
+        snapshots.append(snapshot)
+        position += snapshot.size
+    return tuple(snapshots)
+
+
+def build_snapshot_table(snapshots: tuple[SnapshotHeader, ...]) -> bytes:
+    """The bytes of a snapshot table.
+
+    Raises:
+        FormatError: a value does not fit its field.
+    """
+    return b"".join(build(SNAPSHOT, s._asdict(), "snapshot table entry") for s in snapshots)

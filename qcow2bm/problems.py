@@ -1,0 +1,300 @@
+"""The one shape in which every fault of an image is reported, and the table of all faults.
+
+*Spec*: spec/problems.md says what each id means to a user; a test compares it with `KINDS`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+REFUSED = "refused"  # QEMU will not open the image
+UNUSABLE = "unusable"  # what the structure describes cannot be used; QEMU may not notice
+LEAK = "leak"  # space is lost, and nothing else
+COSMETIC = "cosmetic"  # breaks the specification without consequence
+NOTE = "note"  # worth knowing, no fault
+
+SEVERITIES = (REFUSED, UNUSABLE, LEAK, COSMETIC, NOTE)
+
+HEADER = "header"
+HEADER_EXTENSION = "header extension"
+BITMAPS_EXTENSION = "bitmaps extension"
+DIRECTORY = "bitmap directory"
+ENTRY = "bitmap directory entry"
+TABLE = "bitmap table"
+DATA = "bitmap data"
+
+_CONSTRAINTS = "doesn't satisfy the constraints"
+_BAD_TABLE = "Could not read bitmap_table table from image for bitmap"
+_BROKEN_DIRECTORY = "Broken bitmap directory"
+
+
+class Kind(NamedTuple):
+    """What every Problem of one id has in common.
+
+    ``qemu_message`` is the part of QEMU's message that does not vary, None where QEMU says
+    nothing. ``keeps_status`` marks what the specification allows and only QEMU refuses: the
+    bitmap can be read all the same.
+    """
+
+    structure: str
+    field: str
+    severity: str
+    qemu_message: str | None = None
+    keeps_status: bool = False
+
+
+class Problem(NamedTuple):
+    """One fault, and where to find it.
+
+    ``offset`` is the host offset of the field in bytes; ``bitmap_index`` the number of the
+    bitmap directory entry it concerns, None where it concerns the image.
+    """
+
+    id: str
+    severity: str
+    structure: str
+    field: str
+    offset: int
+    bitmap_index: int | None
+    message: str
+    qemu_message: str | None
+
+    @property
+    def is_serious(self) -> bool:
+        """Whether the severity is refused, unusable or leak: more than a remark."""
+        return self.severity in (REFUSED, UNUSABLE, LEAK)
+
+    @property
+    def breaks_bitmap(self) -> bool:
+        """Whether the bitmap it concerns must not be read because of it."""
+        return self.severity in (REFUSED, UNUSABLE) and not KINDS[self.id].keeps_status
+
+
+def problem(
+    id: str,
+    offset: int,
+    reason: str,
+    bitmap_index: int | None = None,
+    severity: str | None = None,
+) -> Problem:
+    """A Problem of a known id; ``severity`` only where the case differs from the table's."""
+    kind = KINDS[id]
+    place = kind.structure if bitmap_index is None else f"{kind.structure} {bitmap_index}"
+    if bitmap_index is not None and kind.structure in (TABLE, DATA):
+        place = f"{kind.structure} of entry {bitmap_index}"
+    what = f"{place}: {kind.field}" if kind.field else place
+    return Problem(
+        id,
+        severity or kind.severity,
+        kind.structure,
+        kind.field,
+        offset,
+        bitmap_index,
+        f"{what} at {offset:#x} {reason}",
+        kind.qemu_message,
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "header.backing_file_offset.invalid": Kind(
+        HEADER, "backing_file_offset", REFUSED, "Invalid backing file offset"
+    ),
+    "header.backing_file_size.too-large": Kind(
+        HEADER, "backing_file_size", REFUSED, "Backing file name too long"
+    ),
+    "header.size.unaligned": Kind(HEADER, "size", NOTE),
+    "header.size.too-large": Kind(HEADER, "size", REFUSED, "Image is too big"),
+    "header.crypt_method.unknown": Kind(
+        HEADER, "crypt_method", REFUSED, "Unsupported encryption method"
+    ),
+    "header.l1_size.too-small": Kind(HEADER, "l1_size", REFUSED, "L1 table is too small"),
+    "header.l1_size.too-large": Kind(HEADER, "l1_size", REFUSED, "Active L1 table too large"),
+    "header.l1_table_offset.unaligned": Kind(
+        HEADER, "l1_table_offset", REFUSED, "Active L1 table offset invalid"
+    ),
+    "header.l1_table_offset.past-eof": Kind(HEADER, "l1_table_offset", UNUSABLE),
+    "header.refcount_table_offset.unaligned": Kind(
+        HEADER, "refcount_table_offset", REFUSED, "Reference count table offset invalid"
+    ),
+    "header.refcount_table_offset.past-eof": Kind(HEADER, "refcount_table_offset", UNUSABLE),
+    "header.refcount_table_clusters.zero": Kind(
+        HEADER,
+        "refcount_table_clusters",
+        REFUSED,
+        "Image does not contain a reference count table",
+    ),
+    "header.refcount_table_clusters.too-large": Kind(
+        HEADER, "refcount_table_clusters", REFUSED, "Reference count table too large"
+    ),
+    "header.nb_snapshots.too-large": Kind(
+        HEADER, "nb_snapshots", REFUSED, "Snapshot table too large"
+    ),
+    "header.snapshots_offset.unaligned": Kind(
+        HEADER, "snapshots_offset", REFUSED, "Snapshot table offset invalid"
+    ),
+    "header.snapshots_offset.past-eof": Kind(HEADER, "snapshots_offset", UNUSABLE),
+    "header.incompatible_features.unknown": Kind(
+        HEADER, "incompatible_features", REFUSED, "Unsupported qcow2 feature(s)"
+    ),
+    "header.incompatible_features.dirty": Kind(HEADER, "incompatible_features", NOTE),
+    "header.incompatible_features.corrupt": Kind(HEADER, "incompatible_features", NOTE),
+    "header.incompatible_features.extended-l2": Kind(
+        HEADER, "incompatible_features", REFUSED, "Unsupported subcluster size"
+    ),
+    "header.autoclear_features.unknown": Kind(HEADER, "autoclear_features", NOTE),
+    "header.autoclear_features.no-bitmaps": Kind(HEADER, "autoclear_features", UNUSABLE),
+    "header.autoclear_features.no-data-file": Kind(
+        HEADER, "autoclear_features", REFUSED, "data-file-raw requires a data file"
+    ),
+    "header.refcount_order.too-large": Kind(
+        HEADER, "refcount_order", REFUSED, "Reference count entry width too large"
+    ),
+    "header.header_length.too-small": Kind(
+        HEADER, "header_length", REFUSED, "qcow2 header too short"
+    ),
+    "header.header_length.too-large": Kind(
+        HEADER, "header_length", REFUSED, "qcow2 header exceeds cluster size"
+    ),
+    "header.header_length.unaligned": Kind(HEADER, "header_length", COSMETIC),
+    "header.compression_type.unknown": Kind(
+        HEADER, "compression_type", REFUSED, "unknown compression type"
+    ),
+    "header.compression_type.bit-missing": Kind(
+        HEADER,
+        "compression_type",
+        REFUSED,
+        "Compression type incompatible feature bit must be set",
+    ),
+    "header.compression_type.bit-unexpected": Kind(
+        HEADER,
+        "compression_type",
+        REFUSED,
+        "Compression type incompatible feature bit must not be set",
+    ),
+    "header.padding.nonzero": Kind(HEADER, "padding", COSMETIC),
+    "header-extension.length.too-large": Kind(
+        HEADER_EXTENSION, "length", REFUSED, "Header extension too large"
+    ),
+    "header-extension.end.missing": Kind(HEADER_EXTENSION, "end marker", NOTE),
+    "header-extension.padding.nonzero": Kind(HEADER_EXTENSION, "padding", COSMETIC),
+    "header-extension.backing-format.too-long": Kind(
+        HEADER_EXTENSION, "backing format", REFUSED, "ERROR: ext_backing_format: len="
+    ),
+    "header-extension.crypto.missing": Kind(
+        HEADER_EXTENSION, "crypto header", REFUSED, "Missing CRYPTO header for crypt method 2"
+    ),
+    "header-extension.bitmaps.duplicate": Kind(HEADER_EXTENSION, "bitmaps", COSMETIC),
+    "header-extension.bitmaps.length": Kind(
+        HEADER_EXTENSION, "bitmaps length", REFUSED, "bitmaps_ext: Invalid extension length"
+    ),
+    "bitmaps-extension.autoclear.off": Kind(
+        BITMAPS_EXTENSION,
+        "",
+        LEAK,
+        "a program lacking bitmap support modified this file, "
+        "so all bitmaps are now considered inconsistent",
+    ),
+    "bitmaps-extension.nb_bitmaps.zero": Kind(
+        BITMAPS_EXTENSION, "nb_bitmaps", REFUSED, "found bitmaps extension with zero bitmaps"
+    ),
+    "bitmaps-extension.nb_bitmaps.too-large": Kind(
+        BITMAPS_EXTENSION,
+        "nb_bitmaps",
+        REFUSED,
+        "bitmaps, exceeding the QEMU supported maximum of 65535",
+    ),
+    "bitmaps-extension.nb_bitmaps.less": Kind(
+        BITMAPS_EXTENSION,
+        "nb_bitmaps",
+        REFUSED,
+        "More bitmaps found than specified in header extension",
+    ),
+    "bitmaps-extension.nb_bitmaps.more": Kind(
+        BITMAPS_EXTENSION,
+        "nb_bitmaps",
+        REFUSED,
+        "Less bitmaps found than specified in header extension",
+    ),
+    "bitmaps-extension.reserved.nonzero": Kind(
+        BITMAPS_EXTENSION, "reserved", REFUSED, "bitmaps_ext: Reserved field is not zero"
+    ),
+    "bitmaps-extension.bitmap_directory_size.zero": Kind(
+        BITMAPS_EXTENSION,
+        "bitmap_directory_size",
+        REFUSED,
+        "Requested bitmap directory size is zero",
+    ),
+    "bitmaps-extension.bitmap_directory_size.too-large": Kind(
+        BITMAPS_EXTENSION,
+        "bitmap_directory_size",
+        REFUSED,
+        "exceeds the maximum supported size",
+    ),
+    "bitmaps-extension.bitmap_directory_offset.unaligned": Kind(
+        BITMAPS_EXTENSION,
+        "bitmap_directory_offset",
+        REFUSED,
+        "bitmaps_ext: invalid bitmap directory offset",
+    ),
+    "bitmap-directory.past-eof": Kind(DIRECTORY, "", REFUSED),
+    "bitmap-directory.overlap": Kind(DIRECTORY, "", UNUSABLE),
+    "bitmap-directory.rest": Kind(DIRECTORY, "", REFUSED, _BROKEN_DIRECTORY),
+    "bitmap-directory.zeroes": Kind(
+        DIRECTORY, "", REFUSED, "More bitmaps found than specified in header extension"
+    ),
+    "directory-entry.truncated": Kind(ENTRY, "", REFUSED, _BROKEN_DIRECTORY),
+    "directory-entry.bitmap_table_offset.zero": Kind(
+        ENTRY, "bitmap_table_offset", REFUSED, _CONSTRAINTS
+    ),
+    "directory-entry.bitmap_table_offset.unaligned": Kind(
+        ENTRY, "bitmap_table_offset", REFUSED, _CONSTRAINTS
+    ),
+    "directory-entry.bitmap_table_offset.past-eof": Kind(ENTRY, "bitmap_table_offset", UNUSABLE),
+    "directory-entry.bitmap_table_size.zero": Kind(
+        ENTRY, "bitmap_table_size", REFUSED, _CONSTRAINTS
+    ),
+    "directory-entry.bitmap_table_size.too-large": Kind(
+        ENTRY, "bitmap_table_size", REFUSED, _CONSTRAINTS
+    ),
+    "directory-entry.bitmap_table_size.less": Kind(
+        ENTRY, "bitmap_table_size", REFUSED, _CONSTRAINTS
+    ),
+    "directory-entry.bitmap_table_size.more": Kind(
+        ENTRY, "bitmap_table_size", REFUSED, "Could not read bitmap"
+    ),
+    "directory-entry.bitmap_table_size.outdated": Kind(ENTRY, "bitmap_table_size", NOTE),
+    "directory-entry.flags.reserved": Kind(ENTRY, "flags", REFUSED, _CONSTRAINTS),
+    "directory-entry.flags.extra-data-compatible": Kind(
+        ENTRY, "flags", REFUSED, _CONSTRAINTS, keeps_status=True
+    ),
+    "directory-entry.type.unknown": Kind(ENTRY, "type", REFUSED, _CONSTRAINTS),
+    "directory-entry.granularity_bits.too-large": Kind(
+        ENTRY, "granularity_bits", REFUSED, _CONSTRAINTS
+    ),
+    "directory-entry.granularity_bits.unsupported": Kind(
+        ENTRY, "granularity_bits", REFUSED, _CONSTRAINTS, keeps_status=True
+    ),
+    "directory-entry.extra_data.compatible": Kind(
+        ENTRY,
+        "extra_data_size",
+        REFUSED,
+        "Bitmap extra data is not supported",
+        keeps_status=True,
+    ),
+    "directory-entry.extra_data.incompatible": Kind(
+        ENTRY, "extra_data_size", REFUSED, "Bitmap extra data is not supported"
+    ),
+    "directory-entry.name_size.too-large": Kind(
+        ENTRY, "name_size", REFUSED, _CONSTRAINTS, keeps_status=True
+    ),
+    "directory-entry.name.empty": Kind(ENTRY, "name_size", COSMETIC),
+    "directory-entry.name.nul": Kind(ENTRY, "name", COSMETIC),
+    "directory-entry.name.duplicate": Kind(ENTRY, "name", REFUSED, "Bitmap already exists"),
+    "directory-entry.padding.nonzero": Kind(ENTRY, "padding", COSMETIC),
+    "bitmap-table.overlap": Kind(TABLE, "", UNUSABLE),
+    "bitmap-table.entry.reserved": Kind(TABLE, "entry", REFUSED, _BAD_TABLE),
+    "bitmap-table.entry.unaligned": Kind(TABLE, "entry", REFUSED, _BAD_TABLE),
+    "bitmap-table.entry.past-eof": Kind(TABLE, "entry", UNUSABLE),
+    "bitmap-table.entry.more": Kind(TABLE, "entry", NOTE),
+    "bitmap-data.overlap": Kind(DATA, "", UNUSABLE),
+}

@@ -1,0 +1,85 @@
+"""Images in files and on block devices."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import AbstractContextManager
+
+from qcow2bm.errors import StorageError
+from qcow2bm.storage.locks import reader_locks
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class FileStorage:
+    """A regular file or a block device, opened read-only."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens ``path``; raises `StorageError` if it is neither or cannot be opened."""
+        self.name = os.fspath(path)
+        self._descriptor = -1
+        try:
+            # Looked at before it is opened: opening a FIFO or a tape has effects of its own.
+            self._require_disk(os.stat(self.name).st_mode)
+            flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+            self._descriptor = os.open(self.name, flags | getattr(os, "O_BINARY", 0))
+            self._require_disk(os.fstat(self._descriptor).st_mode)
+        except OSError as error:
+            self.close()
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError.from_os(error, self.name, 0, 0) from error
+        except ValueError as error:  # a NUL byte in the path
+            raise StorageError(self.name, 0, 0, str(error)) from error
+
+    def _require_disk(self, mode: int) -> None:
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+            reason = f"is {kind}; an image is a regular file or a block device"
+            raise StorageError(self.name, 0, 0, reason)
+
+    def size(self) -> int:
+        """The present length in bytes, of a block device too."""
+        try:
+            return os.lseek(self._descriptor, 0, os.SEEK_END)
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, 0, 0) from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
+        done = 0
+        try:
+            while done < len(buffer):
+                # One read call returns at most 2 GiB on Linux, and may return less.
+                count = _pread_into(self._descriptor, buffer[done:], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, offset, len(buffer)) from error
+        return done
+
+    def read_lock(self) -> AbstractContextManager[None]:
+        """Holds QEMU's locks of a reader."""
+        return reader_locks(self._descriptor, self.name)
+
+    def close(self) -> None:
+        """Closes the file. May be called twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _pread_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)

@@ -1,0 +1,1 @@
+"""The bitmaps inside an image: their directory, their tables, their bits."""

@@ -1,0 +1,350 @@
+"""Loading the bitmap directory: every entry, and everything that is wrong with it.
+
+*Spec*: spec/bitmaps.md; the ids are in spec/problems.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.problems import header_problems
+from qcow2bm.errors import ChangedWhileReadingError
+from qcow2bm.format import features
+from qcow2bm.format.directory import (
+    FLAG_EXTRA_DATA_COMPATIBLE,
+    KNOWN_FLAGS,
+    TYPE_DIRTY_TRACKING,
+    Directory,
+    DirectoryEntry,
+    parse_directory,
+)
+from qcow2bm.format.extensions import (
+    BITMAPS,
+    BITMAPS_LENGTH,
+    HEAD_LENGTH,
+    BitmapsExtension,
+    parse_bitmaps_extension,
+)
+from qcow2bm.problems import NOTE, REFUSED, UNUSABLE, Problem, problem
+from qcow2bm.units import ceil_div, escape
+
+MAX_BITMAPS = 65535
+MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
+MAX_TABLE_SIZE = 0x8000000
+MAX_BITMAP_BYTES = 512 << 20  # table size times cluster size
+MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31  # of QEMU
+GRANULARITY_BITS_LIMIT = 64  # of the specification
+MAX_NAME_SIZE = 1023
+MAX_FILE_OFFSET = (1 << 63) - 1
+
+
+class BitmapDirectory(NamedTuple):
+    """The bitmap directory of an image.
+
+    ``extension`` is None where the image has none, or one of the wrong length. ``is_consistent``
+    is the autoclear bit: without it, everything the extension leads to is outdated.
+    ``distrust`` is the problem for which no entry can be believed, None in most images.
+    ``problems`` are those of extension, directory and entries. ``fingerprint`` tells the stored
+    directory from another one, within this process.
+    """
+
+    extension: BitmapsExtension | None
+    is_consistent: bool
+    entries: tuple[DirectoryEntry, ...]
+    problems: tuple[Problem, ...]
+    distrust: Problem | None
+    fingerprint: int
+
+
+def load_directory(file: ClusterFile) -> BitmapDirectory:
+    """The bitmap directory, sound or not.
+
+    Nothing larger than QEMU's limits or the file itself is read.
+
+    Raises:
+        StorageError: reading failed.
+    """
+    is_consistent = bool(file.header.autoclear_features & features.AUTOCLEAR_BITMAPS)
+    found = file.find(BITMAPS)
+    if not found or len(found.data) != BITMAPS_LENGTH:
+        return BitmapDirectory(None, is_consistent, (), (), None, hash(b""))
+    place = _payload_offset(file)
+    extension = parse_bitmaps_extension(found.data, place)
+    directory = Directory((), b"")
+    problems = list(_extension_problems(extension, place, file))
+    distrust = _uninterpretable(file) or next(iter(problems), None)
+    data = _read(file, extension)
+    directory = parse_directory(data, extension.bitmap_directory_offset, MAX_BITMAPS)
+    problems += _count_problems(extension, directory, place)
+    for entry in directory.entries:
+        problems += entry_problems(entry, file)
+    problems += _duplicates(directory.entries)
+    if is_consistent:
+        return BitmapDirectory(
+            extension, True, directory.entries, tuple(problems), distrust, hash(data)
+        )
+    stale = problem(
+        "bitmaps-extension.autoclear.off",
+        place - HEAD_LENGTH,
+        "is stale: a program without bitmap support modified the image, so all its bitmaps are "
+        "outdated and their clusters leaked",
+    )
+    # QEMU does not look at a stale directory; neither must its faults alarm anybody.
+    remarks = (p._replace(severity=NOTE, qemu_message=None) for p in problems)
+    return BitmapDirectory(
+        extension, False, directory.entries, (stale, *remarks), distrust, hash(data)
+    )
+
+
+def verify_directory(file: ClusterFile, directory: BitmapDirectory) -> None:
+    """Reads header area and directory again.
+
+    Raises:
+        ChangedWhileReadingError: they are no longer what they were.
+        StorageError: reading failed.
+    """
+    file.verify()
+    if directory.extension and hash(_read(file, directory.extension)) != directory.fingerprint:
+        raise ChangedWhileReadingError(file.storage.name, "bitmap directory")
+
+
+def _read(file: ClusterFile, extension: BitmapsExtension) -> bytes:
+    """The stored directory, as much of it as the limits and the file allow."""
+    start = extension.bitmap_directory_offset
+    if not 0 < start < file.file_size:
+        return b""
+    size = min(extension.bitmap_directory_size, MAX_DIRECTORY_SIZE, _room(file, start))
+    return file.read(start, size)
+
+
+def _uninterpretable(file: ClusterFile) -> Problem | None:
+    """The fault of the header, if any, for which nothing in the image can be believed."""
+    ids = ("header.incompatible_features.unknown", "header.size.too-large")
+    return next((p for p in header_problems(file) if p.id in ids), None)
+
+
+def _payload_offset(file: ClusterFile) -> int:
+    places = zip(file.area.extensions, file.area.offsets(file.extensions_offset), strict=True)
+    return [place for found, place in places if found.type == BITMAPS][-1] + HEAD_LENGTH
+
+
+def _room(file: ClusterFile, offset: int) -> int:
+    """How many bytes the file has from ``offset`` on, its last cluster counted as whole."""
+    return ceil_div(file.file_size, file.cluster_size) * file.cluster_size - offset
+
+
+def _extension_problems(
+    extension: BitmapsExtension, place: int, file: ClusterFile
+) -> Iterator[Problem]:
+    """The faults that leave the directory's place in doubt come first, then the others."""
+    start, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
+    at_size, at_start = place + 8, place + 16
+    if start % file.cluster_size:
+        yield problem(
+            "bitmaps-extension.bitmap_directory_offset.unaligned",
+            at_start,
+            f"is {start:#x}, not at the start of a cluster",
+        )
+    elif start == 0:
+        yield problem(
+            "bitmap-directory.overlap", at_start, "is the header's cluster", severity=UNUSABLE
+        )
+    if start >= file.file_size:
+        yield problem(
+            "bitmap-directory.past-eof",
+            at_start,
+            f"would be at {start:#x}, past the end of the file",
+        )
+    elif size > _room(file, start):
+        yield problem(
+            "bitmap-directory.past-eof",
+            at_size,
+            f"would be {size} bytes long, but the file ends {_room(file, start)} bytes after "
+            "its start",
+            severity=UNUSABLE,
+        )
+
+
+def _count_problems(
+    extension: BitmapsExtension, directory: Directory, place: int
+) -> Iterator[Problem]:
+    if extension.reserved:
+        yield problem(
+            "bitmaps-extension.reserved.nonzero",
+            place + 4,
+            f"is {extension.reserved:#x}, must be zero",
+        )
+    size = extension.bitmap_directory_size
+    if size == 0:
+        yield problem("bitmaps-extension.bitmap_directory_size.zero", place + 8, "is 0")
+    elif size > MAX_DIRECTORY_SIZE:
+        yield problem(
+            "bitmaps-extension.bitmap_directory_size.too-large",
+            place + 8,
+            f"is {size}, at most {MAX_DIRECTORY_SIZE}",
+        )
+    count, actual = extension.nb_bitmaps, len(directory.entries)
+    if count == 0:
+        yield problem("bitmaps-extension.nb_bitmaps.zero", place, "is 0")
+    elif count > MAX_BITMAPS:
+        yield problem(
+            "bitmaps-extension.nb_bitmaps.too-large", place, f"is {count}, at most {MAX_BITMAPS}"
+        )
+    if count < actual:
+        yield problem(
+            "bitmaps-extension.nb_bitmaps.less",
+            place,
+            f"is {count}, but the directory holds {actual}",
+        )
+    elif count > actual:
+        yield problem(
+            "bitmaps-extension.nb_bitmaps.more",
+            place,
+            f"is {count}, but the directory holds {actual}",
+        )
+    if directory.rest:
+        last = directory.entries[-1] if directory.entries else None
+        rest = last.offset + last.size if last else extension.bitmap_directory_offset
+        what = "bytes that make no entry" if any(directory.rest) else "zero bytes"
+        id = "bitmap-directory.rest" if any(directory.rest) else "bitmap-directory.zeroes"
+        yield problem(id, rest, f"ends with {len(directory.rest)} {what}")
+
+
+def required_table_size(entry: DirectoryEntry, virtual_size: int, cluster_size: int) -> int:
+    """How many table entries a bitmap of that granularity needs for the whole disk."""
+    return ceil_div(virtual_size, 8 * cluster_size * entry.granularity)
+
+
+class _Add(Protocol):
+    def __call__(
+        self, fault: str, field: str, reason: str, severity: str | None = None
+    ) -> None: ...
+
+
+def entry_problems(entry: DirectoryEntry, file: ClusterFile) -> list[Problem]:
+    """Everything that is wrong with one entry by itself."""
+    found: list[Problem] = []
+
+    def add(fault: str, field: str, reason: str, severity: str | None = None) -> None:
+        id = f"directory-entry.{fault}"
+        found.append(problem(id, entry.offset_of(field), reason, entry.index, severity))
+
+    if entry.bitmap_table_offset == 0:
+        add("bitmap_table_offset.zero", "bitmap_table_offset", "is 0")
+    elif entry.bitmap_table_offset % file.cluster_size:
+        add(
+            "bitmap_table_offset.unaligned",
+            "bitmap_table_offset",
+            f"is {entry.bitmap_table_offset:#x}, not at the start of a cluster",
+        )
+    _table_size_problems(entry, file, add)
+    if entry.flags & ~KNOWN_FLAGS:
+        add(
+            "flags.reserved",
+            "flags",
+            f"is {entry.flags:#x}: reserved bits {entry.flags & ~KNOWN_FLAGS:#x} are set",
+        )
+    if entry.type != TYPE_DIRTY_TRACKING:
+        add("type.unknown", "type", f"is {entry.type}, must be 1 (dirty tracking)")
+    if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
+        add("granularity_bits.too-large", "granularity_bits", f"is {entry.granularity_bits}")
+    elif not MIN_GRANULARITY_BITS <= entry.granularity_bits <= MAX_GRANULARITY_BITS:
+        add(
+            "granularity_bits.unsupported",
+            "granularity_bits",
+            f"is {entry.granularity_bits}; QEMU takes {MIN_GRANULARITY_BITS} to "
+            f"{MAX_GRANULARITY_BITS}",
+        )
+    _extra_data_problems(entry, add)
+    _name_problems(entry, add)
+    if entry.name_bytes is None or entry.offset_of("padding") > file.file_size:
+        add(
+            "truncated",
+            "name_size",
+            f"needs {entry.size} bytes (name_size {entry.name_size}, extra_data_size "
+            f"{entry.extra_data_size}), more than the directory has left",
+        )
+    if any(entry.padding):
+        add("padding.nonzero", "padding", "is not zero")
+    return found
+
+
+def _table_size_problems(entry: DirectoryEntry, file: ClusterFile, add: _Add) -> None:
+    size = entry.bitmap_table_size
+    field = "bitmap_table_size"
+    if size == 0:
+        add("bitmap_table_size.zero", field, "is 0")
+        return
+    if size > MAX_TABLE_SIZE or size * file.cluster_size > MAX_BITMAP_BYTES:
+        limit = min(MAX_TABLE_SIZE, MAX_BITMAP_BYTES // file.cluster_size)
+        add("bitmap_table_size.too-large", field, f"is {size}, at most {limit}")
+        return
+    start = entry.bitmap_table_offset
+    if start + 8 * size > file.file_size:
+        severity = REFUSED if start + 8 * size > MAX_FILE_OFFSET else None
+        add(
+            "bitmap_table_offset.past-eof",
+            "bitmap_table_offset",
+            f"is {start:#x}: {size} entries there reach past the end of the file",
+            severity,
+        )
+    if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
+        return
+    required = required_table_size(entry, file.virtual_size, file.cluster_size)
+    if size != required and entry.in_use:
+        add("bitmap_table_size.outdated", field, f"is {size}, but the disk now needs {required}")
+    elif size != required:
+        fault = "less" if size < required else "more"
+        add(f"bitmap_table_size.{fault}", field, f"is {size}, but the disk needs {required}")
+
+
+def _extra_data_problems(entry: DirectoryEntry, add: _Add) -> None:
+    compatible = entry.flags & FLAG_EXTRA_DATA_COMPATIBLE
+    if entry.extra_data_size and not compatible:
+        add(
+            "extra_data.incompatible",
+            "extra_data_size",
+            f"is {entry.extra_data_size}: extra data of unknown meaning, not marked as compatible",
+        )
+    elif entry.extra_data_size:
+        add(
+            "extra_data.compatible",
+            "extra_data_size",
+            f"is {entry.extra_data_size}: extra data, which the specification allows",
+        )
+    elif compatible:
+        add("flags.extra-data-compatible", "flags", "has the extra_data_compatible bit set")
+
+
+def _name_problems(entry: DirectoryEntry, add: _Add) -> None:
+    if entry.name_bytes is None:
+        return
+    if entry.name_size == 0:
+        add("name.empty", "name_size", "is 0: the name is empty")
+    elif entry.name_size > MAX_NAME_SIZE:
+        add("name_size.too-large", "name_size", f"is {entry.name_size}; QEMU takes {MAX_NAME_SIZE}")
+    if b"\0" in entry.name_bytes:
+        add("name.nul", "name", "contains a NUL byte, where QEMU takes the name to end")
+
+
+def qemu_name(entry: DirectoryEntry) -> bytes | None:
+    """The name as QEMU sees it: up to a NUL byte."""
+    return None if entry.name_bytes is None else entry.name_bytes.partition(b"\0")[0]
+
+
+def _duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:
+    names = Counter(map(qemu_name, entries))
+    del names[None]
+    if len(names) == sum(names.values()):
+        return
+    for entry in entries:
+        if names[qemu_name(entry)] > 1:
+            yield problem(
+                "directory-entry.name.duplicate",
+                entry.offset_of("name"),
+                f'"{escape(entry.name or "")}" is the name of several entries',
+                entry.index,
+            )

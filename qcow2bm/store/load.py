@@ -1,0 +1,286 @@
+"""Reading the bits of one bitmap: lazily, in chunks, and never across a change of the image.
+
+*Spec*: spec/bitmaps.md, "Bitmap data", and spec/locking.md, "Readers".
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from qcow2bm.bits import plain
+from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.errors import ChangedWhileReadingError
+from qcow2bm.format.directory import DirectoryEntry, build_entry
+from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
+from qcow2bm.store.tables import fingerprint, read_words, table_runs
+from qcow2bm.units import align_up, ceil_div
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_CountBits = Callable[[memoryview], int]
+_CountEdges = Callable[[memoryview, int], int]
+
+CHUNK_BYTES = 1 << 20
+"""How many bytes of bits are read at once."""
+
+_NUMPY_PAYS = 64 << 20  # bytes to count: below, counting takes less time than loading numpy
+_STEP_BYTES = 64 << 10  # counted at once: the fastest size for Python's integers
+_LONG_BYTES = 64 << 10  # from this length on, bytes of one value are not spelled out
+
+_ZEROES = bytes(64 << 10)
+_ONES = b"\xff" * len(_ZEROES)
+
+
+class Chunk(NamedTuple):
+    """The next ``length_bytes`` of a bitmap's bits, all of one value or given as ``data``.
+
+    ``data`` is valid until the next chunk is asked for, and followed by zeros up to a multiple
+    of 8 bytes.
+    """
+
+    kind: int
+    length_bytes: int
+    data: memoryview | None
+
+
+class _Piece(NamedTuple):
+    """Bytes ``start`` to ``end`` of the bits: of one value, or stored from ``offset`` on."""
+
+    kind: int
+    start: int
+    end: int
+    offset: int
+
+    def cut(self, start: int) -> _Piece:
+        """What is left of it from byte ``start`` on."""
+        return self._replace(start=start, offset=self.offset + start - self.start)
+
+
+class Totals(NamedTuple):
+    """What a bitmap amounts to: dirty guest bytes, clipped to the disk, and extents."""
+
+    dirty_bytes: int
+    extents: int
+
+
+class BitmapBits:
+    """The stored bits of one bitmap.
+
+    Every read is made under the reader's locks (unless sharing is forced), and header,
+    directory entry and the part of the table it went by are compared before and after.
+    Bits past the end of the disk are zero in all that is returned (INV-TAIL).
+
+    With ``dirty_where_unknown``, bits that cannot be read are set (INV-COARSE): where a table
+    entry is invalid or leads out of the file, and where the table ends too early. Without it
+    the caller vouches that the table is sound.
+    """
+
+    def __init__(
+        self,
+        file: ClusterFile,
+        entry: DirectoryEntry,
+        expected: int | None,
+        *,
+        dirty_where_unknown: bool = False,
+    ) -> None:
+        """``expected`` is the table's fingerprint when it was found sound, if it was."""
+        self._file = file
+        self._entry = entry
+        self._entry_bytes = build_entry(entry)
+        self._expected = expected
+        self._dirty_where_unknown = dirty_where_unknown
+        self.bits = ceil_div(file.virtual_size, entry.granularity)
+        self.length_bytes = ceil_div(self.bits, 8)
+
+    def packed(self) -> NDArray[np.uint8]:
+        """All bits, uint8[ceil(bits / 8)], least significant bit first."""
+        import numpy as np
+
+        out = np.zeros(self.length_bytes, np.uint8)
+        with self._file.lock():
+            words = self._read_table()
+            self._fill((p for p in self._pieces(words) if p.kind != ALL_ZEROES), memoryview(out))
+            self._require_unchanged(words, 0, len(words))
+        if self.bits % 8:
+            out[-1] &= (1 << self.bits % 8) - 1
+        return out
+
+    def extents(self) -> Iterator[NDArray[np.int64]]:
+        """The dirty extents, chunk by chunk: int64[n, 2] of (start, length) in guest bytes."""
+        import numpy as np
+
+        from qcow2bm.bits.extents import WINDOW_BYTES, ExtentFinder
+
+        finder = ExtentFinder(self._entry.granularity, self._file.virtual_size)
+        for chunk in self.chunks():
+            if chunk.data is None:
+                found = finder.constant(chunk.kind == ALL_ONES, chunk.length_bytes)
+                if len(found):
+                    yield found
+                continue
+            data = np.frombuffer(chunk.data, np.uint8)
+            for start in range(0, len(data), WINDOW_BYTES):
+                found = finder.bits(data[start : start + WINDOW_BYTES])
+                if len(found):
+                    yield found
+        found = finder.finish()
+        if len(found):
+            yield found
+
+    def totals(self, *, with_extents: bool = True) -> Totals:
+        """How much is dirty and in how many extents (0 unless ``with_extents``)."""
+        count_bits, count_edges = self._counters()
+        bits = edges = carry = last_byte = 0
+        for chunk in self.chunks():
+            if chunk.data is None:
+                is_one = int(chunk.kind == ALL_ONES)
+                bits += 8 * chunk.length_bytes * is_one
+                edges += is_one ^ carry
+                carry, last_byte = is_one, 255 * is_one
+                continue
+            for start in range(0, chunk.length_bytes, _STEP_BYTES):
+                part = chunk.data[start : min(start + _STEP_BYTES, chunk.length_bytes)]
+                bits += count_bits(part)
+                last_byte = part[-1]
+                if with_extents:
+                    edges += count_edges(part, carry)
+                    carry = last_byte >> 7
+        dirty = bits * self._entry.granularity
+        if self.bits and last_byte >> (self.bits - 1) % 8 & 1:
+            dirty -= self.bits * self._entry.granularity - self._file.virtual_size
+        return Totals(dirty, (edges + 1) // 2)
+
+    def _counters(self) -> tuple[_CountBits, _CountEdges]:
+        if self.length_bytes < _NUMPY_PAYS and "numpy" not in sys.modules:
+            return plain.count_bits, plain.count_edges
+        from qcow2bm.bits import counting
+
+        return counting.count_bits, counting.count_edges
+
+    def sha256(self) -> str:
+        """SHA-256 of the bits as 64-bit little-endian words, at least one word, in hex."""
+        from hashlib import sha256
+
+        digest = sha256()
+        for chunk in self.chunks():
+            if chunk.data is not None:
+                digest.update(chunk.data[: chunk.length_bytes])
+                continue
+            constant = bytes([255 * (chunk.kind == ALL_ONES)]) * min(
+                chunk.length_bytes, CHUNK_BYTES
+            )
+            for start in range(0, chunk.length_bytes, CHUNK_BYTES):
+                digest.update(constant[: chunk.length_bytes - start])
+        words = max(1, ceil_div(self.bits, 64))
+        digest.update(bytes(8 * words - self.length_bytes))
+        return digest.hexdigest()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The bits from first to last; what is of one value over a long way comes as one chunk."""
+        with self._file.lock():
+            words = self._read_table()
+            self._require_unchanged(words, 0, 0)
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, align_up(self.length_bytes, 8))))
+        batch: list[_Piece] = []
+        used = 0
+        for piece in self._pieces(words):
+            if piece.kind != ALLOCATED and piece.end - piece.start >= _LONG_BYTES:
+                if used:
+                    yield self._read_batch(batch, words, buffer)
+                    batch, used = [], 0
+                # The last byte is cut out of it: it may need its tail cleared (INV-TAIL).
+                constant = (piece.end - 1) // 8 * 8 - piece.start
+                yield Chunk(piece.kind, constant, None)
+                piece = piece.cut(piece.start + constant)
+            while piece.start < piece.end:
+                stop = min(piece.end, piece.start + CHUNK_BYTES - used)
+                batch.append(piece._replace(end=stop))
+                used += stop - piece.start
+                piece = piece.cut(stop)
+                if used == CHUNK_BYTES:
+                    yield self._read_batch(batch, words, buffer)
+                    batch, used = [], 0
+        if used:
+            yield self._read_batch(batch, words, buffer)
+
+    def _read_batch(self, batch: list[_Piece], words: array[int], buffer: memoryview) -> Chunk:
+        start, end = batch[0].start, batch[-1].end
+        if any(piece.kind == ALLOCATED for piece in batch):
+            cluster_size = self._file.cluster_size
+            entries = words, start // cluster_size, ceil_div(end, cluster_size)
+            with self._file.lock():
+                self._require_unchanged(*entries)
+                self._fill(batch, buffer)
+                self._require_unchanged(*entries)
+        else:
+            self._fill(batch, buffer)
+        length = end - start
+        if end == self.length_bytes:
+            buffer[length : align_up(length, 8)] = bytes(-length % 8)
+            if self.bits % 8:
+                buffer[length - 1] &= (1 << self.bits % 8) - 1
+        return Chunk(ALLOCATED, length, buffer[: align_up(length, 8)])
+
+    def _fill(self, pieces: Iterable[_Piece], buffer: memoryview) -> None:
+        """Puts consecutive pieces into ``buffer``, which begins where the first one does."""
+        origin = -1
+        for piece in pieces:
+            if origin < 0:
+                origin = piece.start if len(buffer) < self.length_bytes else 0
+            part = buffer[piece.start - origin : piece.end - origin]
+            if piece.kind == ALLOCATED:
+                self._file.read_into(piece.offset, part)
+                continue
+            constant = _ONES if piece.kind == ALL_ONES else _ZEROES
+            for start in range(0, len(part), len(constant)):
+                rest = part[start : start + len(constant)]
+                rest[:] = constant[: len(rest)]
+
+    def _pieces(self, words: array[int]) -> Iterator[_Piece]:
+        """The runs of the table as byte ranges of the bitmap's bits, from 0 to length_bytes."""
+        cluster_size, limit = self._file.cluster_size, self.length_bytes
+        end = 0
+        for run in table_runs(words, cluster_size):
+            start = run.first * cluster_size
+            if start >= limit:
+                break
+            end = min(start + run.count * cluster_size, limit)
+            piece = _Piece(run.kind, start, end, run.offset)
+            if not self._dirty_where_unknown:
+                yield piece
+            elif run.kind == INVALID:
+                yield piece._replace(kind=ALL_ONES)
+            elif run.kind == ALLOCATED:
+                known = max(0, min(end - start, self._file.file_size - run.offset))
+                known = known // cluster_size * cluster_size if known < end - start else known
+                if known:
+                    yield piece._replace(end=start + known)
+                if start + known < end:
+                    yield _Piece(ALL_ONES, start + known, end, 0)
+            else:
+                yield piece
+        if end < limit:
+            yield _Piece(ALL_ONES, end, limit, 0)
+
+    def _read_table(self) -> array[int]:
+        words = read_words(self._file, self._entry)
+        if self._expected is not None and fingerprint(words) != self._expected:
+            raise ChangedWhileReadingError(self._file.storage.name, "bitmap table")
+        return words
+
+    def _require_unchanged(self, words: array[int], first: int, stop: int) -> None:
+        """Compares header, directory entry, and the table's entries from first to stop."""
+        file, entry = self._file, self._entry
+        file.verify()
+        if file.read(entry.offset, len(self._entry_bytes)) != self._entry_bytes:
+            raise ChangedWhileReadingError(file.storage.name, "bitmap directory entry")
+        offset = entry.bitmap_table_offset + ENTRY_LENGTH * first
+        expected = build_bitmap_table(words[first:stop])
+        if file.read(offset, len(expected)) != expected:
+            raise ChangedWhileReadingError(file.storage.name, "bitmap table")

@@ -1,0 +1,45 @@
+"""Sizes, alignment and the printing of untrusted text: what every layer may use."""
+
+from __future__ import annotations
+
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-dividend // divisor)
+
+
+def align_up(value: int, alignment: int) -> int:
+    """The smallest multiple of ``alignment`` that is not below ``value``."""
+    return -(-value // alignment) * alignment
+
+
+def format_size(size_bytes: int) -> str:
+    """A size as people say it: ``64 KiB``, ``1.5 MiB``, ``512 bytes``."""
+    exponent = max(0, min((size_bytes.bit_length() - 1) // 10, len(_UNITS) - 1))
+    scaled = size_bytes / (1 << (10 * exponent))
+    text = f"{scaled:.1f}".removesuffix(".0") if scaled < 1000 else f"{scaled:.0f}"
+    return f"{text} {'byte' if size_bytes == 1 else _UNITS[exponent]}"
+
+
+def escape(text: str) -> str:
+    r"""Text from an image or a file name, safe to print: ``\n``, ``\x1b``, ``\xff``, ``\"``.
+
+    Control characters, characters a terminal would not show, the quote and the backslash are
+    escaped; bytes that are not UTF-8 (held as surrogates) come out as ``\xNN``.
+    """
+    if text.isprintable() and '"' not in text and "\\" not in text:
+        return text
+    return "".join(_escape_character(character) for character in text)
+
+
+def _escape_character(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a raw byte, by the surrogateescape convention (PEP 383)
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
