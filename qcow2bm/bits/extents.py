@@ -37,11 +37,14 @@ def edges(words: NDArray[np.uint64], carry: int) -> NDArray[np.int64]:
         return _set_bits(before.view(np.uint8))
     found = _set_bits(octets[marked])
     byte = marked[found >> 3]
-    return (words_marked[byte >> 3] << 6) + ((byte & 7) << 3) + (found & 7)
+    positions: NDArray[np.int64] = words_marked[byte >> 3] << 6
+    return positions + ((byte & 7) << 3) + (found & 7)
 
 
 def _set_bits(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
-    return np.flatnonzero(np.unpackbits(octets, bitorder="little").view(np.bool_))
+    is_set = np.unpackbits(octets, bitorder="little").view(np.bool_)
+    found: NDArray[np.int64] = np.flatnonzero(is_set)
+    return found
 
 
 class ExtentFinder:
@@ -55,7 +58,8 @@ class ExtentFinder:
 
     def __init__(self, granularity: int, virtual_size: int) -> None:
         """``granularity`` and ``virtual_size`` are in guest bytes."""
-        self._granularity = granularity
+        # One bit for a disk up to 2^62 bytes: what a larger one covers is clipped anyway.
+        self._granularity = min(granularity, 1 << 62)
         self._virtual_size = virtual_size
         self._position = 0  # bits fed so far
         self._open: int | None = None  # the bit at which an extent began that has not ended

@@ -13,7 +13,7 @@ from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
 def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> NDArray[np.int64]:
     """The entries of a bitmap table, uint64[n], as runs in order: int64[m, 4].
 
-    The columns are those of `qcow2bm.bits.runs.Run`: kind, first, count, offset.
+    The columns are those of `qcow2bm.bits.runs.Run`: kind, first, entries, offset.
 
     *Twin*: `qcow2bm.bits.plain.table_runs`.
     """

@@ -220,9 +220,8 @@ def _extensions(file: ClusterFile) -> Iterator[Problem]:
         yield problem("header-extension.length.too-large", area.fault.offset, area.fault.reason)
     elif len(area.end) < extensions.HEAD_LENGTH and header.header_length <= file.cluster_size:
         yield problem("header-extension.end.missing", end, "is missing")
-    bitmaps = [
-        p for e, p in zip(area.extensions, places, strict=True) if e.type == extensions.BITMAPS
-    ]
+    pairs = zip(area.extensions, places, strict=True)
+    bitmaps = [place for extension, place in pairs if extension.type == extensions.BITMAPS]
     if len(bitmaps) > 1:
         yield problem(
             "header-extension.bitmaps.duplicate",

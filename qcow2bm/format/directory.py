@@ -57,13 +57,13 @@ FIELD_OFFSETS = _offsets()
 class DirectoryEntry(NamedTuple):
     """One bitmap directory entry, fields under their names in the specification.
 
-    ``index`` counts from 0 in the directory and ``offset`` is the entry's host offset; neither
+    ``number`` counts from 0 in the directory and ``offset`` is the entry's host offset; neither
     is stored in the entry. ``name_size`` and ``extra_data_size`` are the stored sizes; where
     they point beyond the directory, the entry is cut off: ``name_bytes`` is then None, and
     ``extra_data`` and ``padding`` are empty.
     """
 
-    index: int
+    number: int
     offset: int
     bitmap_table_offset: int
     bitmap_table_size: int
@@ -75,6 +75,11 @@ class DirectoryEntry(NamedTuple):
     extra_data: bytes
     name_bytes: bytes | None
     padding: bytes
+
+    @property
+    def index(self) -> int:  # type: ignore[override]  # nobody searches an entry as a tuple
+        """The number of the entry in the directory, from 0."""
+        return self.number
 
     @property
     def name(self) -> str | None:
@@ -139,11 +144,10 @@ def parse_directory(data: bytes, offset: int, max_entries: int) -> Directory:
         stop = extra + align_up(extra_data_size + name_size, 8)
         place = len(entries), offset + position
         if stop > end:
-            entries.append(DirectoryEntry(*place, *head, b"", None, b""))
+            entries.append(DirectoryEntry._make((*place, *head, b"", None, b"")))
             return Directory(tuple(entries), b"")
-        entries.append(
-            DirectoryEntry(*place, *head, data[extra:name], data[name:padding], data[padding:stop])
-        )
+        tail = data[extra:name], data[name:padding], data[padding:stop]
+        entries.append(DirectoryEntry._make((*place, *head, *tail)))
         position = stop
     return Directory(tuple(entries), data[position:])
 

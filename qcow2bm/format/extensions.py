@@ -110,7 +110,7 @@ def parse_extensions(data: bytes, start: int = 0) -> HeaderExtensions:
     ``start`` is the host offset of ``data``. What follows the end marker is not looked at.
     A fault does not raise: what was read before it is kept.
     """
-    extensions = []
+    extensions: list[HeaderExtension] = []
     position = 0
     while len(data) - position >= HEAD_LENGTH:
         head = parse(_HEAD, data[position : position + HEAD_LENGTH], "header extension", position)

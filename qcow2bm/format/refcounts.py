@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from array import array
 from functools import cache
+from typing import Any
 
 from construct import Array, BitsInteger, BitStruct, Bitwise, Int8ub, Int16ub, Int32ub, Int64ub
 
@@ -23,7 +24,7 @@ TABLE_RESERVED_MASK = bit_masks(TABLE_ENTRY)["reserved"]
 _WHOLE_BYTES = {3: (Int8ub, "B"), 4: (Int16ub, "H"), 5: (Int32ub, "I"), 6: (Int64ub, "Q")}
 
 
-def byte_schema(refcount_order: int) -> Bitwise:
+def byte_schema(refcount_order: int) -> Any:  # noqa: ANN401
     """The refcounts below 8 bits that share one byte, the highest bits first."""
     width = 1 << refcount_order
     return Bitwise(Array(8 // width, BitsInteger(width)))

@@ -65,9 +65,8 @@ def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[S
     for number in range(nb_snapshots):
         structure = f"snapshot table entry {number}"
         # An entry is under 200 KiB: no more is handed over, so that reading stays linear.
-        fields = parse(
-            SNAPSHOT, data[position : position + (1 << 18)], structure, offset + position
-        )
+        part = data[position : position + (1 << 18)]
+        fields = parse(SNAPSHOT, part, structure, offset + position)
         if fields.extra_data_size > MAX_EXTRA_DATA_SIZE:
             raise FormatError(
                 structure, "extra_data_size", offset + position + 36, "is more than 1024"

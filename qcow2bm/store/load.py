@@ -105,7 +105,7 @@ class BitmapBits:
         out = np.zeros(self.length_bytes, np.uint8)
         with self._file.lock():
             words = self._read_table()
-            self._fill((p for p in self._pieces(words) if p.kind != ALL_ZEROES), memoryview(out))
+            self._fill((p for p in self._pieces(words) if p.kind != ALL_ZEROES), out.data)
             self._require_unchanged(words, 0, len(words))
         if self.bits % 8:
             out[-1] &= (1 << self.bits % 8) - 1
@@ -172,10 +172,8 @@ class BitmapBits:
             if chunk.data is not None:
                 digest.update(chunk.data[: chunk.length_bytes])
                 continue
-            constant = bytes([255 * (chunk.kind == ALL_ONES)]) * min(
-                chunk.length_bytes, CHUNK_BYTES
-            )
-            for start in range(0, chunk.length_bytes, CHUNK_BYTES):
+            constant = _ONES if chunk.kind == ALL_ONES else _ZEROES
+            for start in range(0, chunk.length_bytes, len(constant)):
                 digest.update(constant[: chunk.length_bytes - start])
         words = max(1, ceil_div(self.bits, 64))
         digest.update(bytes(8 * words - self.length_bytes))
@@ -250,7 +248,7 @@ class BitmapBits:
             start = run.first * cluster_size
             if start >= limit:
                 break
-            end = min(start + run.count * cluster_size, limit)
+            end = min(start + run.entries * cluster_size, limit)
             piece = _Piece(run.kind, start, end, run.offset)
             if not self._dirty_where_unknown:
                 yield piece
