@@ -37,8 +37,8 @@ def edges(words: NDArray[np.uint64], carry: int) -> NDArray[np.int64]:
         return _set_bits(before.view(np.uint8))
     found = _set_bits(octets[marked])
     byte = marked[found >> 3]
-    positions: NDArray[np.int64] = words_marked[byte >> 3] << 6
-    return positions + ((byte & 7) << 3) + (found & 7)
+    positions: NDArray[np.int64] = (words_marked[byte >> 3] << 6) + ((byte & 7) << 3) + (found & 7)
+    return positions
 
 
 def _set_bits(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
