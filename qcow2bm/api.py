@@ -391,6 +391,11 @@ class Bitmap:
         """What `stale_bits` amount to; raises as it does."""
         return self._stale().totals()
 
+    @property
+    def has_stale_bits(self) -> bool:
+        """Whether `stale_bits` has a table to read."""
+        return has_readable_table(self.entry, self._image._file)
+
     def _table(self) -> Table | None:
         return self._image._tables().tables[self.index]
 
@@ -420,6 +425,6 @@ class Bitmap:
 
     def _stale(self) -> BitmapBits:
         file = self._image._file
-        if not has_readable_table(self.entry, file):
+        if not self.has_stale_bits:
             raise BitmapBrokenError(self.name, "is broken: its table cannot be read")
         return BitmapBits(file, self.entry, None, dirty_where_unknown=True)

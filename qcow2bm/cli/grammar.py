@@ -1,0 +1,99 @@
+"""The grammar all commands share, and each command's own arguments.
+
+*Spec*: spec/cli.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qcow2bm import __version__
+
+USAGE = 64
+
+_EPILOG = """\
+NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
+a name that begins with @ is written with @@. Before names that begin with -, write --.
+
+exit status: 0 fine; 1 could not do it; 2 done, but problems were found (of severity refused,
+unusable or leak); 64 wrong usage
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse exits with 2 on wrong usage, which here means that problems were found."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of one command; ends the process on wrong usage, --help and --version."""
+    return _parser().parse_args(argv)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="qcow2bm",
+        description="Persistent dirty bitmaps of qcow2 disk images, sound or broken.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qcow2bm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    dump = _reading(commands, "dump", "show everything about the bitmaps of an image")
+    dump.add_argument(
+        "--extents",
+        action="store_true",
+        help="list the dirty extents of every valid bitmap; implies --sha256",
+    )
+    dump.add_argument(
+        "--sha256",
+        action="store_true",
+        help="the digest QEMU's x-debug-block-dirty-bitmap-sha256 gives",
+    )
+    dump.add_argument(
+        "--no-count", dest="count", action="store_false", help="do not read any bits to count them"
+    )
+    dump.add_argument(
+        "--stale",
+        action="store_true",
+        help="count the bits of inconsistent and stale bitmaps too; they miss writes",
+    )
+    dump.add_argument("--bitmap", metavar="NAME", help="only this bitmap")
+
+    map_ = _reading(commands, "map", "list the dirty and clean ranges of a bitmap, as nbdinfo does")
+    map_.add_argument("name", metavar="NAME", help="the bitmap")
+    map_.add_argument("--totals", action="store_true", help="only the sums")
+    map_.add_argument("--dirty", action="store_true", help="only what is dirty")
+    return parser
+
+
+def _reading(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str
+) -> argparse.ArgumentParser:
+    """A command that reads an image."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")
+    parser.add_argument("--output", choices=("human", "json"), default="human")
+    parser.add_argument(
+        "-U",
+        "--force-share",
+        action="store_true",
+        help="read it even while a VM is running on it",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no warnings on standard error")
+    return parser

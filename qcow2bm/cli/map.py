@@ -1,0 +1,97 @@
+"""The command ``map``: the dirty and clean ranges of one bitmap, in the shape nbdinfo uses.
+
+*Spec*: spec/json.md, "map".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from qcow2bm.api import Bitmap
+from qcow2bm.cli import addressing, report
+
+DESCRIPTIONS = ("clean", "dirty")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the map; returns the exit status."""
+    with report.open_image(arguments) as image:
+        bitmap = addressing.find(image, arguments.name)
+        problems = image.problems
+        if arguments.totals:
+            _print_totals(bitmap, image.virtual_size, arguments)
+        elif arguments.output == "json":
+            _print_json(bitmap, image.virtual_size, dirty_only=arguments.dirty)
+        else:
+            _print_lines(bitmap, image.virtual_size, dirty_only=arguments.dirty)
+    if not arguments.quiet:
+        report.warn(image.name, problems)
+    return report.status(problems)
+
+
+def _print_totals(bitmap: Bitmap, virtual_size: int, arguments: argparse.Namespace) -> None:
+    dirty = bitmap.count()
+    lines = []
+    for kind, size in enumerate((virtual_size - dirty, dirty)):
+        percent = 100 * size / virtual_size if virtual_size else 0.0
+        description = DESCRIPTIONS[kind]
+        if arguments.dirty and not kind:
+            continue
+        if arguments.output == "json":
+            row = {"size": size, "percent": percent, "type": kind, "description": description}
+            lines.append(json.dumps(row))
+        else:
+            lines.append(f"{size:10d} {percent:5.1f}% {kind:3d} {description}")
+    if arguments.output == "json":
+        print("[\n" + ",\n".join(lines) + "\n]")
+    else:
+        print("\n".join(lines))
+
+
+def _print_lines(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None:
+    line = "%10d  %10d  %3d  %s\n"
+    end = 0
+    for extents in bitmap.extents():
+        parts = []
+        for start, length in extents.tolist():
+            if start > end and not dirty_only:
+                parts.append(line % (end, start - end, 0, "clean"))
+            parts.append(line % (start, length, 1, "dirty"))
+            end = start + length
+        sys.stdout.write("".join(parts))
+    if end < virtual_size and not dirty_only:
+        sys.stdout.write(line % (end, virtual_size - end, 0, "clean"))
+
+
+def _print_json(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None:
+    from qcow2bm.cli.rows import RowPrinter
+
+    ends = [b', "type": 0, "description": "clean"}', b', "type": 1, "description": "dirty"}']
+    if dirty_only:
+        ends.pop(0)
+    printer = RowPrinter(b',\n{ "offset": ', b', "length": ', tuple(ends), virtual_size)
+    rows = _dirty(bitmap) if dirty_only else _alternating(bitmap, virtual_size)
+    report.write_rows(b"[", printer, rows, b"\n]\n")
+
+
+def _dirty(bitmap: Bitmap) -> report.Rows:
+    return ((extents[:, 0], extents[:, 1], 0) for extents in bitmap.extents())
+
+
+def _alternating(bitmap: Bitmap, virtual_size: int) -> report.Rows:
+    """Clean and dirty ranges in turn over the whole disk; the number is 0 if it begins clean."""
+    import numpy as np
+
+    end = 0
+    for extents in bitmap.extents():
+        bounds = np.empty(2 * len(extents) + 1, np.int64)
+        bounds[0] = end
+        bounds[1::2] = extents[:, 0]
+        bounds[2::2] = extents[:, 0] + extents[:, 1]
+        end = int(bounds[-1])
+        dirty_first = int(bounds[0] == bounds[1])
+        yield bounds[dirty_first:-1], np.diff(bounds[dirty_first:]), dirty_first
+    if end < virtual_size:
+        yield np.array([end]), np.array([virtual_size - end]), 0
