@@ -3,8 +3,6 @@
 *Spec*: spec/problems.md says what each id means to a user; a test compares it with `KINDS`.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 REFUSED = "refused"  # QEMU will not open the image

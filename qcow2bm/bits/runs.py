@@ -1,7 +1,5 @@
 """The vocabulary of bitmap table classification: kinds of cluster, and runs of them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 ALL_ZEROES = 0

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _end_on_closed_pipe()
     except KeyboardInterrupt:
-        return _end_by_signal(signal.SIGINT)
+        return _end_by_signal("SIGINT")
     except Qcow2BmError as error:
         return _fail(arguments.image, str(error))
     except MemoryError:
@@ -54,10 +53,13 @@ def _fail(subject: str, message: str) -> int:
 def _end_on_closed_pipe() -> int:
     """The reader went away: ends as programs do that do not handle the signal."""
     _drop_output()
-    return _end_by_signal(getattr(signal, "SIGPIPE", None))
+    return _end_by_signal("SIGPIPE")
 
 
-def _end_by_signal(number: signal.Signals | None) -> int:
+def _end_by_signal(name: str) -> int:
+    import signal  # it is only needed here, and takes time to load
+
+    number = getattr(signal, name, None)
     if number is not None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

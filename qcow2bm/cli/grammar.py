@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -31,6 +32,21 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(USAGE)
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal.
+
+    argparse makes a formatter for each argument it is told of, and its own way to find the
+    terminal's width loads five modules.
+    """
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+        except (OSError, ValueError):
+            columns = 80
+        super().__init__(prog, width=columns - 2)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of one command; ends the process on wrong usage, --help and --version."""
     return _parser().parse_args(argv)
@@ -41,7 +57,7 @@ def _parser() -> _Parser:
         prog="qcow2bm",
         description="Persistent dirty bitmaps of qcow2 disk images, sound or broken.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"qcow2bm {__version__}")
@@ -84,7 +100,7 @@ def _reading(
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")

@@ -73,6 +73,9 @@ class RowPrinter:
         for columns, numbers in zip(self._columns, (firsts, seconds), strict=True):
             high = numbers
             for word in reversed(range(self._words)):
+                if word != self._words - 1 and not high.any():
+                    columns[word][phase:stop] = self._spaced[0]
+                    continue
                 rest, high = high, high // _BASE
                 group = rest - high * _BASE
                 group += _BASE * (high > 0)

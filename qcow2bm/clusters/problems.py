@@ -9,9 +9,12 @@ from collections.abc import Iterator
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format import extensions, features
-from qcow2bm.format.header import FIELD_OFFSETS, V3_LENGTH
-from qcow2bm.format.refcounts import MAX_ORDER
-from qcow2bm.format.snapshots import HEAD_LENGTH, MAX_SNAPSHOTS
+from qcow2bm.format.header import (
+    FIELD_OFFSETS,
+    MAX_REFCOUNT_ORDER,
+    MAX_SNAPSHOTS,
+    V3_LENGTH,
+)
 from qcow2bm.problems import Problem, problem
 from qcow2bm.units import ceil_div
 
@@ -20,6 +23,7 @@ MAX_BACKING_FORMAT_LENGTH = 15
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MIN_EXTENDED_L2_CLUSTER_SIZE = 16 << 10
+MIN_SNAPSHOT_BYTES = 40
 MAX_SIZE = 1 << 62  # keeps every product of bits and granularity within int64
 MAX_L1_ENTRIES = (1 << 31) - 1  # for the disk alone; more is a disk too big for QEMU
 
@@ -55,7 +59,7 @@ def _fixed(file: ClusterFile) -> Iterator[Problem]:
         )
     if header.crypt_method > CRYPT_LUKS:
         yield _at("header.crypt_method.unknown", f"is {header.crypt_method}, must be 0 to 2")
-    if header.refcount_order > MAX_ORDER:
+    if header.refcount_order > MAX_REFCOUNT_ORDER:
         yield _at("header.refcount_order.too-large", f"is {header.refcount_order}, at most 6")
     if header.version == 3:
         if header.header_length < V3_LENGTH:
@@ -114,7 +118,7 @@ def _tables(file: ClusterFile) -> Iterator[Problem]:
             "header.nb_snapshots.too-large", f"is {header.nb_snapshots}, at most {MAX_SNAPSHOTS}"
         )
     elif header.nb_snapshots and not file.contains(
-        header.snapshots_offset, HEAD_LENGTH * header.nb_snapshots
+        header.snapshots_offset, MIN_SNAPSHOT_BYTES * header.nb_snapshots
     ):
         yield _at(
             "header.snapshots_offset.past-eof",

@@ -3,8 +3,6 @@
 *Spec*: spec/bitmaps.md, "Bitmap directory".
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this

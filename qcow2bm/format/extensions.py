@@ -3,8 +3,6 @@
 *Spec*: spec/header.md, "Header extensions", and spec/bitmaps.md, "Bitmaps extension".
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from construct import Bytes, Int32ub, Int64ub, Rebuild, Struct, len_, this

@@ -3,8 +3,6 @@
 *Spec*: spec/header.md, "Feature bits".
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from construct import Bytes, GreedyBytes, GreedyRange, Int8ub, Struct

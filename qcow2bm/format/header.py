@@ -3,8 +3,6 @@
 *Spec*: spec/header.md.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from construct import Bytes, Const, If, Int8ub, Int32ub, Int64ub, Struct, this
@@ -15,6 +13,8 @@ from qcow2bm.format.schema import build, parse
 MAGIC = b"QFI\xfb"
 V2_LENGTH = 72
 V3_LENGTH = 104  # without compression_type
+MAX_REFCOUNT_ORDER = 6
+MAX_SNAPSHOTS = 65536
 
 _V2 = Struct(
     "magic" / Const(MAGIC),

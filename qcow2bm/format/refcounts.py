@@ -12,9 +12,9 @@ from typing import Any
 
 from construct import Array, BitsInteger, BitStruct, Bitwise, Int8ub, Int16ub, Int32ub, Int64ub
 
+from qcow2bm.format.header import MAX_REFCOUNT_ORDER
 from qcow2bm.format.schema import bit_masks, parse
 
-MAX_ORDER = 6
 ENTRY_LENGTH = 8  # of the refcount table
 
 TABLE_ENTRY = BitStruct("offset" / BitsInteger(55), "reserved" / BitsInteger(9))
@@ -61,8 +61,8 @@ def parse_refcount_block(data: bytes, refcount_order: int) -> array[int]:
     Raises:
         ValueError: ``len(data)`` is not a whole number of refcounts, or the order is not 0..6.
     """
-    if not 0 <= refcount_order <= MAX_ORDER:
-        raise ValueError(f"refcount_order is {refcount_order}, must be 0..{MAX_ORDER}")
+    if not 0 <= refcount_order <= MAX_REFCOUNT_ORDER:
+        raise ValueError(f"refcount_order is {refcount_order}, must be 0..{MAX_REFCOUNT_ORDER}")
     if refcount_order < 3:
         return array("B", b"".join(map(_refcounts_of_bytes(refcount_order).__getitem__, data)))
     return _swapped(array(_WHOLE_BYTES[refcount_order][1], data))

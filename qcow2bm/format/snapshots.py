@@ -3,8 +3,6 @@
 *Spec*: spec/refcounts.md, "Snapshot table".
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from construct import Bytes, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
@@ -12,7 +10,6 @@ from construct import Bytes, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, t
 from qcow2bm.errors import FormatError
 from qcow2bm.format.schema import build, parse
 
-MAX_SNAPSHOTS = 65536
 MAX_EXTRA_DATA_SIZE = 1024
 HEAD_LENGTH = 40
 

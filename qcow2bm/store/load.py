@@ -31,6 +31,7 @@ CHUNK_BYTES = 1 << 20
 
 _NUMPY_PAYS = 64 << 20  # bytes to count: below, counting takes less time than loading numpy
 _STEP_BYTES = 64 << 10  # counted at once: the fastest size for Python's integers
+_MANY_EXTENTS = 4096  # collected before they are handed out, where there are so many
 _LONG_BYTES = 64 << 10  # from this length on, bytes of one value are not spelled out
 
 _ZEROES = bytes(64 << 10)
@@ -115,23 +116,33 @@ class BitmapBits:
         """The dirty extents, chunk by chunk: int64[n, 2] of (start, length) in guest bytes."""
         import numpy as np
 
+        # Working on an array costs something for each array: sparse bitmaps come in fewer.
+        waiting: list[NDArray[np.int64]] = []
+        count = 0
+        for found in self._found_extents():
+            if len(found):
+                waiting.append(found)
+                count += len(found)
+            if count >= _MANY_EXTENTS:
+                yield np.concatenate(waiting) if len(waiting) > 1 else found
+                waiting, count = [], 0
+        if waiting:
+            yield np.concatenate(waiting)
+
+    def _found_extents(self) -> Iterator[NDArray[np.int64]]:
+        import numpy as np
+
         from qcow2bm.bits.extents import WINDOW_BYTES, ExtentFinder
 
         finder = ExtentFinder(self._entry.granularity, self._file.virtual_size)
         for chunk in self.chunks():
             if chunk.data is None:
-                found = finder.constant(chunk.kind == ALL_ONES, chunk.length_bytes)
-                if len(found):
-                    yield found
+                yield finder.constant(chunk.kind == ALL_ONES, chunk.length_bytes)
                 continue
             data = np.frombuffer(chunk.data, np.uint8)
             for start in range(0, len(data), WINDOW_BYTES):
-                found = finder.bits(data[start : start + WINDOW_BYTES])
-                if len(found):
-                    yield found
-        found = finder.finish()
-        if len(found):
-            yield found
+                yield finder.bits(data[start : start + WINDOW_BYTES])
+        yield finder.finish()
 
     def totals(self, *, with_extents: bool = True) -> Totals:
         """How much is dirty and in how many extents (0 unless ``with_extents``)."""
