@@ -93,7 +93,7 @@ class BitmapInconsistentError(BitmapError):
 
     default_reason = (
         "is in use or was left so by a crash (inconsistent): writes may be missing from it; "
-        "take a full backup, or see its bits with stale_bits()"
+        "take a full backup (its bits as stored: dump --stale, stale_bits())"
     )
 
 
@@ -102,7 +102,7 @@ class BitmapStaleError(BitmapError):
 
     default_reason = (
         "is stale: a program without bitmap support modified the image; "
-        "take a full backup, or see its bits with stale_bits()"
+        "take a full backup (its bits as stored: dump --stale, stale_bits())"
     )
 
 

@@ -74,13 +74,20 @@ def problem(
     reason: str,
     bitmap_index: int | None = None,
     severity: str | None = None,
+    element: int | None = None,
 ) -> Problem:
-    """A Problem of a known id; ``severity`` only where the case differs from the table's."""
+    """A Problem of a known id.
+
+    ``severity`` is given only where the case differs from the table's; ``element`` is the
+    number of the field where the structure is an array.
+    """
     kind = KINDS[id]
-    place = kind.structure if bitmap_index is None else f"{kind.structure} {bitmap_index}"
-    if bitmap_index is not None and kind.structure in (TABLE, DATA):
-        place = f"{kind.structure} of entry {bitmap_index}"
+    place = kind.structure
+    if bitmap_index is not None:
+        place += f" of entry {bitmap_index}" if place in (TABLE, DATA) else f" {bitmap_index}"
     what = f"{place}: {kind.field}" if kind.field else place
+    if element is not None:
+        what += f" {element}"
     return Problem(
         id,
         severity or kind.severity,

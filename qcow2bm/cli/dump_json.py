@@ -13,22 +13,11 @@ from typing import Any
 from qcow2bm.api import VALID, Bitmap, Image
 from qcow2bm.cli import report
 from qcow2bm.cli.dump import Options, totals
-from qcow2bm.format.directory import (
-    FLAG_AUTO,
-    FLAG_EXTRA_DATA_COMPATIBLE,
-    FLAG_IN_USE,
-    TYPE_DIRTY_TRACKING,
-)
+from qcow2bm.format.directory import FLAG_NAMES, TYPE_DIRTY_TRACKING
 from qcow2bm.format.features import KINDS
 from qcow2bm.problems import Problem
 
 SCHEMA = 1
-
-_FLAGS = {
-    FLAG_IN_USE: "in-use",
-    FLAG_AUTO: "auto",
-    FLAG_EXTRA_DATA_COMPATIBLE: "extra-data-compatible",
-}
 
 
 def print_dump(
@@ -114,7 +103,7 @@ def _bitmap(bitmap: Bitmap, options: Options) -> dict[str, Any]:
         facts["name-hex"] = entry.name_bytes.hex()
     facts |= {
         "granularity": bitmap.granularity if entry.granularity_bits < 64 else None,
-        "flags": [name for bit, name in _FLAGS.items() if entry.flags & bit],
+        "flags": [name for bit, name in FLAG_NAMES.items() if entry.flags & bit],
         "type": "dirty-tracking" if entry.type == TYPE_DIRTY_TRACKING else entry.type,
         "status": status,
         "bitmap-table-offset": entry.bitmap_table_offset,

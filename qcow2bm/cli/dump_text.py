@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from qcow2bm.api import BROKEN, INCONSISTENT, STALE, VALID, Bitmap, Image
 from qcow2bm.cli.dump import Options, totals
-from qcow2bm.format.directory import TYPE_DIRTY_TRACKING
+from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
 from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import KINDS
-from qcow2bm.problems import Problem
+from qcow2bm.problems import LEAK, REFUSED, UNUSABLE, Problem
 from qcow2bm.units import escape, format_size
 
 _MEANING = {
@@ -18,6 +18,12 @@ _MEANING = {
     INCONSISTENT: "inconsistent (in use, or left so by a crash: writes may be missing from it)",
     STALE: "stale (a program without bitmap support modified the image)",
     BROKEN: "broken (see the problems below)",
+}
+
+_CONSEQUENCES = {
+    REFUSED: "QEMU will not open the image; bitmaps that are valid above can be read from it here",
+    UNUSABLE: "what is named there cannot be trusted, even where QEMU does not notice",
+    LEAK: "clusters of the file are taken by nobody; qemu-img check -r leaks frees them",
 }
 
 
@@ -34,7 +40,7 @@ def print_dump(
         if options.extents and bitmap.status == VALID:
             _print_extents(bitmap)
     print()
-    _print_problems(problems)
+    _print_problems(image, problems)
 
 
 def _print_facts(facts: Iterator[tuple[str, str]], indent: str) -> None:
@@ -44,8 +50,7 @@ def _print_facts(facts: Iterator[tuple[str, str]], indent: str) -> None:
 
 def _size(size_bytes: int) -> str:
     spelled = format_size(size_bytes)
-    exact = f"{size_bytes} bytes"
-    return spelled if spelled == exact else f"{spelled} ({exact})"
+    return spelled if size_bytes < 1024 else f"{spelled} ({size_bytes} bytes)"
 
 
 def _count(number: int, thing: str, things: str | None = None) -> str:
@@ -90,8 +95,8 @@ def _bitmap_facts(image: Image, bitmap: Bitmap, options: Options) -> Iterator[tu
     yield "status", _MEANING[status]
     if entry.granularity_bits < 64:
         yield "granularity", _size(bitmap.granularity)
-    flags = [name for name, is_set in (("in-use", entry.in_use), ("auto", entry.auto)) if is_set]
-    unknown = entry.flags & ~0b11
+    flags = [name for bit, name in FLAG_NAMES.items() if entry.flags & bit]
+    unknown = entry.flags & ~KNOWN_FLAGS
     if unknown:
         flags.append(f"{unknown:#x}")
     yield "flags", ", ".join(flags) or "none (disabled)"
@@ -131,12 +136,18 @@ def _print_extents(bitmap: Bitmap) -> None:
         )
 
 
-def _print_problems(problems: Sequence[Problem]) -> None:
+def _print_problems(image: Image, problems: Sequence[Problem]) -> None:
     if not problems:
         print("no problems found")
         return
     print(f"{_count(len(problems), 'problem')}:")
     for found in problems:
-        print(f"  {found.severity + ':':<10}{found.message}")
+        name = ""
+        if found.bitmap_index is not None:
+            name = f'"{escape(image.directory[found.bitmap_index].name or "?")}": '
+        print(f"  {found.severity + ':':<10}{name}{found.message}")
         if found.qemu_message:
             print(f'            QEMU says: "{found.qemu_message}"')
+    for severity, consequence in _CONSEQUENCES.items():
+        if any(found.severity == severity for found in problems):
+            print(f"{severity}: {consequence}")

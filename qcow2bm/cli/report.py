@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from qcow2bm.api import Image, open
@@ -46,11 +47,13 @@ def write_rows(opening: bytes, printer: RowPrinter, rows: Rows, closing: bytes) 
     """Writes rows that each begin with a comma between two pieces of JSON."""
     from qcow2bm.cli.rows import BLOCK_ROWS
 
+    # Nothing is written before the first rows are there: most failures come before them.
+    beginning = list(islice(rows, 1))
     sys.stdout.flush()
     out = sys.stdout.buffer
     out.write(opening)
     comma = 1  # which the first row must not have
-    for firsts, seconds, phase in rows:
+    for firsts, seconds, phase in chain(beginning, rows):
         for start in range(0, len(firsts), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             out.write(printer.print(firsts[part], seconds[part], phase)[comma:])

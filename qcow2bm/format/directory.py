@@ -14,6 +14,11 @@ FLAG_IN_USE = 1 << 0
 FLAG_AUTO = 1 << 1
 FLAG_EXTRA_DATA_COMPATIBLE = 1 << 2
 KNOWN_FLAGS = 0b111
+FLAG_NAMES = {
+    FLAG_IN_USE: "in-use",
+    FLAG_AUTO: "auto",
+    FLAG_EXTRA_DATA_COMPATIBLE: "extra-data-compatible",
+}
 
 TYPE_DIRTY_TRACKING = 1
 

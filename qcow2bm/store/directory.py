@@ -73,11 +73,11 @@ def load_directory(file: ClusterFile) -> BitmapDirectory:
         return BitmapDirectory(None, is_consistent, (), (), None, hash(b""))
     place = _payload_offset(file)
     extension = parse_bitmaps_extension(found.data, place)
-    directory = Directory((), b"")
-    problems = list(_extension_problems(extension, place, file))
+    problems = list(_place_problems(extension, place, file))
     distrust = _uninterpretable(file) or next(iter(problems), None)
     data = _read(file, extension)
     directory = parse_directory(data, extension.bitmap_directory_offset, MAX_BITMAPS)
+    problems += _end_problems(extension, directory, place, file)
     problems += _count_problems(extension, directory, place)
     for entry in directory.entries:
         problems += entry_problems(entry, file)
@@ -112,12 +112,16 @@ def verify_directory(file: ClusterFile, directory: BitmapDirectory) -> None:
 
 
 def _read(file: ClusterFile, extension: BitmapsExtension) -> bytes:
-    """The stored directory, as much of it as the limits and the file allow."""
+    """The stored directory, as much of it as the limits and the file allow.
+
+    The file may end before the padding of the last entry does.
+    """
     start = extension.bitmap_directory_offset
     if not 0 < start < file.file_size:
         return b""
-    size = min(extension.bitmap_directory_size, MAX_DIRECTORY_SIZE, _room(file, start))
-    return file.read(start, size)
+    wanted = min(extension.bitmap_directory_size, MAX_DIRECTORY_SIZE)
+    size = min(wanted, file.file_size - start)
+    return file.read(start, size) + bytes(min(wanted - size, -size % 8))
 
 
 def _uninterpretable(file: ClusterFile) -> Problem | None:
@@ -131,39 +135,41 @@ def _payload_offset(file: ClusterFile) -> int:
     return [place for found, place in places if found.type == BITMAPS][-1] + HEAD_LENGTH
 
 
-def _room(file: ClusterFile, offset: int) -> int:
-    """How many bytes the file has from ``offset`` on, its last cluster counted as whole."""
-    return ceil_div(file.file_size, file.cluster_size) * file.cluster_size - offset
-
-
-def _extension_problems(
+def _place_problems(
     extension: BitmapsExtension, place: int, file: ClusterFile
 ) -> Iterator[Problem]:
-    """The faults that leave the directory's place in doubt come first, then the others."""
-    start, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
-    at_size, at_start = place + 8, place + 16
+    """Faults that leave in doubt where the directory is: then no entry can be believed."""
+    start, offset = extension.bitmap_directory_offset, place + 16
     if start % file.cluster_size:
         yield problem(
             "bitmaps-extension.bitmap_directory_offset.unaligned",
-            at_start,
+            offset,
             f"is {start:#x}, not at the start of a cluster",
         )
     elif start == 0:
-        yield problem(
-            "bitmap-directory.overlap", at_start, "is the header's cluster", severity=UNUSABLE
-        )
+        yield problem("bitmap-directory.overlap", offset, "is the header's cluster")
     if start >= file.file_size:
         yield problem(
             "bitmap-directory.past-eof",
-            at_start,
+            offset,
             f"would be at {start:#x}, past the end of the file",
         )
-    elif size > _room(file, start):
+
+
+def _end_problems(
+    extension: BitmapsExtension, directory: Directory, place: int, file: ClusterFile
+) -> Iterator[Problem]:
+    """A directory that begins in the file but does not end there."""
+    start, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
+    missing = start + size - file.file_size
+    if start < file.file_size and missing > 0:
+        last = directory.entries[-1] if directory.entries else None
+        if last and last.offset_of("padding") <= file.file_size and missing < 8:
+            return  # only padding is missing, which is zero anyway
         yield problem(
             "bitmap-directory.past-eof",
-            at_size,
-            f"would be {size} bytes long, but the file ends {_room(file, start)} bytes after "
-            "its start",
+            place + 8,
+            f"would be {size} bytes long, but the file ends {missing} bytes earlier",
             severity=UNUSABLE,
         )
 
@@ -260,13 +266,15 @@ def entry_problems(entry: DirectoryEntry, file: ClusterFile) -> list[Problem]:
         )
     _extra_data_problems(entry, add)
     _name_problems(entry, add)
-    if entry.name_bytes is None or entry.offset_of("padding") > file.file_size:
+    if entry.name_bytes is None:
         add(
             "truncated",
             "name_size",
             f"needs {entry.size} bytes (name_size {entry.name_size}, extra_data_size "
             f"{entry.extra_data_size}), more than the directory has left",
         )
+    elif entry.offset_of("padding") > file.file_size:
+        add("truncated", "name", "is cut off by the end of the file", UNUSABLE)
     if any(entry.padding):
         add("padding.nonzero", "padding", "is not zero")
     return found

@@ -20,7 +20,6 @@ from qcow2bm.store.directory import (
     GRANULARITY_BITS_LIMIT,
     MAX_BITMAP_BYTES,
     BitmapDirectory,
-    required_table_size,
 )
 from qcow2bm.units import align_up, ceil_div
 
@@ -207,30 +206,31 @@ def _entry_faults(
     if not invalid and max(words) & MASKS.offset <= limit:
         return []
     found: list[Problem] = []
-    required = required_table_size(entry, file.virtual_size, file.cluster_size)
-    severity = UNUSABLE if entry.in_use else None  # QEMU does not look at the table then
     for index, word in enumerate(words):
         place = entry.bitmap_table_offset + ENTRY_LENGTH * index
         offset = word & MASKS.offset
+        severity = UNUSABLE if entry.in_use else None  # QEMU does not look at the table then
         if word & MASKS.reserved or (offset and word & MASKS.all_ones):
-            reason = f"{index} is {word:#x}, with reserved bits set"
-            id = "bitmap-table.entry.reserved"
+            fault, reason = "reserved", "with reserved bits set"
         elif offset % file.cluster_size:
-            reason = f"{index} is {word:#x}, not at the start of a cluster"
-            id = "bitmap-table.entry.unaligned"
-        elif offset > limit:
-            # Of the last cluster only the bytes that hold bits must be there.
-            used = min(file.cluster_size, max(0, coverage - index * file.cluster_size))
-            if offset + (used if index < required else file.cluster_size) <= file.file_size:
-                continue
-            reason = f"{index} is {word:#x}: the cluster reaches past the end of the file"
-            id = "bitmap-table.entry.past-eof"
+            fault, reason = "unaligned", "not at the start of a cluster"
+        elif offset > limit and offset + _used(index, coverage, file) > file.file_size:
+            fault, reason = "past-eof", "a cluster that reaches past the end of the file"
+            severity = None
         else:
             continue
-        severity_here = None if id.endswith("past-eof") else severity
         if len(found) == MAX_FAULTS_LISTED:
-            reason = "s from here on have more faults, which are not listed"
-            found.append(problem("bitmap-table.entry.more", place, reason, entry.index))
+            reason = "is not the last one at fault; no more of this table are listed"
+            found.append(
+                problem("bitmap-table.entry.more", place, reason, entry.index, None, index)
+            )
             break
-        found.append(problem(id, place, reason, entry.index, severity_here))
+        id, reason = f"bitmap-table.entry.{fault}", f"is {word:#x}, {reason}"
+        found.append(problem(id, place, reason, entry.index, severity, index))
     return found
+
+
+def _used(index: int, coverage: int, file: ClusterFile) -> int:
+    """How many bytes of a cluster must be there: of the last one only those that hold bits."""
+    used = coverage - index * file.cluster_size
+    return used if 0 < used < file.cluster_size else file.cluster_size

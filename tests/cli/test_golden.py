@@ -1,0 +1,90 @@
+"""What the commands print, to the letter: tests/cli/golden has one file for each case.
+
+``pytest --golden-update`` writes the files anew; read the difference before you keep it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.console import run
+
+from . import images
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Case(NamedTuple):
+    name: str
+    image: str
+    arguments: str  # IMAGE stands for the image's name
+    status: int = 0
+
+
+CASES = [
+    Case("dump", "sound", "dump IMAGE"),
+    Case("dump-json", "sound", "dump --output=json IMAGE"),
+    Case("dump-extents", "sound", "dump --extents IMAGE"),
+    Case("dump-extents-json", "sound", "dump --extents --output=json IMAGE"),
+    Case("dump-sha256", "sound", "dump --sha256 --no-count IMAGE"),
+    Case("dump-one", "sound", "dump --bitmap weekly IMAGE"),
+    Case("dump-empty", "empty", "dump IMAGE"),
+    Case("dump-empty-json", "empty", "dump --output=json IMAGE"),
+    Case("dump-crashed", "crashed", "dump IMAGE"),
+    Case("dump-crashed-stale", "crashed", "dump --stale IMAGE"),
+    Case("dump-crashed-json", "crashed", "dump --stale --extents --output=json IMAGE"),
+    Case("dump-stale", "stale", "dump IMAGE", 2),
+    Case("dump-stale-stale", "stale", "dump --stale IMAGE", 2),
+    Case("dump-broken", "broken", "dump IMAGE", 2),
+    Case("dump-broken-json", "broken", "dump --output=json IMAGE", 2),
+    Case("dump-broken-one", "broken", "dump --bitmap sound IMAGE"),
+    Case("dump-broken-index", "broken", "dump --bitmap @2 IMAGE", 2),
+    Case("dump-names", "names", "dump IMAGE"),
+    Case("dump-names-json", "names", "dump --output=json --no-count IMAGE"),
+    Case("dump-data-file", "data_file", "dump IMAGE"),
+    Case("dump-cut-off", "cut_off", "dump IMAGE", 2),
+    Case("map", "sound", "map IMAGE daily"),
+    Case("map-json", "sound", "map --output=json IMAGE daily"),
+    Case("map-totals", "sound", "map --totals IMAGE daily"),
+    Case("map-totals-json", "sound", "map --totals --output=json IMAGE daily"),
+    Case("map-totals-dirty", "sound", "map --totals --dirty IMAGE daily"),
+    Case("map-dirty", "sound", "map --dirty IMAGE daily"),
+    Case("map-dirty-json", "sound", "map --dirty --output=json IMAGE daily"),
+    Case("map-clean", "sound", "map IMAGE weekly"),
+    Case("map-clean-dirty-json", "sound", "map --dirty --output=json IMAGE weekly"),
+    Case("map-all-dirty", "sound", "map IMAGE größe"),
+    Case("map-dash", "names", "map IMAGE -- -rf"),
+    Case("map-at", "names", "map IMAGE @@1"),
+    Case("map-index", "names", "map IMAGE @0"),
+    Case("map-no-such-index", "names", "map IMAGE @6", 1),
+    Case("map-no-such-name", "names", "map IMAGE daily", 1),
+    Case("map-in-use", "crashed", "map --output=json IMAGE daily", 1),
+    Case("map-stale", "stale", "map --output=json IMAGE daily", 1),
+    Case("map-bit-flip", "broken", "map IMAGE @1", 1),
+    Case("map-twice", "broken", "map IMAGE twice", 1),
+    Case("map-sound-among-broken", "broken", "map IMAGE sound", 2),
+    Case("map-quiet", "broken", "map -q IMAGE sound", 2),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_output(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (tmp_path / "vm.qcow2").write_bytes(getattr(images, case.image)().data)
+    result = run(case.arguments.replace("IMAGE", "vm.qcow2").split(), tmp_path)
+    shown = f"$ qcow2bm {case.arguments.replace('IMAGE', 'vm.qcow2')}\n{result.out}"
+    if result.err:
+        shown += f"--- standard error\n{result.err}"
+    shown += f"--- exit status {result.status}\n"
+    path = GOLDEN / f"{case.name}.txt"
+    if request.config.getoption("--golden-update"):
+        path.write_text(shown, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == shown
+    assert result.status == case.status
+    assert len(result.err.splitlines()) == 1 if case.status == 1 else True
+    assert not result.out if case.status == 1 else True
+
+
+def test_every_file_has_its_case() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == {case.name for case in CASES}

@@ -1,0 +1,63 @@
+"""Running the command line as a program of its own, or inside the test."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+from qcow2bm.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def run(arguments: Sequence[str], folder: Path) -> Result:
+    """One command in this process, with ``folder`` as working directory."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    err = io.StringIO()
+    with _working_in(folder), redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    out.flush()
+    written = out.buffer
+    assert isinstance(written, io.BytesIO)
+    return Result(status, written.getvalue().decode("utf-8"), err.getvalue())
+
+
+def environment() -> dict[str, str]:
+    """The environment for a process of its own that is to run this checkout."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+
+
+def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    """One command as a process of its own, with pipes for its output."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qcow2bm", *arguments],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
