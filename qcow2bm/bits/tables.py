@@ -7,7 +7,10 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
+from qcow2bm.bits.runs import ALLOCATED, INVALID
+
+_MAX = (1 << 64) - 1
+_BLOCK = 16384  # entries worked on at once, so that what lies between two steps stays in cache
 
 
 def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> NDArray[np.int64]:
@@ -18,19 +21,31 @@ def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> NDArra
     *Twin*: `qcow2bm.bits.plain.table_runs`.
     """
     table = np.frombuffer(words, np.uint64) if words else np.zeros(0, np.uint64)
-    aligned = np.uint64(offset_mask & ~(cluster_size - 1))
-    kinds = np.full(len(table), ALLOCATED, np.uint8)
-    kinds[table & ~aligned != 0] = INVALID
-    kinds[table == 0] = ALL_ZEROES
-    kinds[table == 1] = ALL_ONES
+    stray = np.uint64(~(offset_mask & -cluster_size) & _MAX)
+    step = np.uint64(cluster_size)
+    kinds = np.empty(len(table), np.uint8)
     starts = np.empty(len(table), np.bool_)
+    for place in range(0, len(table), _BLOCK):
+        here = slice(place, place + _BLOCK)
+        np.minimum(table[here], ALLOCATED, out=kinds[here], casting="unsafe")
+        invalid = (table[here] & stray) != 0
+        invalid &= kinds[here] == ALLOCATED
+        kinds[here][invalid] = INVALID
     starts[:1] = True
-    follows = (kinds[1:] != ALLOCATED) | (table[1:] - table[:-1] == cluster_size)
-    starts[1:] = (kinds[1:] != kinds[:-1]) | ~follows
+    np.not_equal(kinds[1:], kinds[:-1], out=starts[1:])
+    for place in range(1, len(table), _BLOCK):
+        here = slice(place, place + _BLOCK)
+        before = slice(place - 1, place - 1 + len(table[here]))
+        gap = table[here] - table[before] != step
+        gap &= kinds[here] == ALLOCATED
+        starts[here] |= gap
     first = np.flatnonzero(starts)
     runs = np.empty((len(first), 4), np.int64)
     runs[:, 0] = kinds[first]
     runs[:, 1] = first
-    runs[:, 2] = np.diff(first, append=len(table))
-    runs[:, 3] = np.where(runs[:, 0] == ALLOCATED, table[first], 0)
+    runs[:-1, 2] = first[1:]
+    runs[-1:, 2] = len(table)
+    runs[:, 2] -= first
+    runs[:, 3] = table[first]
+    runs[runs[:, 0] != ALLOCATED, 3] = 0
     return runs

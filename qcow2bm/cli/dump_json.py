@@ -23,15 +23,24 @@ SCHEMA = 1
 def print_dump(
     image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[Problem], options: Options
 ) -> None:
-    """Writes the document to standard output."""
+    """Writes the document to standard output.
+
+    All but the extents is read before anything is written, so that a failure leaves no part
+    of a document behind; extents are written as they are read.
+    """
+    shown = [_bitmap(bitmap, options) for bitmap in bitmaps]
     out = sys.stdout
     for key, value in _facts(image).items():
         out.write("{" if key == "schema" else ",\n ")
         out.write(f"{json.dumps(key)}: {json.dumps(value)}")
     out.write(',\n "bitmaps": [')
-    for number, bitmap in enumerate(bitmaps):
+    for number, (bitmap, facts) in enumerate(zip(bitmaps, shown, strict=True)):
         out.write(",\n  " if number else "\n  ")
-        _print_bitmap(image, bitmap, options)
+        out.write(facts)
+        if options.extents:
+            out.write(',\n   "extents": ')
+            _print_extents(image, bitmap)
+            out.write("}")
     out.write('],\n "problems": [')
     for number, found in enumerate(problems):
         out.write(",\n  " if number else "\n  ")
@@ -79,22 +88,19 @@ def _facts(image: Image) -> dict[str, Any]:
     }
 
 
-def _print_bitmap(image: Image, bitmap: Bitmap, options: Options) -> None:
-    facts = _bitmap(bitmap, options)
-    if not options.extents or facts["status"] != VALID:
-        if options.extents:
-            facts["extents"] = None
-        sys.stdout.write(json.dumps(facts))
+def _print_extents(image: Image, bitmap: Bitmap) -> None:
+    if bitmap.status != VALID:
+        sys.stdout.write("null")
         return
     from qcow2bm.cli.rows import RowPrinter
 
-    sys.stdout.write(json.dumps(facts)[:-1])
     printer = RowPrinter(b',\n   {"start": ', b', "length": ', (b"}",), image.virtual_size)
     rows = ((extents[:, 0], extents[:, 1], 0) for extents in bitmap.extents())
-    report.write_rows(b',\n   "extents": [', printer, rows, b"]}")
+    report.write_rows(b"[", printer, rows, b"]")
 
 
-def _bitmap(bitmap: Bitmap, options: Options) -> dict[str, Any]:
+def _bitmap(bitmap: Bitmap, options: Options) -> str:
+    """One bitmap as a JSON object, without its closing brace if extents are to follow."""
     entry, status = bitmap.entry, bitmap.status
     counted = totals(bitmap, status, options)
     clusters = bitmap.clusters
@@ -118,7 +124,7 @@ def _bitmap(bitmap: Bitmap, options: Options) -> dict[str, Any]:
     }
     if options.sha256:
         facts["sha256"] = bitmap.sha256() if status == VALID else None
-    return facts
+    return json.dumps(facts).removesuffix("}" if options.extents else "")
 
 
 def _problem(image: Image, found: Problem) -> dict[str, Any]:

@@ -61,10 +61,16 @@ class ClusterFile:
 
     def _extension_area(self, cluster: bytes) -> tuple[int, bytes]:
         start = self.header.header_length
-        if self.header.version == 3 and not V3_LENGTH <= start <= self.cluster_size:
-            return start, b""  # where the extensions begin is unknown
+        if not self.has_extension_area:
+            return start, b""
         end = self.header.backing_file_offset
         return start, cluster[start : end if 0 < end <= self.cluster_size else None]
+
+    @property
+    def has_extension_area(self) -> bool:
+        """Whether the header says where the header extensions begin."""
+        header = self.header
+        return header.version == 2 or V3_LENGTH <= header.header_length <= self.cluster_size
 
     def _used_length(self) -> int:
         end = self.extensions_offset + sum(e.size for e in self.area.extensions) + 8

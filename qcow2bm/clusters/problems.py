@@ -179,7 +179,7 @@ def _features(file: ClusterFile) -> Iterator[Problem]:
             "says that the data file is raw, but there is none",
         )
     if header.autoclear_features & features.AUTOCLEAR_BITMAPS and not (
-        file.find(extensions.BITMAPS) or file.area.fault
+        file.find(extensions.BITMAPS) or file.area.fault or not file.has_extension_area
     ):
         yield _at(
             "header.autoclear_features.no-bitmaps",
@@ -222,7 +222,7 @@ def _extensions(file: ClusterFile) -> Iterator[Problem]:
     end = file.extensions_offset + sum(extension.size for extension in area.extensions)
     if area.fault:
         yield problem("header-extension.length.too-large", area.fault.offset, area.fault.reason)
-    elif len(area.end) < extensions.HEAD_LENGTH and header.header_length <= file.cluster_size:
+    elif len(area.end) < extensions.HEAD_LENGTH and file.has_extension_area:
         yield problem("header-extension.end.missing", end, "is missing")
     pairs = zip(area.extensions, places, strict=True)
     bitmaps = [place for extension, place in pairs if extension.type == extensions.BITMAPS]

@@ -38,7 +38,7 @@ MAX_BITMAP_BYTES = 512 << 20  # table size times cluster size
 MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31  # of QEMU
 GRANULARITY_BITS_LIMIT = 64  # of the specification
 MAX_NAME_SIZE = 1023
-MAX_FILE_OFFSET = (1 << 63) - 1
+MAX_FILE_LENGTH = 0x7FFFFFFFC0000000  # QEMU's, whole GiB
 
 
 class BitmapDirectory(NamedTuple):
@@ -292,12 +292,12 @@ def _table_size_problems(entry: DirectoryEntry, file: ClusterFile, add: _Add) ->
         return
     start = entry.bitmap_table_offset
     if start + 8 * size > file.file_size:
-        severity = REFUSED if start + 8 * size > MAX_FILE_OFFSET else None
+        beyond_qemu = start + 8 * size > MAX_FILE_LENGTH and not entry.in_use
         add(
             "bitmap_table_offset.past-eof",
             "bitmap_table_offset",
             f"is {start:#x}: {size} entries there reach past the end of the file",
-            severity,
+            REFUSED if beyond_qemu else None,
         )
     if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
         return
@@ -348,11 +348,21 @@ def _duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:
     del names[None]
     if len(names) == sum(names.values()):
         return
+    refused: set[bytes | None] = set()
+    seen: set[bytes | None] = set()
     for entry in entries:
-        if names[qemu_name(entry)] > 1:
+        name = qemu_name(entry)
+        # QEMU does not take in what is in_use, and so does not see the name a second time.
+        if name in seen and not entry.in_use:
+            refused.add(name)
+        seen.add(name)
+    for entry in entries:
+        name = qemu_name(entry)
+        if names[name] > 1:
             yield problem(
                 "directory-entry.name.duplicate",
                 entry.offset_of("name"),
                 f'"{escape(entry.name or "")}" is the name of several entries',
                 entry.index,
+                None if name in refused else UNUSABLE,
             )

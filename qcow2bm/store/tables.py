@@ -177,7 +177,7 @@ def _overlaps(extents: list[_Extent]) -> Iterator[Problem]:
     """
     seen: set[tuple[int | None, bool, str]] = set()
     reach: _Extent | None = None  # of the extents before, the one that ends last
-    for extent in sorted(extents):
+    for extent in sorted(extents, key=lambda extent: extent.start):
         if reach and extent.start < reach.end:
             for mine, other in ((extent, reach), (reach, extent)):
                 key = mine.owner, mine.is_table, other.what

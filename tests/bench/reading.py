@@ -1,0 +1,279 @@
+"""How fast reading is, as ratios to QEMU's tools and to the naive way.
+
+    .venv/bin/python tests/bench/reading.py [--rounds 5] [--only WORD]
+
+Every pair of commands is run in turn (A B A B ...) after one round that is thrown away, and the
+medians are compared: absolute times depend on the machine and its load, ratios hardly do. Needs
+qemu-utils and libnbd-bin, and 600 MB in the folder for temporary files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import construct
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support.images import Stored, build_image  # noqa: E402
+
+import qcow2bm  # noqa: E402
+from qcow2bm.format.table import ENTRY_LENGTH, MASKS, build_bitmap_table  # noqa: E402
+
+TIB = 1 << 40
+CLUSTER_BITS = 16
+CLUSTER_SIZE = 1 << CLUSTER_BITS
+PYTHON = sys.executable
+IMPORTS = "import argparse, json, dataclasses, construct"
+
+
+def make_image(path: Path, size: int, granularity_bits: int, density: float) -> Path:
+    """An image with one bitmap, of which so many bits are set at random; seeded.
+
+    The bitmap's clusters stand at the end, uncounted: nobody who only reads looks at refcounts.
+    """
+    image = build_image(
+        Stored(b"b", granularity_bits=granularity_bits), cluster_bits=CLUSTER_BITS, size=size
+    )
+    entries = image.entries[0].bitmap_table_size
+    start = len(image.data)
+    words = array("Q", (start + i * CLUSTER_SIZE for i in range(entries)))
+    table = image.offset("bitmap-table")
+    image.data[table : table + ENTRY_LENGTH * entries] = build_bitmap_table(words)
+    random = np.random.default_rng(1)
+    left = -(-size >> granularity_bits) // 8
+    with path.open("wb") as file:
+        file.write(image.data)
+        for _ in range(entries):
+            bits = min(left, CLUSTER_SIZE)
+            file.write(random_bits(random, bits, density).tobytes().ljust(CLUSTER_SIZE, b"\0"))
+            left -= bits
+    return path
+
+
+def random_bits(
+    random: np.random.Generator, length_bytes: int, density: float
+) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Packed bits, each set with that probability."""
+    if density == 0.5:
+        return random.integers(0, 256, length_bytes, np.uint8)
+    return np.packbits(random.random(8 * length_bytes, np.float32) < density)
+
+
+class Bench:
+    """Runs pairs in turn and prints a line for each."""
+
+    def __init__(self, rounds: int, only: str) -> None:
+        self.rounds = rounds
+        self.only = only
+
+    def compare(
+        self, title: str, ours: Callable[[], object], theirs: Callable[[], object], goal: str
+    ) -> None:
+        if self.only not in title:
+            return
+        times: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
+        for round_ in range(self.rounds + 1):
+            for run in (ours, theirs):
+                start = time.perf_counter()
+                run()
+                if round_:
+                    times[run].append(time.perf_counter() - start)
+        a, b = median(times[ours]), median(times[theirs])
+        ratio = f"{b / a:5.2f}x faster" if b > a else f"{a / b:5.2f}x slower"
+        print(f"{title:<58}{a * 1e3:9.1f} ms {b * 1e3:9.1f} ms  {ratio}  (goal: {goal})")
+
+
+def command(*arguments: str | Path) -> Callable[[], object]:
+    def run() -> None:
+        subprocess.run(
+            [*map(str, arguments)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""},
+        )
+
+    return run
+
+
+def nbdinfo(image: Path) -> Callable[[], object]:
+    """Serving the image with its bitmap, and listing the map as JSON."""
+
+    def run() -> None:
+        socket = image.with_suffix(".sock")
+        server = subprocess.Popen(
+            ["qemu-nbd", "-r", "-f", "qcow2", "-B", "b", "-k", socket, "-t", image]
+        )
+        try:
+            while not socket.exists():
+                time.sleep(0.001)
+            subprocess.run(
+                ["nbdinfo", "--map=qemu:dirty-bitmap:b", "--json", f"nbd+unix:///?socket={socket}"],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+        finally:
+            server.terminate()
+            server.wait()
+            socket.unlink(missing_ok=True)
+
+    return run
+
+
+def ours(*arguments: str | Path) -> Callable[[], object]:
+    return command(PYTHON, "-m", "qcow2bm", *arguments)
+
+
+def bench_commands(bench: Bench, folder: Path) -> None:
+    small = make_image(folder / "10g", 10 << 30, 16, 0.1)
+    baseline = command(PYTHON, "-c", IMPORTS)
+    bench.compare("dump 10 GiB / python -c imports", ours("dump", small), baseline, "1.4x slower")
+    for name, granularity_bits, goals in (
+        ("16 TiB at 64 KiB dense", 16, ("1.2x slower", "3x slower")),
+        ("16 TiB at 4 KiB dense", 12, ("4x faster", "not slower")),
+    ):
+        image = make_image(folder / "dense", 16 * TIB, granularity_bits, 0.5)
+        info = command("qemu-img", "info", image)
+        bench.compare(
+            f"dump --no-count {name} / qemu-img info",
+            ours("dump", "--no-count", image),
+            info,
+            goals[0],
+        )
+        bench.compare(f"dump {name} / qemu-img info", ours("dump", image), info, goals[1])
+    for name, size, density, goal in (
+        ("16 TiB, 1 %", 16 * TIB, 0.01, "2.5x faster"),
+        ("16 TiB, 0.1 %", 16 * TIB, 0.001, "1.5x faster"),
+        ("1 TiB, 10 %", TIB, 0.1, "3.5x faster"),
+        ("1 TiB, 50 %", TIB, 0.5, "5x faster"),
+    ):
+        image = make_image(folder / "map", size, 16, density)
+        bench.compare(
+            f"map --output=json {name} / qemu-nbd + nbdinfo",
+            ours("map", "--output=json", image, "b"),
+            nbdinfo(image),
+            goal,
+        )
+
+
+def bench_process(bench: Bench, folder: Path) -> None:
+    from qcow2bm.bits import tables
+    from qcow2bm.format.table import parse_bitmap_table
+
+    image = make_image(folder / "dense", 16 * TIB, 16, 0.5)
+    length = 32 << 20
+    with qcow2bm.open(image) as opened, image.open("rb", buffering=0) as file:
+        bitmap = opened.bitmaps["b"]
+
+        def read_and_copy() -> None:
+            file.seek(CLUSTER_SIZE)
+            bytearray(file.read(length))
+
+        bench.compare("load 32 MiB / read + memcpy", bitmap.packed, read_and_copy, "1.25x slower")
+
+    for density, goal in ((0.001, "40x faster"), (0.01, "8x faster"), (0.1, "8x faster")):
+        image = make_image(folder / "map", 16 * TIB, 16, density)
+        with qcow2bm.open(image) as opened:
+            bitmap = opened.bitmaps["b"]
+            packed = bitmap.packed()
+
+            def naive(packed: np.ndarray[tuple[int], np.dtype[np.uint8]] = packed) -> object:
+                bits = np.unpackbits(packed, bitorder="little").view(np.int8)
+                edges = np.diff(bits, prepend=0, append=0)
+                starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+                return np.stack([starts << 16, (ends - starts) << 16], axis=1)
+
+            def found(bitmap: qcow2bm.Bitmap = bitmap) -> int:
+                return sum(len(extents) for extents in bitmap.extents())
+
+            bench.compare(f"extents {density:.1%}, read included / naive", found, naive, goal)
+
+    entries = 262144
+    contiguous = np.arange(1, entries + 1, dtype=np.uint64) << np.uint64(CLUSTER_BITS)
+    mixed = contiguous.copy()
+    kinds = np.random.default_rng(1).integers(0, 3, entries)
+    mixed[kinds < 2] = kinds[kinds < 2]
+    schema = construct.Array(entries, construct.Int64ub)
+    for what, words in (("dense", contiguous), ("a random mixture", mixed)):
+        data = words.astype(">u8").tobytes()
+
+        def classify(data: bytes = data) -> object:
+            return tables.table_runs(parse_bitmap_table(data), MASKS.offset, CLUSTER_SIZE)
+
+        bench.compare(
+            f"table of {entries} entries, {what} / construct Array",
+            classify,
+            partial(schema.parse, data),
+            "100x faster",
+        )
+
+
+_MEMORY = """
+import re, sys, numpy, qcow2bm, qcow2bm.bits.extents, qcow2bm.store.load
+def peak():  # not ru_maxrss, which a process inherits
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+with qcow2bm.open(sys.argv[1]) as image:
+    bitmap = image.bitmaps["b"]
+    bitmap.status
+    before = peak()
+    if sys.argv[2] == "load":
+        bitmap.packed()
+    else:
+        for extents in bitmap.extents(): pass
+    print(peak() - before)
+"""
+
+
+def bench_memory(bench: Bench, folder: Path) -> None:
+    """The most memory above what was in use before, in a process of its own."""
+    cases = [("stream extents", "extents", d, "24 MiB") for d in (0.0, 0.01, 0.5, 1.0)]
+    cases.append(("load 512 MiB", "load", 0.5, "538.6 MiB"))
+    for title, what, density, goal in cases:
+        if bench.only not in title:
+            continue
+        image = make_image(folder / "memory", 16 * TIB, 12, density)
+        done = subprocess.run(
+            [PYTHON, "-c", _MEMORY, image, what],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        )
+        peak = int(done.stdout) / (1 << 20)
+        print(f"{title}, 512 MiB of bits, {density:.0%} set: {peak:.1f} MiB  (goal: {goal})")
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="qcow2bm-bench-") as name:
+        yield Path(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="only benchmarks with this in their title")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.rounds, arguments.only)
+    print(f"{'':<58}{'ours':>12} {'other':>12}")
+    with folder() as place:
+        bench_process(bench, place)
+        bench_commands(bench, place)
+        bench_memory(bench, place)
+
+
+if __name__ == "__main__":
+    main()
