@@ -137,7 +137,7 @@ class StorageError(Qcow2BmError, OSError):
     @classmethod
     def from_os(cls, error: OSError, path: str, offset: int, length: int) -> StorageError:
         """The same failure in this library's words; the caller chains it with ``from``."""
-        return cls(path, offset, length, error.strerror or str(error), error.errno)
+        return cls(path, offset, length, escape(error.strerror or str(error)), error.errno)
 
 
 class ShortReadError(StorageError):

@@ -42,4 +42,6 @@ def _escape_character(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a raw byte, by the surrogateescape convention (PEP 383)
         return f"\\x{code - 0xDC00:02x}"
+    if 0x80 <= code <= 0xFF:  # "\x85" would be a raw byte
+        return f"\\u{code:04x}"
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")

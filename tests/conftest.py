@@ -1,8 +1,13 @@
-"""Options of the whole test suite."""
+"""Options and settings of the whole test suite."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no clock: a failure is never due to a slow machine.
+settings.register_profile("qcow2bm", derandomize=True, deadline=None, database=None)
+settings.load_profile("qcow2bm")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,7 +23,7 @@ def count_edges(data: bytes | bytearray | memoryview, carry: int) -> int:
     """
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) // 8 * 8
-    words = octets[:whole].view(np.uint64)
+    words = octets[:whole].view("<u8").astype(np.uint64, copy=False)
     changes = words << np.uint64(1)
     changes[1:] |= words[:-1] >> np.uint64(63)
     changes[:1] |= np.uint64(carry)

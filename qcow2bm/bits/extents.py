@@ -19,7 +19,7 @@ _DENSE = 3  # from one byte in so many with an edge on: unpack all bytes, not on
 def edges(words: NDArray[np.uint64], carry: int) -> NDArray[np.int64]:
     """The positions of all bits that differ from the bit before them, ascending.
 
-    ``words`` is uint64[n] of packed bits in little-endian order; before bit 0 comes
+    ``words`` is uint64[n], bit 0 the least significant of the first; before it comes
     ``carry``, 0 or 1.
 
     *Twin*: `qcow2bm.bits.plain.count_edges` counts them.
@@ -31,10 +31,10 @@ def edges(words: NDArray[np.uint64], carry: int) -> NDArray[np.int64]:
     words_marked = np.flatnonzero(before != 0)
     if not len(words_marked):
         return np.zeros(0, np.int64)
-    octets = before[words_marked].view(np.uint8)
+    octets = before[words_marked].astype("<u8", copy=False).view(np.uint8)
     marked = np.flatnonzero(octets != 0)
     if len(marked) * _DENSE > 8 * len(words):
-        return _set_bits(before.view(np.uint8))
+        return _set_bits(before.astype("<u8", copy=False).view(np.uint8))
     found = _set_bits(octets[marked])
     byte = marked[found >> 3]
     positions: NDArray[np.int64] = (words_marked[byte >> 3] << 6) + ((byte & 7) << 3) + (found & 7)
@@ -57,7 +57,7 @@ class ExtentFinder:
     """
 
     def __init__(self, granularity: int, virtual_size: int) -> None:
-        """``granularity`` and ``virtual_size`` are in guest bytes."""
+        """``granularity`` and ``virtual_size`` are in guest bytes, the latter at most 2^62."""
         # One bit for a disk up to 2^62 bytes: what a larger one covers is clipped anyway.
         self._granularity = min(granularity, 1 << 62)
         self._virtual_size = virtual_size
@@ -66,7 +66,9 @@ class ExtentFinder:
 
     def bits(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Feeds packed bits, uint8[n] with ``n`` a multiple of 8."""
-        found = edges(data.view(np.uint64), int(self._open is not None))
+        # Little-endian as stored; on other machines the words are swapped on the way in and out.
+        words = data.view("<u8").astype(np.uint64, copy=False)
+        found = edges(words, int(self._open is not None))
         if len(found):
             found += self._position
         self._position += 8 * len(data)
@@ -76,7 +78,7 @@ class ExtentFinder:
         """Feeds ``8 * length_bytes`` bits that are all set or all clear."""
         position = self._position
         self._position += 8 * length_bytes
-        if value == (self._open is not None):
+        if not length_bytes or value == (self._open is not None):
             return np.zeros((0, 2), np.int64)
         return self._extents(np.array([position], np.int64))
 

@@ -133,13 +133,17 @@ def build_extensions(area: HeaderExtensions) -> bytes:
     """The bytes of the extension area up to and including its end marker.
 
     Raises:
-        FormatError: a type does not fit its field.
+        FormatError: a type does not fit its field, or padding or ``end`` are not what
+            `parse_extensions` would find there.
     """
     parts = [
         build(_EXTENSION, extension._asdict(), "header extension") + extension.padding
         for extension in area.extensions
     ]
-    return b"".join(parts) + area.end
+    data = b"".join(parts) + area.end
+    if parse_extensions(data)[:2] != area[:2]:
+        raise FormatError("header extension", "", 0, "area has padding or an end out of place")
+    return data
 
 
 def parse_bitmaps_extension(data: bytes, offset: int = 0) -> BitmapsExtension:

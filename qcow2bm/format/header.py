@@ -112,11 +112,11 @@ def parse_header(data: bytes) -> Header:
     """
     if data[:4] != MAGIC:
         raise FormatError("header", "magic", 0, 'is not "QFI\\xfb": not a qcow2 image')
-    fields = parse(_V2, data, "header", 0)
+    fields = parse(_V2, data, "header", 0, FIELD_OFFSETS)
     if fields.version not in (2, 3):
         raise UnsupportedError(f"qcow2 version {fields.version}")
     if fields.version == 3:
-        fields = parse(_V3_FIXED, data, "header", 0)
+        fields = parse(_V3_FIXED, data, "header", 0, FIELD_OFFSETS)
         if V3_LENGTH <= fields.header_length <= len(data):
             fields = parse(_V3, data, "header", 0)
     return Header(**{name: fields[name] for name in Header._fields if name in fields})
@@ -126,6 +126,9 @@ def build_header(header: Header) -> bytes:
     """The bytes of the fixed header, ``header_length`` long.
 
     Raises:
-        FormatError: a value does not fit its field.
+        FormatError: a value does not fit its field, or has none in this version and length.
     """
-    return build(_V2 if header.version == 2 else _V3, header._asdict(), "header")
+    data = build(_V2 if header.version == 2 else _V3, header._asdict(), "header")
+    if parse_header(data) != header:
+        raise FormatError("header", "", 0, "has values for which its length leaves no field")
+    return data

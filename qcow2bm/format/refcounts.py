@@ -61,8 +61,7 @@ def parse_refcount_block(data: bytes, refcount_order: int) -> array[int]:
     Raises:
         ValueError: ``len(data)`` is not a whole number of refcounts, or the order is not 0..6.
     """
-    if not 0 <= refcount_order <= MAX_REFCOUNT_ORDER:
-        raise ValueError(f"refcount_order is {refcount_order}, must be 0..{MAX_REFCOUNT_ORDER}")
+    _require_order(refcount_order)
     if refcount_order < 3:
         return array("B", b"".join(map(_refcounts_of_bytes(refcount_order).__getitem__, data)))
     return _swapped(array(_WHOLE_BYTES[refcount_order][1], data))
@@ -72,17 +71,24 @@ def build_refcount_block(refcounts: array[int], refcount_order: int) -> bytes:
     """The bytes of a refcount block.
 
     Raises:
-        ValueError: the refcounts do not fill whole bytes, or one does not fit its width.
+        ValueError: the refcounts do not fill whole bytes, one does not fit its width, or the
+            order is not 0..6.
     """
-    if refcount_order >= 3:
-        return _swapped(array(_WHOLE_BYTES[refcount_order][1], refcounts)).tobytes()
-    numbers = {counts: byte for byte, counts in enumerate(_refcounts_of_bytes(refcount_order))}
-    step = 8 >> refcount_order
-    raw = refcounts.tobytes()
+    _require_order(refcount_order)
+    width = 1 << refcount_order
     try:
-        return bytes(numbers[raw[i : i + step]] for i in range(0, len(raw), step))
-    except KeyError:
-        raise ValueError(f"not whole bytes of {1 << refcount_order}-bit refcounts") from None
+        if refcount_order >= 3:
+            return _swapped(array(_WHOLE_BYTES[refcount_order][1], refcounts)).tobytes()
+        numbers = {counts: byte for byte, counts in enumerate(_refcounts_of_bytes(refcount_order))}
+        raw = bytes(refcounts.tolist())
+        return bytes(numbers[raw[i : i + 8 // width]] for i in range(0, len(raw), 8 // width))
+    except (KeyError, OverflowError, ValueError):
+        raise ValueError(f"not whole bytes of {width}-bit refcounts") from None
+
+
+def _require_order(refcount_order: int) -> None:
+    if not 0 <= refcount_order <= MAX_REFCOUNT_ORDER:
+        raise ValueError(f"refcount_order is {refcount_order}, must be 0..{MAX_REFCOUNT_ORDER}")
 
 
 def _swapped(words: array[int]) -> array[int]:

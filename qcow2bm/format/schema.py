@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import construct
@@ -11,10 +12,17 @@ import construct
 from qcow2bm.errors import FormatError
 
 
-def parse(schema: Any, data: bytes, structure: str, offset: int) -> Any:  # noqa: ANN401
+def parse(
+    schema: Any,  # noqa: ANN401
+    data: bytes,
+    structure: str,
+    offset: int,
+    offsets: Mapping[str, int] = MappingProxyType({}),
+) -> Any:  # noqa: ANN401
     """The construct Container that ``schema`` reads from ``data``.
 
-    ``offset`` is the host offset of ``data``, for messages.
+    For messages, ``offset`` is the host offset of ``data``, and ``offsets`` those of the fields
+    in it where they are known.
 
     Raises:
         FormatError: ``data`` does not fit the schema.
@@ -22,7 +30,9 @@ def parse(schema: Any, data: bytes, structure: str, offset: int) -> Any:  # noqa
     try:
         return schema.parse(data)
     except construct.ConstructError as error:
-        raise FormatError(structure, _field_of(error), offset, _reason_of(error)) from error
+        field = _field_of(error)
+        place = offset + offsets.get(field, 0)
+        raise FormatError(structure, field, place, _reason_of(error)) from error
 
 
 def build(schema: Any, values: Mapping[str, object], structure: str) -> bytes:  # noqa: ANN401

@@ -15,7 +15,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from qcow2bm.errors import ImageLockedError, StorageError
 
@@ -57,7 +57,9 @@ def reader_locks(descriptor: int, path: str) -> Iterator[None]:
         yield
     finally:
         for byte in READER_LOCKS:
-            _lock(descriptor, path, byte, shared=False)
+            # What cannot be unlocked goes with the descriptor; the body's error matters more.
+            with suppress(StorageError):
+                _lock(descriptor, path, byte, shared=False)
 
 
 def _lock(descriptor: int, path: str, byte: int, *, shared: bool) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
 from qcow2bm.errors import StorageError
+from qcow2bm.units import escape
 
 
 class MemoryStorage:
@@ -53,6 +54,8 @@ class StreamStorage:
             return self._stream.seek(0, io.SEEK_END)
         except OSError as error:
             raise StorageError.from_os(error, self.name, 0, 0) from error
+        except ValueError as error:  # its owner closed it
+            raise StorageError(self.name, 0, 0, escape(str(error))) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
@@ -67,6 +70,8 @@ class StreamStorage:
                 done += len(data)
         except OSError as error:
             raise StorageError.from_os(error, self.name, offset, len(buffer)) from error
+        except ValueError as error:  # its owner closed it
+            raise StorageError(self.name, offset, len(buffer), escape(str(error))) from error
         return done
 
     def read_lock(self) -> AbstractContextManager[None]:

@@ -1,0 +1,160 @@
+"""What holds for every error, whatever names a file or an image may have."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qcow2bm
+from qcow2bm import errors
+from qcow2bm.errors import BitmapError, Qcow2BmError, StorageError
+from qcow2bm.units import escape
+
+# Names come from images and file systems: any text, and bytes that are none.
+names = st.one_of(
+    st.text(st.characters(exclude_categories=())),  # lone surrogates too
+    st.binary().map(lambda name: name.decode("utf-8", "surrogateescape")),
+)
+words = st.sampled_from(("header", "l1_size", "is cut off", ""))
+numbers = st.integers(0, (1 << 64) - 1)
+bitmap = (names, words)
+
+ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
+    errors.Qcow2BmError: (words,),
+    errors.FormatError: (words, words, numbers, words),
+    errors.UnsupportedError: (words,),
+    errors.LimitError: (words, numbers, numbers),
+    errors.BitmapError: bitmap,
+    errors.BitmapNotFoundError: bitmap,
+    errors.BitmapInconsistentError: bitmap,
+    errors.BitmapStaleError: bitmap,
+    errors.BitmapBrokenError: bitmap,
+    errors.StateError: (words, words),
+    errors.StorageError: (names, numbers, numbers, words, st.none() | st.integers(1, 133)),
+    errors.ShortReadError: (names, numbers, numbers),
+    errors.ImageLockedError: (names, words),
+    errors.ChangedWhileReadingError: (names, words),
+}
+some_error = st.sampled_from(list(ARGUMENTS)).flatmap(
+    lambda kind: st.builds(kind, *ARGUMENTS[kind])
+)
+
+
+def tree(root: type[Qcow2BmError]) -> Iterator[tuple[str, str]]:
+    for kind in root.__subclasses__():
+        if kind.__module__.startswith("qcow2bm"):
+            yield kind.__name__, root.__name__
+            yield from tree(kind)
+
+
+def public(error: Qcow2BmError) -> dict[str, object]:
+    return {name: value for name, value in vars(error).items() if not name.startswith("_")}
+
+
+def test_every_error_is_tried_here_and_public() -> None:
+    kinds = {"Qcow2BmError", *(name for name, _ in tree(Qcow2BmError))}
+    assert {kind.__name__ for kind in ARGUMENTS} == kinds
+    assert kinds <= set(qcow2bm.__all__)
+
+
+def test_the_tree_is_the_one_drawn_in_the_docstring() -> None:
+    drawn, parents = [], ["Qcow2BmError"]
+    for indent, name in re.findall(r"^    ((?:[│ ]  )*)[├└]─ (\w+)", errors.__doc__ or "", re.M):
+        del parents[1 + len(indent) // 3 :]
+        drawn.append((name, parents[-1]))
+        parents.append(name)
+    assert sorted(drawn) == sorted(tree(Qcow2BmError))
+
+
+@given(some_error, st.integers(0, pickle.HIGHEST_PROTOCOL))
+def test_an_error_survives_pickle(error: Qcow2BmError, protocol: int) -> None:
+    twins: list[Any] = [pickle.loads(pickle.dumps(error, protocol)), copy.copy(error)]
+    for twin in twins:
+        assert type(twin) is type(error)
+        assert str(twin) == str(error)
+        assert public(twin) == public(error)
+        assert twin.args == error.args
+
+
+@given(some_error)
+def test_an_error_is_one_printable_line(error: Qcow2BmError) -> None:
+    assert str(error).isprintable()
+
+
+@given(names, st.text(), st.sampled_from((None, errno.EIO, errno.ENOENT)))
+def test_a_failure_of_the_system_is_one_printable_line(
+    path: str, reason: str, number: int | None
+) -> None:
+    failure = OSError(reason) if number is None else OSError(number, reason)
+    error = StorageError.from_os(failure, path, 7, 9)
+    assert (error.path, error.offset, error.length, error.errno) == (path, 7, 9, number)
+    assert str(error).isprintable()
+
+
+@given(names)
+def test_a_bitmap_error_names_the_bitmap_in_quotes(name: str) -> None:
+    kinds: list[type[BitmapError]] = [BitmapError, *BitmapError.__subclasses__()]
+    for kind in kinds:
+        error = kind(name)
+        assert error.name == name
+        assert error.reason == kind.default_reason
+        assert str(error) == f'bitmap "{escape(name)}" {kind.default_reason}'
+
+
+@pytest.mark.parametrize(
+    ("error", "base"),
+    [
+        (errors.BitmapNotFoundError("daily"), KeyError),
+        (errors.StorageError("disk", 0, 0, "failed"), OSError),
+        (errors.ShortReadError("disk", 0, 512), StorageError),
+        (errors.ImageLockedError("disk", "is writing to it"), StorageError),
+        (errors.ChangedWhileReadingError("disk", "header"), StorageError),
+    ],
+)
+def test_an_error_is_also_what_python_would_raise(
+    error: Qcow2BmError, base: type[Exception]
+) -> None:
+    assert isinstance(error, base)
+    assert isinstance(error, Qcow2BmError)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (errors.FormatError("header", "size", 24, "is odd"), "header: size at 0x18 is odd"),
+        (errors.FormatError("header", "", 24, "is odd"), "header at 0x18 is odd"),
+        (errors.UnsupportedError("zstd"), "not supported: zstd"),
+        (errors.LimitError("name", 9, 8), "name is 9, more than the limit of 8"),
+        (errors.BitmapNotFoundError('a"\n'), 'bitmap "a\\"\\n" not found'),
+        (errors.BitmapBrokenError("a", "is too short"), 'bitmap "a" is too short'),
+        (errors.StateError("a closed image", "open"), "it is a closed image, but must be open"),
+        (errors.StorageError("a\x1b", 0, 0, "failed"), "a\\x1b: failed"),
+        (errors.StorageError("a", 16, 8, "failed"), "a: failed (reading 8 bytes at 0x10)"),
+        (
+            errors.ShortReadError("a", 16, 8),
+            "a: the file ended too early (reading 8 bytes at 0x10)",
+        ),
+        (
+            errors.ChangedWhileReadingError("a", "bitmap table"),
+            "a: the bitmap table changed while it was read; open the image again",
+        ),
+    ],
+)
+def test_what_an_error_says(error: Qcow2BmError, text: str) -> None:
+    assert str(error) == text
+
+
+def test_an_error_of_the_system_keeps_its_number() -> None:
+    failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "disk")
+    assert StorageError.from_os(failure, "disk", 0, 0).errno == errno.ENOENT
+    assert errors.ImageLockedError("disk", "").errno == errno.EAGAIN
+    assert errors.ShortReadError("disk", 0, 1).errno == errno.EIO

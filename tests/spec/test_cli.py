@@ -1,0 +1,303 @@
+"""The requirements of spec/cli.md and spec/json.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from support.faults import IDS, broken, image
+from support.jsonspec import check_dump, check_map
+from support.specreader import ROOT, page
+
+import qcow2bm
+from qcow2bm.cli import main
+
+USAGE = 64
+
+
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Cli:
+    """Runs commands on an image of its own."""
+
+    def __init__(self, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.path = path
+        self._capsys = capsys
+        self.write(image())
+
+    def write(self, data: bytes) -> None:
+        self.path.write_bytes(data)
+
+    def run(self, *arguments: str) -> Done:
+        """``IMAGE`` among the arguments is the image's path."""
+        try:
+            status = main([str(self.path) if text == "IMAGE" else text for text in arguments])
+        except SystemExit as end:
+            status = int(str(end.code))
+        return Done(status, *self._capsys.readouterr())
+
+
+@pytest.fixture
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(tmp_path / "image.qcow2", capsys)
+
+
+def failed(done: Done) -> bool:
+    """Whether a command ended as one that could not do it must."""
+    (line,) = done.err.splitlines()
+    return done.status == 1 and line.startswith("qcow2bm: ") and done.out == ""
+
+
+@pytest.mark.spec("CLI-1")
+def test_what_every_reading_command_has() -> None:
+    rows = page("cli.md").table("Options").rows
+    everywhere = {row["option"] for row in rows if row["of"] == "dump, map"}
+    assert {"--output", "-U, --force-share"} <= everywhere
+
+
+@pytest.mark.spec("CLI-2")
+def test_where_options_may_stand(cli: Cli) -> None:
+    plain = cli.run("map", "IMAGE", "daily", "--totals")
+    assert plain.status == 0
+    assert cli.run("map", "--totals", "IMAGE", "daily") == plain
+    assert cli.run("map", "IMAGE", "--totals", "--", "daily") == plain
+    assert cli.run("map", "IMAGE", "daily", "--total").status == USAGE
+
+
+@pytest.mark.spec("CLI-3")
+def test_version(cli: Cli) -> None:
+    assert cli.run("--version") == (0, f"qcow2bm {qcow2bm.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], ["nonsense"], ["dump"], ["map", "IMAGE"], ["dump", "-x", "IMAGE"]]
+)
+def test_wrong_usage(cli: Cli, wrong: list[str]) -> None:
+    done = cli.run(*wrong)
+    assert (done.status, done.out) == (USAGE, "")
+    assert len(done.err.splitlines()) == 1
+
+
+def renamed(daily: bytes, crashed: bytes = b"crashed") -> bytes:
+    """The image with two of its bitmaps renamed, of the same lengths."""
+    return image().replace(b"daily", daily).replace(b"crashed", crashed)
+
+
+@pytest.mark.spec("CLI-4")
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("@rose", "@@rose"), ("@@pin", "@@@pin"), ("-json", "-json"), ("--all", "--all")],
+)
+def test_odd_names(cli: Cli, name: str, argument: str) -> None:
+    cli.write(renamed(name.encode()))
+    expected = cli.run("map", "IMAGE", "@0")
+    assert expected.status == 0
+    assert cli.run("map", "IMAGE", "--", argument) == expected
+    if argument.startswith("@"):
+        assert failed(cli.run("map", "IMAGE", name))
+
+
+@pytest.mark.spec("CLI-4")
+@pytest.mark.parametrize("argument", ["@3", "@-1", "@x", "@", "@1.0", "nope", ""])
+def test_names_of_no_bitmap(cli: Cli, argument: str) -> None:
+    assert failed(cli.run("map", "IMAGE", argument))
+    assert failed(cli.run("dump", "IMAGE", "--bitmap", argument))
+
+
+@pytest.mark.spec("CLI-5")
+def test_a_name_of_several_entries(cli: Cli) -> None:
+    cli.write(broken("directory-entry.name.duplicate"))
+    done = cli.run("dump", "IMAGE", "--bitmap", "daily")
+    assert failed(done)
+    assert "@0, @1" in done.err
+
+
+@pytest.mark.spec("CLI-6")
+def test_names_are_escaped_in_text(cli: Cli) -> None:
+    cli.write(renamed(b'\x1b\n\xff"\\'))
+    done = cli.run("dump", "IMAGE")
+    assert done.status == 0
+    assert r'"\x1b\n\xff\"\\"' in done.out
+    assert "\x1b" not in done.out
+
+
+@pytest.mark.spec("CLI-7")
+@pytest.mark.parametrize("content", [b"", b"not an image" * 100])
+def test_what_cannot_be_opened(cli: Cli, content: bytes) -> None:
+    cli.write(content)
+    assert failed(cli.run("dump", "IMAGE", "--output=json"))
+    assert failed(cli.run("map", "IMAGE", "daily", "--output=json"))
+    cli.path.unlink()
+    assert failed(cli.run("dump", "IMAGE", "--output=json"))
+
+
+@pytest.mark.spec("CLI-8")
+def test_the_status_of_inconsistent_bitmaps(cli: Cli) -> None:
+    assert cli.run("dump", "IMAGE").status == 0
+    assert failed(cli.run("map", "IMAGE", "crashed", "--output=json"))
+
+
+@pytest.mark.spec("CLI-9")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_reader_that_goes_away(cli: Cli) -> None:
+    import signal
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "qcow2bm", "dump", str(cli.path)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
+@pytest.mark.spec("CLI-10")
+def test_warnings_of_map(cli: Cli) -> None:
+    cli.write(broken("bitmaps-extension.nb_bitmaps.less"))
+    loud = cli.run("map", "IMAGE", "daily")
+    quiet = cli.run("map", "IMAGE", "daily", "-q")
+    assert (loud.status, quiet.status) == (2, 2)
+    assert loud.out == quiet.out
+    assert "nb_bitmaps" in loud.err
+    assert quiet.err == ""
+
+
+KEYS_OF_SCHEMA_1 = {
+    "dump": "schema filename version virtual-size cluster-size file-size refcount-bits features "
+    "extensions bitmap-directory bitmaps problems",
+    "Features": "incompatible compatible autoclear",
+    "Feature": "bit name",
+    "Extension": "type name offset length",
+    "Directory": "nb-bitmaps offset size consistent",
+    "Bitmap": "index name granularity flags type status bitmap-table-offset bitmap-table-size "
+    "clusters dirty-bytes",
+    "Clusters": "all-zeroes all-ones allocated",
+    "Extent": "start length",
+    "Problem": "id severity structure field offset message bitmap bitmap-index",
+    "map": "offset length type description",
+    "map totals": "size percent type description",
+}
+"""Not to be changed: what a reader of schema 1 may rely on."""
+
+
+@pytest.mark.spec("JSON-1")
+def test_no_key_is_gone_in_schema_1() -> None:
+    assert page("json.md").table("dump").rows[0]["value"] == "1"
+    for heading, keys in KEYS_OF_SCHEMA_1.items():
+        assert set(keys.split()) <= set(page("json.md").table(heading).column("key")), heading
+
+
+@pytest.mark.spec("JSON-2")
+@pytest.mark.parametrize("options", [[], ["--extents"], ["--sha256", "--no-count"], ["--stale"]])
+def test_a_dump_is_as_stated(cli: Cli, options: list[str]) -> None:
+    done = cli.run("dump", "IMAGE", "--output=json", *options)
+    assert (done.status, done.err) == (0, "")
+    check_dump(done.json)
+    for bitmap in done.json["bitmaps"]:
+        assert ("extents" in bitmap) == ("--extents" in options)
+        assert ("sha256" in bitmap) == (options[:1] in (["--extents"], ["--sha256"]))
+        assert (bitmap["dirty-bytes"] is None) == (
+            "--no-count" in options or (bitmap["status"] != "valid" and "--stale" not in options)
+        )
+
+
+@pytest.mark.spec("JSON-2")
+@pytest.mark.parametrize("id", IDS)
+def test_a_dump_of_a_broken_image_is_as_stated(cli: Cli, id: str) -> None:
+    cli.write(broken(id))
+    done = cli.run("dump", "IMAGE", "--output=json", "--extents")
+    check_dump(done.json)
+    found = done.json["problems"]
+    assert id in [problem["id"] for problem in found]
+    serious = any(problem["severity"] in ("refused", "unusable", "leak") for problem in found)
+    assert done.status == (2 if serious else 0)
+
+
+@pytest.mark.spec("JSON-3")
+def test_extents_and_maps_agree(cli: Cli) -> None:
+    for bitmap in cli.run("dump", "IMAGE", "--output=json", "--extents").json["bitmaps"][:2]:
+        name = bitmap["name"]
+        full = cli.run("map", "IMAGE", name, "--output=json").json
+        dirty = cli.run("map", "IMAGE", name, "--output=json", "--dirty").json
+        totals = cli.run("map", "IMAGE", name, "--output=json", "--totals").json
+        for found in (full, dirty, totals):
+            check_map(found)
+        ends = [0, *(row["offset"] + row["length"] for row in full)]
+        assert [row["offset"] for row in full] == ends[:-1]
+        assert ends[-1] == 5242368
+        assert all(a["type"] != b["type"] for a, b in pairwise(full))
+        assert dirty == [row for row in full if row["type"] == 1]
+        assert [{"start": row["offset"], "length": row["length"]} for row in dirty] == bitmap[
+            "extents"
+        ]
+        assert [(row["type"], row["description"]) for row in totals] == [(0, "clean"), (1, "dirty")]
+        assert totals[1]["size"] == bitmap["dirty-bytes"] == sum(row["length"] for row in dirty)
+        assert sum(row["size"] for row in totals) == 5242368
+
+
+@pytest.mark.spec("JSON-4")
+def test_names_that_are_not_utf8(cli: Cli) -> None:
+    cli.write(renamed(b"d\xff\xc3\xa4y", "päckle".encode()))
+    done = cli.run("dump", "IMAGE", "--output=json")
+    check_dump(done.json)
+    first, _, third = done.json["bitmaps"]
+    assert (first["name"], first["name-hex"]) == ("d\ufffdäy", "64ffc3a479")
+    assert third["name"] == "päckle"
+    assert "name-hex" not in third
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"schema": 2}, "dump.schema"),
+        ({"version": "3"}, "dump.version"),
+        ({"version": True}, "dump.version"),
+        ({"new": 1}, "unknown {'new'}"),
+        ({"features": {}}, "dump.features: without"),
+        ({"bitmaps": {}}, "dump.bitmaps"),
+        ({"bitmaps": [{}]}, r"dump.bitmaps\[0\]: without"),
+        ({"problems": None}, "dump.problems"),
+    ],
+)
+def test_the_checker_of_documents_finds_faults(
+    cli: Cli, change: dict[str, object], complaint: str
+) -> None:
+    document = cli.run("dump", "IMAGE", "--output=json").json
+    with pytest.raises(AssertionError, match=complaint):
+        check_dump(document | change)
+    del document["problems"]
+    with pytest.raises(AssertionError, match=r"without \{'problems'\}"):
+        check_dump(document)
+
+
+def test_the_checker_of_maps_finds_faults() -> None:
+    row = {"offset": 0, "length": 512, "type": 1, "description": "dirty"}
+    check_map([row])
+    for wrong in ({"type": 2}, {"description": "zero"}, {"offset": None}, {"more": 1}):
+        with pytest.raises(AssertionError, match=r"map\[0\]"):
+            check_map([row | wrong])
+    with pytest.raises(AssertionError, match="not a list"):
+        check_map(row)

@@ -1,0 +1,191 @@
+"""The requirements of spec/locking.md."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.faults import TABLES, WEEKLY, Patch, image, in_header, in_table, patched
+from support.specreader import page
+
+import qcow2bm
+from qcow2bm.errors import ChangedWhileReadingError, ImageLockedError
+from qcow2bm.storage.memory import MemoryStorage
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the locks are Linux's")
+
+_FLOCK = struct.Struct("@hhqqi0q")
+BYTES = range(100, 210)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(image())
+    return path
+
+
+@contextmanager
+def another(path: Path) -> Iterator[int]:
+    """An open file description of the image that is not the reader's."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, *places: int) -> None:
+    import fcntl
+
+    for byte in places:
+        request = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
+
+
+def held(descriptor: int) -> list[int]:
+    """The lock bytes others hold."""
+    import fcntl
+
+    found = []
+    for byte in BYTES:
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, request)
+        if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+            found.append(byte)
+    return found
+
+
+@linux
+@pytest.mark.spec("LOCK-1")
+@pytest.mark.parametrize("byte", [101, 103, 200])
+def test_a_reader_gives_way_to_who_excludes_it(path: Path, byte: int) -> None:
+    with another(path) as other:
+        lock(other, byte)
+        with pytest.raises(ImageLockedError, match=f"lock byte {byte}"):
+            qcow2bm.open(path)
+        assert held(other) == []
+
+
+@linux
+@pytest.mark.spec("LOCK-1")
+def test_a_reader_shows_itself_before_it_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcow2bm.storage import locks
+
+    real = locks._is_held_by_others
+    with another(path) as other:
+        seen = []
+
+        def probe(descriptor: int, name: str, byte: int) -> bool:
+            seen.append(held(other))
+            return real(descriptor, name, byte)
+
+        monkeypatch.setattr(locks, "_is_held_by_others", probe)
+        qcow2bm.open(path).close()
+    assert seen
+    assert all(locked == [100, 201, 203] for locked in seen)
+
+
+@linux
+@pytest.mark.spec("LOCK-2")
+def test_an_open_image_holds_no_locks(path: Path) -> None:
+    with another(path) as other, qcow2bm.open(path) as first, qcow2bm.open(path) as second:
+        lock(other, 100, 201, 203)  # as another reader does
+        assert first.bitmaps["daily"].count() == second.bitmaps["daily"].count()
+        extents = first.bitmaps["weekly"].extents()
+        next(extents)
+        assert held(other) == []
+
+
+@linux
+@pytest.mark.spec("LOCK-3")
+def test_a_forced_reader_neither_locks_nor_probes(path: Path) -> None:
+    with another(path) as other:
+        lock(other, 100, 101, 103, 201, 203)
+        with qcow2bm.open(path, force_share=True) as opened:
+            assert opened.bitmaps["daily"].count() == 261632
+
+
+CHANGES: dict[str, list[Patch]] = {
+    "header": in_header(nb_snapshots=1),
+    "bitmap directory": [(0xC18, b"other")],
+    "bitmap table": [in_table(WEEKLY, 0)],
+}
+
+
+@pytest.mark.spec("LOCK-4")
+@pytest.mark.parametrize("force_share", [False, True])
+@pytest.mark.parametrize("changed", CHANGES)
+def test_a_change_between_two_reads_is_noticed(path: Path, changed: str, force_share: bool) -> None:
+    with qcow2bm.open(path, force_share=force_share) as opened:
+        bitmap = opened.bitmaps["daily" if changed == "bitmap directory" else "weekly"]
+        assert bitmap.status == "valid"
+        path.write_bytes(patched(image(), *CHANGES[changed]))
+        with pytest.raises(ChangedWhileReadingError, match=changed):
+            bitmap.count()
+
+
+@pytest.mark.spec("LOCK-4")
+def test_a_change_during_a_read_is_noticed() -> None:
+    data = bytearray(image())
+
+    class Changing(MemoryStorage):
+        """Rewrites the table as soon as bitmap data are read."""
+
+        def read_into(self, offset: int, buffer: memoryview) -> int:
+            count = super().read_into(offset, buffer)
+            if offset == 0x1400:
+                data[TABLES[WEEKLY] : TABLES[WEEKLY] + 8] = bytes(8)
+            return count
+
+    with qcow2bm.open(Changing(data)) as opened:
+        bitmap = opened.bitmaps["weekly"]
+        with pytest.raises(ChangedWhileReadingError, match="bitmap table"):
+            bitmap.count()
+
+
+@pytest.mark.spec("LOCK-5")
+def test_memory_and_file_objects_are_not_locked(path: Path) -> None:
+    if sys.platform != "linux":
+        qcow2bm.open(path).close()
+        return
+    with another(path) as other, path.open("rb") as stream:
+        lock(other, 101)
+        for source in (path.read_bytes(), stream):
+            with qcow2bm.open(source) as opened:
+                assert opened.bitmaps["daily"].count() == 261632
+
+
+@linux
+@pytest.mark.spec("LOCK-5")
+def test_nothing_is_locked_where_the_system_is_not_linux(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with another(path) as other:
+        lock(other, 101)
+        monkeypatch.setattr(sys, "platform", "darwin")
+        qcow2bm.open(path).close()
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("row", page("locking.md").table("What QEMU holds").rows, ids=str)
+def test_qemu_holds_what_is_stated(row: dict[str, str], path: Path) -> None:
+    options = {"for writing": [], "read-only": ["-r"], "read-only with -U": ["-r", "-U"]}
+    expected = [int(byte) for byte in row["bytes held"].split()]
+    command = ["qemu-io", *options[row["opened"]], "-f", "qcow2", str(path)]
+    with (
+        another(path) as other,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process,
+    ):
+        deadline = time.monotonic() + 30
+        while held(other) != expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert held(other) == expected
+        process.communicate(b"quit\n", timeout=30)

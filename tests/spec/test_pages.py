@@ -1,0 +1,81 @@
+"""What holds spec/ together: links, citations in the source, and requirements with tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.specreader import ROOT, SPEC, page, pages, unhex
+
+CITATION = re.compile(r'spec/([\w-]+\.md)((?:,\s+"[^"]+"(?:\s+and\s+"[^"]+")*)?)')
+
+
+def test_links_lead_somewhere() -> None:
+    for found in pages():
+        for link in found.links:
+            name, _, anchor = link.partition("#")
+            assert not name or (SPEC / name).is_file(), (found.name, link)
+            if anchor:
+                assert anchor in page(name or found.name).anchors(), (found.name, link)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = page("README.md")
+    assert {found.name for found in pages()} == {
+        "README.md",
+        *(x for x in index.links if "#" not in x),
+    }
+
+
+def citations() -> Iterator[tuple[Path, str, list[str]]]:
+    """Each mention of a page in the source: where, which page, which of its headings."""
+    for path in sorted((ROOT / "qcow2bm").rglob("*.py")):
+        for found in CITATION.finditer(path.read_text("utf-8")):
+            yield path, found[1], re.findall(r'"([^"]+)"', " ".join(found[2].split()))
+
+
+def test_citations_in_the_source_lead_somewhere() -> None:
+    found = list(citations())
+    assert any(headings for _, _, headings in found)
+    for path, name, headings in found:
+        assert (SPEC / name).is_file(), (path, name)
+        for heading in headings:
+            assert heading in page(name).headings, (path, name, heading)
+
+
+def marks() -> Iterator[str]:
+    """The ids of all spec marks in the tests."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.spec":
+                for argument in node.args:
+                    assert isinstance(argument, ast.Constant), f"{path}: not a literal id"
+                    yield str(argument.value)
+
+
+def test_each_requirement_is_stated_once() -> None:
+    stated = Counter(id for found in pages() for id in found.requirements)
+    assert [id for id, times in stated.items() if times > 1] == []
+
+
+def test_each_requirement_has_a_test_and_each_mark_a_requirement() -> None:
+    stated = {id for found in pages() for id in found.requirements}
+    marked = set(marks())
+    assert stated - marked == set(), "requirements without a test"
+    assert marked - stated == set(), "tests of no requirement"
+
+
+@pytest.mark.parametrize("line", ["0000 00", "0008  0", "zz  00", "0000  00  no semicolon"])
+def test_a_hexdump_that_cannot_be_read_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="not a line of a hexdump"):
+        unhex(line)
+
+
+def test_a_hexdump_fills_gaps_with_zeros_and_cannot_go_back() -> None:
+    assert unhex("0002  ff 01*2  ; remark\n0006  aa\n") == b"\0\0\xff\1\1\0\xaa"
+    with pytest.raises(ValueError, match="out of order"):
+        unhex("0000  00*4\n0002  00\n")

@@ -1,0 +1,206 @@
+"""The tables of spec/ against the schemas and constants of the library."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.specreader import Table, page, pages
+
+from qcow2bm import api, problems
+from qcow2bm.cli import FAILED, OK, grammar, report
+from qcow2bm.format import directory, extensions, features, header, refcounts, snapshots, table
+from qcow2bm.format.schema import bit_masks
+from qcow2bm.storage import locks
+
+FIELD_TABLES: dict[tuple[str, str], Any] = {
+    ("header.md", "Fixed fields"): header._V3,
+    ("header.md", "Feature name table"): features._ENTRY,
+    ("header.md", "Header extensions"): extensions._EXTENSION,
+    ("header.md", "Crypto header"): extensions._CRYPTO,
+    ("bitmaps.md", "Bitmaps extension"): extensions._BITMAPS,
+    ("bitmaps.md", "Bitmap directory"): directory.ENTRY,
+    ("refcounts.md", "Snapshot table"): snapshots.SNAPSHOT,
+}
+BIT_TABLES = {
+    ("bitmaps.md", "Bitmap table"): table.ENTRY,
+    ("refcounts.md", "Refcount table"): refcounts.TABLE_ENTRY,
+}
+LENGTHS = {"header_length": (112, 120, 200)}  # of which the formulas speak; else these:
+ANY_LENGTH = (0, 1, 7, 8, 19)
+
+
+def evaluated(cell: str, values: dict[str, int]) -> int:
+    """The number a cell stands for; formulas are Python's."""
+    return int(eval(cell, {"__builtins__": {}, "min": min}, dict(values)))
+
+
+def variables(found: Table) -> list[str]:
+    """The fields that formulas in a field table speak of."""
+    cells = found.column("offset") + found.column("length")
+    names = {
+        node.id
+        for cell in cells
+        for node in ast.walk(ast.parse(cell))
+        if isinstance(node, ast.Name)
+    }
+    return sorted(names - {"min"})
+
+
+def layouts(found: Table, schema: Any) -> Iterator[tuple[list[object], list[object]]]:
+    """Rows of (field, offset, length) by the table and by the schema, for some field values."""
+    names = variables(found)
+    for lengths in itertools.product(*(LENGTHS.get(name, ANY_LENGTH) for name in names)):
+        values = dict(zip(names, lengths, strict=True))
+        stated: list[object] = [
+            (row["field"], evaluated(row["offset"], values), evaluated(row["length"], values))
+            for row in found.rows
+        ]
+        real: list[object] = []
+        position = 0
+        for field in schema.subcons:
+            size = field.sizeof(**values)
+            real.append((field.name, position, size))
+            position += size
+        yield stated, real
+
+
+@pytest.mark.parametrize("place", FIELD_TABLES, ids=" ".join)
+def test_a_field_table_says_what_the_schema_says(place: tuple[str, str]) -> None:
+    found = page(place[0]).table(place[1])
+    compared = list(layouts(found, FIELD_TABLES[place]))
+    assert compared
+    for stated, real in compared:
+        assert stated == real
+
+
+@pytest.mark.parametrize("place", BIT_TABLES, ids=" ".join)
+def test_a_bit_table_says_what_the_schema_says(place: tuple[str, str]) -> None:
+    stated = {}
+    for row in page(place[0]).table(place[1]).rows:
+        first, _, last = row["bits"].partition("-")
+        stated[row["field"]] = (1 << int(last or first) + 1) - (1 << int(first))
+    assert stated == bit_masks(BIT_TABLES[place])
+    assert sum(stated.values()) == (1 << 64) - 1
+
+
+def test_no_field_or_bit_table_is_left_out() -> None:
+    by_columns = {
+        (found.page, found.heading)
+        for each in pages()
+        for found in each.tables
+        if "field" in found.columns and "id" not in found.columns
+    }
+    assert by_columns == FIELD_TABLES.keys() | BIT_TABLES.keys()
+
+
+def test_feature_bits() -> None:
+    rows = page("header.md").table("Feature bits").rows
+    stated = {(row["kind"], int(row["bit"])): row["name"] for row in rows}
+    assert stated == features._KNOWN_NAMES
+    for kind, known in (
+        ("incompatible", features.KNOWN_INCOMPATIBLE),
+        ("autoclear", features.KNOWN_AUTOCLEAR),
+    ):
+        assert sum(1 << bit for of, bit in stated if of == kind) == known
+
+
+def test_extension_types() -> None:
+    rows = page("header.md").table("Types").rows
+    stated = {int(row["type"], 16): row["name"] for row in rows}
+    assert stated == {extensions.END: "end", **extensions.NAMES}
+
+
+def test_directory_entry_flags() -> None:
+    rows = page("bitmaps.md").table("Flags").rows
+    stated = {row["flag"]: 1 << int(row["bit"]) for row in rows}
+    prefix = "FLAG_"
+    assert stated == {
+        name.removeprefix(prefix).lower(): value
+        for name, value in vars(directory).items()
+        if name.startswith(prefix) and isinstance(value, int)
+    }
+    assert sum(stated.values()) == directory.KNOWN_FLAGS
+
+
+def test_statuses() -> None:
+    assert set(page("bitmaps.md").table("Status").column("status")) == set(api.STATUSES)
+    assert alternatives("Bitmap", "status") == set(api.STATUSES)
+
+
+def test_severities() -> None:
+    stated = page("problems.md").table("Severities").column("severity")
+    assert stated == list(problems.SEVERITIES)
+    assert alternatives("Problem", "severity") == set(problems.SEVERITIES)
+
+
+def alternatives(heading: str, key: str) -> set[str]:
+    """The literals a key of the JSON may have."""
+    (row,) = (row for row in page("json.md").table(heading).rows if row["key"] == key)
+    return {text.strip('"') for text in row["value"].split(" or ")}
+
+
+def test_problem_ids() -> None:
+    stated = {}
+    for found in page("problems.md").tables:
+        if found.heading == "Severities":
+            continue
+        for row in found.rows:
+            severity, _, kept = row["severity"].partition(", ")
+            assert kept in ("", "status kept")
+            assert row["id"] not in stated
+            assert row["what it means, and what to do"].endswith(".")
+            stated[row["id"]] = problems.Kind(
+                found.heading.lower(),
+                row["field"],
+                severity,
+                row["QEMU says"] or None,
+                bool(kept),
+            )
+    expected = {
+        id: kind._replace(structure=kind.structure.lower()) for id, kind in problems.KINDS.items()
+    }
+    assert stated == expected
+
+
+def test_lock_bytes() -> None:
+    rows = page("locking.md").table("Lock bytes").rows
+    assert {row["permission"]: int(row["n"]) for row in rows} == {
+        row["permission"]: getattr(locks, row["permission"]) for row in rows
+    }
+    assert [int(row["n"]) for row in rows] == list(range(4))
+    assert (locks.HELD, locks.NOT_SHARED) == (100, 200)
+    stated: dict[str, set[int]] = {"holds": set(), "probes": set()}
+    for row in page("locking.md").table("Readers").rows:
+        stated[row["reader"]].add(int(row["byte"]))
+    assert stated == {"holds": set(locks.READER_LOCKS), "probes": set(locks.READER_PROBES)}
+
+
+def test_exit_statuses() -> None:
+    stated = [int(text) for text in page("cli.md").table("Exit status").column("status")]
+    assert stated == [OK, FAILED, report.PROBLEMS_FOUND, grammar.USAGE]
+
+
+def test_options() -> None:
+    stated = {
+        (command, option)
+        for row in page("cli.md").table("Options").rows
+        for command in row["of"].split(", ")
+        for option in row["option"].split(", ")
+    }
+    (commands,) = (
+        action
+        for action in grammar._parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
+    assert stated == {
+        (command, option)
+        for command, parser in commands.choices.items()
+        for option in parser._option_string_actions
+        if option not in ("-h", "--help")
+    }
+    assert page("cli.md").table("Commands").column("command") == list(commands.choices)

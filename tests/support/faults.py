@@ -1,0 +1,225 @@
+"""The image of spec/image.md, broken in every way spec/problems.md lists."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from support.specreader import vector
+
+from qcow2bm.format import directory, extensions, header
+
+CLUSTER = 512
+EXTENSION, PAYLOAD, END = 0x70, 0x78, 0x90
+DIRECTORY, PAST_EOF = 0xC00, 1 << 20
+DAILY, WEEKLY, CRASHED = range(3)
+TABLES = {DAILY: 0xE00, WEEKLY: 0x1200, CRASHED: 0x1600}
+
+Patch = tuple[int, bytes]
+"""Bytes to be written over those at an offset."""
+
+
+def image() -> bytes:
+    """The sound image."""
+    return vector("image.md", "hex image")
+
+
+def patched(image: bytes, *patches: Patch) -> bytes:
+    """A copy of an image, longer if need be."""
+    data = bytearray(image)
+    for offset, content in patches:
+        data.extend(bytes(max(0, offset - len(data))))
+        data[offset : offset + len(content)] = content
+    return bytes(data)
+
+
+def _places(schema: Any) -> dict[str, tuple[int, int]]:
+    places, position = {}, 0
+    for field in schema.subcons:
+        places[field.name] = position, field.sizeof()
+        position += field.sizeof()
+    return places
+
+
+_HEADER = _places(header._V3_FIXED) | {"compression_type": (104, 1), "padding": (105, 7)}
+_PAYLOAD = _places(extensions._BITMAPS)
+_ENTRY = _places(directory._HEAD)
+
+
+def _field(places: dict[str, tuple[int, int]], start: int, **values: int) -> list[Patch]:
+    return [
+        (start + places[name][0], value.to_bytes(places[name][1], "big"))
+        for name, value in values.items()
+    ]
+
+
+def in_header(**values: int) -> list[Patch]:
+    """Sets fields of the fixed header."""
+    return _field(_HEADER, 0, **values)
+
+
+def in_payload(**values: int) -> list[Patch]:
+    """Sets fields of the bitmaps extension."""
+    return _field(_PAYLOAD, PAYLOAD, **values)
+
+
+def in_entry(index: int, **values: int) -> list[Patch]:
+    """Sets fields of a bitmap directory entry."""
+    return _field(_ENTRY, DIRECTORY + 32 * index, **values)
+
+
+def after_head(index: int, content: bytes) -> Patch:
+    """Replaces the 8 bytes of extra data, name and padding of an entry."""
+    return DIRECTORY + 32 * index + directory.HEAD_LENGTH, content.ljust(8, b"\0")
+
+
+def in_table(index: int, *words: int) -> Patch:
+    """Replaces the first entries of a bitmap table."""
+    return TABLES[index], struct.pack(f">{len(words)}Q", *words)
+
+
+def extension(type: int, length: int, content: bytes) -> bytes:
+    """A header extension that claims a length."""
+    return struct.pack(">II", type, length) + content
+
+
+def _long_name() -> list[Patch]:
+    """The directory behind everything else, its last name 1024 bytes long and valid."""
+    moved = 12 * CLUSTER
+    entries = image()[DIRECTORY : DIRECTORY + 64]
+    last = struct.pack(">QIIBBHI", TABLES[CRASHED], 1, 0, 1, 16, 1024, 0) + b"n" * 1024
+    offset = in_payload(bitmap_directory_offset=moved, bitmap_directory_size=64 + len(last))
+    return [*offset, (moved, entries + last)]
+
+
+def _unaligned_data() -> list[Patch]:
+    """Clusters of 1 KiB, the smallest within which an offset can be unaligned; one bitmap."""
+    return [
+        *in_header(cluster_bits=10, l1_table_offset=0x1800, refcount_table_offset=0x400),
+        *in_payload(nb_bitmaps=1, bitmap_directory_size=32),
+        (0x400, struct.pack(">Q", 0x800)),
+        (DIRECTORY, struct.pack(">QIIBBHI", 0x1000, 1, 0, 1, 16, 5, 0) + b"daily\0\0\0"),
+        (0x1000, struct.pack(">Q", 0x1600)),
+        (0x1800, bytes(0x800)),
+    ]
+
+
+_DUPLICATE = image()[EXTENSION:END]
+_OUTSIDE = [PAST_EOF] * 20
+
+_FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
+    "header.backing_file_offset.invalid": in_header(backing_file_offset=513),
+    "header.backing_file_size.too-large": in_header(backing_file_offset=200, backing_file_size=400),
+    "header.size.unaligned": in_header(size=(5 << 20) - 511),
+    "header.size.too-large": in_header(size=1 << 62),
+    "header.crypt_method.unknown": in_header(crypt_method=3),
+    "header.l1_size.too-small": in_header(l1_size=159),
+    "header.l1_size.too-large": in_header(l1_size=1 << 23),
+    "header.l1_table_offset.unaligned": in_header(l1_table_offset=0x608),
+    "header.l1_table_offset.past-eof": in_header(l1_table_offset=PAST_EOF),
+    "header.refcount_table_offset.unaligned": in_header(refcount_table_offset=0x208),
+    "header.refcount_table_offset.past-eof": in_header(refcount_table_offset=PAST_EOF),
+    "header.refcount_table_clusters.zero": in_header(refcount_table_clusters=0),
+    "header.refcount_table_clusters.too-large": in_header(refcount_table_clusters=16385),
+    "header.nb_snapshots.too-large": in_header(nb_snapshots=65537),
+    "header.snapshots_offset.unaligned": in_header(snapshots_offset=8, nb_snapshots=1),
+    "header.snapshots_offset.past-eof": in_header(snapshots_offset=PAST_EOF, nb_snapshots=1),
+    "header.incompatible_features.unknown": in_header(incompatible_features=1 << 5),
+    "header.incompatible_features.dirty": in_header(incompatible_features=1 << 0),
+    "header.incompatible_features.corrupt": in_header(incompatible_features=1 << 1),
+    "header.incompatible_features.extended-l2": in_header(incompatible_features=1 << 4),
+    "header.autoclear_features.unknown": in_header(autoclear_features=0b101),
+    "header.autoclear_features.no-bitmaps": [(EXTENSION, bytes(8))],
+    "header.autoclear_features.no-data-file": in_header(autoclear_features=0b11),
+    "header.refcount_order.too-large": in_header(refcount_order=7),
+    "header.header_length.too-small": in_header(header_length=96),
+    "header.header_length.too-large": in_header(header_length=520),
+    "header.header_length.unaligned": [
+        *in_header(header_length=116),
+        (EXTENSION, bytes(4) + _DUPLICATE),
+    ],
+    "header.compression_type.unknown": in_header(compression_type=2, incompatible_features=8),
+    "header.compression_type.bit-missing": in_header(compression_type=1),
+    "header.compression_type.bit-unexpected": in_header(incompatible_features=8),
+    "header.padding.nonzero": in_header(padding=1),
+    "header-extension.length.too-large": [(END, extension(1, 512, b""))],
+    "header-extension.end.missing": [(END, extension(1, CLUSTER - END - 8, b""))],
+    "header-extension.padding.nonzero": [(END, extension(1, 1, b"x\1"))],
+    "header-extension.backing-format.too-long": [
+        (END, extension(extensions.BACKING_FORMAT, 16, b"f" * 16))
+    ],
+    "header-extension.crypto.missing": in_header(crypt_method=2),
+    "header-extension.bitmaps.duplicate": [(END, _DUPLICATE)],
+    "header-extension.bitmaps.length": [(EXTENSION + 4, bytes([0, 0, 0, 16]))],
+    "bitmaps-extension.autoclear.off": in_header(autoclear_features=0),
+    "bitmaps-extension.nb_bitmaps.zero": in_payload(nb_bitmaps=0),
+    "bitmaps-extension.nb_bitmaps.too-large": in_payload(nb_bitmaps=65536),
+    "bitmaps-extension.nb_bitmaps.less": in_payload(nb_bitmaps=2),
+    "bitmaps-extension.nb_bitmaps.more": in_payload(nb_bitmaps=4),
+    "bitmaps-extension.reserved.nonzero": in_payload(reserved=1),
+    "bitmaps-extension.bitmap_directory_size.zero": in_payload(bitmap_directory_size=0),
+    "bitmaps-extension.bitmap_directory_size.too-large": in_payload(
+        bitmap_directory_size=1024 * 65535 + 1
+    ),
+    "bitmaps-extension.bitmap_directory_offset.unaligned": in_payload(
+        bitmap_directory_offset=0xC08
+    ),
+    "bitmap-directory.past-eof": in_payload(bitmap_directory_offset=PAST_EOF),
+    "bitmap-directory.overlap": in_entry(DAILY, bitmap_table_offset=DIRECTORY),
+    "bitmap-directory.rest": [*in_payload(bitmap_directory_size=104), (DIRECTORY + 96, b"rest")],
+    "bitmap-directory.zeroes": in_payload(bitmap_directory_size=128),
+    "directory-entry.truncated": in_entry(CRASHED, name_size=200),
+    "directory-entry.bitmap_table_offset.zero": in_entry(DAILY, bitmap_table_offset=0),
+    "directory-entry.bitmap_table_offset.unaligned": in_entry(DAILY, bitmap_table_offset=0xE08),
+    "directory-entry.bitmap_table_offset.past-eof": in_entry(DAILY, bitmap_table_offset=PAST_EOF),
+    "directory-entry.bitmap_table_size.zero": in_entry(DAILY, bitmap_table_size=0),
+    "directory-entry.bitmap_table_size.too-large": in_entry(DAILY, bitmap_table_size=1048577),
+    "directory-entry.bitmap_table_size.less": in_entry(WEEKLY, bitmap_table_size=2),
+    "directory-entry.bitmap_table_size.more": in_entry(WEEKLY, bitmap_table_size=4),
+    "directory-entry.bitmap_table_size.outdated": [
+        *in_entry(CRASHED, bitmap_table_size=2),
+        in_table(CRASHED, 0, 0),
+    ],
+    "directory-entry.flags.reserved": in_entry(DAILY, flags=8),
+    "directory-entry.flags.extra-data-compatible": in_entry(DAILY, flags=4),
+    "directory-entry.type.unknown": in_entry(DAILY, type=2),
+    "directory-entry.granularity_bits.too-large": in_entry(DAILY, granularity_bits=64),
+    "directory-entry.granularity_bits.unsupported": in_entry(DAILY, granularity_bits=32),
+    "directory-entry.extra_data.compatible": [
+        *in_entry(DAILY, flags=4, extra_data_size=1),
+        after_head(DAILY, b"xdaily"),
+    ],
+    "directory-entry.extra_data.incompatible": [
+        *in_entry(DAILY, extra_data_size=1),
+        after_head(DAILY, b"xdaily"),
+    ],
+    "directory-entry.name_size.too-large": _long_name,
+    "directory-entry.name.empty": [
+        *in_entry(CRASHED, name_size=0),
+        *in_payload(bitmap_directory_size=88),
+    ],
+    "directory-entry.name.nul": [after_head(DAILY, b"da\0ly")],
+    "directory-entry.name.duplicate": [
+        *in_entry(WEEKLY, name_size=5),
+        after_head(WEEKLY, b"daily"),
+    ],
+    "directory-entry.padding.nonzero": [after_head(DAILY, b"daily\0\0\1")],
+    "bitmap-table.overlap": in_entry(WEEKLY, bitmap_table_offset=TABLES[DAILY]),
+    "bitmap-table.entry.reserved": [in_table(DAILY, 0x1002)],
+    "bitmap-table.entry.unaligned": _unaligned_data,
+    "bitmap-table.entry.past-eof": [in_table(DAILY, PAST_EOF)],
+    "bitmap-table.entry.more": [
+        *in_entry(CRASHED, bitmap_table_size=len(_OUTSIDE)),
+        in_table(CRASHED, *_OUTSIDE),
+    ],
+    "bitmap-data.overlap": [in_table(DAILY, 0x1400)],
+}
+
+IDS = tuple(_FAULTS)
+
+
+def broken(id: str) -> bytes:
+    """The image with the fault of a problem id, and as few others as can be."""
+    patches = _FAULTS[id]
+    return patched(image(), *(patches() if callable(patches) else patches))

@@ -1,0 +1,65 @@
+"""Checks what the command line prints against the tables of spec/json.md.
+
+A value cell is alternatives joined by "or": ``null``, ``integer``, ``number``, ``string``,
+``boolean``, a literal, a link to the table of another object, or a list of such.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from support.specreader import page
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "null": (type(None),),
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "boolean": (bool,),
+}
+_LINK = re.compile(r"\[(.+)\]\(#.+\)")
+
+
+def check_dump(document: object) -> None:
+    """Raises AssertionError unless the document is what ``dump`` may print."""
+    _check_object("dump", document, "dump")
+
+
+def check_map(document: object) -> None:
+    """Raises AssertionError unless the document is what ``map``, or its totals, may print."""
+    assert isinstance(document, list), "map: not a list"
+    for number, row in enumerate(document):
+        heading = "map totals" if isinstance(row, dict) and "percent" in row else "map"
+        _check_object(heading, row, f"map[{number}]")
+
+
+def _check_object(heading: str, found: object, where: str) -> None:
+    assert isinstance(found, dict), f"{where}: not an object"
+    rows = page("json.md").table(heading).rows
+    values = {row["key"].removesuffix(", optional"): row["value"] for row in rows}
+    required = {row["key"] for row in rows if not row["key"].endswith(", optional")}
+    assert found.keys() <= values.keys(), f"{where}: unknown {found.keys() - values.keys()}"
+    assert required <= found.keys(), f"{where}: without {required - found.keys()}"
+    for key, value in found.items():
+        _check_value(values[key].split(" or "), value, f"{where}.{key}")
+
+
+def _check_value(alternatives: list[str], value: object, where: str) -> None:
+    for alternative in alternatives:
+        link = _LINK.fullmatch(alternative)
+        if alternative.startswith("list of ") and isinstance(value, list):
+            for number, item in enumerate(value):
+                items = alternative.removeprefix("list of ").split(", ")
+                _check_value(items, item, f"{where}[{number}]")
+            return
+        if link and isinstance(value, dict):
+            _check_object(link[1], value, where)
+            return
+        if isinstance(value, _TYPES.get(alternative, ())) and (
+            alternative == "boolean" or not isinstance(value, bool)
+        ):
+            return
+        if alternative not in _TYPES and json.dumps(value) == alternative:
+            return
+    raise AssertionError(f"{where}: {value!r} is none of {', '.join(alternatives)}")
