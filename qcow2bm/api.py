@@ -224,10 +224,11 @@ class Image:
 
     def _problems_of(self, index: int) -> list[Problem]:
         if self._by_bitmap is None:
-            self._by_bitmap = {}
+            by_bitmap: dict[int, list[Problem]] = {}
             for found in self.problems:
                 if found.bitmap_index is not None:
-                    self._by_bitmap.setdefault(found.bitmap_index, []).append(found)
+                    by_bitmap.setdefault(found.bitmap_index, []).append(found)
+            self._by_bitmap = by_bitmap  # only when it is complete: reading may have failed
         return self._by_bitmap.get(index, [])
 
     def _require_open(self) -> None:
@@ -381,6 +382,7 @@ class Bitmap:
 
         Raises:
             BitmapBrokenError: there is no table to read.
+            LimitError: the disk would need more bits than QEMU allows, 512 MiB.
             ImageLockedError: somebody writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from qcow2bm.bits import plain
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.errors import ChangedWhileReadingError
+from qcow2bm.errors import ChangedWhileReadingError, LimitError
 from qcow2bm.format.directory import DirectoryEntry, build_entry
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
+from qcow2bm.store.directory import MAX_BITMAP_BYTES
 from qcow2bm.store.tables import fingerprint, read_words, table_runs
 from qcow2bm.units import align_up, ceil_div
 
@@ -100,13 +101,20 @@ class BitmapBits:
         self.length_bytes = ceil_div(self.bits, 8)
 
     def packed(self) -> NDArray[np.uint8]:
-        """All bits, uint8[ceil(bits / 8)], least significant bit first."""
+        """All bits, uint8[ceil(bits / 8)], least significant bit first.
+
+        Raises:
+            LimitError: they are more than QEMU allows a bitmap to have, 512 MiB.
+        """
+        if self.length_bytes > MAX_BITMAP_BYTES:
+            raise LimitError("the length of the bits", self.length_bytes, MAX_BITMAP_BYTES)
         import numpy as np
 
         out = np.zeros(self.length_bytes, np.uint8)
         with self._file.lock():
             words = self._read_table()
-            self._fill((p for p in self._pieces(words) if p.kind != ALL_ZEROES), out.data)
+            stored = (piece for piece in self._pieces(words) if piece.kind != ALL_ZEROES)
+            self._fill(stored, out.data, 0)
             self._require_unchanged(words, 0, len(words))
         if self.bits % 8:
             out[-1] &= (1 << self.bits % 8) - 1
@@ -203,10 +211,11 @@ class BitmapBits:
                 if used:
                     yield self._read_batch(batch, words, buffer)
                     batch, used = [], 0
-                # The last byte is cut out of it: it may need its tail cleared (INV-TAIL).
-                constant = (piece.end - 1) // 8 * 8 - piece.start
-                yield Chunk(piece.kind, constant, None)
-                piece = piece.cut(piece.start + constant)
+                stop = piece.end
+                if stop == self.length_bytes:  # its tail may have to be cleared (INV-TAIL)
+                    stop = (stop - 1) // 8 * 8
+                yield Chunk(piece.kind, stop - piece.start, None)
+                piece = piece.cut(stop)
             while piece.start < piece.end:
                 stop = min(piece.end, piece.start + CHUNK_BYTES - used)
                 batch.append(piece._replace(end=stop))
@@ -225,10 +234,10 @@ class BitmapBits:
             entries = words, start // cluster_size, ceil_div(end, cluster_size)
             with self._file.lock():
                 self._require_unchanged(*entries)
-                self._fill(batch, buffer)
+                self._fill(batch, buffer, start)
                 self._require_unchanged(*entries)
         else:
-            self._fill(batch, buffer)
+            self._fill(batch, buffer, start)
         length = end - start
         if end == self.length_bytes:
             buffer[length : align_up(length, 8)] = bytes(-length % 8)
@@ -236,12 +245,9 @@ class BitmapBits:
                 buffer[length - 1] &= (1 << self.bits % 8) - 1
         return Chunk(ALLOCATED, length, buffer[: align_up(length, 8)])
 
-    def _fill(self, pieces: Iterable[_Piece], buffer: memoryview) -> None:
-        """Puts consecutive pieces into ``buffer``, which begins where the first one does."""
-        origin = -1
+    def _fill(self, pieces: Iterable[_Piece], buffer: memoryview, origin: int) -> None:
+        """Puts pieces into ``buffer``, which begins with byte ``origin`` of the bits."""
         for piece in pieces:
-            if origin < 0:
-                origin = piece.start if len(buffer) < self.length_bytes else 0
             part = buffer[piece.start - origin : piece.end - origin]
             if piece.kind == ALLOCATED:
                 self._file.read_into(piece.offset, part)

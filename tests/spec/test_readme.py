@@ -1,0 +1,62 @@
+"""The README shows what the program prints and runs what it tells people to run.
+
+``pytest --golden-update`` writes the output of its commands anew.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from support.console import ROOT, run
+
+README = ROOT / "README.md"
+
+
+def _with_output(match: re.Match[str]) -> str:
+    """A console block with the output its commands have now."""
+    shown = []
+    for line in match[1].splitlines():
+        if line.startswith("$ "):
+            arguments = shlex.split(line[2:])
+            assert arguments[:3] == ["python", "-m", "qcow2bm"]
+            result = run(arguments[3:], ROOT)
+            assert result.err == ""
+            shown.append(f"{line}\n{result.out}")
+    return f"```console\n{''.join(shown)}```"
+
+
+def test_output_is_what_the_commands_print(request: pytest.FixtureRequest) -> None:
+    text = README.read_text(encoding="utf-8")
+    now = re.sub(r"```console\n(.*?)```", _with_output, text, flags=re.DOTALL)
+    if request.config.getoption("--golden-update"):
+        README.write_text(now, encoding="utf-8")
+    assert README.read_text(encoding="utf-8") == now
+
+
+def test_the_python_example_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert example
+    assert len(example[1].splitlines()) <= 24
+    monkeypatch.chdir(ROOT)
+    exec(compile(example[1], "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "1173504 bytes are dirty" in printed
+    assert "inconsistent" in printed
+
+
+def test_messages_of_qemu_are_those_of_the_problems() -> None:
+    from qcow2bm.problems import KINDS
+
+    text = README.read_text(encoding="utf-8")
+    known = {kind.qemu_message for kind in KINDS.values() if kind.qemu_message}
+    section = text.partition("## My VM does not boot")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    quoted = [message for cell in cells for message in cell.split("`")[1::2]]
+    assert len(quoted) >= 8
+    for message in quoted:
+        words = message.replace("'...'", "").replace("...", "").strip(" :")
+        assert any(words.startswith(m) or m in words or words in m for m in known), message
