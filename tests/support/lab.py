@@ -118,7 +118,7 @@ NOT_READ = {
     "Request for data outside of extension header": "the encryption header",
     "Could not read encryption header": "the encryption header",
     "'data-file' is required for this image": "QEMU may be told its name instead",
-    "/data-file/dat'": "the data file (INV-NOPATH)",
+    "/data-file/dat'": "the data file, of which QEMU finds none so named (INV-NOPATH)",
     "Could not open backing file": "the backing file (INV-NOPATH)",
 }
 """What QEMU may say of things that this library does not read, and on purpose."""

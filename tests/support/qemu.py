@@ -73,7 +73,15 @@ class Disk:
             options = options | {"encrypt.key-secret": "key", "encrypt.iter-time": 10}
         for key, value in options.items():
             arguments += ("-o", f"{key}={value}")
-        run_ok("qemu-img", "create", "-q", *_SECRET, *arguments, "-f", "qcow2", path, str(size))
+        command: tuple[str | Path, ...] = ("qemu-img", "create", "-q", *_SECRET, *arguments)
+        command += ("-f", "qcow2", path, str(size))
+        for _ in range(20):
+            done = run(*command)
+            # QEMU times its key derivation, and now and then cannot.
+            if "Unable to get accurate CPU usage" not in done.stderr:
+                break
+        if done.returncode:
+            raise ToolError(f"{command}: {done.stderr}")
         return cls(path, encryption)
 
     @property

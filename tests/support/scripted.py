@@ -21,6 +21,7 @@ class ScriptedStorage:
         self.data = data
         self.reads: list[tuple[int, int]] = []
         self.closed = False
+        self.token: object = None
         self._script = script
 
     def size(self) -> int:
@@ -33,6 +34,9 @@ class ScriptedStorage:
         part = self.data[offset : offset + len(buffer)][:limit]
         buffer[: len(part)] = part
         return len(part)
+
+    def change_token(self) -> object:
+        return self.token
 
     def read_lock(self) -> AbstractContextManager[None]:
         return nullcontext()
