@@ -92,7 +92,8 @@ class Image:
         try:
             with nullcontext() if force_share else storage.read_lock():
                 self._file = ClusterFile(storage, force_share=force_share)
-                self._directory = load_directory(self._file)
+                self._header_problems = header_problems(self._file)
+                self._directory = load_directory(self._file, self._header_problems)
                 verify_directory(self._file, self._directory)
         except BaseException:
             self.close()
@@ -199,7 +200,7 @@ class Image:
             StorageError: reading failed.
         """
         tables = self._tables().problems
-        return (*header_problems(self._file), *self._directory.problems, *tables)
+        return (*self._header_problems, *self._directory.problems, *tables)
 
     def bitmap(self, index: int) -> Bitmap:
         """The bitmap of a directory entry by its number, whatever its name.
@@ -235,10 +236,11 @@ class Image:
         self._file.header  # noqa: B018  # raises StateError where the image is closed
 
     def _tables(self) -> Survey:
+        self._require_open()
         if self._survey is None:
             with self._file.lock():
                 verify_directory(self._file, self._directory)
-                found = survey(self._file, self._directory)
+                found = survey(self._file, self._directory, self._header_problems)
                 verify_directory(self._file, self._directory)
             self._survey = found
         return self._survey
@@ -257,10 +259,10 @@ class _Bitmaps(Mapping[str, "Bitmap"]):
         }
 
     def __getitem__(self, name: str) -> Bitmap:
-        try:
-            return Bitmap(self._image, self._entries[name])
-        except KeyError:
-            raise BitmapNotFoundError(name) from None
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BitmapNotFoundError(str(name))
+        return Bitmap(self._image, entry)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

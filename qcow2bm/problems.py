@@ -15,6 +15,7 @@ SEVERITIES = (REFUSED, UNUSABLE, LEAK, COSMETIC, NOTE)
 
 HEADER = "header"
 HEADER_EXTENSION = "header extension"
+SNAPSHOT_TABLE = "snapshot table"
 BITMAPS_EXTENSION = "bitmaps extension"
 DIRECTORY = "bitmap directory"
 ENTRY = "bitmap directory entry"
@@ -114,11 +115,11 @@ KINDS: dict[str, Kind] = {
     ),
     "header.l1_size.too-small": Kind(HEADER, "l1_size", REFUSED, "L1 table is too small"),
     "header.l1_size.too-large": Kind(HEADER, "l1_size", REFUSED, "Active L1 table too large"),
-    "header.l1_table_offset.unaligned": Kind(
+    "header.l1_table_offset.invalid": Kind(
         HEADER, "l1_table_offset", REFUSED, "Active L1 table offset invalid"
     ),
     "header.l1_table_offset.past-eof": Kind(HEADER, "l1_table_offset", UNUSABLE),
-    "header.refcount_table_offset.unaligned": Kind(
+    "header.refcount_table_offset.invalid": Kind(
         HEADER, "refcount_table_offset", REFUSED, "Reference count table offset invalid"
     ),
     "header.refcount_table_offset.past-eof": Kind(HEADER, "refcount_table_offset", UNUSABLE),
@@ -134,10 +135,16 @@ KINDS: dict[str, Kind] = {
     "header.nb_snapshots.too-large": Kind(
         HEADER, "nb_snapshots", REFUSED, "Snapshot table too large"
     ),
-    "header.snapshots_offset.unaligned": Kind(
+    "header.snapshots_offset.invalid": Kind(
         HEADER, "snapshots_offset", REFUSED, "Snapshot table offset invalid"
     ),
     "header.snapshots_offset.past-eof": Kind(HEADER, "snapshots_offset", UNUSABLE),
+    "snapshot-table.extra_data_size.too-large": Kind(
+        SNAPSHOT_TABLE,
+        "extra_data_size",
+        REFUSED,
+        "Too much extra metadata in snapshot table entry",
+    ),
     "header.incompatible_features.unknown": Kind(
         HEADER, "incompatible_features", REFUSED, "Unsupported qcow2 feature(s)"
     ),
@@ -188,6 +195,18 @@ KINDS: dict[str, Kind] = {
     "header-extension.crypto.missing": Kind(
         HEADER_EXTENSION, "crypto header", REFUSED, "Missing CRYPTO header for crypt method 2"
     ),
+    "header-extension.crypto.unexpected": Kind(
+        HEADER_EXTENSION,
+        "crypto header",
+        REFUSED,
+        "CRYPTO header extension only expected with LUKS encryption method",
+    ),
+    "header-extension.crypto.length": Kind(
+        HEADER_EXTENSION, "crypto header length", REFUSED, "CRYPTO header extension size"
+    ),
+    "header-extension.crypto.unaligned": Kind(
+        HEADER_EXTENSION, "crypto header", REFUSED, "is not a multiple of cluster size"
+    ),
     "header-extension.bitmaps.duplicate": Kind(HEADER_EXTENSION, "bitmaps", COSMETIC),
     "header-extension.bitmaps.length": Kind(
         HEADER_EXTENSION, "bitmaps length", REFUSED, "bitmaps_ext: Invalid extension length"
@@ -198,6 +217,13 @@ KINDS: dict[str, Kind] = {
         LEAK,
         "a program lacking bitmap support modified this file, "
         "so all bitmaps are now considered inconsistent",
+    ),
+    "bitmaps-extension.version.too-old": Kind(
+        BITMAPS_EXTENSION,
+        "",
+        LEAK,
+        "This qcow2 v2 image contains bitmaps, but they may have been modified by a program "
+        "without persistent bitmap support",
     ),
     "bitmaps-extension.nb_bitmaps.zero": Kind(
         BITMAPS_EXTENSION, "nb_bitmaps", REFUSED, "found bitmaps extension with zero bitmaps"
@@ -241,12 +267,14 @@ KINDS: dict[str, Kind] = {
         REFUSED,
         "bitmaps_ext: invalid bitmap directory offset",
     ),
-    "bitmap-directory.past-eof": Kind(DIRECTORY, "", REFUSED),
+    "bitmap-directory.past-eof": Kind(DIRECTORY, "", REFUSED, _CONSTRAINTS),
+    "bitmap-directory.unreadable": Kind(DIRECTORY, "", REFUSED, "Failed to read bitmap directory"),
     "bitmap-directory.overlap": Kind(DIRECTORY, "", UNUSABLE),
     "bitmap-directory.rest": Kind(DIRECTORY, "", REFUSED, _BROKEN_DIRECTORY),
     "bitmap-directory.zeroes": Kind(
         DIRECTORY, "", REFUSED, "More bitmaps found than specified in header extension"
     ),
+    "bitmap-directory.zero-entries": Kind(DIRECTORY, "", REFUSED, _CONSTRAINTS),
     "directory-entry.truncated": Kind(ENTRY, "", REFUSED, _BROKEN_DIRECTORY),
     "directory-entry.bitmap_table_offset.zero": Kind(
         ENTRY, "bitmap_table_offset", REFUSED, _CONSTRAINTS
@@ -255,6 +283,9 @@ KINDS: dict[str, Kind] = {
         ENTRY, "bitmap_table_offset", REFUSED, _CONSTRAINTS
     ),
     "directory-entry.bitmap_table_offset.past-eof": Kind(ENTRY, "bitmap_table_offset", UNUSABLE),
+    "directory-entry.bitmap_table_offset.unreadable": Kind(
+        ENTRY, "bitmap_table_offset", REFUSED, _BAD_TABLE
+    ),
     "directory-entry.bitmap_table_size.zero": Kind(
         ENTRY, "bitmap_table_size", REFUSED, _CONSTRAINTS
     ),

@@ -41,6 +41,7 @@ class ClusterFile:
         """
         self.storage = storage
         self._force_share = force_share
+        self._token = storage.change_token()
         self.file_size = storage.size()
         start = read_bytes(storage, 0, min(self.file_size, 1 << MIN_CLUSTER_BITS))
         self.header = parse_header(start)
@@ -125,6 +126,18 @@ class ClusterFile:
         """
         if self.read(0, len(self._seen)) != self._seen:
             raise ChangedWhileReadingError(self.storage.name, "header")
+
+    def verify_untouched(self) -> None:
+        """Asks the storage whether anybody wrote to it, unless sharing is forced.
+
+        After two writers the same metadata may stand in the same place again.
+
+        Raises:
+            ChangedWhileReadingError: somebody did.
+            StorageError: asking failed.
+        """
+        if not self._force_share and self.storage.change_token() != self._token:
+            raise ChangedWhileReadingError(self.storage.name, "image")
 
     def contains(self, offset: int, length: int) -> bool:
         """Whether these bytes lie in the file; its last cluster counts as whole."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format import extensions, features
+from qcow2bm.format.extensions import HeaderExtension
 from qcow2bm.format.header import (
     FIELD_OFFSETS,
     MAX_REFCOUNT_ORDER,
@@ -23,7 +24,7 @@ MAX_BACKING_FORMAT_LENGTH = 15
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MIN_EXTENDED_L2_CLUSTER_SIZE = 16 << 10
-MIN_SNAPSHOT_BYTES = 40
+MAX_OFFSET = (1 << 63) - 1
 MAX_SIZE = 1 << 62  # keeps every product of bits and granularity within int64
 MAX_L1_ENTRIES = (1 << 31) - 1  # for the disk alone; more is a disk too big for QEMU
 
@@ -32,7 +33,13 @@ CRYPT_LUKS = 2
 
 def header_problems(file: ClusterFile) -> tuple[Problem, ...]:
     """Every fault of the header and of the header extensions, in file order."""
-    found = (*_fixed(file), *_tables(file), *_features(file), *_extensions(file))
+    found = (
+        *_fixed(file),
+        *_tables(file),
+        *_snapshots(file),
+        *_features(file),
+        *_extensions(file),
+    )
     return tuple(sorted(found, key=lambda problem: problem.offset))
 
 
@@ -92,49 +99,60 @@ def _tables(file: ClusterFile) -> Iterator[Problem]:
         yield _at("header.l1_size.too-small", f"is {header.l1_size}, but the disk needs {entries}")
     if 8 * header.l1_size > MAX_L1_BYTES:
         yield _at("header.l1_size.too-large", f"is {header.l1_size}, at most {MAX_L1_BYTES // 8}")
-    elif not file.contains(header.l1_table_offset, 8 * header.l1_size):
-        yield _at("header.l1_table_offset.past-eof", _past_eof(header.l1_table_offset))
-    if header.l1_table_offset % cluster_size:
-        yield _at("header.l1_table_offset.unaligned", _unaligned(header.l1_table_offset))
-
+    else:
+        yield from _place(file, "l1_table_offset", 8 * header.l1_size)
     length = header.refcount_table_clusters * cluster_size
     if not length:
         yield _at("header.refcount_table_clusters.zero", "is 0")
-    elif length > MAX_REFCOUNT_TABLE_BYTES:
+    if length > MAX_REFCOUNT_TABLE_BYTES:
         yield _at(
             "header.refcount_table_clusters.too-large",
             f"is {header.refcount_table_clusters}, at most "
             f"{MAX_REFCOUNT_TABLE_BYTES // cluster_size}",
         )
-    elif not file.contains(header.refcount_table_offset, length):
-        yield _at("header.refcount_table_offset.past-eof", _past_eof(header.refcount_table_offset))
-    if header.refcount_table_offset % cluster_size:
+    else:
+        yield from _place(file, "refcount_table_offset", length)
+
+
+def _place(file: ClusterFile, field: str, length: int) -> Iterator[Problem]:
+    """What is wrong with where the header says a table of so many bytes is."""
+    offset: int = getattr(file.header, field)
+    if offset % file.cluster_size:
+        yield _at(f"header.{field}.invalid", f"is {offset:#x}, not at the start of a cluster")
+    elif offset + length > MAX_OFFSET:
+        yield _at(f"header.{field}.invalid", f"is {offset:#x}, beyond any file")
+    elif length and not file.contains(offset, length):
         yield _at(
-            "header.refcount_table_offset.unaligned", _unaligned(header.refcount_table_offset)
+            f"header.{field}.past-eof",
+            f"is {offset:#x}: {length} bytes there reach past the end of the file",
         )
 
-    if header.nb_snapshots > MAX_SNAPSHOTS:
-        yield _at(
-            "header.nb_snapshots.too-large", f"is {header.nb_snapshots}, at most {MAX_SNAPSHOTS}"
-        )
-    elif header.nb_snapshots and not file.contains(
-        header.snapshots_offset, MIN_SNAPSHOT_BYTES * header.nb_snapshots
-    ):
-        yield _at(
-            "header.snapshots_offset.past-eof",
-            f"is {header.snapshots_offset:#x}: "
-            f"{header.nb_snapshots} snapshots there reach past the end of the file",
-        )
-    if header.snapshots_offset % cluster_size:
-        yield _at("header.snapshots_offset.unaligned", _unaligned(header.snapshots_offset))
 
+def _snapshots(file: ClusterFile) -> Iterator[Problem]:
+    """What makes QEMU refuse the snapshot table; its entries are walked over, no more."""
+    count, place = file.header.nb_snapshots, file.header.snapshots_offset
+    if count > MAX_SNAPSHOTS:
+        yield _at("header.nb_snapshots.too-large", f"is {count}, at most {MAX_SNAPSHOTS}")
+        return
+    if not count:
+        yield from _place(file, "snapshots_offset", 0)
+        return
+    from qcow2bm.format import snapshots  # few images have any
 
-def _past_eof(offset: int) -> str:
-    return f"is {offset:#x}: the table reaches past the end of the file"
-
-
-def _unaligned(offset: int) -> str:
-    return f"is {offset:#x}, not at the start of a cluster"
+    yield from _place(file, "snapshots_offset", snapshots.HEAD_LENGTH * count)
+    for _ in range(count):
+        if not file.contains(place, snapshots.HEAD_LENGTH):
+            return
+        head = file.read(place, snapshots.HEAD_LENGTH)
+        size, extra_data_size = snapshots.measure_entry(head, place)
+        if extra_data_size > snapshots.MAX_EXTRA_DATA_SIZE:
+            yield problem(
+                "snapshot-table.extra_data_size.too-large",
+                place + snapshots.FIELD_OFFSETS["extra_data_size"],
+                f"is {extra_data_size}, at most {snapshots.MAX_EXTRA_DATA_SIZE}",
+            )
+            return
+        place += size
 
 
 def _features(file: ClusterFile) -> Iterator[Problem]:
@@ -187,12 +205,12 @@ def _features(file: ClusterFile) -> Iterator[Problem]:
             "the next write makes QEMU mark the image corrupt",
         )
     compression = header.compression_type or 0
-    if header.incompatible_features & features.INCOMPATIBLE_COMPRESSION:
-        if not compression:
-            yield _at("header.compression_type.bit-unexpected", "is 0, but its feature bit is set")
-        elif compression > 1:
-            yield _at("header.compression_type.unknown", f"is {compression}, must be 0 or 1")
-    elif compression:
+    has_bit = bool(header.incompatible_features & features.INCOMPATIBLE_COMPRESSION)
+    if compression > 1:
+        yield _at("header.compression_type.unknown", f"is {compression}, must be 0 or 1")
+    if has_bit and not compression:
+        yield _at("header.compression_type.bit-unexpected", "is 0, but its feature bit is set")
+    if compression and not has_bit:
         yield _at(
             "header.compression_type.bit-missing",
             f"is {compression}, but its feature bit is not set",
@@ -213,6 +231,8 @@ def _extensions(file: ClusterFile) -> Iterator[Problem]:
                 place,
                 f"is {length} bytes long, at most {MAX_BACKING_FORMAT_LENGTH}",
             )
+        if extension.type == extensions.CRYPTO:
+            yield from _crypto(file, extension, place)
         if extension.type == extensions.BITMAPS and length != extensions.BITMAPS_LENGTH:
             yield problem(
                 "header-extension.bitmaps.length",
@@ -234,3 +254,26 @@ def _extensions(file: ClusterFile) -> Iterator[Problem]:
         )
     if header.crypt_method == CRYPT_LUKS and not file.find(extensions.CRYPTO):
         yield problem("header-extension.crypto.missing", end, "is missing")
+
+
+def _crypto(file: ClusterFile, extension: HeaderExtension, place: int) -> Iterator[Problem]:
+    if file.header.crypt_method != CRYPT_LUKS:
+        yield problem(
+            "header-extension.crypto.unexpected",
+            place,
+            f"is there, but crypt_method is {file.header.crypt_method}",
+        )
+    if len(extension.data) != extensions.CRYPTO_LENGTH:
+        yield problem(
+            "header-extension.crypto.length",
+            place + 4,
+            f"is {len(extension.data)}, must be {extensions.CRYPTO_LENGTH}",
+        )
+        return
+    offset = extensions.parse_crypto_header(extension.data, place + extensions.HEAD_LENGTH).offset
+    if offset % file.cluster_size:
+        yield problem(
+            "header-extension.crypto.unaligned",
+            place + extensions.HEAD_LENGTH,
+            f"leads to {offset:#x}, which is not the start of a cluster",
+        )

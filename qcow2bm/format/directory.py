@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
 
-from qcow2bm.format.schema import build, flat_struct
+from qcow2bm.format.schema import build, field_offsets, flat_struct
 from qcow2bm.units import align_up
 
 FLAG_IN_USE = 1 << 0
@@ -45,15 +45,7 @@ _READ_HEAD = flat_struct(_HEAD)
 HEAD_LENGTH = _READ_HEAD.size
 
 
-def _offsets() -> dict[str, int]:
-    offsets, position = {}, 0
-    for field in _HEAD.subcons:
-        offsets[str(field.name)] = position
-        position += field.sizeof()
-    return offsets
-
-
-FIELD_OFFSETS = _offsets()
+FIELD_OFFSETS = field_offsets(_HEAD)
 """The byte offset of each field in a directory entry, by its name in the specification."""
 
 

@@ -41,6 +41,7 @@ _CRYPTO = Struct("offset" / Int64ub, "length" / Int64ub)
 
 HEAD_LENGTH = _HEAD.sizeof()
 BITMAPS_LENGTH = _BITMAPS.sizeof()
+CRYPTO_LENGTH = _CRYPTO.sizeof()
 
 
 class HeaderExtension(NamedTuple):
@@ -68,9 +69,8 @@ class HeaderExtension(NamedTuple):
 class HeaderExtensions(NamedTuple):
     """The header extension area.
 
-    ``end`` is the end marker as it stands in the file (8 bytes), or what lies between the last
-    extension and the end of the area where there is no end marker (fewer than 8 bytes, mostly
-    none). ``fault`` says why reading stopped before, None if it did not.
+    ``end`` is the end marker as it stands in the file, 8 bytes, or empty where the area ends
+    without one. ``fault`` says why reading stopped before, None if it did not.
     """
 
     extensions: tuple[HeaderExtension, ...]
@@ -110,23 +110,26 @@ def parse_extensions(data: bytes, start: int = 0) -> HeaderExtensions:
     """
     extensions: list[HeaderExtension] = []
     position = 0
-    while len(data) - position >= HEAD_LENGTH:
+    while position < len(data):
+        left = len(data) - position - HEAD_LENGTH
+        if left < 0:
+            fault = _fault(start + position, f"is not there: {len(data) - position} bytes are left")
+            return HeaderExtensions(tuple(extensions), b"", fault)
         head = parse(_HEAD, data[position : position + HEAD_LENGTH], "header extension", position)
+        if head.length > left:
+            reason = f"is {head.length}, but only {left} bytes follow"
+            return HeaderExtensions(tuple(extensions), b"", _fault(start + position + 4, reason))
         if head.type == END:
             return HeaderExtensions(tuple(extensions), data[position : position + HEAD_LENGTH])
         stop = position + HEAD_LENGTH + head.length
-        if stop > len(data):
-            fault = FormatError(
-                "header extension",
-                "length",
-                start + position + 4,
-                f"is {head.length}, but only {len(data) - position - HEAD_LENGTH} bytes follow",
-            )
-            return HeaderExtensions(tuple(extensions), b"", fault)
         fields = parse(_EXTENSION, data[position:stop], "header extension", start + position)
         position = min(stop + -head.length % 8, len(data))
         extensions.append(HeaderExtension(fields.type, fields.data, data[stop:position]))
-    return HeaderExtensions(tuple(extensions), data[position:])
+    return HeaderExtensions(tuple(extensions), b"")
+
+
+def _fault(offset: int, reason: str) -> FormatError:
+    return FormatError("header extension", "length", offset, reason)
 
 
 def build_extensions(area: HeaderExtensions) -> bytes:
@@ -175,10 +178,9 @@ def parse_crypto_header(data: bytes, offset: int = 0) -> CryptoHeader:
     Raises:
         FormatError: ``data`` has another length.
     """
-    if len(data) != _CRYPTO.sizeof():
-        raise FormatError(
-            "crypto header extension", "length", offset - 4, f"is {len(data)}, must be 16"
-        )
+    if len(data) != CRYPTO_LENGTH:
+        reason = f"is {len(data)}, must be {CRYPTO_LENGTH}"
+        raise FormatError("crypto header extension", "length", offset - 4, reason)
     fields = parse(_CRYPTO, data, "crypto header extension", offset)
     return CryptoHeader(fields.offset, fields.length)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from construct import Bytes, Const, If, Int8ub, Int32ub, Int64ub, Struct, this
 
 from qcow2bm.errors import FormatError, UnsupportedError
-from qcow2bm.format.schema import build, parse
+from qcow2bm.format.schema import build, field_offsets, parse
 
 MAGIC = b"QFI\xfb"
 V2_LENGTH = 72
@@ -47,15 +47,7 @@ _V3 = Struct(
 )
 
 
-def _offsets() -> dict[str, int]:
-    offsets, position = {}, 0
-    for field in _V3_FIXED.subcons:
-        offsets[str(field.name)] = position
-        position += field.sizeof()
-    return offsets | {"compression_type": position, "padding": position + 1}
-
-
-FIELD_OFFSETS = _offsets()
+FIELD_OFFSETS = field_offsets(_V3_FIXED) | {"compression_type": 104, "padding": 105}
 """The byte offset of each header field, by its name in the specification."""
 
 

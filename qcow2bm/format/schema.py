@@ -60,6 +60,15 @@ def flat_struct(schema: Any) -> struct.Struct:  # noqa: ANN401
     return struct.Struct(orders.pop() + "".join(text[1:] for text in formats))
 
 
+def field_offsets(schema: Any) -> dict[str, int]:  # noqa: ANN401
+    """The byte offset of each field of a construct Struct of fixed size, by name."""
+    offsets, position = {}, 0
+    for field in schema.subcons:
+        offsets[str(field.name)] = position
+        position += field.sizeof()
+    return offsets
+
+
 def bit_masks(schema: Any) -> dict[str, int]:  # noqa: ANN401
     """The mask of each field of a construct BitStruct, as a big-endian integer sees it."""
     masks: dict[str, int] = {}

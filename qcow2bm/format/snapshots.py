@@ -8,26 +8,37 @@ from typing import NamedTuple
 from construct import Bytes, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
 
 from qcow2bm.errors import FormatError
-from qcow2bm.format.schema import build, parse
+from qcow2bm.format.schema import build, field_offsets, parse
+from qcow2bm.units import align_up
 
 MAX_EXTRA_DATA_SIZE = 1024
-HEAD_LENGTH = 40
 
-SNAPSHOT = Struct(
+_HEAD = Struct(
     "l1_table_offset" / Int64ub,
     "l1_size" / Int32ub,
-    "id_str_size" / Rebuild(Int16ub, len_(this.id_str)),
-    "name_size" / Rebuild(Int16ub, len_(this.name)),
+    "id_str_size" / Int16ub,
+    "name_size" / Int16ub,
     "date_sec" / Int32ub,
     "date_nsec" / Int32ub,
     "vm_clock_nsec" / Int64ub,
     "vm_state_size" / Int32ub,
-    "extra_data_size" / Rebuild(Int32ub, len_(this.extra_data)),
+    "extra_data_size" / Int32ub,
+)
+_SIZES = {
+    "id_str_size": "id_str_size" / Rebuild(Int16ub, len_(this.id_str)),
+    "name_size": "name_size" / Rebuild(Int16ub, len_(this.name)),
+    "extra_data_size": "extra_data_size" / Rebuild(Int32ub, len_(this.extra_data)),
+}
+SNAPSHOT = Struct(
+    *(_SIZES.get(str(field.name), field) for field in _HEAD.subcons),
     "extra_data" / Bytes(this.extra_data_size),
     "id_str" / Bytes(this.id_str_size),
     "name" / Bytes(this.name_size),
     "padding" / Bytes(lambda this: -(this.extra_data_size + this.id_str_size + this.name_size) % 8),
 )
+
+FIELD_OFFSETS = field_offsets(_HEAD)
+HEAD_LENGTH = _HEAD.sizeof()
 
 
 class SnapshotHeader(NamedTuple):
@@ -49,6 +60,17 @@ class SnapshotHeader(NamedTuple):
         """How many bytes the entry occupies in the snapshot table."""
         tail = len(self.extra_data) + len(self.id_str) + len(self.name) + len(self.padding)
         return HEAD_LENGTH + tail
+
+
+def measure_entry(head: bytes, offset: int) -> tuple[int, int]:
+    """The size of an entry and of its extra data, from its first 40 bytes at host ``offset``.
+
+    Raises:
+        FormatError: ``head`` is shorter.
+    """
+    fields = parse(_HEAD, head, "snapshot table entry", offset)
+    tail = fields.extra_data_size + fields.id_str_size + fields.name_size
+    return HEAD_LENGTH + align_up(tail, 8), fields.extra_data_size
 
 
 def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[SnapshotHeader, ...]:

@@ -29,6 +29,13 @@ class Storage(Protocol):
         """
         ...
 
+    def change_token(self) -> object:
+        """Something that differs once the storage was written to, or None if that is unknown.
+
+        Bitmap metadata can come back to the same bytes at the same place after two writers.
+        """
+        ...
+
     def read_lock(self) -> AbstractContextManager[None]:
         """Held while the library reads and needs to know that nobody writes.
 

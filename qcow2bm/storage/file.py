@@ -65,6 +65,14 @@ class FileStorage:
             raise StorageError.from_os(error, self.name, offset, len(buffer)) from error
         return done
 
+    def change_token(self) -> object:
+        """Time of the last write and length; None for a block device, which keeps no such time."""
+        try:
+            now = os.fstat(self._descriptor)
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, 0, 0) from error
+        return (now.st_mtime_ns, now.st_size) if stat.S_ISREG(now.st_mode) else None
+
     def read_lock(self) -> AbstractContextManager[None]:
         """Holds QEMU's locks of a reader."""
         return reader_locks(self._descriptor, self.name)

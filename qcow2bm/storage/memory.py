@@ -28,6 +28,10 @@ class MemoryStorage:
         buffer[: len(part)] = part
         return len(part)
 
+    def change_token(self) -> object:
+        """Nobody tells when memory changes."""
+        return None
+
     def read_lock(self) -> AbstractContextManager[None]:
         """Memory has no locks."""
         return nullcontext()
@@ -73,6 +77,10 @@ class StreamStorage:
         except ValueError as error:  # its owner closed it
             raise StorageError(self.name, offset, len(buffer), escape(str(error))) from error
         return done
+
+    def change_token(self) -> object:
+        """A stream does not tell when it changes."""
+        return None
 
     def read_lock(self) -> AbstractContextManager[None]:
         """The owner of the stream does the locking."""

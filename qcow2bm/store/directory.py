@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import ChangedWhileReadingError
 from qcow2bm.format import features
 from qcow2bm.format.directory import (
@@ -21,6 +20,9 @@ from qcow2bm.format.directory import (
     DirectoryEntry,
     parse_directory,
 )
+from qcow2bm.format.directory import (
+    HEAD_LENGTH as ENTRY_LENGTH,
+)
 from qcow2bm.format.extensions import (
     BITMAPS,
     BITMAPS_LENGTH,
@@ -28,7 +30,7 @@ from qcow2bm.format.extensions import (
     BitmapsExtension,
     parse_bitmaps_extension,
 )
-from qcow2bm.problems import NOTE, REFUSED, UNUSABLE, Problem, problem
+from qcow2bm.problems import NOTE, UNUSABLE, Problem, problem
 from qcow2bm.units import ceil_div, escape
 
 MAX_BITMAPS = 65535
@@ -59,8 +61,8 @@ class BitmapDirectory(NamedTuple):
     fingerprint: int
 
 
-def load_directory(file: ClusterFile) -> BitmapDirectory:
-    """The bitmap directory, sound or not.
+def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> BitmapDirectory:
+    """The bitmap directory, sound or not; ``header_problems`` are those of the header.
 
     Nothing larger than QEMU's limits or the file itself is read.
 
@@ -74,22 +76,28 @@ def load_directory(file: ClusterFile) -> BitmapDirectory:
     place = _payload_offset(file)
     extension = parse_bitmaps_extension(found.data, place)
     problems = list(_place_problems(extension, place, file))
-    distrust = _uninterpretable(file) or next(iter(problems), None)
+    distrust = _uninterpretable(header_problems) or next(iter(problems), None)
     data = _read(file, extension)
     directory = parse_directory(data, extension.bitmap_directory_offset, MAX_BITMAPS)
     problems += _end_problems(extension, directory, place, file)
     problems += _count_problems(extension, directory, place)
+    end = extension.bitmap_directory_offset + extension.bitmap_directory_size
     for entry in directory.entries:
-        problems += entry_problems(entry, file)
+        problems += entry_problems(entry, end, file)
     problems += _duplicates(directory.entries)
     if is_consistent:
         return BitmapDirectory(
             extension, True, directory.entries, tuple(problems), distrust, hash(data)
         )
     stale = problem(
-        "bitmaps-extension.autoclear.off",
+        "bitmaps-extension.autoclear.off"
+        if file.header.version > 2
+        else "bitmaps-extension.version.too-old",
         place - HEAD_LENGTH,
         "is stale: a program without bitmap support modified the image, so all its bitmaps are "
+        "outdated and their clusters leaked"
+        if file.header.version > 2
+        else "is stale: version 2 of qcow2 has no bitmaps, so those of an earlier version 3 are "
         "outdated and their clusters leaked",
     )
     # QEMU does not look at a stale directory; neither must its faults alarm anybody.
@@ -109,6 +117,7 @@ def verify_directory(file: ClusterFile, directory: BitmapDirectory) -> None:
     file.verify()
     if directory.extension and hash(_read(file, directory.extension)) != directory.fingerprint:
         raise ChangedWhileReadingError(file.storage.name, "bitmap directory")
+    file.verify_untouched()
 
 
 def _read(file: ClusterFile, extension: BitmapsExtension) -> bytes:
@@ -124,10 +133,10 @@ def _read(file: ClusterFile, extension: BitmapsExtension) -> bytes:
     return file.read(start, size) + bytes(min(wanted - size, -size % 8))
 
 
-def _uninterpretable(file: ClusterFile) -> Problem | None:
+def _uninterpretable(header_problems: Iterable[Problem]) -> Problem | None:
     """The fault of the header, if any, for which nothing in the image can be believed."""
     ids = ("header.incompatible_features.unknown", "header.size.too-large")
-    return next((p for p in header_problems(file) if p.id in ids), None)
+    return next((p for p in header_problems if p.id in ids), None)
 
 
 def _payload_offset(file: ClusterFile) -> int:
@@ -148,7 +157,9 @@ def _place_problems(
         )
     elif start == 0:
         yield problem("bitmap-directory.overlap", offset, "is the header's cluster")
-    if start >= file.file_size:
+    if start > MAX_FILE_LENGTH:
+        yield problem("bitmap-directory.unreadable", offset, f"would be at {start:#x}")
+    elif start >= file.file_size:
         yield problem(
             "bitmap-directory.past-eof",
             offset,
@@ -162,16 +173,19 @@ def _end_problems(
     """A directory that begins in the file but does not end there."""
     start, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
     missing = start + size - file.file_size
-    if start < file.file_size and missing > 0:
-        last = directory.entries[-1] if directory.entries else None
-        if last and last.offset_of("padding") <= file.file_size and missing < 8:
-            return  # only padding is missing, which is zero anyway
-        yield problem(
-            "bitmap-directory.past-eof",
-            place + 8,
-            f"would be {size} bytes long, but the file ends {missing} bytes earlier",
-            severity=UNUSABLE,
-        )
+    if start >= file.file_size or missing <= 0:
+        return
+    last = directory.entries[-1] if directory.entries else None
+    if last and last.offset_of("padding") <= file.file_size and missing < 8:
+        return  # only padding is missing, which is zero anyway
+    # What is missing reads as zeros in QEMU, which it accepts in the middle of a name only.
+    is_in_name = last and last.offset + last.size == start + size
+    yield problem(
+        "bitmap-directory.past-eof",
+        place + 8,
+        f"would be {size} bytes long, but the file ends {missing} bytes earlier",
+        severity=UNUSABLE if is_in_name else None,
+    )
 
 
 def _count_problems(
@@ -214,9 +228,14 @@ def _count_problems(
     if directory.rest:
         last = directory.entries[-1] if directory.entries else None
         rest = last.offset + last.size if last else extension.bitmap_directory_offset
-        what = "bytes that make no entry" if any(directory.rest) else "zero bytes"
-        id = "bitmap-directory.rest" if any(directory.rest) else "bitmap-directory.zeroes"
-        yield problem(id, rest, f"ends with {len(directory.rest)} {what}")
+        length = len(directory.rest)
+        if any(directory.rest) or length < ENTRY_LENGTH:
+            id, what = "bitmap-directory.rest", "bytes that make no entry"
+        elif actual < count:
+            id, what = "bitmap-directory.zero-entries", "zero bytes in the place of entries"
+        else:
+            id, what = "bitmap-directory.zeroes", "zero bytes"
+        yield problem(id, rest, f"ends with {length} {what}")
 
 
 def required_table_size(entry: DirectoryEntry, virtual_size: int, cluster_size: int) -> int:
@@ -230,8 +249,8 @@ class _Add(Protocol):
     ) -> None: ...
 
 
-def entry_problems(entry: DirectoryEntry, file: ClusterFile) -> list[Problem]:
-    """Everything that is wrong with one entry by itself."""
+def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[Problem]:
+    """Everything that is wrong with one entry by itself; the directory should reach to ``end``."""
     found: list[Problem] = []
 
     def add(fault: str, field: str, reason: str, severity: str | None = None) -> None:
@@ -266,7 +285,7 @@ def entry_problems(entry: DirectoryEntry, file: ClusterFile) -> list[Problem]:
         )
     _extra_data_problems(entry, add)
     _name_problems(entry, add)
-    if entry.name_bytes is None:
+    if entry.offset + entry.size > end:
         add(
             "truncated",
             "name_size",
@@ -292,12 +311,11 @@ def _table_size_problems(entry: DirectoryEntry, file: ClusterFile, add: _Add) ->
         return
     start = entry.bitmap_table_offset
     if start + 8 * size > file.file_size:
-        beyond_qemu = start + 8 * size > MAX_FILE_LENGTH and not entry.in_use
+        is_unreadable = start + 8 * size > MAX_FILE_LENGTH and not entry.in_use
         add(
-            "bitmap_table_offset.past-eof",
+            f"bitmap_table_offset.{'unreadable' if is_unreadable else 'past-eof'}",
             "bitmap_table_offset",
             f"is {start:#x}: {size} entries there reach past the end of the file",
-            REFUSED if beyond_qemu else None,
         )
     if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
         return

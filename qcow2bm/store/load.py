@@ -226,6 +226,9 @@ class BitmapBits:
                     batch, used = [], 0
         if used:
             yield self._read_batch(batch, words, buffer)
+        # Each chunk was compared with its own part of the table; together they must be one state.
+        with self._file.lock():
+            self._require_unchanged(words, 0, len(words))
 
     def _read_batch(self, batch: list[_Piece], words: array[int], buffer: memoryview) -> Chunk:
         start, end = batch[0].start, batch[-1].end
@@ -299,3 +302,4 @@ class BitmapBits:
         expected = build_bitmap_table(words[first:stop])
         if file.read(offset, len(expected)) != expected:
             raise ChangedWhileReadingError(file.storage.name, "bitmap table")
+        file.verify_untouched()

@@ -87,7 +87,9 @@ def table_runs(words: array[int], cluster_size: int) -> Iterable[Run]:
     return (Run(*row) for row in runs.tolist())
 
 
-def survey(file: ClusterFile, directory: BitmapDirectory) -> Survey:
+def survey(
+    file: ClusterFile, directory: BitmapDirectory, header_problems: Iterable[Problem]
+) -> Survey:
     """Reads all tables that can be read, and finds what is wrong with them and between them.
 
     Tables that overlap another structure are not read, so that the work is bounded by the
@@ -99,7 +101,7 @@ def survey(file: ClusterFile, directory: BitmapDirectory) -> Survey:
     if not directory.is_consistent or directory.distrust:
         return Survey((None,) * len(directory.entries), ())
     problems: list[Problem] = []
-    extents = list(_fixed_extents(file, directory))
+    extents = list(_fixed_extents(file, directory, header_problems))
     readable = []
     for entry in directory.entries:
         if has_readable_table(entry, file):
@@ -148,25 +150,29 @@ def has_readable_table(entry: DirectoryEntry, file: ClusterFile) -> bool:
     )
 
 
-def _fixed_extents(file: ClusterFile, directory: BitmapDirectory) -> Iterator[_Extent]:
-    """What the header says is where: nothing of a bitmap may lie there."""
+def _fixed_extents(
+    file: ClusterFile, directory: BitmapDirectory, header_problems: Iterable[Problem]
+) -> Iterator[_Extent]:
+    """What the header says is where: nothing of a bitmap may lie there.
+
+    A field that is wrong by itself says nothing about where anything is.
+    """
     header, cluster_size = file.header, file.cluster_size
+    wrong = {problem.field for problem in header_problems}
+    yield _Extent(0, cluster_size, None, "header", False)
+    if not wrong & {"l1_size", "l1_table_offset"}:
+        yield _fixed(file, header.l1_table_offset, 8 * header.l1_size, "L1 table")
+    if not wrong & {"refcount_table_clusters", "refcount_table_offset"}:
+        length = header.refcount_table_clusters * cluster_size
+        yield _fixed(file, header.refcount_table_offset, length, "refcount table")
     extension = directory.extension
-    ranges = [
-        (0, 1, "header"),
-        (header.l1_table_offset, 8 * header.l1_size, "L1 table"),
-        (
-            header.refcount_table_offset,
-            header.refcount_table_clusters * cluster_size,
-            "refcount table",
-        ),
-    ]
     if extension:
-        place, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
-        ranges.append((place, size, BITMAP_DIRECTORY))
-    for start, length, what in ranges:
-        if length and (start or what == "header"):
-            yield _Extent(start, start + align_up(length, cluster_size), None, what, False)
+        start, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
+        yield _fixed(file, start, min(size, file.file_size - start), BITMAP_DIRECTORY)
+
+
+def _fixed(file: ClusterFile, start: int, length: int, what: str) -> _Extent:
+    return _Extent(start, start + align_up(length, file.cluster_size), None, what, False)
 
 
 def _overlaps(extents: list[_Extent]) -> Iterator[Problem]:
