@@ -30,7 +30,7 @@ from qcow2bm.format.extensions import (
     BitmapsExtension,
     parse_bitmaps_extension,
 )
-from qcow2bm.problems import NOTE, UNUSABLE, Problem, problem
+from qcow2bm.problems import NOTE, REFUSED, UNUSABLE, Problem, problem
 from qcow2bm.units import ceil_div, escape
 
 MAX_BITMAPS = 65535
@@ -170,22 +170,32 @@ def _place_problems(
 def _end_problems(
     extension: BitmapsExtension, directory: Directory, place: int, file: ClusterFile
 ) -> Iterator[Problem]:
-    """A directory that begins in the file but does not end there."""
-    start, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
-    missing = start + size - file.file_size
-    if start >= file.file_size or missing <= 0:
-        return
+    """What stands, or is missing, between the last entry and where the directory should end."""
+    start = extension.bitmap_directory_offset
+    end = start + min(extension.bitmap_directory_size, MAX_DIRECTORY_SIZE)
     last = directory.entries[-1] if directory.entries else None
-    if last and last.offset_of("padding") <= file.file_size and missing < 8:
-        return  # only padding is missing, which is zero anyway
-    # What is missing reads as zeros in QEMU, which it accepts in the middle of a name only.
-    is_in_name = last and last.offset + last.size == start + size
-    yield problem(
-        "bitmap-directory.past-eof",
-        place + 8,
-        f"would be {size} bytes long, but the file ends {missing} bytes earlier",
-        severity=UNUSABLE if is_in_name else None,
-    )
+    rest = last.offset + last.size if last else start
+    # The file may end before the padding of the last entry does, which is zero anyway.
+    is_complete = rest == end and (not last or last.offset_of("padding") <= file.file_size)
+    if start >= file.file_size or rest > end or is_complete:
+        return
+    if end > file.file_size:
+        yield problem(
+            "bitmap-directory.past-eof",
+            place + 8,
+            f"would end at {end:#x}, but the file ends at {file.file_size:#x}",
+            # QEMU reads zeros there, which it accepts only in the middle of the last name.
+            severity=REFUSED if any(directory.rest) else UNUSABLE,
+        )
+    if rest == end:
+        return
+    if end - rest < ENTRY_LENGTH or any(directory.rest):
+        id, what = "bitmap-directory.rest", "bytes that make no entry"
+    elif len(directory.entries) < extension.nb_bitmaps:
+        id, what = "bitmap-directory.zero-entries", "zero bytes in the place of entries"
+    else:
+        id, what = "bitmap-directory.zeroes", "zero bytes"
+    yield problem(id, rest, f"ends with {end - rest} {what}")
 
 
 def _count_problems(
@@ -225,17 +235,6 @@ def _count_problems(
             place,
             f"is {count}, but the directory holds {actual}",
         )
-    if directory.rest:
-        last = directory.entries[-1] if directory.entries else None
-        rest = last.offset + last.size if last else extension.bitmap_directory_offset
-        length = len(directory.rest)
-        if any(directory.rest) or length < ENTRY_LENGTH:
-            id, what = "bitmap-directory.rest", "bytes that make no entry"
-        elif actual < count:
-            id, what = "bitmap-directory.zero-entries", "zero bytes in the place of entries"
-        else:
-            id, what = "bitmap-directory.zeroes", "zero bytes"
-        yield problem(id, rest, f"ends with {length} {what}")
 
 
 def required_table_size(entry: DirectoryEntry, virtual_size: int, cluster_size: int) -> int:
