@@ -8,15 +8,17 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
-from support.images import ONES, ZEROES, Built, Stored, build_image, extension
+from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
 from support.scripted import ScriptedStorage
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.extensions import BITMAPS
+from qcow2bm.storage.sources import Source
 from qcow2bm.store.load import CHUNK_BYTES
 
 CLUSTER = 512
@@ -44,7 +46,7 @@ def test_every_source_is_read_alike(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     path.write_bytes(data)
     with path.open("rb") as file:
-        sources = [
+        sources: list[Source] = [
             *(str(path), path, data, bytearray(data), memoryview(data)),
             *(io.BytesIO(data), file, ScriptedStorage(data)),
         ]
@@ -57,7 +59,8 @@ def test_every_source_is_read_alike(tmp_path: Path) -> None:
 def test_what_the_caller_opened_stays_open() -> None:
     data = image_of(SOUND).data
     storage, stream = ScriptedStorage(data), io.BytesIO(data)
-    for source in (storage, stream):
+    sources: list[Source] = [storage, stream]
+    for source in sources:
         for _ in range(2):
             with qcow2bm.open(source) as image:
                 assert image.bitmaps["daily"].count() == 65536
@@ -160,7 +163,8 @@ def test_the_facts_of_an_image(version: int, cluster_bits: int) -> None:
 def test_an_image_without_bitmaps() -> None:
     with qcow2bm.open(image_of().data) as image:
         assert image.bitmaps_extension is None
-        assert image.directory == image.problems == ()
+        assert image.directory == ()
+        assert image.problems == ()
         assert not image.bitmaps
         assert not image.is_consistent
 
@@ -359,9 +363,10 @@ OF_BITMAP: dict[str, Callable[[qcow2bm.Bitmap], Any]] = READERS | {
 def test_a_closed_image_gives_nothing(name: str, used: bool) -> None:
     image = qcow2bm.open(image_of(SOUND).data)
     bitmap = image.bitmaps["daily"]
-    call = (
-        (lambda: OF_IMAGE[name](image)) if name in OF_IMAGE else (lambda: OF_BITMAP[name](bitmap))
-    )
+
+    def call() -> object:
+        return OF_IMAGE[name](image) if name in OF_IMAGE else OF_BITMAP[name](bitmap)
+
     if used:
         assert bitmap.problems == image.problems == ()
         call()
@@ -376,13 +381,14 @@ def test_a_closed_image_gives_nothing(name: str, used: bool) -> None:
 def test_extents_end_where_the_image_is_closed(tmp_path: Path, force_share: bool) -> None:
     """What is read later is read of a file that is open, or not at all."""
     path = tmp_path / "disk.qcow2"
-    words = [b"\x01", *[ZEROES] * (2 * CHUNK_BYTES // CLUSTER), b"\x01"]
+    words: list[Word] = [b"\x01", *[ZEROES] * (2 * CHUNK_BYTES // CLUSTER), b"\x01"]
     path.write_bytes(
         build_image(Stored(table=words, granularity_bits=9), size=len(words) * SIZE >> 7).data
     )
     with qcow2bm.open(path, force_share=force_share) as image:
         extents = image.bitmaps["daily"].extents()
-        next(extents)
+        with mock.patch("qcow2bm.store.load._MANY_EXTENTS", 1):
+            next(extents)
     with pytest.raises(qcow2bm.Qcow2BmError):
         list(extents)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.images import ONES, ZEROES, Built, Stored, build_image, extension
+from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
 from support.model import Model
 
 import qcow2bm
@@ -203,7 +203,7 @@ def test_bits_that_nobody_could_hold_are_refused() -> None:
 
 
 def two() -> Built:
-    table = [b"\x01", ZEROES, ONES]
+    table: list[Word] = [b"\x01", ZEROES, ONES]
     return build_image(Stored(b"first", table), Stored(b"second", table), size=SIZE)
 
 
@@ -265,7 +265,7 @@ def test_all_bitmaps_share_one_table(count: int) -> None:
 
 def seeds() -> list[Built]:
     """Images whose mutants reach every corner."""
-    table = [b"\x01", ZEROES, ONES]
+    table: list[Word] = [b"\x01", ZEROES, ONES]
     return [
         two(),
         build_image(
@@ -295,10 +295,22 @@ INTERESTING = (
 )
 
 
+READ = {
+    "header": 112,
+    "header-extension": 8,
+    "bitmaps-extension": 24,
+    "directory-entry": 32,
+    "bitmap-table": 24,
+}
+
+
 def metadata(image: Built) -> list[range]:
-    """Where a mutation changes what is read, and not just guest data."""
-    starts = sorted({0, *image.starts.values()})
-    return [range(start, min(start + 256, len(image.data))) for start in starts]
+    """What the reader goes by, each structure: where a mutation tells."""
+    return [
+        range(start, start + READ[structure])
+        for (structure, _), start in image.starts.items()
+        if structure in READ and start + READ[structure] <= len(image.data)
+    ]
 
 
 def mutate(image: Built, places: list[range], rng: random.Random) -> bytearray:
@@ -316,7 +328,8 @@ def mutate(image: Built, places: list[range], rng: random.Random) -> bytearray:
                 data[at : at + width] = (value & (1 << 8 * width) - 1).to_bytes(width, "big")
             case 3:  # a pointer to another structure
                 at = place & -8
-                data[at : at + 8] = rng.choice(places).start.to_bytes(8, "big")
+                target = rng.choice(list(image.starts.values()))
+                data[at : at + 8] = target.to_bytes(8, "big")
             case 4:
                 start = rng.choice(places).start
                 data[place & -8 : (place & -8) + 32] = data[start : start + 32]

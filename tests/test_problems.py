@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
-from support.images import ONES, ZEROES, Built, Stored, build_image, extension
+from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
 
 import qcow2bm
 from qcow2bm.format import extensions
 from qcow2bm.format.directory import FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
-from qcow2bm.problems import KINDS, REFUSED, SEVERITIES, UNUSABLE
+from qcow2bm.problems import KINDS, REFUSED, SEVERITIES, UNUSABLE, problem
 from qcow2bm.store.tables import MAX_FAULTS_LISTED
 
 CLUSTER = 1024
 SIZE = 3 * 8 * CLUSTER << 16
-TABLE = [ZEROES, b"\x01", ONES]
+TABLE: list[Word] = [ZEROES, b"\x01", ONES]
 PAST_EOF = 1 << 40
 MAX_SIZE = ((1 << 31) - 1) << 17  # of a disk with such clusters
 MAX_FILE_LENGTH = 0x7FFFFFFFC0000000  # of QEMU
@@ -27,7 +27,7 @@ class Planted(NamedTuple):
 
     image: Built
     offset: int
-    index: int | None = None
+    owner: int | None = None
     also: frozenset[str] = frozenset()
 
 
@@ -164,6 +164,35 @@ def bitmaps_length() -> Planted:
     return Planted(image, image.offset("header-extension", 0) + 4)
 
 
+def crypto(data: bytes, delta: int = 0, **header: int) -> Plant:
+    def plant() -> Planted:
+        image = sound(extensions=[extension(extensions.CRYPTO, data)], header=header)
+        return Planted(image, image.offset("header-extension", 0) + delta)
+
+    return plant
+
+
+def snapshot_extra_data() -> Planted:
+    image = sound(header={"nb_snapshots": 1})
+    place = len(image.data)
+    image.plant(place, "header", 0, "snapshots_offset")
+    extra_data_size = place + 36
+    image.data.extend(bytes(36) + (1025).to_bytes(4, "big") + bytes(2 * CLUSTER - 40))
+    return Planted(image, extra_data_size)
+
+
+def version_2() -> Planted:
+    image = sound(version=2)
+    return Planted(image, image.offset("header-extension", 0))
+
+
+def zero_entries() -> Planted:
+    image = sound(directory_rest=bytes(24))
+    image.plant(4, "bitmaps-extension", 0, "nb_bitmaps")
+    offset = image.offset("directory-entry", 2, "padding") + 3
+    return Planted(image, offset, also=frozenset(["bitmaps-extension.nb_bitmaps.more"]))
+
+
 def autoclear_off() -> Planted:
     image = sound(autoclear=False)
     return Planted(image, image.offset("header-extension", 0))
@@ -190,7 +219,7 @@ def directory_unaligned() -> Planted:
     image = sound()
     value = image.offset("refcount-table") + CLUSTER // 2
     offset = image.plant(value, "bitmaps-extension", 0, "bitmap_directory_offset")
-    also = frozenset(["bitmap-directory.zeroes", "bitmaps-extension.nb_bitmaps.more"])
+    also = frozenset(["bitmap-directory.zero-entries", "bitmaps-extension.nb_bitmaps.more"])
     return Planted(image, offset, also=also)
 
 
@@ -216,7 +245,7 @@ def data_overlaps_l1() -> Planted:
 
 
 def many_bad_words() -> Planted:
-    table = [PAST_EOF] * (MAX_FAULTS_LISTED + 4)
+    table: list[Word] = [PAST_EOF] * (MAX_FAULTS_LISTED + 4)
     image = sound(Stored(b"second", table, flags=FLAG_IN_USE))
     offset = image.offset("bitmap-table", 1, MAX_FAULTS_LISTED)
     also = ["bitmap-table.entry.past-eof", "directory-entry.bitmap_table_size.outdated"]
@@ -253,21 +282,17 @@ PLANTS: dict[str, Plant] = {
     "header.size.too-large": in_header("size", 1 << 61, "directory-entry.bitmap_table_size.less"),
     "header.crypt_method.unknown": in_header("crypt_method", 3),
     "header.l1_size.too-small": in_header("l1_size", 0),
-    "header.l1_size.too-large": in_header(
-        "l1_size", (32 << 17) + 1, "bitmap-directory.overlap", "bitmap-table.overlap"
-    ),
-    "header.l1_table_offset.unaligned": in_header("l1_table_offset", CLUSTER + 512),
+    "header.l1_size.too-large": in_header("l1_size", (32 << 17) + 1),
+    "header.l1_table_offset.invalid": in_header("l1_table_offset", CLUSTER + 512),
     "header.l1_table_offset.past-eof": in_header("l1_table_offset", PAST_EOF),
-    "header.refcount_table_offset.unaligned": in_header("refcount_table_offset", CLUSTER + 512),
+    "header.refcount_table_offset.invalid": in_header("refcount_table_offset", CLUSTER + 512),
     "header.refcount_table_offset.past-eof": in_header("refcount_table_offset", PAST_EOF),
     "header.refcount_table_clusters.zero": in_header("refcount_table_clusters", 0),
-    "header.refcount_table_clusters.too-large": in_header(
-        "refcount_table_clusters", 8193, "bitmap-directory.overlap", "bitmap-table.overlap"
-    ),
+    "header.refcount_table_clusters.too-large": in_header("refcount_table_clusters", 8193),
     "header.nb_snapshots.too-large": in_header("nb_snapshots", 65537),
-    "header.snapshots_offset.unaligned": in_header("snapshots_offset", CLUSTER + 512),
+    "header.snapshots_offset.invalid": in_header("snapshots_offset", CLUSTER + 512),
     "header.snapshots_offset.past-eof": snapshots(
-        "snapshots_offset", nb_snapshots=65536, snapshots_offset=CLUSTER
+        "snapshots_offset", nb_snapshots=1, snapshots_offset=PAST_EOF
     ),
     "header.incompatible_features.unknown": in_header("incompatible_features", 1 << 63),
     "header.incompatible_features.dirty": in_header("incompatible_features", 1 << 0),
@@ -292,12 +317,17 @@ PLANTS: dict[str, Plant] = {
     "header-extension.backing-format.too-long": lambda: with_extensions(
         (extensions.BACKING_FORMAT, b"f" * 16)
     ),
+    "header-extension.crypto.unexpected": crypto(bytes(16)),
+    "header-extension.crypto.length": crypto(bytes(24), 4, crypt_method=2),
+    "header-extension.crypto.unaligned": crypto(bytes(7) + b"\x08" + bytes(8), 8, crypt_method=2),
     "header-extension.crypto.missing": lambda: Planted(
         image := sound(header={"crypt_method": 2}), image.offset("header-extension", 1)
     ),
     "header-extension.bitmaps.duplicate": bitmaps_twice,
     "header-extension.bitmaps.length": bitmaps_length,
+    "snapshot-table.extra_data_size.too-large": snapshot_extra_data,
     "bitmaps-extension.autoclear.off": autoclear_off,
+    "bitmaps-extension.version.too-old": version_2,
     "bitmaps-extension.nb_bitmaps.zero": in_payload(
         "nb_bitmaps", 0, "bitmaps-extension.nb_bitmaps.less"
     ),
@@ -313,13 +343,20 @@ PLANTS: dict[str, Plant] = {
     "bitmap-directory.past-eof": in_payload(
         "bitmap_directory_offset", PAST_EOF, "bitmaps-extension.nb_bitmaps.more"
     ),
+    "bitmap-directory.unreadable": in_payload(
+        "bitmap_directory_offset", 1 << 63, "bitmaps-extension.nb_bitmaps.more"
+    ),
     "bitmap-directory.overlap": directory_over_table,
     "bitmap-directory.rest": directory_rest(b"\1" * 8),
-    "bitmap-directory.zeroes": directory_rest(bytes(16)),
+    "bitmap-directory.zeroes": directory_rest(bytes(24)),
+    "bitmap-directory.zero-entries": zero_entries,
     "directory-entry.truncated": truncated,
     "directory-entry.bitmap_table_offset.zero": in_entry("bitmap_table_offset", 0),
     "directory-entry.bitmap_table_offset.unaligned": in_entry("bitmap_table_offset", 0x600),
     "directory-entry.bitmap_table_offset.past-eof": in_entry("bitmap_table_offset", PAST_EOF),
+    "directory-entry.bitmap_table_offset.unreadable": in_entry(
+        "bitmap_table_offset", MAX_FILE_LENGTH
+    ),
     "directory-entry.bitmap_table_size.zero": in_entry("bitmap_table_size", 0),
     "directory-entry.bitmap_table_size.too-large": in_entry("bitmap_table_size", (512 << 10) + 1),
     "directory-entry.bitmap_table_size.less": in_entry("bitmap_table_size", 2),
@@ -364,28 +401,28 @@ def test_nothing_is_wrong_with_the_image_to_plant_in() -> None:
     assert [bitmap.status for bitmap in image.bitmaps.values()] == ["valid"] * 3
 
 
-@pytest.mark.parametrize("id", KINDS)
+@pytest.mark.parametrize("id", PLANTS)
 def test_a_planted_problem_is_found_where_it_is_and_no_other(id: str) -> None:
     image, offset, index, also = PLANTS[id]()
     opened = qcow2bm.open(image.data)
     found = [problem for problem in opened.problems if problem.id == id]
     assert {problem.id for problem in opened.problems} == {id} | also
     assert (offset, index) in [(problem.offset, problem.bitmap_index) for problem in found]
-    for problem in found:
-        kind = KINDS[id]
-        assert (problem.structure, problem.field) == (kind.structure, kind.field)
-        assert problem.qemu_message == kind.qemu_message
-        assert f" at {problem.offset:#x} " in problem.message
-        assert problem.message.isprintable()
-        assert problem.severity in SEVERITIES
+    kind = KINDS[id]
+    for each in found:
+        assert (each.structure, each.field) == (kind.structure, kind.field)
+        assert each.qemu_message == kind.qemu_message
+        assert f" at {each.offset:#x} " in each.message
+        assert each.message.isprintable()
+        assert each.severity in SEVERITIES
 
 
-@pytest.mark.parametrize("id", [id for id in KINDS if PLANTS[id]().index is not None])
+@pytest.mark.parametrize("id", [id for id in PLANTS if PLANTS[id]().owner is not None])
 def test_a_problem_of_one_bitmap_is_no_problem_of_the_others(id: str) -> None:
     planted = PLANTS[id]()
     opened = qcow2bm.open(planted.image.data)
     concerned = {problem.bitmap_index for problem in opened.problems}
-    assert planted.index in concerned
+    assert planted.owner in concerned
     for bitmap in map(opened.bitmap, range(3)):
         assert bitmap.problems == tuple(
             problem for problem in opened.problems if problem.bitmap_index == bitmap.index
@@ -393,11 +430,11 @@ def test_a_problem_of_one_bitmap_is_no_problem_of_the_others(id: str) -> None:
         if bitmap.index not in concerned:
             assert bitmap.status == "valid"
             assert bitmap.count() == (1 + 8 * CLUSTER) << 16
-    broken = any(problem.breaks_bitmap for problem in opened.bitmap(planted.index or 0).problems)
-    assert (opened.bitmap(planted.index or 0).status == "broken") == broken
+    broken = any(problem.breaks_bitmap for problem in opened.bitmap(planted.owner or 0).problems)
+    assert (opened.bitmap(planted.owner or 0).status == "broken") == broken
 
 
-@pytest.mark.parametrize("id", KINDS)
+@pytest.mark.parametrize("id", PLANTS)
 def test_strict_raises_what_is_refused_or_unusable(id: str) -> None:
     data = PLANTS[id]().image.data
     serious = [p for p in qcow2bm.open(data).problems if p.severity in (REFUSED, UNUSABLE)]
@@ -488,17 +525,12 @@ def test_a_stale_directory_has_only_remarks() -> None:
     assert {bitmap.status for bitmap in opened.bitmaps.values()} == {"stale"}
 
 
-def test_a_table_farther_away_than_any_file_reaches_is_refused() -> None:
+def test_how_far_away_a_table_may_be() -> None:
+    """It need not be in the file for QEMU to open the image, but it must be where a file can be."""
     image = sound()
-    image.plant(MAX_FILE_LENGTH - CLUSTER, "directory-entry", 1, "bitmap_table_offset")
-    (problem,) = qcow2bm.open(image.data).problems
-    assert (problem.id, problem.severity) == (
-        "directory-entry.bitmap_table_offset.past-eof",
-        UNUSABLE,
-    )
-    image.plant(MAX_FILE_LENGTH, "directory-entry", 1, "bitmap_table_offset")
-    (problem,) = qcow2bm.open(image.data).problems
-    assert problem.severity == REFUSED
+    for value, reason in ((MAX_FILE_LENGTH - CLUSTER, "past-eof"), (MAX_FILE_LENGTH, "unreadable")):
+        image.plant(value, "directory-entry", 1, "bitmap_table_offset")
+        assert ids(image) == {f"directory-entry.bitmap_table_offset.{reason}"}
 
 
 def test_a_directory_in_the_header_is_believed_nothing() -> None:
@@ -519,3 +551,45 @@ def test_everything_that_is_not_a_bitmaps_is_known_to_be_taken(structure: str) -
     assert [opened.bitmap(index).status for index in (0, 2)] == ["valid", "valid"]
     assert "bitmap-data.overlap" in {problem.id for problem in opened.bitmap(1).problems}
     assert ("bitmap-directory.overlap" in ids(image)) is (structure == "bitmap-directory")
+
+
+def test_a_directory_in_the_way_of_a_refcount_table_is_reported_behind_an_l1_table() -> None:
+    """Each two things that overlap are a case of their own."""
+    image = sound()
+    clusters = (image.offset("bitmap-directory") - CLUSTER) // CLUSTER + 1
+    image.plant(clusters, "header", 0, "refcount_table_clusters")
+    assert ids(image) == {"bitmap-directory.overlap", "bitmap-table.overlap"}
+
+
+@pytest.mark.parametrize("missing", range(1, 12))
+def test_the_file_may_end_in_the_padding_of_the_last_entry_but_not_before(missing: int) -> None:
+    """QEMU reads zeros past the end, which is what padding is."""
+    image = sound(whole_clusters=False)
+    name, end = image.offset("directory-entry", 2, "name"), len(image.data)
+    opened = qcow2bm.open(image.data[:-missing])
+    found = {(problem.id, problem.offset, problem.severity) for problem in opened.problems}
+    if end - missing >= name + len(b"third"):
+        assert found == set()
+        assert opened.bitmap(2).status == "valid"
+        return
+    place = image.offset("bitmaps-extension", 0, "bitmap_directory_size")
+    assert ("bitmap-directory.past-eof", place, UNUSABLE) in found
+    if len(opened.directory) == 3:
+        assert opened.bitmap(2).status == "broken"
+    assert [opened.bitmap(index).status for index in (0, 1)] == ["valid", "valid"]
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_what_is_serious(severity: str) -> None:
+    found = problem("header.size.unaligned", 24, "is odd", severity=severity)
+    assert found.is_serious == (severity in (REFUSED, UNUSABLE, "leak"))
+
+
+def test_snapshots_are_walked_over_to_the_last_one() -> None:
+    image = sound(header={"nb_snapshots": 3})
+    image.plant(len(image.data), "header", 0, "snapshots_offset")
+    extra = bytes(36) + (1024).to_bytes(4, "big") + bytes(1024)
+    image.data.extend((extra + bytes(40) + extra).ljust(3 * CLUSTER, b"\0"))
+    assert ids(image) == set()
+    image.plant(1 << 16, "header", 0, "nb_snapshots")
+    assert ids(image) == {"header.snapshots_offset.past-eof"}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 from qcow2bm.errors import ChangedWhileReadingError, FormatError, LimitError
 from qcow2bm.format import extensions, features
@@ -80,14 +81,16 @@ class ClusterFile:
             end = max(end, header.backing_file_offset + header.backing_file_size)
         return end
 
-    @property
+    @cached_property
     def feature_names(self) -> FeatureNames:
         """The image's own table of feature names; empty if it has none."""
         found = self.find(extensions.FEATURE_NAMES)
         return features.parse_feature_names(found.data) if found else FeatureNames()
 
     def features(self, kind: str) -> tuple[Feature, ...]:
-        """The feature bits set: ``kind`` is "incompatible", "compatible" or "autoclear"."""
+        """The feature bits set: ``kind`` is one of `format.features.KINDS`."""
+        if kind not in features.KINDS:
+            raise ValueError(f"kind is {kind!r}, must be one of {features.KINDS}")
         mask: int = getattr(self.header, f"{kind}_features")
         return features.features(kind, mask, self.feature_names)
 

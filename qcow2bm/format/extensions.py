@@ -8,7 +8,7 @@ from typing import NamedTuple
 from construct import Bytes, Int32ub, Int64ub, Rebuild, Struct, len_, this
 
 from qcow2bm.errors import FormatError
-from qcow2bm.format.schema import build, parse
+from qcow2bm.format.schema import build, flat_struct, parse
 
 END = 0
 BACKING_FORMAT = 0xE2792ACA
@@ -26,7 +26,7 @@ NAMES = {
 }
 
 _HEAD = Struct("type" / Int32ub, "length" / Int32ub)
-_EXTENSION = Struct(
+EXTENSION = Struct(
     "type" / Int32ub,
     "length" / Rebuild(Int32ub, len_(this.data)),
     "data" / Bytes(this.length),
@@ -39,7 +39,9 @@ _BITMAPS = Struct(
 )
 _CRYPTO = Struct("offset" / Int64ub, "length" / Int64ub)
 
-HEAD_LENGTH = _HEAD.sizeof()
+# Into the largest cluster go 262,144 empty ones; construct would need seconds for them.
+_READ_HEAD = flat_struct(_HEAD)
+HEAD_LENGTH = _READ_HEAD.size
 BITMAPS_LENGTH = _BITMAPS.sizeof()
 CRYPTO_LENGTH = _CRYPTO.sizeof()
 
@@ -115,16 +117,16 @@ def parse_extensions(data: bytes, start: int = 0) -> HeaderExtensions:
         if left < 0:
             fault = _fault(start + position, f"is not there: {len(data) - position} bytes are left")
             return HeaderExtensions(tuple(extensions), b"", fault)
-        head = parse(_HEAD, data[position : position + HEAD_LENGTH], "header extension", position)
-        if head.length > left:
-            reason = f"is {head.length}, but only {left} bytes follow"
+        type, length = _READ_HEAD.unpack_from(data, position)
+        if length > left:
+            reason = f"is {length}, but only {left} bytes follow"
             return HeaderExtensions(tuple(extensions), b"", _fault(start + position + 4, reason))
-        if head.type == END:
-            return HeaderExtensions(tuple(extensions), data[position : position + HEAD_LENGTH])
-        stop = position + HEAD_LENGTH + head.length
-        fields = parse(_EXTENSION, data[position:stop], "header extension", start + position)
-        position = min(stop + -head.length % 8, len(data))
-        extensions.append(HeaderExtension(fields.type, fields.data, data[stop:position]))
+        place = position + HEAD_LENGTH
+        if type == END:
+            return HeaderExtensions(tuple(extensions), data[position:place])
+        stop = place + length
+        position = min(stop + -length % 8, len(data))
+        extensions.append(HeaderExtension(type, data[place:stop], data[stop:position]))
     return HeaderExtensions(tuple(extensions), b"")
 
 
@@ -140,7 +142,7 @@ def build_extensions(area: HeaderExtensions) -> bytes:
             `parse_extensions` would find there.
     """
     parts = [
-        build(_EXTENSION, extension._asdict(), "header extension") + extension.padding
+        build(EXTENSION, extension._asdict(), "header extension") + extension.padding
         for extension in area.extensions
     ]
     data = b"".join(parts) + area.end

@@ -6,7 +6,7 @@ import os
 import stat
 from contextlib import AbstractContextManager
 
-from qcow2bm.errors import StorageError
+from qcow2bm.errors import StateError, StorageError
 from qcow2bm.storage.locks import reader_locks
 
 _KINDS = {
@@ -18,7 +18,10 @@ _KINDS = {
 
 
 class FileStorage:
-    """A regular file or a block device, opened read-only."""
+    """A regular file or a block device, opened read-only.
+
+    Everything but `close` raises `StateError` once it is closed.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens ``path``; raises `StorageError` if it is neither or cannot be opened."""
@@ -44,20 +47,27 @@ class FileStorage:
             reason = f"is {kind}; an image is a regular file or a block device"
             raise StorageError(self.name, 0, 0, reason)
 
+    def _open_descriptor(self) -> int:
+        if self._descriptor < 0:
+            raise StateError("a closed image", "open")
+        return self._descriptor
+
     def size(self) -> int:
         """The present length in bytes, of a block device too."""
+        descriptor = self._open_descriptor()
         try:
-            return os.lseek(self._descriptor, 0, os.SEEK_END)
+            return os.lseek(descriptor, 0, os.SEEK_END)
         except OSError as error:
             raise StorageError.from_os(error, self.name, 0, 0) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
         done = 0
+        descriptor = self._open_descriptor()
         try:
             while done < len(buffer):
                 # One read call returns at most 2 GiB on Linux, and may return less.
-                count = _pread_into(self._descriptor, buffer[done:], offset + done)
+                count = _pread_into(descriptor, buffer[done:], offset + done)
                 if count == 0:
                     break
                 done += count
@@ -67,15 +77,16 @@ class FileStorage:
 
     def change_token(self) -> object:
         """Time of the last write and length; None for a block device, which keeps no such time."""
+        descriptor = self._open_descriptor()
         try:
-            now = os.fstat(self._descriptor)
+            now = os.fstat(descriptor)
         except OSError as error:
             raise StorageError.from_os(error, self.name, 0, 0) from error
         return (now.st_mtime_ns, now.st_size) if stat.S_ISREG(now.st_mode) else None
 
     def read_lock(self) -> AbstractContextManager[None]:
         """Holds QEMU's locks of a reader."""
-        return reader_locks(self._descriptor, self.name)
+        return reader_locks(self._open_descriptor(), self.name)
 
     def close(self) -> None:
         """Closes the file. May be called twice."""

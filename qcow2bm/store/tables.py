@@ -181,12 +181,12 @@ def _overlaps(extents: list[_Extent]) -> Iterator[Problem]:
     Two overlapping things that are no bitmap's are not this module's business, except the
     bitmap directory.
     """
-    seen: set[tuple[int | None, bool, str]] = set()
+    seen: set[tuple[str, str]] = set()
     reach: _Extent | None = None  # of the extents before, the one that ends last
     for extent in sorted(extents, key=lambda extent: extent.start):
         if reach and extent.start < reach.end:
             for mine, other in ((extent, reach), (reach, extent)):
-                key = mine.owner, mine.is_table, other.what
+                key = mine.what, other.what
                 if key not in seen:
                     seen.add(key)
                     yield from _overlap(mine, other, extent.start)

@@ -149,12 +149,13 @@ def test_a_file_that_became_shorter_is_a_short_read() -> None:
 def test_any_write_to_the_storage_is_a_change_unless_sharing_is_forced(force_share: bool) -> None:
     storage = ScriptedStorage(image_of().data)
     file = ClusterFile(storage, force_share=force_share)
+    file.verify_untouched()
     storage.token = "written to"
     if force_share:
-        file.verify()
+        file.verify_untouched()
         return
     with pytest.raises(ChangedWhileReadingError, match="image"):
-        file.verify()
+        file.verify_untouched()
 
 
 def test_verify_looks_at_all_that_is_used_and_at_nothing_else() -> None:

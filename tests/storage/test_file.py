@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qcow2bm.errors import ShortReadError, StorageError
+from qcow2bm.errors import ShortReadError, StateError, StorageError
 from qcow2bm.storage.base import read_bytes, read_exactly
 from qcow2bm.storage.file import FileStorage
 
@@ -209,10 +209,15 @@ def test_a_failing_read_says_where(
     assert str(error).endswith(f"{os.strerror(errno.EIO)} (reading 64 bytes at 0x200)")
 
 
-def test_a_closed_file_fails_as_a_storage(storage: FileStorage) -> None:
+def test_a_closed_file_says_so(storage: FileStorage) -> None:
     storage.close()
     storage.close()
-    for use in (storage.size, lambda: read_bytes(storage, 0, 1)):
-        with pytest.raises(StorageError) as caught:
+    for use in (
+        storage.size,
+        storage.change_token,
+        storage.read_lock,
+        lambda: read_bytes(storage, 0, 1),
+    ):
+        with pytest.raises(StateError) as caught:
             use()
-        assert caught.value.errno == errno.EBADF
+        assert caught.value.required == "open"

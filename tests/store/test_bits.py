@@ -123,7 +123,7 @@ def assert_reads_as(bitmap: qcow2bm.Bitmap, model: Model) -> None:
     assert bitmap.packed().tobytes() == packed
     assert bitmap.stale_bits().tobytes() == packed
     assert bitmap.sha256() == model.sha256
-    totals = model.count, len(extents)
+    totals = model.dirty_bytes, len(extents)
     for counting in (nullcontext, numpy_not_loaded):
         with counting():
             assert bitmap.count() == totals[0]
@@ -221,7 +221,7 @@ def test_stale_bits_are_dirty_where_the_table_makes_no_sense(
     bitmap = qcow2bm.open(case.build(flags).data).bitmaps["daily"]
     assert bitmap.status == "broken"
     assert bitmap.stale_bits().tobytes() == case.model.packed
-    assert bitmap.stale_totals() == (case.model.count, len(case.model.extents))
+    assert bitmap.stale_totals() == (case.model.dirty_bytes, len(case.model.extents))
 
 
 @pytest.mark.parametrize("flags", [0, FLAG_IN_USE])
@@ -231,7 +231,7 @@ def test_stale_bits_are_dirty_behind_a_table_that_is_too_short(flags: int) -> No
     assert bitmap.status == ("inconsistent" if flags else "broken")
     assert case.model.bits == "1" + "0" * 4095 + "1" * 8192
     assert bitmap.stale_bits().tobytes() == case.model.packed
-    assert bitmap.stale_totals() == (case.model.count, 2)
+    assert bitmap.stale_totals() == (case.model.dirty_bytes, 2)
 
 
 @pytest.mark.parametrize("flags", [0, FLAG_IN_USE])

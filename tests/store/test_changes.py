@@ -13,14 +13,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from support.images import ONES, ZEROES, Built, Stored, build_image
+from support.images import ONES, ZEROES, Built, Stored, Word, build_image
 from support.scripted import OnceAt, ScriptedStorage, io_error, short_read
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_IN_USE
 
 CLUSTER = 512
-TABLE = [b"\x01", ZEROES, ZEROES, ONES, b"\x02" * CLUSTER, b"\x03"]
+TABLE: list[Word] = [b"\x01", ZEROES, ZEROES, ONES, b"\x02" * CLUSTER, b"\x03"]
 SIZE = len(TABLE) * 8 * CLUSTER << 16
 
 Use = Callable[[qcow2bm.Image], Any]
@@ -165,8 +165,9 @@ def test_a_change_between_two_reads_gives_the_old_answer_the_new_one_or_an_error
         with small_chunks():
             try:
                 opened = qcow2bm.open(ScriptedStorage(image.data, script))
-            except qcow2bm.Qcow2BmError as error:
-                assert script.fired, error
+            except qcow2bm.Qcow2BmError:
+                if not script.fired:
+                    raise
                 continue
             answer = outcome(use, opened)
         if not script.fired:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.images import ONES, ZEROES, Built, Stored, build_image
+from support.images import ONES, ZEROES, Built, Stored, Word, build_image
 from support.scripted import ScriptedStorage
 
 import qcow2bm
@@ -14,7 +14,7 @@ from qcow2bm.format.directory import FLAG_IN_USE
 
 CLUSTER = 512
 SIZE = 6 * 8 * CLUSTER << 16
-TABLE = [ZEROES, b"\x01", ONES, b"\x02", ZEROES, b"\x03"]
+TABLE: list[Word] = [ZEROES, b"\x01", ONES, b"\x02", ZEROES, b"\x03"]
 SIZES = {"bitmap-directory": 96, "bitmap-table": 8 * len(TABLE), "bitmap-data": CLUSTER}
 
 READERS: dict[str, Callable[[qcow2bm.Bitmap], Any]] = {
@@ -81,10 +81,12 @@ def test_only_stored_clusters_of_one_bitmap_are_read_and_each_once(
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
 @pytest.mark.parametrize("word", [ZEROES, ONES])
 def test_a_cluster_of_one_value_costs_no_read(
-    reader: Callable[[qcow2bm.Bitmap], Any], word: int
+    reader: Callable[[qcow2bm.Bitmap], Any], word: Word
 ) -> None:
     """A bitmap of 2^40 bytes of disk is as cheap as its table is small."""
-    image = build_image(Stored(table=[word] * 256, granularity_bits=20), size=1 << 40)
+    # An L1 table for such a disk would be larger than all the rest.
+    stored = Stored(table=[word] * 256, granularity_bits=20)
+    image = build_image(stored, header={"size": 1 << 40})
     storage = ScriptedStorage(image.data)
     bitmap = qcow2bm.open(storage).bitmaps["daily"]
     assert bitmap.status == "valid"

@@ -8,11 +8,15 @@ from typing import Any
 
 from support.specreader import vector
 
-from qcow2bm.format import directory, extensions, header
+from qcow2bm.format import directory, extensions, header, snapshots
 
 CLUSTER = 512
 EXTENSION, PAYLOAD, END = 0x70, 0x78, 0x90
 DIRECTORY, PAST_EOF = 0xC00, 1 << 20
+BEHIND = 12 * CLUSTER
+"""The first cluster behind all others."""
+BEYOND = 1 << 63
+"""An offset no file reaches."""
 DAILY, WEEKLY, CRASHED = range(3)
 TABLES = {DAILY: 0xE00, WEEKLY: 0x1200, CRASHED: 0x1600}
 
@@ -45,6 +49,7 @@ def _places(schema: Any) -> dict[str, tuple[int, int]]:
 _HEADER = _places(header._V3_FIXED) | {"compression_type": (104, 1), "padding": (105, 7)}
 _PAYLOAD = _places(extensions._BITMAPS)
 _ENTRY = _places(directory._HEAD)
+_SNAPSHOT = _places(snapshots._HEAD)
 
 
 def _field(places: dict[str, tuple[int, int]], start: int, **values: int) -> list[Patch]:
@@ -84,13 +89,50 @@ def extension(type: int, length: int, content: bytes) -> bytes:
     return struct.pack(">II", type, length) + content
 
 
+def crypto(offset: int, length: int = 16) -> Patch:
+    """A crypto header extension that leads to an offset, cut or padded to a length."""
+    data = struct.pack(">QQ", offset, CLUSTER).ljust(length, b"\0")[:length]
+    return END, extension(extensions.CRYPTO, length, data)
+
+
+def snapshot_table(*extra_data_sizes: int) -> list[Patch]:
+    """Snapshots behind everything else that have so many bytes of extra data."""
+    table = b""
+    for size in extra_data_sizes:
+        head = bytearray(snapshots.HEAD_LENGTH)
+        for offset, content in _field(_SNAPSHOT, 0, extra_data_size=size):
+            head[offset : offset + len(content)] = content
+        table += head + bytes(size + -size % 8)
+    count = len(extra_data_sizes)
+    return [*in_header(nb_snapshots=count, snapshots_offset=BEHIND), (BEHIND, table)]
+
+
+def in_version_2() -> list[Patch]:
+    """The header of version 2, the extensions directly behind it."""
+    return [*in_header(version=2), (header.V2_LENGTH, image()[EXTENSION : END + 8])]
+
+
+def repeated(*flags: int) -> list[Patch]:
+    """Entries of these flags, all named "daily"."""
+    return [
+        patch
+        for index, value in enumerate(flags)
+        for patch in (*in_entry(index, name_size=5, flags=value), after_head(index, b"daily"))
+    ]
+
+
+def cut_directory(length: int) -> bytes:
+    """The image with its directory at the end of the file, and so many bytes left of that."""
+    moved = BEHIND, image()[DIRECTORY : DIRECTORY + 96]
+    return patched(image(), *in_payload(bitmap_directory_offset=BEHIND), moved)[: BEHIND + length]
+
+
 def _long_name() -> list[Patch]:
     """The directory behind everything else, its last name 1024 bytes long and valid."""
-    moved = 12 * CLUSTER
     entries = image()[DIRECTORY : DIRECTORY + 64]
     last = struct.pack(">QIIBBHI", TABLES[CRASHED], 1, 0, 1, 16, 1024, 0) + b"n" * 1024
-    offset = in_payload(bitmap_directory_offset=moved, bitmap_directory_size=64 + len(last))
-    return [*offset, (moved, entries + last)]
+    offset = in_payload(bitmap_directory_offset=BEHIND, bitmap_directory_size=64 + len(last))
+    return [*offset, (BEHIND, entries + last)]
 
 
 def _unaligned_data() -> list[Patch]:
@@ -116,15 +158,16 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
     "header.crypt_method.unknown": in_header(crypt_method=3),
     "header.l1_size.too-small": in_header(l1_size=159),
     "header.l1_size.too-large": in_header(l1_size=1 << 23),
-    "header.l1_table_offset.unaligned": in_header(l1_table_offset=0x608),
+    "header.l1_table_offset.invalid": in_header(l1_table_offset=0x608),
     "header.l1_table_offset.past-eof": in_header(l1_table_offset=PAST_EOF),
-    "header.refcount_table_offset.unaligned": in_header(refcount_table_offset=0x208),
+    "header.refcount_table_offset.invalid": in_header(refcount_table_offset=0x208),
     "header.refcount_table_offset.past-eof": in_header(refcount_table_offset=PAST_EOF),
     "header.refcount_table_clusters.zero": in_header(refcount_table_clusters=0),
     "header.refcount_table_clusters.too-large": in_header(refcount_table_clusters=16385),
     "header.nb_snapshots.too-large": in_header(nb_snapshots=65537),
-    "header.snapshots_offset.unaligned": in_header(snapshots_offset=8, nb_snapshots=1),
+    "header.snapshots_offset.invalid": in_header(snapshots_offset=8, nb_snapshots=1),
     "header.snapshots_offset.past-eof": in_header(snapshots_offset=PAST_EOF, nb_snapshots=1),
+    "snapshot-table.extra_data_size.too-large": snapshot_table(1025),
     "header.incompatible_features.unknown": in_header(incompatible_features=1 << 5),
     "header.incompatible_features.dirty": in_header(incompatible_features=1 << 0),
     "header.incompatible_features.corrupt": in_header(incompatible_features=1 << 1),
@@ -150,9 +193,13 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
         (END, extension(extensions.BACKING_FORMAT, 16, b"f" * 16))
     ],
     "header-extension.crypto.missing": in_header(crypt_method=2),
+    "header-extension.crypto.unexpected": [crypto(BEHIND)],
+    "header-extension.crypto.length": [*in_header(crypt_method=2), crypto(BEHIND, 8)],
+    "header-extension.crypto.unaligned": [*in_header(crypt_method=2), crypto(BEHIND + 8)],
     "header-extension.bitmaps.duplicate": [(END, _DUPLICATE)],
     "header-extension.bitmaps.length": [(EXTENSION + 4, bytes([0, 0, 0, 16]))],
     "bitmaps-extension.autoclear.off": in_header(autoclear_features=0),
+    "bitmaps-extension.version.too-old": in_version_2(),
     "bitmaps-extension.nb_bitmaps.zero": in_payload(nb_bitmaps=0),
     "bitmaps-extension.nb_bitmaps.too-large": in_payload(nb_bitmaps=65536),
     "bitmaps-extension.nb_bitmaps.less": in_payload(nb_bitmaps=2),
@@ -166,13 +213,16 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
         bitmap_directory_offset=0xC08
     ),
     "bitmap-directory.past-eof": in_payload(bitmap_directory_offset=PAST_EOF),
+    "bitmap-directory.unreadable": in_payload(bitmap_directory_offset=BEYOND),
     "bitmap-directory.overlap": in_entry(DAILY, bitmap_table_offset=DIRECTORY),
     "bitmap-directory.rest": [*in_payload(bitmap_directory_size=104), (DIRECTORY + 96, b"rest")],
     "bitmap-directory.zeroes": in_payload(bitmap_directory_size=128),
+    "bitmap-directory.zero-entries": in_payload(bitmap_directory_size=128, nb_bitmaps=4),
     "directory-entry.truncated": in_entry(CRASHED, name_size=200),
     "directory-entry.bitmap_table_offset.zero": in_entry(DAILY, bitmap_table_offset=0),
     "directory-entry.bitmap_table_offset.unaligned": in_entry(DAILY, bitmap_table_offset=0xE08),
     "directory-entry.bitmap_table_offset.past-eof": in_entry(DAILY, bitmap_table_offset=PAST_EOF),
+    "directory-entry.bitmap_table_offset.unreadable": in_entry(DAILY, bitmap_table_offset=BEYOND),
     "directory-entry.bitmap_table_size.zero": in_entry(DAILY, bitmap_table_size=0),
     "directory-entry.bitmap_table_size.too-large": in_entry(DAILY, bitmap_table_size=1048577),
     "directory-entry.bitmap_table_size.less": in_entry(WEEKLY, bitmap_table_size=2),
@@ -200,10 +250,7 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
         *in_payload(bitmap_directory_size=88),
     ],
     "directory-entry.name.nul": [after_head(DAILY, b"da\0ly")],
-    "directory-entry.name.duplicate": [
-        *in_entry(WEEKLY, name_size=5),
-        after_head(WEEKLY, b"daily"),
-    ],
+    "directory-entry.name.duplicate": repeated(0, 0),
     "directory-entry.padding.nonzero": [after_head(DAILY, b"daily\0\0\1")],
     "bitmap-table.overlap": in_entry(WEEKLY, bitmap_table_offset=TABLES[DAILY]),
     "bitmap-table.entry.reserved": [in_table(DAILY, 0x1002)],

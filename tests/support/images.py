@@ -1,8 +1,8 @@
-"""qcow2 images built in memory without QEMU: sound ones, and ones with a fault planted.
+r"""qcow2 images built in memory without QEMU: sound ones, and ones with a fault planted.
 
->>> image = build_image(Stored(b"daily", (ONES, b"\\x01")), size=8192 * 512, ...)
->>> image.plant(7, "directory-entry", 0, "type")
->>> qcow2bm.open(image.data)
+    image = build_image(Stored(b"daily", [ONES, b"\x01"]), size=1 << 29)
+    offset = image.plant(7, "directory-entry", 0, "type")
+    qcow2bm.open(image.data)
 
 What `build_image` returns is sound, with refcounts that `qemu-img check` finds right, as long as
 its arguments are. Every structure and field is found by name in `Built.offset`, so that a test
@@ -135,10 +135,8 @@ class Built(NamedTuple):
     def plant(self, value: int, structure: str, index: int = 0, field: str | int = "") -> int:
         """Puts a number into a field, or a byte where there is none; returns its host offset."""
         offset = self.offset(structure, index, field)
-        if isinstance(field, int):
-            width = ENTRY_LENGTH
-        else:
-            width = _WIDTHS.get(structure, {}).get(field, 1)
+        names = _WIDTHS.get(structure, {})
+        width = ENTRY_LENGTH if isinstance(field, int) else names.get(field, 1)
         self.data[offset : offset + width] = value.to_bytes(width, "big")
         return offset
 
@@ -266,7 +264,7 @@ def build_image(
     starts["backing-name", 0] = end + 8
     if backing_name:
         fixed = fixed._replace(backing_file_offset=end + 8)
-    fixed = fixed._replace(**dict(header or {}))
+    fixed = Header(**fixed._asdict() | dict(header or {}))
     first = build_header(fixed) + build_extensions(area) + backing_name
     if len(first) > cluster_size:
         raise ValueError(f"{len(first)} bytes of header do not fit into a cluster")

@@ -8,8 +8,9 @@ from functools import cache
 from hashlib import sha256
 from typing import NamedTuple
 
-from qcow2bm.units import ceil_div
 from support.images import ZEROES, Word
+
+from qcow2bm.units import ceil_div
 
 
 @cache
@@ -55,7 +56,7 @@ class Model(NamedTuple):
         return [[start, stop - start] for start, stop in ranges]
 
     @property
-    def count(self) -> int:
+    def dirty_bytes(self) -> int:
         """Dirty guest bytes."""
         return sum(length for _, length in self.extents)
 
