@@ -83,6 +83,9 @@ def problem(
     number of the field where the structure is an array.
     """
     kind = KINDS[id]
+    severity = severity or kind.severity
+    # Of a fault that usually makes QEMU refuse the image it says nothing when it does not.
+    is_silent = kind.severity == REFUSED != severity
     place = kind.structure
     if bitmap_index is not None:
         place += f" of entry {bitmap_index}" if place in (TABLE, DATA) else f" {bitmap_index}"
@@ -91,13 +94,13 @@ def problem(
         what += f" {element}"
     return Problem(
         id,
-        severity or kind.severity,
+        severity,
         kind.structure,
         kind.field,
         offset,
         bitmap_index,
         f"{what} at {offset:#x} {reason}",
-        kind.qemu_message,
+        None if is_silent else kind.qemu_message,
     )
 
 
@@ -119,10 +122,16 @@ KINDS: dict[str, Kind] = {
         HEADER, "l1_table_offset", REFUSED, "Active L1 table offset invalid"
     ),
     "header.l1_table_offset.past-eof": Kind(HEADER, "l1_table_offset", UNUSABLE),
+    "header.l1_table_offset.unreadable": Kind(
+        HEADER, "l1_table_offset", REFUSED, "Could not read L1 table"
+    ),
     "header.refcount_table_offset.invalid": Kind(
         HEADER, "refcount_table_offset", REFUSED, "Reference count table offset invalid"
     ),
     "header.refcount_table_offset.past-eof": Kind(HEADER, "refcount_table_offset", UNUSABLE),
+    "header.refcount_table_offset.unreadable": Kind(
+        HEADER, "refcount_table_offset", REFUSED, "Could not initialize refcount handling"
+    ),
     "header.refcount_table_clusters.zero": Kind(
         HEADER,
         "refcount_table_clusters",
@@ -139,6 +148,10 @@ KINDS: dict[str, Kind] = {
         HEADER, "snapshots_offset", REFUSED, "Snapshot table offset invalid"
     ),
     "header.snapshots_offset.past-eof": Kind(HEADER, "snapshots_offset", UNUSABLE),
+    "header.snapshots_offset.unreadable": Kind(
+        HEADER, "snapshots_offset", REFUSED, "Failed to read snapshot table"
+    ),
+    "snapshot-table.size.too-large": Kind(SNAPSHOT_TABLE, "", REFUSED, "Snapshot table is too big"),
     "snapshot-table.extra_data_size.too-large": Kind(
         SNAPSHOT_TABLE,
         "extra_data_size",

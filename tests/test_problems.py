@@ -13,11 +13,13 @@ from qcow2bm.format import extensions
 from qcow2bm.format.directory import FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
 from qcow2bm.problems import KINDS, REFUSED, SEVERITIES, UNUSABLE, problem
 from qcow2bm.store.tables import MAX_FAULTS_LISTED
+from qcow2bm.units import align_up
 
 CLUSTER = 1024
 SIZE = 3 * 8 * CLUSTER << 16
 TABLE: list[Word] = [ZEROES, b"\x01", ONES]
 PAST_EOF = 1 << 40
+LONGEST = 0x7FFFFFFFC0000000  # how long a file can be for QEMU
 MAX_SIZE = ((1 << 31) - 1) << 17  # of a disk with such clusters
 MAX_FILE_LENGTH = 0x7FFFFFFFC0000000  # of QEMU
 
@@ -129,6 +131,19 @@ def snapshots(name: str, **values: int) -> Plant:
         return Planted(image, image.offset("header", 0, name))
 
     return plant
+
+
+def long_snapshot_table() -> Planted:
+    """One more than fit into 64 MiB, each with names of the greatest length."""
+    image = sound()
+    start = len(image.data)
+    entry = bytearray(align_up(40 + 2 * 65535, 8))
+    entry[12:16] = b"\xff" * 4  # id_str_size and name_size
+    count = (64 << 20) // len(entry) + 1
+    image.data.extend(entry * count)
+    image.plant(count, "header", 0, "nb_snapshots")
+    image.plant(start, "header", 0, "snapshots_offset")
+    return Planted(image, start)
 
 
 def extension_too_large() -> Planted:
@@ -284,13 +299,19 @@ PLANTS: dict[str, Plant] = {
     "header.l1_size.too-small": in_header("l1_size", 0),
     "header.l1_size.too-large": in_header("l1_size", (32 << 17) + 1),
     "header.l1_table_offset.invalid": in_header("l1_table_offset", CLUSTER + 512),
+    "header.l1_table_offset.unreadable": in_header("l1_table_offset", LONGEST),
     "header.l1_table_offset.past-eof": in_header("l1_table_offset", PAST_EOF),
     "header.refcount_table_offset.invalid": in_header("refcount_table_offset", CLUSTER + 512),
+    "header.refcount_table_offset.unreadable": in_header("refcount_table_offset", LONGEST),
     "header.refcount_table_offset.past-eof": in_header("refcount_table_offset", PAST_EOF),
     "header.refcount_table_clusters.zero": in_header("refcount_table_clusters", 0),
     "header.refcount_table_clusters.too-large": in_header("refcount_table_clusters", 8193),
     "header.nb_snapshots.too-large": in_header("nb_snapshots", 65537),
     "header.snapshots_offset.invalid": in_header("snapshots_offset", CLUSTER + 512),
+    "header.snapshots_offset.unreadable": snapshots(
+        "snapshots_offset", nb_snapshots=1, snapshots_offset=LONGEST
+    ),
+    "snapshot-table.size.too-large": long_snapshot_table,
     "header.snapshots_offset.past-eof": snapshots(
         "snapshots_offset", nb_snapshots=1, snapshots_offset=PAST_EOF
     ),

@@ -25,6 +25,7 @@ MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MIN_EXTENDED_L2_CLUSTER_SIZE = 16 << 10
 MAX_OFFSET = (1 << 63) - 1
+MAX_FILE_LENGTH = 0x7FFFFFFFC0000000  # QEMU's, whole GiB
 MAX_SIZE = 1 << 62  # keeps every product of bits and granularity within int64
 MAX_L1_ENTRIES = (1 << 31) - 1  # for the disk alone; more is a disk too big for QEMU
 
@@ -121,6 +122,8 @@ def _place(file: ClusterFile, field: str, length: int) -> Iterator[Problem]:
         yield _at(f"header.{field}.invalid", f"is {offset:#x}, not at the start of a cluster")
     elif offset + length > MAX_OFFSET:
         yield _at(f"header.{field}.invalid", f"is {offset:#x}, beyond any file")
+    elif length and offset + length > MAX_FILE_LENGTH:
+        yield _at(f"header.{field}.unreadable", f"is {offset:#x}, beyond any file QEMU reads")
     elif length and not file.contains(offset, length):
         yield _at(
             f"header.{field}.past-eof",
@@ -153,6 +156,10 @@ def _snapshots(file: ClusterFile) -> Iterator[Problem]:
             )
             return
         place += size
+        if place - file.header.snapshots_offset > snapshots.MAX_TABLE_SIZE:
+            reason = f"is longer than {snapshots.MAX_TABLE_SIZE} bytes"
+            yield problem("snapshot-table.size.too-large", file.header.snapshots_offset, reason)
+            return
 
 
 def _features(file: ClusterFile) -> Iterator[Problem]:

@@ -145,10 +145,11 @@ def build_extensions(area: HeaderExtensions) -> bytes:
         build(EXTENSION, extension._asdict(), "header extension") + extension.padding
         for extension in area.extensions
     ]
-    data = b"".join(parts) + area.end
-    if parse_extensions(data)[:2] != area[:2]:
+    data = b"".join(parts)
+    is_end = not area.end or (len(area.end) == HEAD_LENGTH and area.end[:4] == bytes(4))
+    if not is_end or parse_extensions(data) != HeaderExtensions(area.extensions, b""):
         raise FormatError("header extension", "", 0, "area has padding or an end out of place")
-    return data
+    return data + area.end
 
 
 def parse_bitmaps_extension(data: bytes, offset: int = 0) -> BitmapsExtension:

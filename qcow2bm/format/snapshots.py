@@ -12,6 +12,7 @@ from qcow2bm.format.schema import build, field_offsets, parse
 from qcow2bm.units import align_up
 
 MAX_EXTRA_DATA_SIZE = 1024
+MAX_TABLE_SIZE = 64 << 20
 
 _HEAD = Struct(
     "l1_table_offset" / Int64ub,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.problems import MAX_FILE_LENGTH
 from qcow2bm.errors import ChangedWhileReadingError
 from qcow2bm.format import features
 from qcow2bm.format.directory import (
@@ -40,7 +41,6 @@ MAX_BITMAP_BYTES = 512 << 20  # table size times cluster size
 MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31  # of QEMU
 GRANULARITY_BITS_LIMIT = 64  # of the specification
 MAX_NAME_SIZE = 1023
-MAX_FILE_LENGTH = 0x7FFFFFFFC0000000  # QEMU's, whole GiB
 
 
 class BitmapDirectory(NamedTuple):
@@ -78,7 +78,7 @@ def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> Bit
     problems = list(_place_problems(extension, place, file))
     distrust = _uninterpretable(header_problems) or next(iter(problems), None)
     data = _read(file, extension)
-    directory = parse_directory(data, extension.bitmap_directory_offset, MAX_BITMAPS)
+    directory = _parse(data, extension.bitmap_directory_offset, file)
     problems += _end_problems(extension, directory, place, file)
     problems += _count_problems(extension, directory, place)
     end = extension.bitmap_directory_offset + extension.bitmap_directory_size
@@ -133,6 +133,14 @@ def _read(file: ClusterFile, extension: BitmapsExtension) -> bytes:
     return file.read(start, size) + bytes(min(wanted - size, -size % 8))
 
 
+def _parse(data: bytes, offset: int, file: ClusterFile) -> Directory:
+    directory = parse_directory(data, offset, MAX_BITMAPS)
+    if directory.entries and directory.entries[-1].offset_of("padding") > file.file_size:
+        cut = directory.entries[-1]._replace(extra_data=b"", name_bytes=None, padding=b"")
+        return directory._replace(entries=(*directory.entries[:-1], cut))
+    return directory
+
+
 def _uninterpretable(header_problems: Iterable[Problem]) -> Problem | None:
     """The fault of the header, if any, for which nothing in the image can be believed."""
     ids = ("header.incompatible_features.unknown", "header.size.too-large")
@@ -157,7 +165,7 @@ def _place_problems(
         )
     elif start == 0:
         yield problem("bitmap-directory.overlap", offset, "is the header's cluster")
-    if start > MAX_FILE_LENGTH:
+    if start + extension.bitmap_directory_size > MAX_FILE_LENGTH:
         yield problem("bitmap-directory.unreadable", offset, f"would be at {start:#x}")
     elif start >= file.file_size:
         yield problem(
@@ -291,7 +299,7 @@ def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[P
             f"needs {entry.size} bytes (name_size {entry.name_size}, extra_data_size "
             f"{entry.extra_data_size}), more than the directory has left",
         )
-    elif entry.offset_of("padding") > file.file_size:
+    elif entry.name_bytes is None:
         add("truncated", "name", "is cut off by the end of the file", UNUSABLE)
     if any(entry.padding):
         add("padding.nonzero", "padding", "is not zero")

@@ -37,11 +37,10 @@ def header_extensions(draw: st.DrawFn) -> HeaderExtension:
     return HeaderExtension(type, data, draw(padding(len(data))))
 
 
-end_markers = U32.map(lambda length: END_MARKER[:4] + length.to_bytes(4, "big"))
 areas = st.builds(
     HeaderExtensions,
     st.lists(header_extensions(), max_size=5).map(tuple),
-    st.one_of(st.just(END_MARKER), end_markers, st.binary(max_size=7)),
+    st.sampled_from([END_MARKER, b""]),
     st.none(),
 )
 
@@ -50,18 +49,38 @@ areas = st.builds(
 def test_an_area_survives_being_built_and_parsed(area: HeaderExtensions, after: bytes) -> None:
     built = build_extensions(area)
     # What follows the end marker is not part of the area; without a marker nothing may follow.
-    assert parse_extensions(built + (after if len(area.end) == 8 else b""), 512) == area
+    assert parse_extensions(built + (after if area.end else b""), 512) == area
+
+
+def left(data: bytes, area: HeaderExtensions) -> int:
+    """How many bytes of the area stand behind its last extension."""
+    return len(data) - sum(extension.size for extension in area.extensions)
 
 
 @given(hostile(areas.map(build_extensions)))
 def test_nothing_read_is_ever_lost(data: bytes) -> None:
     area = parse_extensions(data)
+    assert area.end in (b"", data[len(data) - left(data, area) :][:8])
     built = build_extensions(area)
     assert data.startswith(built)
-    if area.fault is None and len(area.end) < 8:
+    if not area.fault and not area.end:
         assert built == data
-    if len(area.end) == 8:
-        assert area.end[:4] == bytes(4)
+
+
+@given(hostile(areas.map(build_extensions)))
+def test_reading_stops_where_the_area_has_too_little_left(data: bytes) -> None:
+    area = parse_extensions(data, 512)
+    rest = data[len(data) - left(data, area) :]
+    length = int.from_bytes(rest[4:8], "big")
+    if area.fault is None:
+        assert area.end == rest[:8]
+        assert not rest or (rest[:4] == bytes(4) and length <= len(rest) - 8)
+    elif len(rest) < 8:
+        assert rest
+        assert area.fault.offset == 512 + len(data) - len(rest)
+    else:
+        assert length > len(rest) - 8
+        assert area.fault.offset == 512 + len(data) - len(rest) + 4
 
 
 @given(hostile(areas.map(build_extensions)), st.integers(72, 4096))
@@ -103,6 +122,23 @@ def test_a_length_beyond_the_area_keeps_what_came_before() -> None:
     area = parse_extensions(data + bytes(23), 112)
     assert (area.extensions, area.end) == ((sound,), b"")
     assert str(area.fault) == ("header extension: length at 0x84 is 24, but only 23 bytes follow")
+
+
+@pytest.mark.parametrize("left", range(1, 8))
+def test_leftovers_too_small_for_an_extension_are_a_fault(left: int) -> None:
+    area = parse_extensions(bytes.fromhex("12345678 00000000") + bytes(left), 112)
+    assert (len(area.extensions), area.end) == (1, b"")
+    assert str(area.fault) == (
+        f"header extension: length at 0x78 is not there: {left} bytes are left"
+    )
+
+
+def test_the_length_of_an_end_marker_must_fit() -> None:
+    marker = bytes.fromhex("00000000 00000003")
+    assert parse_extensions(marker + bytes(3)) == HeaderExtensions((), marker)
+    area = parse_extensions(marker + bytes(2), 112)
+    assert (area.extensions, area.end) == ((), b"")
+    assert str(area.fault) == "header extension: length at 0x74 is 3, but only 2 bytes follow"
 
 
 def test_only_the_last_padding_may_be_cut_off() -> None:

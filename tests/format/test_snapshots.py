@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2bm.errors import FormatError
-from qcow2bm.format.snapshots import SnapshotHeader, build_snapshot_table, parse_snapshot_table
+from qcow2bm.format.snapshots import (
+    HEAD_LENGTH,
+    SnapshotHeader,
+    build_snapshot_table,
+    measure_entry,
+    parse_snapshot_table,
+)
 
 SAMPLE = bytes.fromhex(
     "0000000000070000 00000002 0001 0004"
@@ -45,6 +51,14 @@ def test_a_table_survives_being_built_and_parsed(
     built = build_snapshot_table(table)
     assert len(built) == sum(snapshot.size for snapshot in table)
     assert parse_snapshot_table(built + following, len(table), 0) == table
+
+
+@given(snapshots())
+def test_an_entry_is_measured_by_its_head(snapshot: SnapshotHeader) -> None:
+    head = build_snapshot_table((snapshot,))[:HEAD_LENGTH]
+    assert measure_entry(head, 0) == (snapshot.size, len(snapshot.extra_data))
+    with pytest.raises(FormatError, match="cut off"):
+        measure_entry(head[:-1], 0x500)
 
 
 @given(hostile(tables.map(build_snapshot_table)), st.integers(0, 5))

@@ -14,11 +14,13 @@ from support.faults import (
     Patch,
     after_head,
     broken,
+    cut_directory,
     image,
     in_entry,
     in_header,
     in_payload,
     in_table,
+    in_version_2,
     patched,
 )
 
@@ -56,8 +58,7 @@ def test_without_the_autoclear_bit_every_bitmap_is_stale() -> None:
 
 @pytest.mark.spec("BME-2")
 def test_in_version_2_every_bitmap_is_stale() -> None:
-    extensions = image()[0x70:0x98]
-    with open_patched(*in_header(version=2), (72, extensions)) as opened:
+    with open_patched(*in_version_2()) as opened:
         assert statuses(opened) == ["stale"] * 3
 
 
@@ -100,6 +101,15 @@ def test_an_entry_that_is_cut_off_is_the_last() -> None:
     with open_patched(*in_entry(WEEKLY, name_size=100)) as opened:
         assert [entry.name for entry in opened.directory] == ["daily", None]
         assert statuses(opened) == ["valid", "broken"]
+
+
+@pytest.mark.spec("DIR-4")
+@pytest.mark.parametrize("left", [0, 1, 6])
+def test_a_name_cut_off_by_the_end_of_the_file_is_not_believed(left: int) -> None:
+    with qcow2bm.open(cut_directory(88 + left)) as opened:
+        assert statuses(opened) == ["valid", "valid", "broken"]
+    with qcow2bm.open(cut_directory(95)) as opened:  # but its padding
+        assert statuses(opened) == ["valid", "valid", "inconsistent"]
 
 
 @pytest.mark.spec("DIR-5")
@@ -169,6 +179,23 @@ def test_an_unaligned_word_breaks_the_bitmap() -> None:
 def test_what_overlaps_is_broken(patches: list[Patch], expected: list[str]) -> None:
     with open_patched(*patches) as opened:
         assert statuses(opened) == expected
+
+
+@pytest.mark.spec("TAB-2")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        in_header(l1_table_offset=0xE08),
+        in_header(l1_table_offset=0xE00, l1_size=1 << 23),
+        in_header(l1_table_offset=0xE00, l1_size=1),
+        in_header(refcount_table_offset=0xE08),
+        in_header(refcount_table_offset=0xE00, refcount_table_clusters=1 << 20),
+    ],
+)
+def test_a_wrong_header_field_overlaps_nothing(wrong: list[Patch]) -> None:
+    with open_patched(*wrong) as opened:
+        assert {problem.structure for problem in opened.problems} == {"header"}
+        assert statuses(opened) == ["valid", "valid", "inconsistent"]
 
 
 @pytest.mark.spec("TAB-3")

@@ -66,6 +66,11 @@ def test_what_is_not_opened() -> None:
     for bits in (0, 8, 22, 1 << 31):
         with pytest.raises(FormatError, match="cluster_bits"):
             qcow2bm.open(patched(sound, *in_header(cluster_bits=bits)))
+    for version, end in ((2, 72), (3, 104)):
+        short = patched(sound, *in_header(version=version))[:end]
+        with pytest.raises(FormatError, match="cut off"):
+            qcow2bm.open(short[:-1])
+        qcow2bm.open(short).close()
 
 
 @pytest.mark.spec("HDR-6")
@@ -129,6 +134,14 @@ def test_unknown_extensions_survive_in_order() -> None:
     found = parse_extensions(area)
     assert [each.type for each in found.extensions] == [7, BACKING_FORMAT, 5, 7]
     assert build_extensions(found) == area
+
+
+@pytest.mark.spec("EXT-2")
+def test_an_area_may_end_within_padding() -> None:
+    cut = in_header(backing_file_offset=END + 12)
+    with qcow2bm.open(patched(image(), *cut, (END, extension(1, 2, b"xy")))) as opened:
+        assert [problem.id for problem in opened.problems] == ["header-extension.end.missing"]
+        assert [each.data for _, each in opened.extensions[1:]] == [b"xy"]
 
 
 @pytest.mark.spec("EXT-2")

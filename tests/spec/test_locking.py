@@ -151,6 +151,22 @@ def test_a_change_during_a_read_is_noticed() -> None:
             bitmap.count()
 
 
+@pytest.mark.spec("LOCK-6")
+@pytest.mark.parametrize("changed", ["time", "length"])
+def test_a_write_that_leads_back_to_the_same_metadata_is_noticed(path: Path, changed: str) -> None:
+    with qcow2bm.open(path) as opened, qcow2bm.open(path, force_share=True) as forced:
+        bitmap = opened.bitmaps["daily"]
+        assert bitmap.status == "valid"
+        before = path.stat()
+        if changed == "length":
+            path.write_bytes(image() + bytes(1))
+        later = before.st_mtime_ns + 1_000_000_000 * (changed == "time")
+        os.utime(path, ns=(before.st_atime_ns, later))
+        with pytest.raises(ChangedWhileReadingError, match="image"):
+            bitmap.count()
+        assert forced.bitmaps["daily"].count() == 261632
+
+
 @pytest.mark.spec("LOCK-5")
 def test_memory_and_file_objects_are_not_locked(path: Path) -> None:
     if sys.platform != "linux":

@@ -20,7 +20,7 @@ from qcow2bm.storage import locks
 FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("header.md", "Fixed fields"): header._V3,
     ("header.md", "Feature name table"): features._ENTRY,
-    ("header.md", "Header extensions"): extensions._EXTENSION,
+    ("header.md", "Header extensions"): extensions.EXTENSION,
     ("header.md", "Crypto header"): extensions._CRYPTO,
     ("bitmaps.md", "Bitmaps extension"): extensions._BITMAPS,
     ("bitmaps.md", "Bitmap directory"): directory.ENTRY,

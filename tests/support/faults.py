@@ -11,6 +11,8 @@ from support.specreader import vector
 from qcow2bm.format import directory, extensions, header, snapshots
 
 CLUSTER = 512
+LONGEST = 0x7FFFFFFFC0000000
+"""How long a file can be for QEMU."""
 EXTENSION, PAYLOAD, END = 0x70, 0x78, 0x90
 DIRECTORY, PAST_EOF = 0xC00, 1 << 20
 BEHIND = 12 * CLUSTER
@@ -107,6 +109,18 @@ def snapshot_table(*extra_data_sizes: int) -> list[Patch]:
     return [*in_header(nb_snapshots=count, snapshots_offset=BEHIND), (BEHIND, table)]
 
 
+def long_snapshot_table() -> list[Patch]:
+    """One snapshot more, with names of the greatest length, than fit into 64 MiB."""
+    sizes = _field(_SNAPSHOT, 0, id_str_size=65535, name_size=65535)
+    length = snapshots.HEAD_LENGTH + 2 * 65535 + 2
+    count = snapshots.MAX_TABLE_SIZE // length + 1
+    return [
+        *in_header(nb_snapshots=count, snapshots_offset=BEHIND),
+        *((BEHIND + length * n + at, size) for n in range(count) for at, size in sizes),
+        (BEHIND + length * count, b""),
+    ]
+
+
 def in_version_2() -> list[Patch]:
     """The header of version 2, the extensions directly behind it."""
     return [*in_header(version=2), (header.V2_LENGTH, image()[EXTENSION : END + 8])]
@@ -159,13 +173,17 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
     "header.l1_size.too-small": in_header(l1_size=159),
     "header.l1_size.too-large": in_header(l1_size=1 << 23),
     "header.l1_table_offset.invalid": in_header(l1_table_offset=0x608),
+    "header.l1_table_offset.unreadable": in_header(l1_table_offset=LONGEST),
     "header.l1_table_offset.past-eof": in_header(l1_table_offset=PAST_EOF),
     "header.refcount_table_offset.invalid": in_header(refcount_table_offset=0x208),
+    "header.refcount_table_offset.unreadable": in_header(refcount_table_offset=LONGEST),
     "header.refcount_table_offset.past-eof": in_header(refcount_table_offset=PAST_EOF),
     "header.refcount_table_clusters.zero": in_header(refcount_table_clusters=0),
     "header.refcount_table_clusters.too-large": in_header(refcount_table_clusters=16385),
     "header.nb_snapshots.too-large": in_header(nb_snapshots=65537),
     "header.snapshots_offset.invalid": in_header(snapshots_offset=8, nb_snapshots=1),
+    "header.snapshots_offset.unreadable": in_header(snapshots_offset=LONGEST, nb_snapshots=1),
+    "snapshot-table.size.too-large": long_snapshot_table,
     "header.snapshots_offset.past-eof": in_header(snapshots_offset=PAST_EOF, nb_snapshots=1),
     "snapshot-table.extra_data_size.too-large": snapshot_table(1025),
     "header.incompatible_features.unknown": in_header(incompatible_features=1 << 5),
