@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from qcow2bm.problems import Problem
     from qcow2bm.storage.base import Storage
+    from qcow2bm.store.load import Totals
 
 __all__ = [
     "Bitmap",
@@ -55,6 +56,7 @@ __all__ = [
     "StateError",
     "Storage",
     "StorageError",
+    "Totals",
     "UnsupportedError",
     "__version__",
     "open",
@@ -66,6 +68,7 @@ _HOMES = {
     "open": "qcow2bm.api",
     "Problem": "qcow2bm.problems",
     "Storage": "qcow2bm.storage.base",
+    "Totals": "qcow2bm.store.load",
 }
 
 

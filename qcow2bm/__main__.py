@@ -2,6 +2,6 @@
 
 import sys
 
-from qcow2bm.cli import main
+from qcow2bm.cli.console import run
 
-sys.exit(main())
+sys.exit(run())

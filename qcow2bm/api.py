@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
@@ -23,16 +24,23 @@ from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import Feature
 from qcow2bm.format.header import Header
 from qcow2bm.problems import Problem
-from qcow2bm.storage.sources import Source, open_source
+from qcow2bm.storage.sources import open_source
 from qcow2bm.store.directory import load_directory, verify_directory
 from qcow2bm.store.load import BitmapBits, Totals
 from qcow2bm.store.tables import Clusters, Survey, Table, has_readable_table, survey
+from qcow2bm.units import escape
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-VALID, INCONSISTENT, STALE, BROKEN = STATUSES = ("valid", "inconsistent", "stale", "broken")
+    from qcow2bm.storage.sources import Source
+
+Status = Literal["valid", "inconsistent", "stale", "broken"]
+VALID: Final = "valid"
+INCONSISTENT: Final = "inconsistent"
+STALE: Final = "stale"
+BROKEN: Final = "broken"
 
 
 def open(
@@ -46,7 +54,8 @@ def open(
             that an image names is ever touched (INV-NOPATH).
         mode: "r", to read.
         strict: raise on the first fault for which QEMU would refuse the image or a bitmap
-            cannot be used, instead of listing it in `Image.problems`.
+            cannot be used, instead of listing it in `Image.problems`. A bitmap in use is no
+            fault.
         force_share: read even while another process writes, without taking locks. What is
             then read is still checked for not having changed meanwhile.
 
@@ -72,7 +81,7 @@ class _Closed:
     """Stands in for what a closed Image no longer has."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise StateError("a closed image", "open")
+        raise StateError("closed", "open")
 
 
 class Image:
@@ -192,7 +201,7 @@ class Image:
     def problems(self) -> tuple[Problem, ...]:
         """Everything that is wrong with header, extensions, directory and tables.
 
-        The first use reads all bitmap tables.
+        The first use reads all bitmap tables; with ``force_share`` later ones know no more.
 
         Raises:
             ImageLockedError: somebody writes to the image.
@@ -213,15 +222,16 @@ class Image:
         return Bitmap(self, self.directory[index])
 
     def raise_first_problem(self) -> None:
-        """Does nothing if QEMU opens the image and every bitmap is sound; strict reading.
+        """Does nothing if the image has no problem but remarks; what ``strict`` reading does.
 
         Raises:
-            FormatError: the first problem that is refused or unusable.
+            FormatError: the first problem that is refused, unusable or leak.
         """
         for found in self.problems:
-            if found.severity in ("refused", "unusable"):
-                reason = found.message.partition(f" at {found.offset:#x} ")[2]
-                raise FormatError(found.structure, found.field, found.offset, reason)
+            if found.is_serious:
+                place, _, reason = found.message.partition(f" at {found.offset:#x} ")
+                structure, _, field = place.partition(": ")
+                raise FormatError(structure, field, found.offset, reason)
 
     def _problems_of(self, index: int) -> list[Problem]:
         if self._by_bitmap is None:
@@ -238,16 +248,19 @@ class Image:
     def _tables(self) -> Survey:
         self._require_open()
         if self._survey is None:
+            found = survey(self._file, self._directory, self._header_problems)
             with self._file.lock():
                 verify_directory(self._file, self._directory)
-                found = survey(self._file, self._directory, self._header_problems)
-                verify_directory(self._file, self._directory)
             self._survey = found
+        self._file.verify_untouched()
         return self._survey
 
 
 class _Bitmaps(Mapping[str, "Bitmap"]):
-    """The bitmaps that can be told by name, in the order of the directory."""
+    """The bitmaps that can be told by name, in the order of the directory.
+
+    Entries that share a name, or whose name cannot be read, are only in `Image.directory`.
+    """
 
     def __init__(self, image: Image) -> None:
         self._image = image
@@ -261,8 +274,16 @@ class _Bitmaps(Mapping[str, "Bitmap"]):
     def __getitem__(self, name: str) -> Bitmap:
         entry = self._entries.get(name)
         if entry is None:
-            raise BitmapNotFoundError(str(name))
+            raise BitmapNotFoundError(str(name), self._why_not(name))
         return Bitmap(self._image, entry)
+
+    def _why_not(self, name: object) -> str:
+        same = [f"@{entry.index}" for entry in self._image.directory if entry.name == name]
+        if same:
+            return f"is the name of several entries: {', '.join(same)}"
+        known = ", ".join(f'"{escape(found)}"' for found in islice(self, 5))
+        more = ", ..." if len(self) > 5 else ""
+        return f"not found; the image has {known}{more}" if known else "not found: it has none"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -321,7 +342,7 @@ class Bitmap:
         return tuple(self._image._problems_of(self.index))
 
     @property
-    def status(self) -> str:
+    def status(self) -> Status:
         """What the bitmap is good for; raises as `Image.problems` does.
 
         "stale" if the autoclear bit is off, else "broken" if its metadata cannot be trusted,
@@ -398,12 +419,18 @@ class Bitmap:
     @property
     def has_stale_bits(self) -> bool:
         """Whether `stale_bits` has a table to read."""
+        self._image._require_open()
         return has_readable_table(self.entry, self._image._file)
+
+    @property
+    def _label(self) -> str:
+        """The name for messages; the number where the name cannot be read."""
+        return f"@{self.index}" if self.entry.name is None else self.entry.name
 
     def _table(self) -> Table | None:
         return self._image._tables().tables[self.index]
 
-    def _judge(self) -> tuple[str, str]:
+    def _judge(self) -> tuple[Status, str]:
         """The status, and for a broken bitmap what breaks it."""
         image = self._image
         if not image.is_consistent:
@@ -418,17 +445,18 @@ class Bitmap:
 
     def _bits(self) -> BitmapBits:
         status, reason = self._judge()
+        name = self._label
         if status == INCONSISTENT:
-            raise BitmapInconsistentError(self.name)
+            raise BitmapInconsistentError(name)
         if status == STALE:
-            raise BitmapStaleError(self.name)
+            raise BitmapStaleError(name)
         table = self._table()
         if status == BROKEN or not table:
-            raise BitmapBrokenError(self.name, f"is broken: {reason}")
+            raise BitmapBrokenError(name, f"is broken: {reason}")
         return BitmapBits(self._image._file, self.entry, table.fingerprint)
 
     def _stale(self) -> BitmapBits:
         file = self._image._file
         if not self.has_stale_bits:
-            raise BitmapBrokenError(self.name, "is broken: its table cannot be read")
+            raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
         return BitmapBits(file, self.entry, None, dirty_where_unknown=True)

@@ -92,8 +92,8 @@ class BitmapInconsistentError(BitmapError):
     """The bitmap is in_use: whoever wrote the image never stored it, so bits may be missing."""
 
     default_reason = (
-        "is in use or was left so by a crash (inconsistent): writes may be missing from it; "
-        "take a full backup (its bits as stored: dump --stale, stale_bits())"
+        "is in use (inconsistent), so writes may be missing from it: if a VM is running, stop it "
+        "properly and look again; if it crashed, take a full backup"
     )
 
 
@@ -101,8 +101,8 @@ class BitmapStaleError(BitmapError):
     """The autoclear bit is off: the image was written by a program that ignores bitmaps."""
 
     default_reason = (
-        "is stale: a program without bitmap support modified the image; "
-        "take a full backup (its bits as stored: dump --stale, stale_bits())"
+        "is stale, so writes are missing from it: a program without bitmap support modified the "
+        "image; take a full backup"
     )
 
 
@@ -113,11 +113,11 @@ class BitmapBrokenError(BitmapError):
 
 
 class StateError(Qcow2BmError):
-    """Called at the wrong time: the object is in ``state`` where ``required`` is needed."""
+    """Called at the wrong time: the image is in ``state`` where ``required`` is needed."""
 
     def __init__(self, state: str, required: str) -> None:
         self.state, self.required = state, required
-        super().__init__(f"it is {state}, but must be {required}", state, required)
+        super().__init__(f"the image is {state}, but must be {required}", state, required)
 
 
 class StorageError(Qcow2BmError, OSError):

@@ -3,15 +3,16 @@
 *Spec*: spec/problems.md says what each id means to a user; a test compares it with `KINDS`.
 """
 
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
-REFUSED = "refused"  # QEMU will not open the image
-UNUSABLE = "unusable"  # what the structure describes cannot be used; QEMU may not notice
-LEAK = "leak"  # space is lost, and nothing else
-COSMETIC = "cosmetic"  # breaks the specification without consequence
-NOTE = "note"  # worth knowing, no fault
+REFUSED: Final = "refused"  # QEMU will not open the image
+UNUSABLE: Final = "unusable"  # what the structure describes cannot be used; QEMU may not notice
+LEAK: Final = "leak"  # space is lost, and nothing else
+COSMETIC: Final = "cosmetic"  # breaks the specification without consequence
+NOTE: Final = "note"  # worth knowing, no fault
 
-SEVERITIES = (REFUSED, UNUSABLE, LEAK, COSMETIC, NOTE)
+Severity = Literal["refused", "unusable", "leak", "cosmetic", "note"]
+SEVERITIES: tuple[Severity, ...] = (REFUSED, UNUSABLE, LEAK, COSMETIC, NOTE)
 
 HEADER = "header"
 HEADER_EXTENSION = "header extension"
@@ -37,7 +38,7 @@ class Kind(NamedTuple):
 
     structure: str
     field: str
-    severity: str
+    severity: Severity
     qemu_message: str | None = None
     keeps_status: bool = False
 
@@ -50,7 +51,7 @@ class Problem(NamedTuple):
     """
 
     id: str
-    severity: str
+    severity: Severity
     structure: str
     field: str
     offset: int
@@ -74,7 +75,7 @@ def problem(
     offset: int,
     reason: str,
     bitmap_index: int | None = None,
-    severity: str | None = None,
+    severity: Severity | None = None,
     element: int | None = None,
 ) -> Problem:
     """A Problem of a known id.
@@ -84,8 +85,6 @@ def problem(
     """
     kind = KINDS[id]
     severity = severity or kind.severity
-    # Of a fault that usually makes QEMU refuse the image it says nothing when it does not.
-    is_silent = kind.severity == REFUSED != severity
     place = kind.structure
     if bitmap_index is not None:
         place += f" of entry {bitmap_index}" if place in (TABLE, DATA) else f" {bitmap_index}"
@@ -100,7 +99,8 @@ def problem(
         offset,
         bitmap_index,
         f"{what} at {offset:#x} {reason}",
-        None if is_silent else kind.qemu_message,
+        # Of a fault that makes QEMU refuse some images it says nothing where it does not.
+        kind.qemu_message if severity in (REFUSED, LEAK) else None,
     )
 
 
@@ -280,14 +280,31 @@ KINDS: dict[str, Kind] = {
         REFUSED,
         "bitmaps_ext: invalid bitmap directory offset",
     ),
-    "bitmap-directory.past-eof": Kind(DIRECTORY, "", REFUSED, _CONSTRAINTS),
-    "bitmap-directory.unreadable": Kind(DIRECTORY, "", REFUSED, "Failed to read bitmap directory"),
+    "bitmaps-extension.bitmap_directory_offset.zero": Kind(
+        BITMAPS_EXTENSION,
+        "bitmap_directory_offset",
+        REFUSED,
+        "Bitmap extra data is not supported",
+    ),
+    "bitmaps-extension.bitmap_directory_offset.past-eof": Kind(
+        BITMAPS_EXTENSION, "bitmap_directory_offset", REFUSED, _CONSTRAINTS
+    ),
+    "bitmaps-extension.bitmap_directory_offset.unreadable": Kind(
+        BITMAPS_EXTENSION,
+        "bitmap_directory_offset",
+        REFUSED,
+        "Failed to read bitmap directory",
+    ),
+    "bitmaps-extension.bitmap_directory_size.past-eof": Kind(
+        BITMAPS_EXTENSION, "bitmap_directory_size", UNUSABLE, _CONSTRAINTS
+    ),
     "bitmap-directory.overlap": Kind(DIRECTORY, "", UNUSABLE),
     "bitmap-directory.rest": Kind(DIRECTORY, "", REFUSED, _BROKEN_DIRECTORY),
     "bitmap-directory.zeroes": Kind(
         DIRECTORY, "", REFUSED, "More bitmaps found than specified in header extension"
     ),
     "bitmap-directory.zero-entries": Kind(DIRECTORY, "", REFUSED, _CONSTRAINTS),
+    "directory-entry.surplus": Kind(ENTRY, "", UNUSABLE),
     "directory-entry.truncated": Kind(ENTRY, "", REFUSED, _BROKEN_DIRECTORY),
     "directory-entry.bitmap_table_offset.zero": Kind(
         ENTRY, "bitmap_table_offset", REFUSED, _CONSTRAINTS
@@ -340,6 +357,7 @@ KINDS: dict[str, Kind] = {
     "directory-entry.name.nul": Kind(ENTRY, "name", COSMETIC),
     "directory-entry.name.duplicate": Kind(ENTRY, "name", REFUSED, "Bitmap already exists"),
     "directory-entry.padding.nonzero": Kind(ENTRY, "padding", COSMETIC),
+    "bitmap-table.limit": Kind(TABLE, "", UNUSABLE),
     "bitmap-table.overlap": Kind(TABLE, "", UNUSABLE),
     "bitmap-table.entry.reserved": Kind(TABLE, "entry", REFUSED, _BAD_TABLE),
     "bitmap-table.entry.unaligned": Kind(TABLE, "entry", REFUSED, _BAD_TABLE),

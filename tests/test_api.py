@@ -7,7 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -18,8 +18,10 @@ from support.scripted import ScriptedStorage
 import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.extensions import BITMAPS
-from qcow2bm.storage.sources import Source
 from qcow2bm.store.load import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from qcow2bm.storage.sources import Source
 
 CLUSTER = 512
 SIZE = 8 * CLUSTER << 16

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -57,7 +57,7 @@ def traced() -> Iterator[list[int]]:
         tracemalloc.stop()
 
 
-def use_everything(data: bytes | bytearray) -> list[str]:
+def use_everything(data: bytes | bytearray) -> Sequence[str]:
     """Opens an image, calls all there is, and compares; returns the statuses of its bitmaps.
 
     Raises anything but the errors that are promised, and AssertionError.
@@ -207,7 +207,7 @@ def two() -> Built:
     return build_image(Stored(b"first", table), Stored(b"second", table), size=SIZE)
 
 
-def statuses_with(structure: str, index: int, field: str | int, value: int) -> list[str]:
+def statuses_with(structure: str, index: int, field: str | int, value: int) -> Sequence[str]:
     image = two()
     image.plant(value, structure, index, field)
     return use_everything(image.data)

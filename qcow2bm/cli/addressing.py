@@ -9,7 +9,6 @@ import os
 
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.errors import BitmapNotFoundError
-from qcow2bm.units import escape
 
 
 def find(image: Image, name: str) -> Bitmap:
@@ -23,23 +22,12 @@ def find(image: Image, name: str) -> Bitmap:
     # Arguments come decoded by the locale; names in images are UTF-8 where they are text.
     plain = os.fsencode(name.removeprefix("@") if name.startswith("@@") else name)
     wanted = plain.decode("utf-8", "surrogateescape")
-    if wanted in image.bitmaps:
-        return image.bitmaps[wanted]
-    same = [f"@{entry.index}" for entry in image.directory if entry.name == wanted]
-    if same:
-        raise BitmapNotFoundError(
-            wanted, f"is the name of several entries; choose one of {', '.join(same)}"
-        )
-    known = ", ".join(f'"{escape(found)}"' for found in list(image.bitmaps)[:5])
-    more = ", ..." if len(image.bitmaps) > 5 else ""
-    raise BitmapNotFoundError(
-        wanted, f"not found; the image has {known}{more}" if known else "not found: it has none"
-    )
+    return image.bitmaps[wanted]
 
 
 def _by_index(image: Image, name: str) -> Bitmap:
     count = len(image.directory)
-    if name[1:].isdecimal() and name.isascii() and int(name[1:]) < count:
+    if name[1:].isdecimal() and name.isascii() and len(name) < 8 and int(name[1:]) < count:
         return image.bitmap(int(name[1:]))
     known = f"@0 to @{count - 1}" if count else "none"
     raise BitmapNotFoundError(

@@ -28,8 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
         bitmaps = [image.bitmap(entry.index) for entry in image.directory]
         if arguments.bitmap is not None:
             bitmaps = [addressing.find(image, arguments.bitmap)]
-            shown = (None, bitmaps[0].index)
-            problems = tuple(found for found in problems if found.bitmap_index in shown)
         if arguments.output == "json":
             from qcow2bm.cli.dump_json import print_dump
         else:

@@ -135,7 +135,7 @@ def _problem(image: Image, found: Problem) -> dict[str, Any]:
         "structure": found.structure,
         "field": found.field or None,
         "offset": found.offset,
-        "message": found.message,
+        "message": _text(found.message),
         "bitmap": None if index is None else _text(image.directory[index].name),
         "bitmap-index": index,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from qcow2bm.api import BROKEN, INCONSISTENT, STALE, VALID, Bitmap, Image
@@ -10,20 +11,18 @@ from qcow2bm.cli.dump import Options, totals
 from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
 from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import KINDS
-from qcow2bm.problems import LEAK, REFUSED, UNUSABLE, Problem
+from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
 from qcow2bm.units import escape, format_size
+
+# QEMU looks at none of these while the autoclear bit of the bitmaps is off.
+_GONE_WITHOUT_BITMAPS = (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
 
 _MEANING = {
     VALID: "valid",
     INCONSISTENT: "inconsistent (in use, or left so by a crash: writes may be missing from it)",
     STALE: "stale (a program without bitmap support modified the image)",
     BROKEN: "broken (see the problems below)",
-}
-
-_CONSEQUENCES = {
-    REFUSED: "QEMU will not open the image; bitmaps that are valid above can be read from it here",
-    UNUSABLE: "what is named there cannot be trusted, even where QEMU does not notice",
-    LEAK: "clusters of the file are taken by nobody; qemu-img check -r leaks frees them",
 }
 
 
@@ -40,7 +39,12 @@ def print_dump(
         if options.extents and bitmap.status == VALID:
             _print_extents(bitmap)
     print()
-    _print_problems(image, problems)
+    shown = [bitmap.index for bitmap in bitmaps]
+    _print_problems(image, [p for p in problems if p.bitmap_index in (None, *shown)])
+    others = sum(p.bitmap_index not in (None, *shown) for p in problems)
+    if others:
+        print(f"{_count(others, 'problem')} more in other bitmaps")
+    _print_verdict(image, bitmaps, problems)
 
 
 def _print_facts(facts: Iterator[tuple[str, str]], indent: str) -> None:
@@ -85,8 +89,11 @@ def _image_facts(image: Image) -> Iterator[tuple[str, str]]:
         "bitmap directory",
         f"{_count(extension.nb_bitmaps, 'bitmap')} in "
         f"{_count(extension.bitmap_directory_size, 'byte')} at "
-        f"{extension.bitmap_directory_offset:#x}, "
-        + ("consistent" if image.is_consistent else "NOT consistent (autoclear bit 0 is off)"),
+        f"{extension.bitmap_directory_offset:#x}",
+    )
+    yield (
+        "up to date",
+        "yes (autoclear bit 0 is set)" if image.is_consistent else "NO (autoclear bit 0 is off)",
     )
 
 
@@ -138,16 +145,36 @@ def _print_extents(bitmap: Bitmap) -> None:
 
 def _print_problems(image: Image, problems: Sequence[Problem]) -> None:
     if not problems:
-        print("no problems found")
+        print("no problems found (guest data and refcounts are not looked at)")
         return
     print(f"{_count(len(problems), 'problem')}:")
     for found in problems:
-        name = ""
+        name = None
         if found.bitmap_index is not None:
-            name = f'"{escape(image.directory[found.bitmap_index].name or "?")}": '
-        print(f"  {found.severity + ':':<10}{name}{found.message}")
-        if found.qemu_message:
-            print(f'            QEMU says: "{found.qemu_message}"')
-    for severity, consequence in _CONSEQUENCES.items():
-        if any(found.severity == severity for found in problems):
-            print(f"{severity}: {consequence}")
+            name = image.directory[found.bitmap_index].name
+        label = "" if name is None else f'"{escape(name)}": '
+        print(f"  {found.severity + ':':<10}{label}{found.message}")
+        says = f', for which QEMU says "{found.qemu_message}"' if found.qemu_message else ""
+        print(f"            ({found.id}{says})")
+
+
+def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[Problem]) -> None:
+    """What it all means for backups, and for starting the VM."""
+    statuses = Counter(bitmap.status for bitmap in bitmaps)
+    if statuses[VALID] < len(bitmaps):
+        lost = ", ".join(f"{n} {status}" for status, n in statuses.items() if status != VALID)
+        usable = f"{statuses[VALID]} of {_count(len(bitmaps), 'bitmap')}"
+        print(f"usable for a backup: {usable} ({lost})")
+    refused = [found for found in problems if found.severity == REFUSED]
+    if not refused:
+        return
+    print("QEMU will not open this image")
+    if all(found.structure in _GONE_WITHOUT_BITMAPS for found in refused):
+        byte = image.header.autoclear_features & 0xFE
+        place = FIELD_OFFSETS["autoclear_features"] + 7
+        print(
+            "to start the VM without its bitmaps, on a copy and with no VM running:\n"
+            f"  printf '\\{byte:03o}' | dd of=IMAGE bs=1 seek={place} conv=notrunc\n"
+            "  qemu-img check -r leaks IMAGE\n"
+            "then take full backups: this gives up all bitmaps of the image, valid ones too"
+        )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qcow2bm import __version__
+from qcow2bm.cli.console import say
 
 USAGE = 64
 
@@ -28,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse exits with 2 on wrong usage, which here means that problems were found."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        say(f"{message}; see {self.prog} --help")
         sys.exit(USAGE)
 
 
@@ -49,10 +50,32 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of one command; ends the process on wrong usage, --help and --version."""
-    return _parser().parse_args(argv)
+    parser, commands = _parser()
+    options, names = _split(sys.argv[1:] if argv is None else list(argv))
+    arguments, unknown = parser.parse_known_args(options + [_NAME + name for name in names])
+    for key, value in vars(arguments).items():
+        if isinstance(value, str):
+            setattr(arguments, key, value.removeprefix(_NAME))
+    if unknown:  # said by the command's own parser, whose --help lists what there is
+        shown = " ".join(argument.removeprefix(_NAME) for argument in unknown)
+        commands[arguments.command].error(f"unrecognized arguments: {shown}")
+    return arguments
 
 
-def _parser() -> _Parser:
+# argparse does not take what follows -- as it stands: it drops a second --, for one. Marked with
+# a character no argument can have, what follows is a name and nothing else.
+_NAME = "\0"
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What may be options, and what comes behind --; a leading -- is behind the command."""
+    if argv[:1] == ["--"]:
+        argv = [*argv[1:2], *argv[:1], *argv[2:]]
+    place = argv.index("--") if "--" in argv else len(argv)
+    return argv[:place], argv[place + 1 :]
+
+
+def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     parser = _Parser(
         prog="qcow2bm",
         description="Persistent dirty bitmaps of qcow2 disk images, sound or broken.",
@@ -67,7 +90,7 @@ def _parser() -> _Parser:
     dump.add_argument(
         "--extents",
         action="store_true",
-        help="list the dirty extents of every valid bitmap; implies --sha256",
+        help="list the dirty extents of every valid bitmap, and its digest",
     )
     dump.add_argument(
         "--sha256",
@@ -75,7 +98,10 @@ def _parser() -> _Parser:
         help="the digest QEMU's x-debug-block-dirty-bitmap-sha256 gives",
     )
     dump.add_argument(
-        "--no-count", dest="count", action="store_false", help="do not read any bits to count them"
+        "--no-count",
+        dest="count",
+        action="store_false",
+        help="count no bits",
     )
     dump.add_argument(
         "--stale",
@@ -88,7 +114,7 @@ def _parser() -> _Parser:
     map_.add_argument("name", metavar="NAME", help="the bitmap")
     map_.add_argument("--totals", action="store_true", help="only the sums")
     map_.add_argument("--dirty", action="store_true", help="only what is dirty")
-    return parser
+    return parser, {"dump": dump, "map": map_}
 
 
 def _reading(
@@ -104,7 +130,9 @@ def _reading(
         allow_abbrev=False,
     )
     parser.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")
-    parser.add_argument("--output", choices=("human", "json"), default="human")
+    parser.add_argument(
+        "--output", choices=("human", "json"), default="human", help="for people, or for programs"
+    )
     parser.add_argument(
         "-U",
         "--force-share",

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from qcow2bm.api import Image, open
+from qcow2bm.cli.console import say
 from qcow2bm.problems import Problem
 from qcow2bm.units import escape
 
@@ -37,10 +38,7 @@ def warn(name: str, problems: Iterable[Problem]) -> None:
     """One line on standard error for each problem that makes the exit status 2."""
     for problem in problems:
         if problem.is_serious:
-            print(
-                f"qcow2bm: warning: {escape(name)}: {problem.severity}: {problem.message}",
-                file=sys.stderr,
-            )
+            say(f"warning: {escape(name)}: {problem.severity}: {problem.message}")
 
 
 def write_rows(opening: bytes, printer: RowPrinter, rows: Rows, closing: bytes) -> None:

@@ -98,11 +98,6 @@ class ClusterFile:
         """The last header extension of a type, which is the one QEMU goes by."""
         return next((e for e in reversed(self.area.extensions) if e.type == type), None)
 
-    def text(self, extension_type: int) -> str | None:
-        """The content of a string extension, such as the data file's name."""
-        found = self.find(extension_type)
-        return found.data.decode("utf-8", "surrogateescape") if found else None
-
     @property
     def backing_file(self) -> str | None:
         """The name of the backing file as it stands in the header; never opened."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.layout import snapshot_entries
 from qcow2bm.format import extensions, features
 from qcow2bm.format.extensions import HeaderExtension
+from qcow2bm.format.features import Feature
 from qcow2bm.format.header import (
     FIELD_OFFSETS,
     MAX_REFCOUNT_ORDER,
@@ -17,7 +19,7 @@ from qcow2bm.format.header import (
     V3_LENGTH,
 )
 from qcow2bm.problems import Problem, problem
-from qcow2bm.units import ceil_div
+from qcow2bm.units import ceil_div, escape
 
 MAX_BACKING_FILE_SIZE = 1023
 MAX_BACKING_FORMAT_LENGTH = 15
@@ -133,7 +135,7 @@ def _place(file: ClusterFile, field: str, length: int) -> Iterator[Problem]:
 
 def _snapshots(file: ClusterFile) -> Iterator[Problem]:
     """What makes QEMU refuse the snapshot table; its entries are walked over, no more."""
-    count, place = file.header.nb_snapshots, file.header.snapshots_offset
+    count, start = file.header.nb_snapshots, file.header.snapshots_offset
     if count > MAX_SNAPSHOTS:
         yield _at("header.nb_snapshots.too-large", f"is {count}, at most {MAX_SNAPSHOTS}")
         return
@@ -143,29 +145,24 @@ def _snapshots(file: ClusterFile) -> Iterator[Problem]:
     from qcow2bm.format import snapshots  # few images have any
 
     yield from _place(file, "snapshots_offset", snapshots.HEAD_LENGTH * count)
-    for _ in range(count):
-        if not file.contains(place, snapshots.HEAD_LENGTH):
-            return
-        head = file.read(place, snapshots.HEAD_LENGTH)
-        size, extra_data_size = snapshots.measure_entry(head, place)
-        if extra_data_size > snapshots.MAX_EXTRA_DATA_SIZE:
+    for entry in snapshot_entries(file):
+        if entry.extra_data_size > snapshots.MAX_EXTRA_DATA_SIZE:
             yield problem(
                 "snapshot-table.extra_data_size.too-large",
-                place + snapshots.FIELD_OFFSETS["extra_data_size"],
-                f"is {extra_data_size}, at most {snapshots.MAX_EXTRA_DATA_SIZE}",
+                entry.offset + snapshots.FIELD_OFFSETS["extra_data_size"],
+                f"is {entry.extra_data_size}, at most {snapshots.MAX_EXTRA_DATA_SIZE}",
             )
             return
-        place += size
-        if place - file.header.snapshots_offset > snapshots.MAX_TABLE_SIZE:
+        if entry.offset + entry.size - start > snapshots.MAX_TABLE_SIZE:
             reason = f"is longer than {snapshots.MAX_TABLE_SIZE} bytes"
-            yield problem("snapshot-table.size.too-large", file.header.snapshots_offset, reason)
+            yield problem("snapshot-table.size.too-large", start, reason)
             return
 
 
 def _features(file: ClusterFile) -> Iterator[Problem]:
     header = file.header
     unknown = [
-        str(f.bit) + (f" ({f.name})" if f.name else "")
+        _named(f)
         for f in file.features("incompatible")
         if not features.KNOWN_INCOMPATIBLE >> f.bit & 1
     ]
@@ -189,9 +186,7 @@ def _features(file: ClusterFile) -> Iterator[Problem]:
             "has extended L2 entries, which need clusters of 16 KiB or more",
         )
     names = [
-        str(f.bit) + (f" ({f.name})" if f.name else "")
-        for f in file.features("autoclear")
-        if not features.KNOWN_AUTOCLEAR >> f.bit & 1
+        _named(f) for f in file.features("autoclear") if not features.KNOWN_AUTOCLEAR >> f.bit & 1
     ]
     if names:
         yield _at("header.autoclear_features.unknown", f"has unknown bits set: {', '.join(names)}")
@@ -222,6 +217,10 @@ def _features(file: ClusterFile) -> Iterator[Problem]:
             "header.compression_type.bit-missing",
             f"is {compression}, but its feature bit is not set",
         )
+
+
+def _named(feature: Feature) -> str:
+    return f"{feature.bit} ({escape(feature.name)})" if feature.name else str(feature.bit)
 
 
 def _extensions(file: ClusterFile) -> Iterator[Problem]:

@@ -102,6 +102,8 @@ def parse_header(data: bytes) -> Header:
         FormatError: no qcow2 magic, or cut off inside the fixed fields.
         UnsupportedError: a version other than 2 and 3.
     """
+    if not data:
+        raise FormatError("header", "magic", 0, "is missing: the file is empty")
     if data[:4] != MAGIC:
         raise FormatError("header", "magic", 0, 'is not "QFI\\xfb": not a qcow2 image')
     fields = parse(_V2, data, "header", 0, FIELD_OFFSETS)

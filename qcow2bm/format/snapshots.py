@@ -8,7 +8,7 @@ from typing import NamedTuple
 from construct import Bytes, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
 
 from qcow2bm.errors import FormatError
-from qcow2bm.format.schema import build, field_offsets, parse
+from qcow2bm.format.schema import build, field_offsets, flat_struct, parse
 from qcow2bm.units import align_up
 
 MAX_EXTRA_DATA_SIZE = 1024
@@ -39,7 +39,9 @@ SNAPSHOT = Struct(
 )
 
 FIELD_OFFSETS = field_offsets(_HEAD)
-HEAD_LENGTH = _HEAD.sizeof()
+# There can be 65,536 entries; construct would need seconds to walk over them.
+_READ_HEAD = flat_struct(_HEAD)
+HEAD_LENGTH = _READ_HEAD.size
 
 
 class SnapshotHeader(NamedTuple):
@@ -63,15 +65,11 @@ class SnapshotHeader(NamedTuple):
         return HEAD_LENGTH + tail
 
 
-def measure_entry(head: bytes, offset: int) -> tuple[int, int]:
-    """The size of an entry and of its extra data, from its first 40 bytes at host ``offset``.
-
-    Raises:
-        FormatError: ``head`` is shorter.
-    """
-    fields = parse(_HEAD, head, "snapshot table entry", offset)
-    tail = fields.extra_data_size + fields.id_str_size + fields.name_size
-    return HEAD_LENGTH + align_up(tail, 8), fields.extra_data_size
+def measure_entry(head: bytes) -> tuple[int, int]:
+    """The size of an entry and of its extra data, from its first 40 bytes."""
+    fields = dict(zip(FIELD_OFFSETS, _READ_HEAD.unpack(head), strict=True))
+    tail = fields["extra_data_size"] + fields["id_str_size"] + fields["name_size"]
+    return HEAD_LENGTH + align_up(tail, 8), fields["extra_data_size"]
 
 
 def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[SnapshotHeader, ...]:

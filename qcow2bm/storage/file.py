@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from contextlib import AbstractContextManager
@@ -25,18 +26,20 @@ class FileStorage:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens ``path``; raises `StorageError` if it is neither or cannot be opened."""
-        self.name = os.fspath(path)
-        self._descriptor = -1
+        self.name = os.fsdecode(path)
         try:
             # Looked at before it is opened: opening a FIFO or a tape has effects of its own.
             self._require_disk(os.stat(self.name).st_mode)
-            flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-            self._descriptor = os.open(self.name, flags | getattr(os, "O_BINARY", 0))
-            self._require_disk(os.fstat(self._descriptor).st_mode)
-        except OSError as error:
-            self.close()
-            if isinstance(error, StorageError):
+            # Closes itself, with a warning, if whoever opened the image forgets to.
+            self._file = io.FileIO(self.name, opener=_open_without_waiting)
+            try:
+                self._require_disk(os.fstat(self._file.fileno()).st_mode)
+            except BaseException:
+                self._file.close()
                 raise
+        except StorageError:
+            raise
+        except OSError as error:
             raise StorageError.from_os(error, self.name, 0, 0) from error
         except ValueError as error:  # a NUL byte in the path
             raise StorageError(self.name, 0, 0, str(error)) from error
@@ -48,9 +51,9 @@ class FileStorage:
             raise StorageError(self.name, 0, 0, reason)
 
     def _open_descriptor(self) -> int:
-        if self._descriptor < 0:
-            raise StateError("a closed image", "open")
-        return self._descriptor
+        if self._file.closed:
+            raise StateError("closed", "open")
+        return self._file.fileno()
 
     def size(self) -> int:
         """The present length in bytes, of a block device too."""
@@ -76,13 +79,20 @@ class FileStorage:
         return done
 
     def change_token(self) -> object:
-        """Time of the last write and length; None for a block device, which keeps no such time."""
+        """Times of the last write and change, and length; None for a block device, which has none.
+
+        The time of the last change shows even what was written by somebody who then put the
+        time of the last write back, as copying programs do.
+        """
         descriptor = self._open_descriptor()
         try:
             now = os.fstat(descriptor)
         except OSError as error:
             raise StorageError.from_os(error, self.name, 0, 0) from error
-        return (now.st_mtime_ns, now.st_size) if stat.S_ISREG(now.st_mode) else None
+        if not stat.S_ISREG(now.st_mode):
+            return None
+        changed = now.st_ctime_ns if os.name == "posix" else 0
+        return now.st_mtime_ns, changed, now.st_size
 
     def read_lock(self) -> AbstractContextManager[None]:
         """Holds QEMU's locks of a reader."""
@@ -90,9 +100,11 @@ class FileStorage:
 
     def close(self) -> None:
         """Closes the file. May be called twice."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _pread_into(descriptor: int, buffer: memoryview, offset: int) -> int:

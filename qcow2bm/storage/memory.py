@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import io
-from contextlib import AbstractContextManager, nullcontext
-from typing import BinaryIO
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, BinaryIO
 
-from qcow2bm.errors import StorageError
+from qcow2bm.errors import StateError, StorageError
 from qcow2bm.units import escape
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class MemoryStorage:
     """An image that is a bytes-like object."""
 
-    def __init__(self, data: bytes | bytearray | memoryview, name: str = "<memory>") -> None:
-        """Keeps a view of ``data``, no copy."""
+    def __init__(self, data: Buffer, name: str = "<memory>") -> None:
+        """Keeps a view of ``data``, no copy, until it is closed."""
         self.name = name
-        self._data = memoryview(data).cast("B")
+        self._view: memoryview | None = memoryview(data).cast("B")
+
+    def _open_view(self) -> memoryview:
+        if self._view is None:
+            raise StateError("closed", "open")
+        return self._view
 
     def size(self) -> int:
         """The length in bytes."""
-        return len(self._data)
+        return len(self._open_view())
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
-        part = self._data[offset : offset + len(buffer)]
+        part = self._open_view()[offset : offset + len(buffer)]
         buffer[: len(part)] = part
         return len(part)
 
@@ -37,11 +46,16 @@ class MemoryStorage:
         return nullcontext()
 
     def close(self) -> None:
-        """Leaves the bytes to their owner."""
+        """Leaves the bytes to their owner. May be called twice."""
+        self._view = None
 
 
 class StreamStorage:
-    """A seekable binary file object, which its owner closes."""
+    """A seekable binary file object, which its owner closes.
+
+    Whatever the object raises becomes `StorageError`: compressed streams, say, have errors of
+    their own.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         """Raises `StorageError` if ``stream`` cannot seek, TypeError if it is a text stream."""
@@ -49,22 +63,31 @@ class StreamStorage:
         self._stream = stream
         if isinstance(stream, io.TextIOBase):
             raise TypeError("open the image in binary mode")
-        if not stream.seekable():
-            raise StorageError(self.name, 0, 0, "is a stream that cannot seek")
+        with self._own_errors(0, 0):
+            if not stream.seekable():
+                raise StorageError(self.name, 0, 0, "is a stream that cannot seek")
+
+    @contextmanager
+    def _own_errors(self, offset: int, length: int) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, offset, length) from error
+        except Exception as error:
+            reason = escape(str(error)) or type(error).__name__
+            raise StorageError(self.name, offset, length, reason) from error
 
     def size(self) -> int:
         """The present length in bytes."""
-        try:
+        with self._own_errors(0, 0):
             return self._stream.seek(0, io.SEEK_END)
-        except OSError as error:
-            raise StorageError.from_os(error, self.name, 0, 0) from error
-        except ValueError as error:  # its owner closed it
-            raise StorageError(self.name, 0, 0, escape(str(error))) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
         done = 0
-        try:
+        with self._own_errors(offset, len(buffer)):
             self._stream.seek(offset)
             while done < len(buffer):
                 data = self._stream.read(len(buffer) - done)
@@ -72,10 +95,6 @@ class StreamStorage:
                     break
                 buffer[done : done + len(data)] = data
                 done += len(data)
-        except OSError as error:
-            raise StorageError.from_os(error, self.name, offset, len(buffer)) from error
-        except ValueError as error:  # its owner closed it
-            raise StorageError(self.name, offset, len(buffer), escape(str(error))) from error
         return done
 
     def change_token(self) -> object:

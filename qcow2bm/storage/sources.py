@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.memory import MemoryStorage, StreamStorage
 
-Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Storage
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    Source = str | os.PathLike[str] | Buffer | BinaryIO | Storage
 
 
 def open_source(source: Source) -> Storage:
@@ -23,12 +26,14 @@ def open_source(source: Source) -> Storage:
     """
     if isinstance(source, str | os.PathLike):
         return FileStorage(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return MemoryStorage(source)
     if isinstance(source, Storage):
         return source
-    if hasattr(source, "seek") and hasattr(source, "read"):
-        return StreamStorage(source)
-    raise TypeError(
-        f"cannot open {type(source).__name__}: need a path, bytes, a binary file or a Storage"
-    )
+    if all(hasattr(source, name) for name in ("seek", "read", "seekable")):
+        return StreamStorage(cast("BinaryIO", source))
+    try:
+        return MemoryStorage(cast("Buffer", source))
+    except TypeError:
+        kind = type(source).__name__
+        raise TypeError(
+            f"cannot open {kind}: need a path, the bytes of an image, a binary file or a Storage"
+        ) from None

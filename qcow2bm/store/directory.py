@@ -31,7 +31,7 @@ from qcow2bm.format.extensions import (
     BitmapsExtension,
     parse_bitmaps_extension,
 )
-from qcow2bm.problems import NOTE, REFUSED, UNUSABLE, Problem, problem
+from qcow2bm.problems import NOTE, REFUSED, UNUSABLE, Problem, Severity, problem
 from qcow2bm.units import ceil_div, escape
 
 MAX_BITMAPS = 65535
@@ -49,8 +49,8 @@ class BitmapDirectory(NamedTuple):
     ``extension`` is None where the image has none, or one of the wrong length. ``is_consistent``
     is the autoclear bit: without it, everything the extension leads to is outdated.
     ``distrust`` is the problem for which no entry can be believed, None in most images.
-    ``problems`` are those of extension, directory and entries. ``fingerprint`` tells the stored
-    directory from another one, within this process.
+    ``problems`` are those of extension, directory and entries. ``size`` is how many bytes of it
+    the file has, and ``fingerprint`` tells them from others, within this process.
     """
 
     extension: BitmapsExtension | None
@@ -58,6 +58,7 @@ class BitmapDirectory(NamedTuple):
     entries: tuple[DirectoryEntry, ...]
     problems: tuple[Problem, ...]
     distrust: Problem | None
+    size: int
     fingerprint: int
 
 
@@ -72,7 +73,7 @@ def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> Bit
     is_consistent = bool(file.header.autoclear_features & features.AUTOCLEAR_BITMAPS)
     found = file.find(BITMAPS)
     if not found or len(found.data) != BITMAPS_LENGTH:
-        return BitmapDirectory(None, is_consistent, (), (), None, hash(b""))
+        return BitmapDirectory(None, is_consistent, (), (), None, 0, hash(b""))
     place = _payload_offset(file)
     extension = parse_bitmaps_extension(found.data, place)
     problems = list(_place_problems(extension, place, file))
@@ -84,10 +85,11 @@ def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> Bit
     end = extension.bitmap_directory_offset + extension.bitmap_directory_size
     for entry in directory.entries:
         problems += entry_problems(entry, end, file)
+    problems += _surplus(directory.entries, extension.nb_bitmaps)
     problems += _duplicates(directory.entries)
     if is_consistent:
         return BitmapDirectory(
-            extension, True, directory.entries, tuple(problems), distrust, hash(data)
+            extension, True, directory.entries, tuple(problems), distrust, len(data), hash(data)
         )
     stale = problem(
         "bitmaps-extension.autoclear.off"
@@ -103,7 +105,7 @@ def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> Bit
     # QEMU does not look at a stale directory; neither must its faults alarm anybody.
     remarks = (p._replace(severity=NOTE, qemu_message=None) for p in problems)
     return BitmapDirectory(
-        extension, False, directory.entries, (stale, *remarks), distrust, hash(data)
+        extension, False, directory.entries, (stale, *remarks), distrust, len(data), hash(data)
     )
 
 
@@ -164,15 +166,14 @@ def _place_problems(
             f"is {start:#x}, not at the start of a cluster",
         )
     elif start == 0:
-        yield problem("bitmap-directory.overlap", offset, "is the header's cluster")
+        id = "bitmaps-extension.bitmap_directory_offset.zero"
+        yield problem(id, offset, "is 0, where the header is")
     if start + extension.bitmap_directory_size > MAX_FILE_LENGTH:
-        yield problem("bitmap-directory.unreadable", offset, f"would be at {start:#x}")
+        id = "bitmaps-extension.bitmap_directory_offset.unreadable"
+        yield problem(id, offset, f"is {start:#x}, beyond any file QEMU reads")
     elif start >= file.file_size:
-        yield problem(
-            "bitmap-directory.past-eof",
-            offset,
-            f"would be at {start:#x}, past the end of the file",
-        )
+        id = "bitmaps-extension.bitmap_directory_offset.past-eof"
+        yield problem(id, offset, f"is {start:#x}, but the file ends at {file.file_size:#x}")
 
 
 def _end_problems(
@@ -185,15 +186,16 @@ def _end_problems(
     rest = last.offset + last.size if last else start
     # The file may end before the padding of the last entry does, which is zero anyway.
     is_complete = rest == end and (not last or last.offset_of("padding") <= file.file_size)
-    if start >= file.file_size or rest > end or is_complete:
+    if not 0 < start < file.file_size or rest > end or is_complete:
         return
     if end > file.file_size:
         yield problem(
-            "bitmap-directory.past-eof",
+            "bitmaps-extension.bitmap_directory_size.past-eof",
             place + 8,
-            f"would end at {end:#x}, but the file ends at {file.file_size:#x}",
+            f"is {extension.bitmap_directory_size}: the directory would end at {end:#x}, but the "
+            f"file ends at {file.file_size:#x}",
             # QEMU reads zeros there, which it accepts only in the middle of the last name.
-            severity=REFUSED if any(directory.rest) else UNUSABLE,
+            severity=REFUSED if any(directory.rest) else None,
         )
     if rest == end:
         return
@@ -252,7 +254,7 @@ def required_table_size(entry: DirectoryEntry, virtual_size: int, cluster_size: 
 
 class _Add(Protocol):
     def __call__(
-        self, fault: str, field: str, reason: str, severity: str | None = None
+        self, fault: str, field: str, reason: str, severity: Severity | None = None
     ) -> None: ...
 
 
@@ -260,12 +262,12 @@ def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[P
     """Everything that is wrong with one entry by itself; the directory should reach to ``end``."""
     found: list[Problem] = []
 
-    def add(fault: str, field: str, reason: str, severity: str | None = None) -> None:
+    def add(fault: str, field: str, reason: str, severity: Severity | None = None) -> None:
         id = f"directory-entry.{fault}"
         found.append(problem(id, entry.offset_of(field), reason, entry.index, severity))
 
     if entry.bitmap_table_offset == 0:
-        add("bitmap_table_offset.zero", "bitmap_table_offset", "is 0")
+        add("bitmap_table_offset.zero", "bitmap_table_offset", "is 0, must not be")
     elif entry.bitmap_table_offset % file.cluster_size:
         add(
             "bitmap_table_offset.unaligned",
@@ -282,7 +284,11 @@ def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[P
     if entry.type != TYPE_DIRTY_TRACKING:
         add("type.unknown", "type", f"is {entry.type}, must be 1 (dirty tracking)")
     if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
-        add("granularity_bits.too-large", "granularity_bits", f"is {entry.granularity_bits}")
+        add(
+            "granularity_bits.too-large",
+            "granularity_bits",
+            f"is {entry.granularity_bits}, must be 9 to 31",
+        )
     elif not MIN_GRANULARITY_BITS <= entry.granularity_bits <= MAX_GRANULARITY_BITS:
         add(
             "granularity_bits.unsupported",
@@ -310,11 +316,11 @@ def _table_size_problems(entry: DirectoryEntry, file: ClusterFile, add: _Add) ->
     size = entry.bitmap_table_size
     field = "bitmap_table_size"
     if size == 0:
-        add("bitmap_table_size.zero", field, "is 0")
+        add("bitmap_table_size.zero", field, "is 0, must not be")
         return
     if size > MAX_TABLE_SIZE or size * file.cluster_size > MAX_BITMAP_BYTES:
         limit = min(MAX_TABLE_SIZE, MAX_BITMAP_BYTES // file.cluster_size)
-        add("bitmap_table_size.too-large", field, f"is {size}, at most {limit}")
+        add("bitmap_table_size.too-large", field, f"is {size}, but may be at most {limit}")
         return
     start = entry.bitmap_table_offset
     if start + 8 * size > file.file_size:
@@ -366,6 +372,13 @@ def _name_problems(entry: DirectoryEntry, add: _Add) -> None:
 def qemu_name(entry: DirectoryEntry) -> bytes | None:
     """The name as QEMU sees it: up to a NUL byte."""
     return None if entry.name_bytes is None else entry.name_bytes.partition(b"\0")[0]
+
+
+def _surplus(entries: tuple[DirectoryEntry, ...], nb_bitmaps: int) -> Iterator[Problem]:
+    """Entries nobody counts may be left over from an older directory."""
+    for entry in entries[nb_bitmaps:]:
+        reason = f"is one more than nb_bitmaps, which is {nb_bitmaps}"
+        yield problem("directory-entry.surplus", entry.offset, reason, entry.index)
 
 
 def _duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:

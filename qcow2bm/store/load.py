@@ -14,6 +14,7 @@ from qcow2bm.bits import plain
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import ChangedWhileReadingError, LimitError
+from qcow2bm.format.directory import HEAD_LENGTH as ENTRY_HEAD_LENGTH
 from qcow2bm.format.directory import DirectoryEntry, build_entry
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.store.directory import MAX_BITMAP_BYTES
@@ -94,7 +95,8 @@ class BitmapBits:
         """``expected`` is the table's fingerprint when it was found sound, if it was."""
         self._file = file
         self._entry = entry
-        self._entry_bytes = build_entry(entry)
+        self._head = build_entry(entry)[:ENTRY_HEAD_LENGTH]
+        self._name = entry.name_bytes or b""
         self._expected = expected
         self._dirty_where_unknown = dirty_where_unknown
         self.bits = ceil_div(file.virtual_size, entry.granularity)
@@ -296,7 +298,10 @@ class BitmapBits:
         """Compares header, directory entry, and the table's entries from first to stop."""
         file, entry = self._file, self._entry
         file.verify()
-        if file.read(entry.offset, len(self._entry_bytes)) != self._entry_bytes:
+        # Not the extra data between the two, of which there may be much.
+        head = file.read(entry.offset, len(self._head))
+        name = file.read(entry.offset_of("name"), len(self._name))
+        if (head, name) != (self._head, self._name):
             raise ChangedWhileReadingError(file.storage.name, "bitmap directory entry")
         offset = entry.bitmap_table_offset + ENTRY_LENGTH * first
         expected = build_bitmap_table(words[first:stop])

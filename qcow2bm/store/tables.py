@@ -13,20 +13,25 @@ from typing import NamedTuple
 from qcow2bm.bits import plain
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, Run
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, DirectoryEntry
 from qcow2bm.format.table import ENTRY_LENGTH, MASKS, parse_bitmap_table
-from qcow2bm.problems import UNUSABLE, Problem, problem
+from qcow2bm.problems import UNUSABLE, Problem, Severity, problem
 from qcow2bm.store.directory import (
     GRANULARITY_BITS_LIMIT,
     MAX_BITMAP_BYTES,
     BitmapDirectory,
 )
-from qcow2bm.units import align_up, ceil_div
+from qcow2bm.store.overlaps import BITMAP_DIRECTORY, Overlaps
+from qcow2bm.units import ceil_div
 
 MAX_FAULTS_LISTED = 16
 """So many bad entries of a table are listed one by one; then one Problem counts the rest."""
 
-BITMAP_DIRECTORY = "bitmap directory"
+MAX_TABLES_BYTES = 256 << 20
+"""How much of tables is looked at in one image: far more than any image needs."""
+
+_BATCH_BYTES = 1 << 20
 
 _NUMPY_PAYS = 4096  # entries
 
@@ -51,16 +56,6 @@ class Survey(NamedTuple):
 
     tables: tuple[Table | None, ...]
     problems: tuple[Problem, ...]
-
-
-class _Extent(NamedTuple):
-    """A range of host bytes and what it is used for; sorts by offset."""
-
-    start: int
-    end: int
-    owner: int | None  # index of the directory entry, None for what is not a bitmap's
-    what: str
-    is_table: bool
 
 
 def read_words(file: ClusterFile, entry: DirectoryEntry) -> array[int]:
@@ -92,42 +87,67 @@ def survey(
 ) -> Survey:
     """Reads all tables that can be read, and finds what is wrong with them and between them.
 
-    Tables that overlap another structure are not read, so that the work is bounded by the
-    size of the file.
+    The reader's locks are taken for a few tables at a time; the caller has to verify afterwards
+    that the directory is still the same.
 
     Raises:
+        ImageLockedError: somebody writes to the image.
         StorageError: reading failed.
     """
-    if not directory.is_consistent or directory.distrust:
-        return Survey((None,) * len(directory.entries), ())
-    problems: list[Problem] = []
-    extents = list(_fixed_extents(file, directory, header_problems))
-    readable = []
-    for entry in directory.entries:
-        if has_readable_table(entry, file):
-            start = entry.bitmap_table_offset
-            end = start + align_up(ENTRY_LENGTH * entry.bitmap_table_size, file.cluster_size)
-            extents.append(_Extent(start, end, entry.index, f"table of entry {entry.index}", True))
-            readable.append(entry)
-    overlapping = {problem.bitmap_index for problem in _overlaps(extents)}
     tables: list[Table | None] = [None] * len(directory.entries)
+    if not directory.is_consistent or directory.distrust:
+        return Survey(tuple(tables), ())
+    overlaps = Overlaps(file.cluster_size)
+    with file.lock():
+        for part in fixed_parts(file, header_problems):
+            overlaps.add(overlaps.use(part.name), part.offset, part.length)
+    if directory.extension:
+        start = directory.extension.bitmap_directory_offset
+        overlaps.add(overlaps.use(BITMAP_DIRECTORY), start, directory.size)
+    readable = [entry for entry in directory.entries if has_readable_table(entry, file)]
     for entry in readable:
-        if entry.index in overlapping:
+        use = overlaps.use(f"table of entry {entry.index}", entry.index, is_table=True)
+        overlaps.add(use, entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size)
+    overlapping = {found.bitmap_index for found in overlaps.problems()}
+    problems: list[Problem] = []
+    for batch in _batches(readable, problems):
+        with file.lock():
+            read = [(entry, read_words(file, entry)) for entry in batch]
+        for entry, words in read:
+            counts = [0, 0, 0, 0]
+            use = overlaps.use(f"data of entry {entry.index}", entry.index)
+            for run in table_runs(words, file.cluster_size):
+                counts[run.kind] += run.entries
+                # What a table says that was overwritten is no reason to distrust other bitmaps.
+                if run.kind == ALLOCATED and entry.index not in overlapping:
+                    overlaps.add(use, run.offset, run.entries * file.cluster_size)
+            problems += _entry_faults(file, entry, words, counts[INVALID])
+            clusters = Clusters(counts[ALL_ZEROES], counts[ALL_ONES], counts[ALLOCATED])
+            tables[entry.index] = Table(clusters, fingerprint(words))
+    return Survey(tuple(tables), (*overlaps.problems(), *problems))
+
+
+def _batches(
+    entries: Iterable[DirectoryEntry], problems: list[Problem]
+) -> Iterator[list[DirectoryEntry]]:
+    """The entries whose tables are to be read, as many at once as have tables of 1 MiB."""
+    batch: list[DirectoryEntry] = []
+    used = total = 0
+    for entry in entries:
+        size = ENTRY_LENGTH * entry.bitmap_table_size
+        total += size
+        if total > MAX_TABLES_BYTES:
+            reason = f"is not read: the tables before it have {MAX_TABLES_BYTES >> 20} MiB together"
+            place = entry.bitmap_table_offset
+            problems.append(problem("bitmap-table.limit", place, reason, entry.index))
             continue
-        words = read_words(file, entry)
-        counts = [0, 0, 0, 0]
-        what = f"data of entry {entry.index}"
-        for run in table_runs(words, file.cluster_size):
-            counts[run.kind] += run.entries
-            if run.kind == ALLOCATED:
-                end = run.offset + run.entries * file.cluster_size
-                extents.append(_Extent(run.offset, end, entry.index, what, False))
-        tables[entry.index] = Table(
-            Clusters(counts[ALL_ZEROES], counts[ALL_ONES], counts[ALLOCATED]),
-            fingerprint(words),
-        )
-        problems += _entry_faults(file, entry, words, counts[INVALID])
-    return Survey(tuple(tables), (*_overlaps(extents), *problems))
+        if batch and used + size > _BATCH_BYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(entry)
+        used += size
+    if batch:
+        yield batch
 
 
 def fingerprint(words: array[int]) -> int:
@@ -150,59 +170,6 @@ def has_readable_table(entry: DirectoryEntry, file: ClusterFile) -> bool:
     )
 
 
-def _fixed_extents(
-    file: ClusterFile, directory: BitmapDirectory, header_problems: Iterable[Problem]
-) -> Iterator[_Extent]:
-    """What the header says is where: nothing of a bitmap may lie there.
-
-    A field that is wrong by itself says nothing about where anything is.
-    """
-    header, cluster_size = file.header, file.cluster_size
-    wrong = {problem.field for problem in header_problems}
-    yield _Extent(0, cluster_size, None, "header", False)
-    if not wrong & {"l1_size", "l1_table_offset"}:
-        yield _fixed(file, header.l1_table_offset, 8 * header.l1_size, "L1 table")
-    if not wrong & {"refcount_table_clusters", "refcount_table_offset"}:
-        length = header.refcount_table_clusters * cluster_size
-        yield _fixed(file, header.refcount_table_offset, length, "refcount table")
-    extension = directory.extension
-    if extension:
-        start, size = extension.bitmap_directory_offset, extension.bitmap_directory_size
-        yield _fixed(file, start, min(size, file.file_size - start), BITMAP_DIRECTORY)
-
-
-def _fixed(file: ClusterFile, start: int, length: int, what: str) -> _Extent:
-    return _Extent(start, start + align_up(length, file.cluster_size), None, what, False)
-
-
-def _overlaps(extents: list[_Extent]) -> Iterator[Problem]:
-    """One Problem for each bitmap and each thing it shares bytes with.
-
-    Two overlapping things that are no bitmap's are not this module's business, except the
-    bitmap directory.
-    """
-    seen: set[tuple[str, str]] = set()
-    reach: _Extent | None = None  # of the extents before, the one that ends last
-    for extent in sorted(extents, key=lambda extent: extent.start):
-        if reach and extent.start < reach.end:
-            for mine, other in ((extent, reach), (reach, extent)):
-                key = mine.what, other.what
-                if key not in seen:
-                    seen.add(key)
-                    yield from _overlap(mine, other, extent.start)
-        if not reach or extent.end > reach.end:
-            reach = extent
-
-
-def _overlap(mine: _Extent, other: _Extent, offset: int) -> Iterator[Problem]:
-    reason = f"is also used by the {other.what}"
-    if mine.owner is not None:
-        id = "bitmap-table.overlap" if mine.is_table else "bitmap-data.overlap"
-        yield problem(id, offset, reason, mine.owner)
-    elif mine.what == BITMAP_DIRECTORY:
-        yield problem("bitmap-directory.overlap", offset, reason)
-
-
 def _entry_faults(
     file: ClusterFile, entry: DirectoryEntry, words: array[int], invalid: int
 ) -> list[Problem]:
@@ -215,7 +182,8 @@ def _entry_faults(
     for index, word in enumerate(words):
         place = entry.bitmap_table_offset + ENTRY_LENGTH * index
         offset = word & MASKS.offset
-        severity = UNUSABLE if entry.in_use else None  # QEMU does not look at the table then
+        # QEMU does not look at the table of a bitmap in use.
+        severity: Severity | None = UNUSABLE if entry.in_use else None
         if word & MASKS.reserved or (offset and word & MASKS.all_ones):
             fault, reason = "reserved", "with reserved bits set"
         elif offset % file.cluster_size:

@@ -178,9 +178,9 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
 
 def test_interrupting_ends_quietly(folder: Path) -> None:
     code = (
-        "import sys, qcow2bm.cli.dump as dump; from qcow2bm.cli import main\n"
+        "import sys, qcow2bm.cli.dump as dump; from qcow2bm.cli import console\n"
         "def run(arguments): raise KeyboardInterrupt\n"
-        "dump.run = run; main(['dump', 'vm.qcow2'])"
+        "dump.run = run; sys.argv = ['qcow2bm', 'dump', 'vm.qcow2']; console.run()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -216,7 +216,7 @@ def test_full_output_is_a_failure(folder: Path, arguments: str) -> None:
         (".", "is a directory"),
         ("fifo", "is a FIFO"),
         ("text", "not a qcow2 image"),
-        ("nothing", "not a qcow2 image"),
+        ("nothing", "the file is empty"),
         ("v4", "not supported: qcow2 version 4"),
     ],
 )

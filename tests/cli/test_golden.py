@@ -39,7 +39,7 @@ CASES = [
     Case("dump-stale-stale", "stale", "dump --stale IMAGE", 2),
     Case("dump-broken", "broken", "dump IMAGE", 2),
     Case("dump-broken-json", "broken", "dump --output=json IMAGE", 2),
-    Case("dump-broken-one", "broken", "dump --bitmap sound IMAGE"),
+    Case("dump-broken-one", "broken", "dump --bitmap sound IMAGE", 2),
     Case("dump-broken-index", "broken", "dump --bitmap @2 IMAGE", 2),
     Case("dump-names", "names", "dump IMAGE"),
     Case("dump-names-json", "names", "dump --output=json --no-count IMAGE"),

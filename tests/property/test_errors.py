@@ -136,7 +136,7 @@ def test_an_error_is_also_what_python_would_raise(
         (errors.LimitError("name", 9, 8), "name is 9, more than the limit of 8"),
         (errors.BitmapNotFoundError('a"\n'), 'bitmap "a\\"\\n" not found'),
         (errors.BitmapBrokenError("a", "is too short"), 'bitmap "a" is too short'),
-        (errors.StateError("a closed image", "open"), "it is a closed image, but must be open"),
+        (errors.StateError("closed", "open"), "the image is closed, but must be open"),
         (errors.StorageError("a\x1b", 0, 0, "failed"), "a\\x1b: failed"),
         (errors.StorageError("a", 16, 8, "failed"), "a: failed (reading 8 bytes at 0x10)"),
         (

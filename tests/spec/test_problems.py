@@ -45,8 +45,9 @@ HIDES_ALL = {
     "header.autoclear_features.no-bitmaps",
     "header-extension.bitmaps.length",
     "bitmaps-extension.bitmap_directory_size.zero",
-    "bitmap-directory.past-eof",
-    "bitmap-directory.unreadable",
+    "bitmaps-extension.bitmap_directory_offset.zero",
+    "bitmaps-extension.bitmap_directory_offset.past-eof",
+    "bitmaps-extension.bitmap_directory_offset.unreadable",
 }
 
 
@@ -120,7 +121,7 @@ def test_which_problems_of_the_image_break_all_bitmaps(id: str) -> None:
 @pytest.mark.spec("PROB-2")
 def test_a_directory_in_the_header_is_not_read() -> None:
     with qcow2bm.open(patched(image(), *in_payload(bitmap_directory_offset=0))) as opened:
-        assert "bitmap-directory.overlap" in {problem.id for problem in opened.problems}
+        assert ZERO in {problem.id for problem in opened.problems}
         assert opened.directory == ()
 
 
@@ -164,7 +165,7 @@ def test_past_the_end_of_the_file_nothing_is_clean(patches: list[tuple[int, byte
 @pytest.mark.parametrize(
     ("id", "expected"),
     [
-        ("bitmaps-extension.nb_bitmaps.less", SOUND),
+        ("bitmaps-extension.nb_bitmaps.less", [*SOUND[:2], "broken"]),
         ("bitmaps-extension.nb_bitmaps.more", SOUND),
         ("bitmap-directory.rest", SOUND),
         ("bitmap-directory.zeroes", SOUND),
@@ -184,7 +185,9 @@ def test_a_repeated_name_breaks_all_its_bitmaps(flags: tuple[int, int]) -> None:
 
 
 DUPLICATE = "directory-entry.name.duplicate"
-CUT, CUT_NAME = "bitmap-directory.past-eof", "directory-entry.truncated"
+CUT = "bitmaps-extension.bitmap_directory_size.past-eof"
+CUT_NAME = "directory-entry.truncated"
+ZERO = "bitmaps-extension.bitmap_directory_offset.zero"
 ZEROES = "bitmap-directory.zero-entries"
 COUNT = "bitmaps-extension.nb_bitmaps.more"
 TOO_LARGE = "header-extension.length.too-large"
@@ -200,7 +203,10 @@ EDGES: dict[str, tuple[bytes, dict[str, str]]] = {
     "both in use": (patched(image(), *repeated(1, 1)), {DUPLICATE: "unusable"}),
     "the last of three in use": (patched(image(), *repeated(0, 0, 1)), {DUPLICATE: "refused"}),
     "all but the first in use": (patched(image(), *repeated(0, 1, 1)), {DUPLICATE: "unusable"}),
-    "no directory": (cut_directory(0), {CUT: "refused", COUNT: "refused"}),
+    "no directory": (
+        cut_directory(0),
+        {"bitmaps-extension.bitmap_directory_offset.past-eof": "refused", COUNT: "refused"},
+    ),
     "no whole last entry": (
         cut_directory(80),
         {CUT: "refused", "bitmap-directory.rest": "refused", COUNT: "refused"},
@@ -297,8 +303,12 @@ def test_qemu_refuses_exactly_what_is_refused(id: str, tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     path.write_bytes(broken(id))
     done = opened_by_qemu(path)
-    assert (done.returncode != 0) == (KINDS[id].severity == "refused"), done.stderr
-    assert (KINDS[id].qemu_message or "") in done.stderr + done.stdout
+    with qcow2bm.open(path) as opened:  # some faults do not come alone
+        refused = any(problem.severity == "refused" for problem in opened.problems)
+        (message, *_) = [problem.qemu_message for problem in opened.problems if problem.id == id]
+    assert (done.returncode != 0) == refused, done.stderr
+    assert refused or KINDS[id].severity != "refused"
+    assert (message or "") in done.stderr + done.stdout
 
 
 @pytest.mark.qemu

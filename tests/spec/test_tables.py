@@ -6,13 +6,13 @@ import argparse
 import ast
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast, get_args
 
 import pytest
 from support.specreader import Table, page, pages
 
 from qcow2bm import api, problems
-from qcow2bm.cli import FAILED, OK, grammar, report
+from qcow2bm.cli import console, grammar, report
 from qcow2bm.format import directory, extensions, features, header, refcounts, snapshots, table
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.storage import locks
@@ -128,8 +128,8 @@ def test_directory_entry_flags() -> None:
 
 
 def test_statuses() -> None:
-    assert set(page("bitmaps.md").table("Status").column("status")) == set(api.STATUSES)
-    assert alternatives("Bitmap", "status") == set(api.STATUSES)
+    assert set(page("bitmaps.md").table("Status").column("status")) == set(get_args(api.Status))
+    assert alternatives("Bitmap", "status") == set(get_args(api.Status))
 
 
 def test_severities() -> None:
@@ -157,7 +157,7 @@ def test_problem_ids() -> None:
             stated[row["id"]] = problems.Kind(
                 found.heading.lower(),
                 row["field"],
-                severity,
+                cast(problems.Severity, severity),
                 row["QEMU says"] or None,
                 bool(kept),
             )
@@ -182,7 +182,7 @@ def test_lock_bytes() -> None:
 
 def test_exit_statuses() -> None:
     stated = [int(text) for text in page("cli.md").table("Exit status").column("status")]
-    assert stated == [OK, FAILED, report.PROBLEMS_FOUND, grammar.USAGE]
+    assert stated == [0, console.FAILED, report.PROBLEMS_FOUND, grammar.USAGE]
 
 
 def test_options() -> None:
@@ -194,7 +194,7 @@ def test_options() -> None:
     }
     (commands,) = (
         action
-        for action in grammar._parser()._actions
+        for action in grammar._parser()[0]._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     assert stated == {

@@ -140,7 +140,7 @@ def test_a_symbolic_link_leads_to_the_image(path: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_opened_for_reading_only_and_not_inherited(storage: FileStorage) -> None:
-    descriptor = storage._descriptor
+    descriptor = storage._open_descriptor()
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         os.pwrite(descriptor, b"x", 0)
     assert not os.get_inheritable(descriptor)

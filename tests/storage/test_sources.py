@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.memory import MemoryStorage, StreamStorage
-from qcow2bm.storage.sources import Source, open_source
+from qcow2bm.storage.sources import open_source
+
+if TYPE_CHECKING:
+    from qcow2bm.storage.sources import Source
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from support.specreader import vector
 
 from qcow2bm.format import directory, extensions, header, snapshots
+from qcow2bm.store import tables
 
 CLUSTER = 512
 LONGEST = 0x7FFFFFFFC0000000
@@ -121,6 +122,23 @@ def long_snapshot_table() -> list[Patch]:
     ]
 
 
+def many_tables() -> list[Patch]:
+    """More entries that share one table of 8 MiB, behind everything else, than are read."""
+    size = (512 << 20) // CLUSTER
+    count = tables.MAX_TABLES_BYTES // (8 * size) + 1
+    start = BEHIND + 8 * size
+    entries = [
+        struct.pack(">QIIBBHI", BEHIND, size, 1, 1, 16, 3, 0) + b"%03d" % number + bytes(5)
+        for number in range(count)
+    ]
+    return [
+        *in_payload(
+            nb_bitmaps=count, bitmap_directory_size=32 * count, bitmap_directory_offset=start
+        ),
+        (start, b"".join(entries)),
+    ]
+
+
 def in_version_2() -> list[Patch]:
     """The header of version 2, the extensions directly behind it."""
     return [*in_header(version=2), (header.V2_LENGTH, image()[EXTENSION : END + 8])]
@@ -230,12 +248,19 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
     "bitmaps-extension.bitmap_directory_offset.unaligned": in_payload(
         bitmap_directory_offset=0xC08
     ),
-    "bitmap-directory.past-eof": in_payload(bitmap_directory_offset=PAST_EOF),
-    "bitmap-directory.unreadable": in_payload(bitmap_directory_offset=BEYOND),
+    "bitmaps-extension.bitmap_directory_offset.zero": in_payload(bitmap_directory_offset=0),
+    "bitmaps-extension.bitmap_directory_offset.past-eof": in_payload(
+        bitmap_directory_offset=PAST_EOF
+    ),
+    "bitmaps-extension.bitmap_directory_size.past-eof": in_payload(bitmap_directory_size=96 + 4096),
+    "bitmaps-extension.bitmap_directory_offset.unreadable": in_payload(
+        bitmap_directory_offset=BEYOND
+    ),
     "bitmap-directory.overlap": in_entry(DAILY, bitmap_table_offset=DIRECTORY),
     "bitmap-directory.rest": [*in_payload(bitmap_directory_size=104), (DIRECTORY + 96, b"rest")],
     "bitmap-directory.zeroes": in_payload(bitmap_directory_size=128),
     "bitmap-directory.zero-entries": in_payload(bitmap_directory_size=128, nb_bitmaps=4),
+    "directory-entry.surplus": in_payload(nb_bitmaps=2),
     "directory-entry.truncated": in_entry(CRASHED, name_size=200),
     "directory-entry.bitmap_table_offset.zero": in_entry(DAILY, bitmap_table_offset=0),
     "directory-entry.bitmap_table_offset.unaligned": in_entry(DAILY, bitmap_table_offset=0xE08),
@@ -270,6 +295,7 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
     "directory-entry.name.nul": [after_head(DAILY, b"da\0ly")],
     "directory-entry.name.duplicate": repeated(0, 0),
     "directory-entry.padding.nonzero": [after_head(DAILY, b"daily\0\0\1")],
+    "bitmap-table.limit": many_tables,
     "bitmap-table.overlap": in_entry(WEEKLY, bitmap_table_offset=TABLES[DAILY]),
     "bitmap-table.entry.reserved": [in_table(DAILY, 0x1002)],
     "bitmap-table.entry.unaligned": _unaligned_data,

@@ -1,0 +1,69 @@
+"""Which bytes of the file are used for more than one thing.
+
+*Spec*: spec/bitmaps.md, "Bitmap table"; the ids are in spec/problems.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qcow2bm.problems import Problem, problem
+from qcow2bm.units import align_up
+
+BITMAP_DIRECTORY = "bitmap directory"
+
+
+class _Use(NamedTuple):
+    """What ranges are used for; ``owner`` is the number of the directory entry, if a bitmap's."""
+
+    name: str
+    owner: int | None
+    is_table: bool
+
+
+class Overlaps:
+    """Collects ranges of host bytes, and finds those that overlap.
+
+    There can be a range for every cluster of bitmap data, so they are kept as bare numbers.
+    """
+
+    def __init__(self, cluster_size: int) -> None:
+        """Ranges are widened to whole clusters."""
+        self._cluster_size = cluster_size
+        self._uses: list[_Use] = []
+        self._ranges: list[tuple[int, int, int]] = []  # start, end, number of the use
+
+    def use(self, name: str, owner: int | None = None, *, is_table: bool = False) -> int:
+        """Announces a use, as messages call it; the number is for `add`."""
+        self._uses.append(_Use(name, owner, is_table))
+        return len(self._uses) - 1
+
+    def add(self, use: int, offset: int, length: int) -> None:
+        """A range that is used for that."""
+        if length:
+            self._ranges.append((offset, offset + align_up(length, self._cluster_size), use))
+
+    def problems(self) -> Iterator[Problem]:
+        """One for each bitmap and each thing it shares bytes with.
+
+        Two things that are no bitmap's are not this module's business, except the directory.
+        """
+        seen: set[tuple[int, int]] = set()
+        reach, last = 0, -1  # of the ranges before, the end of the one that ends last, its use
+        for start, end, use in sorted(self._ranges):
+            if start < reach:
+                for mine, other in ((use, last), (last, use)):
+                    if (mine, other) not in seen:
+                        seen.add((mine, other))
+                        yield from self._problem(mine, other, start)
+            if end > reach:
+                reach, last = end, use
+
+    def _problem(self, use: int, other: int, offset: int) -> Iterator[Problem]:
+        mine, reason = self._uses[use], f"is also used by the {self._uses[other].name}"
+        if mine.owner is not None:
+            id = "bitmap-table.overlap" if mine.is_table else "bitmap-data.overlap"
+            yield problem(id, offset, reason, mine.owner)
+        elif mine.name == BITMAP_DIRECTORY:
+            yield problem("bitmap-directory.overlap", offset, reason)
