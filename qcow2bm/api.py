@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
@@ -27,6 +27,7 @@ from qcow2bm.problems import Problem
 from qcow2bm.storage.sources import open_source
 from qcow2bm.store.directory import load_directory, verify_directory
 from qcow2bm.store.load import BitmapBits, Totals
+from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, Status, judge
 from qcow2bm.store.tables import Clusters, Survey, Table, has_readable_table, survey
 from qcow2bm.units import escape
 
@@ -35,12 +36,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qcow2bm.storage.sources import Source
-
-Status = Literal["valid", "inconsistent", "stale", "broken"]
-VALID: Final = "valid"
-INCONSISTENT: Final = "inconsistent"
-STALE: Final = "stale"
-BROKEN: Final = "broken"
 
 
 def open(
@@ -431,17 +426,9 @@ class Bitmap:
         return self._image._tables().tables[self.index]
 
     def _judge(self) -> tuple[Status, str]:
-        """The status, and for a broken bitmap what breaks it."""
         image = self._image
-        if not image.is_consistent:
-            return STALE, ""
-        distrust = image._directory.distrust
-        if distrust:
-            return BROKEN, distrust.message
-        for found in image._problems_of(self.index):
-            if found.breaks_bitmap:
-                return BROKEN, found.message
-        return (INCONSISTENT, "") if self.in_use else (VALID, "")
+        image._require_open()
+        return judge(self.entry, image._directory, image._problems_of(self.index))
 
     def _bits(self) -> BitmapBits:
         status, reason = self._judge()

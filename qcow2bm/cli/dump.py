@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
-from qcow2bm.api import INCONSISTENT, STALE, VALID, Bitmap
+from qcow2bm.api import Bitmap
 from qcow2bm.cli import addressing, report
 from qcow2bm.store.load import Totals
+from qcow2bm.store.status import INCONSISTENT, STALE, VALID
 
 
 class Options(NamedTuple):

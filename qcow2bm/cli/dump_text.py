@@ -6,13 +6,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from qcow2bm.api import BROKEN, INCONSISTENT, STALE, VALID, Bitmap, Image
+from qcow2bm.api import Bitmap, Image
 from qcow2bm.cli.dump import Options, totals
 from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
 from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import KINDS
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
+from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, VALID
 from qcow2bm.units import escape, format_size
 
 # QEMU looks at none of these while the autoclear bit of the bitmaps is off.

@@ -17,7 +17,7 @@ from qcow2bm.errors import ChangedWhileReadingError, LimitError
 from qcow2bm.format.directory import HEAD_LENGTH as ENTRY_HEAD_LENGTH
 from qcow2bm.format.directory import DirectoryEntry, build_entry
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
-from qcow2bm.store.directory import MAX_BITMAP_BYTES
+from qcow2bm.store.entries import MAX_BITMAP_BYTES
 from qcow2bm.store.tables import fingerprint, read_words, table_runs
 from qcow2bm.units import align_up, ceil_div
 

@@ -17,11 +17,8 @@ from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, DirectoryEntry
 from qcow2bm.format.table import ENTRY_LENGTH, MASKS, parse_bitmap_table
 from qcow2bm.problems import UNUSABLE, Problem, Severity, problem
-from qcow2bm.store.directory import (
-    GRANULARITY_BITS_LIMIT,
-    MAX_BITMAP_BYTES,
-    BitmapDirectory,
-)
+from qcow2bm.store.directory import BitmapDirectory
+from qcow2bm.store.entries import GRANULARITY_BITS_LIMIT, MAX_BITMAP_BYTES
 from qcow2bm.store.overlaps import BITMAP_DIRECTORY, Overlaps
 from qcow2bm.units import ceil_div
 

@@ -11,11 +11,12 @@ from typing import Any, cast, get_args
 import pytest
 from support.specreader import Table, page, pages
 
-from qcow2bm import api, problems
+from qcow2bm import problems
 from qcow2bm.cli import console, grammar, report
 from qcow2bm.format import directory, extensions, features, header, refcounts, snapshots, table
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.storage import locks
+from qcow2bm.store import status
 
 FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("header.md", "Fixed fields"): header._V3,
@@ -128,8 +129,8 @@ def test_directory_entry_flags() -> None:
 
 
 def test_statuses() -> None:
-    assert set(page("bitmaps.md").table("Status").column("status")) == set(get_args(api.Status))
-    assert alternatives("Bitmap", "status") == set(get_args(api.Status))
+    assert set(page("bitmaps.md").table("Status").column("status")) == set(get_args(status.Status))
+    assert alternatives("Bitmap", "status") == set(get_args(status.Status))
 
 
 def test_severities() -> None:

@@ -1,0 +1,187 @@
+"""What is wrong with bitmap directory entries, each by itself and among each other.
+
+*Spec*: spec/bitmaps.md, "Bitmap directory"; the ids are in spec/problems.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Protocol
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.problems import MAX_FILE_LENGTH
+from qcow2bm.format.directory import (
+    FLAG_EXTRA_DATA_COMPATIBLE,
+    KNOWN_FLAGS,
+    TYPE_DIRTY_TRACKING,
+    DirectoryEntry,
+)
+from qcow2bm.problems import UNUSABLE, Problem, Severity, problem
+from qcow2bm.units import ceil_div, escape
+
+MAX_TABLE_SIZE = 0x8000000
+MAX_BITMAP_BYTES = 512 << 20  # table size times cluster size
+MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31  # of QEMU
+GRANULARITY_BITS_LIMIT = 64  # of the specification
+MAX_NAME_SIZE = 1023
+
+
+def required_table_size(entry: DirectoryEntry, virtual_size: int, cluster_size: int) -> int:
+    """How many table entries a bitmap of that granularity needs for the whole disk."""
+    return ceil_div(virtual_size, 8 * cluster_size * entry.granularity)
+
+
+class _Add(Protocol):
+    def __call__(
+        self, fault: str, field: str, reason: str, severity: Severity | None = None
+    ) -> None: ...
+
+
+def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[Problem]:
+    """Everything that is wrong with one entry by itself; the directory should reach to ``end``."""
+    found: list[Problem] = []
+
+    def add(fault: str, field: str, reason: str, severity: Severity | None = None) -> None:
+        id = f"directory-entry.{fault}"
+        found.append(problem(id, entry.offset_of(field), reason, entry.index, severity))
+
+    if entry.bitmap_table_offset == 0:
+        add("bitmap_table_offset.zero", "bitmap_table_offset", "is 0, must not be")
+    elif entry.bitmap_table_offset % file.cluster_size:
+        add(
+            "bitmap_table_offset.unaligned",
+            "bitmap_table_offset",
+            f"is {entry.bitmap_table_offset:#x}, not at the start of a cluster",
+        )
+    _table_size_problems(entry, file, add)
+    if entry.flags & ~KNOWN_FLAGS:
+        add(
+            "flags.reserved",
+            "flags",
+            f"is {entry.flags:#x}: reserved bits {entry.flags & ~KNOWN_FLAGS:#x} are set",
+        )
+    if entry.type != TYPE_DIRTY_TRACKING:
+        add("type.unknown", "type", f"is {entry.type}, must be 1 (dirty tracking)")
+    if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
+        add(
+            "granularity_bits.too-large",
+            "granularity_bits",
+            f"is {entry.granularity_bits}, must be 9 to 31",
+        )
+    elif not MIN_GRANULARITY_BITS <= entry.granularity_bits <= MAX_GRANULARITY_BITS:
+        add(
+            "granularity_bits.unsupported",
+            "granularity_bits",
+            f"is {entry.granularity_bits}; QEMU takes {MIN_GRANULARITY_BITS} to "
+            f"{MAX_GRANULARITY_BITS}",
+        )
+    _extra_data_problems(entry, add)
+    _name_problems(entry, add)
+    if entry.offset + entry.size > end:
+        add(
+            "truncated",
+            "name_size",
+            f"needs {entry.size} bytes (name_size {entry.name_size}, extra_data_size "
+            f"{entry.extra_data_size}), more than the directory has left",
+        )
+    elif entry.name_bytes is None:
+        add("truncated", "name", "is cut off by the end of the file", UNUSABLE)
+    if any(entry.padding):
+        add("padding.nonzero", "padding", "is not zero")
+    return found
+
+
+def _table_size_problems(entry: DirectoryEntry, file: ClusterFile, add: _Add) -> None:
+    size = entry.bitmap_table_size
+    field = "bitmap_table_size"
+    if size == 0:
+        add("bitmap_table_size.zero", field, "is 0, must not be")
+        return
+    if size > MAX_TABLE_SIZE or size * file.cluster_size > MAX_BITMAP_BYTES:
+        limit = min(MAX_TABLE_SIZE, MAX_BITMAP_BYTES // file.cluster_size)
+        add("bitmap_table_size.too-large", field, f"is {size}, but may be at most {limit}")
+        return
+    start = entry.bitmap_table_offset
+    if start + 8 * size > file.file_size:
+        is_unreadable = start + 8 * size > MAX_FILE_LENGTH and not entry.in_use
+        add(
+            f"bitmap_table_offset.{'unreadable' if is_unreadable else 'past-eof'}",
+            "bitmap_table_offset",
+            f"is {start:#x}: {size} entries there reach past the end of the file",
+        )
+    if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
+        return
+    required = required_table_size(entry, file.virtual_size, file.cluster_size)
+    if size != required and entry.in_use:
+        add("bitmap_table_size.outdated", field, f"is {size}, but the disk now needs {required}")
+    elif size != required:
+        fault = "less" if size < required else "more"
+        add(f"bitmap_table_size.{fault}", field, f"is {size}, but the disk needs {required}")
+
+
+def _extra_data_problems(entry: DirectoryEntry, add: _Add) -> None:
+    compatible = entry.flags & FLAG_EXTRA_DATA_COMPATIBLE
+    if entry.extra_data_size and not compatible:
+        add(
+            "extra_data.incompatible",
+            "extra_data_size",
+            f"is {entry.extra_data_size}: extra data of unknown meaning, not marked as compatible",
+        )
+    elif entry.extra_data_size:
+        add(
+            "extra_data.compatible",
+            "extra_data_size",
+            f"is {entry.extra_data_size}: extra data, which the specification allows",
+        )
+    elif compatible:
+        add("flags.extra-data-compatible", "flags", "has the extra_data_compatible bit set")
+
+
+def _name_problems(entry: DirectoryEntry, add: _Add) -> None:
+    if entry.name_bytes is None:
+        return
+    if entry.name_size == 0:
+        add("name.empty", "name_size", "is 0: the name is empty")
+    elif entry.name_size > MAX_NAME_SIZE:
+        add("name_size.too-large", "name_size", f"is {entry.name_size}; QEMU takes {MAX_NAME_SIZE}")
+    if b"\0" in entry.name_bytes:
+        add("name.nul", "name", "contains a NUL byte, where QEMU takes the name to end")
+
+
+def qemu_name(entry: DirectoryEntry) -> bytes | None:
+    """The name as QEMU sees it: up to a NUL byte."""
+    return None if entry.name_bytes is None else entry.name_bytes.partition(b"\0")[0]
+
+
+def surplus(entries: tuple[DirectoryEntry, ...], nb_bitmaps: int) -> Iterator[Problem]:
+    """Entries nobody counts may be left over from an older directory."""
+    for entry in entries[nb_bitmaps:]:
+        reason = f"is one more than nb_bitmaps, which is {nb_bitmaps}"
+        yield problem("directory-entry.surplus", entry.offset, reason, entry.index)
+
+
+def duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:
+    """Entries that QEMU takes to have one name."""
+    names = Counter(map(qemu_name, entries))
+    del names[None]
+    if len(names) == sum(names.values()):
+        return
+    refused: set[bytes | None] = set()
+    seen: set[bytes | None] = set()
+    for entry in entries:
+        name = qemu_name(entry)
+        # QEMU does not take in what is in_use, and so does not see the name a second time.
+        if name in seen and not entry.in_use:
+            refused.add(name)
+        seen.add(name)
+    for entry in entries:
+        name = qemu_name(entry)
+        if names[name] > 1:
+            yield problem(
+                "directory-entry.name.duplicate",
+                entry.offset_of("name"),
+                f'"{escape(entry.name or "")}" is the name of several entries',
+                entry.index,
+                None if name in refused else UNUSABLE,
+            )

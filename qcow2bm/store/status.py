@@ -1,0 +1,37 @@
+"""The one place that decides what a bitmap is good for.
+
+*Spec*: spec/bitmaps.md, "Status".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, Literal
+
+from qcow2bm.format.directory import DirectoryEntry
+from qcow2bm.problems import Problem
+from qcow2bm.store.directory import BitmapDirectory
+
+Status = Literal["valid", "inconsistent", "stale", "broken"]
+VALID: Final = "valid"
+INCONSISTENT: Final = "inconsistent"
+STALE: Final = "stale"
+BROKEN: Final = "broken"
+
+
+def judge(
+    entry: DirectoryEntry, directory: BitmapDirectory, problems: Iterable[Problem]
+) -> tuple[Status, str]:
+    """The status of a bitmap with these problems, and for a broken one what breaks it.
+
+    "stale" if the autoclear bit is off, else "broken" if its metadata cannot be trusted, else
+    "inconsistent" if it is in_use, else "valid".
+    """
+    if not directory.is_consistent:
+        return STALE, ""
+    if directory.distrust:
+        return BROKEN, directory.distrust.message
+    for found in problems:
+        if found.breaks_bitmap:
+            return BROKEN, found.message
+    return (INCONSISTENT, "") if entry.in_use else (VALID, "")
