@@ -175,7 +175,7 @@ class BitmapBits:
         dirty = bits * self._entry.granularity
         if self.bits and last_byte >> (self.bits - 1) % 8 & 1:
             dirty -= self.bits * self._entry.granularity - self._file.virtual_size
-        return Totals(dirty, (edges + 1) // 2)
+        return Totals(dirty, (edges + 1) // 2 if with_extents else 0)
 
     def _counters(self) -> tuple[_CountBits, _CountEdges]:
         if self.length_bytes < _NUMPY_PAYS and "numpy" not in sys.modules:
