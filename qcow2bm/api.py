@@ -229,6 +229,7 @@ class Image:
                 raise FormatError(structure, field, found.offset, reason)
 
     def _problems_of(self, index: int) -> list[Problem]:
+        self._tables()  # asks whether the image is still what it was
         if self._by_bitmap is None:
             by_bitmap: dict[int, list[Problem]] = {}
             for found in self.problems:

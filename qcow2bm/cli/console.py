@@ -21,7 +21,7 @@ def say(text: str) -> None:
     try:
         print(f"qcow2bm: {text}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        return
+        sys.stderr = None  # or the interpreter tries again when it exits, and changes the status
 
 
 def fail(subject: str, message: str) -> int:

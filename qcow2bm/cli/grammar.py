@@ -71,6 +71,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """What may be options, and what comes behind --; a leading -- is behind the command."""
     if argv[:1] == ["--"]:
         argv = [*argv[1:2], *argv[:1], *argv[2:]]
+    argv = [f"--bitmap={_NAME}--" if option == "--bitmap=--" else option for option in argv]
     place = argv.index("--") if "--" in argv else len(argv)
     return argv[:place], argv[place + 1 :]
 

@@ -199,6 +199,13 @@ def test_a_wrong_header_field_overlaps_nothing(wrong: list[Patch]) -> None:
         assert statuses(opened) == ["valid", "valid", "inconsistent"]
 
 
+@pytest.mark.spec("TAB-2")
+def test_what_an_overlapped_table_says_is_held_against_nobody() -> None:
+    shared = in_entry(DAILY, bitmap_table_offset=TABLES[CRASHED])
+    with open_patched(*shared, in_table(CRASHED, 0x1400)) as opened:
+        assert statuses(opened) == ["broken", "valid", "broken"]
+
+
 @pytest.mark.spec("TAB-3")
 def test_how_much_of_the_last_clusters_must_be_in_the_file() -> None:
     end = 0x1800

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.faults import IDS, broken, image
+from support.faults import DAILY, IDS, broken, image, in_table, patched
 from support.jsonspec import check_dump, check_map
 from support.specreader import ROOT, page
 
 import qcow2bm
 from qcow2bm.cli import main
+from qcow2bm.problems import KINDS
 
 USAGE = 64
 
@@ -183,6 +184,61 @@ def test_warnings_of_map(cli: Cli) -> None:
     assert loud.out == quiet.out
     assert "nb_bitmaps" in loud.err
     assert quiet.err == ""
+
+
+@pytest.mark.spec("CLI-14")
+def test_bitmap_limits_what_is_shown_and_not_the_status(cli: Cli) -> None:
+    cli.write(broken("directory-entry.type.unknown"))
+    whole = cli.run("dump", "IMAGE", "--output=json").json
+    one = cli.run("dump", "IMAGE", "--output=json", "--bitmap", "weekly")
+    assert one.status == 2
+    assert one.json == whole | {"bitmaps": whole["bitmaps"][1:2]}
+    text = cli.run("dump", "IMAGE", "--bitmap", "weekly")
+    assert (text.status, text.err) == (2, "")
+    assert "no problems found" in text.out
+    assert "1 problem more in other bitmaps\n" in text.out
+    assert "daily" not in text.out
+    assert cli.run("dump", "IMAGE", "--bitmap", "weekly", "--no-count").status == 2
+
+
+def verdict(done: Done) -> list[str]:
+    """The lines of a dump from the one on that says what is usable."""
+    lines = done.out.splitlines()
+    return lines[
+        next((n for n, text in enumerate(lines) if text.startswith("usable")), len(lines)) :
+    ]
+
+
+@pytest.mark.spec("CLI-15")
+def test_a_dump_says_what_is_usable(cli: Cli) -> None:
+    assert verdict(cli.run("dump", "IMAGE")) == [
+        "usable for a backup: 2 of 3 bitmaps (1 inconsistent)"
+    ]
+    assert verdict(cli.run("dump", "IMAGE", "--bitmap=daily")) == []
+    assert verdict(cli.run("dump", "IMAGE", "--bitmap=crashed")) == [
+        "usable for a backup: 0 of 1 bitmap (1 inconsistent)"
+    ]
+    cli.write(patched(image(), in_table(DAILY, 1 << 60)))
+    first, second, *_ = verdict(cli.run("dump", "IMAGE"))
+    assert first == "usable for a backup: 1 of 3 bitmaps (1 broken, 1 inconsistent)"
+    assert second == "QEMU will not open this image"
+    cli.write(broken("bitmaps-extension.autoclear.off"))
+    assert verdict(cli.run("dump", "IMAGE")) == ["usable for a backup: 0 of 3 bitmaps (3 stale)"]
+
+
+@pytest.mark.spec("CLI-16")
+@pytest.mark.parametrize("id", [id for id in IDS if KINDS[id].severity == "refused"])
+def test_a_dump_says_how_to_start_without_bitmaps_where_that_helps(cli: Cli, id: str) -> None:
+    cli.write(broken(id))
+    lines = cli.run("dump", "IMAGE").out.splitlines()
+    said = lines[lines.index("QEMU will not open this image") + 1 :]
+    if KINDS[id].structure in ("header", "header extension", "snapshot table"):
+        assert said == []
+    else:
+        assert said[1:3] == [
+            r"  printf '\000' | dd of=IMAGE bs=1 seek=95 conv=notrunc",
+            "  qemu-img check -r leaks IMAGE",
+        ]
 
 
 KEYS_OF_SCHEMA_1 = {

@@ -153,7 +153,7 @@ def test_a_change_during_a_read_is_noticed() -> None:
 
 
 @pytest.mark.spec("LOCK-6")
-@pytest.mark.parametrize("changed", ["time", "length"])
+@pytest.mark.parametrize("changed", ["time", "length", "time put back"])
 def test_a_write_that_leads_back_to_the_same_metadata_is_noticed(path: Path, changed: str) -> None:
     with qcow2bm.open(path) as opened, qcow2bm.open(path, force_share=True) as forced:
         bitmap = opened.bitmaps["daily"]
@@ -163,6 +163,9 @@ def test_a_write_that_leads_back_to_the_same_metadata_is_noticed(path: Path, cha
             path.write_bytes(image() + bytes(1))
         later = before.st_mtime_ns + 1_000_000_000 * (changed == "time")
         os.utime(path, ns=(before.st_atime_ns, later))
+        while path.stat().st_ctime_ns == before.st_ctime_ns:  # within one tick of the clock
+            path.write_bytes(path.read_bytes())
+            os.utime(path, ns=(before.st_atime_ns, later))
         with pytest.raises(ChangedWhileReadingError, match="image"):
             bitmap.count()
         assert forced.bitmaps["daily"].count() == 261632

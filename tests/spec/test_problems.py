@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from pathlib import Path
 
@@ -77,11 +78,13 @@ def test_a_problem_is_listed_and_not_raised(id: str) -> None:
 
 
 @pytest.mark.spec("PROB-1")
-def test_strict_raises_the_first_refused_or_unusable() -> None:
+def test_strict_raises_the_first_that_is_more_than_a_remark() -> None:
     with pytest.raises(FormatError, match="type at 0xc10"):
         qcow2bm.open(
             patched(broken("directory-entry.type.unknown"), (0xC0C, b"\0\0\0\2")), strict=True
         )
+    with pytest.raises(FormatError, match="bitmaps extension at 0x70"):
+        qcow2bm.open(broken("bitmaps-extension.autoclear.off"), strict=True)
     with qcow2bm.open(broken("directory-entry.padding.nonzero"), strict=True) as opened:
         assert len(opened.problems) == 1
 
@@ -175,6 +178,33 @@ def test_past_the_end_of_the_file_nothing_is_clean(patches: list[tuple[int, byte
 def test_one_fault_hides_no_other_bitmap(id: str, expected: list[str]) -> None:
     with qcow2bm.open(broken(id)) as opened:
         assert statuses(opened) == expected
+
+
+SHARED = patched(
+    image(),
+    (0x600, struct.pack(">Q", 1 << 63 | BEHIND)),  # the L1 table's first entry: an L2 table
+    in_table(DAILY, BEHIND),
+    (BEHIND, bytes(CLUSTER)),
+)
+
+
+@pytest.mark.spec("DEV-6")
+def test_what_belongs_to_the_disk_is_not_looked_at() -> None:
+    with qcow2bm.open(SHARED) as opened:
+        assert opened.problems == ()
+        assert statuses(opened) == SOUND
+
+
+@pytest.mark.qemu
+@pytest.mark.spec("DEV-6")
+def test_but_qemu_notices_when_it_checks_the_image(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(SHARED)
+    done = subprocess.run(
+        ["qemu-img", "check", path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert f"ERROR cluster {BEHIND // CLUSTER} refcount=0 reference=2" in done.stderr
 
 
 @pytest.mark.spec("DEV-5")

@@ -209,6 +209,51 @@ def test_a_failing_read_says_where(
     assert str(error).endswith(f"{os.strerror(errno.EIO)} (reading 64 bytes at 0x200)")
 
 
+def test_a_forgotten_file_is_closed_with_a_warning(path: Path) -> None:
+    with pytest.warns(ResourceWarning, match="unclosed file"):
+        FileStorage(path)  # and nobody keeps it: its descriptor must be gone
+
+
+def test_the_change_token_stays_while_nobody_writes(storage: FileStorage, path: Path) -> None:
+    token = storage.change_token()
+    assert token is not None
+    path.read_bytes()
+    assert read_bytes(storage, 0, 8) == CONTENT[:8]
+    assert storage.change_token() == token
+
+
+@pytest.mark.parametrize("change", ["length", "time"])
+def test_the_change_token_tells_of(storage: FileStorage, path: Path, change: str) -> None:
+    token, before = storage.change_token(), path.stat()
+    if change == "length":
+        os.truncate(path, 1023)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert storage.change_token() != token
+
+
+def test_the_change_token_tells_of_a_write_whose_time_was_put_back(
+    storage: FileStorage, path: Path
+) -> None:
+    token, before = storage.change_token(), path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # within one tick of the clock
+        path.write_bytes(CONTENT[::-1])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
+    assert storage.change_token() != token
+
+
+def test_a_block_device_has_no_change_token(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(st_mode=stat.S_IFBLK | 0o660, st_mtime_ns=1, st_ctime_ns=1, st_size=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda descriptor: device)
+        assert storage.change_token() is None
+
+
 def test_a_closed_file_says_so(storage: FileStorage) -> None:
     storage.close()
     storage.close()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import pytest
+from support.images import Stored, build_image
 
+import qcow2bm
 from qcow2bm.errors import StorageError
 from qcow2bm.storage.base import read_bytes
 from qcow2bm.storage.memory import MemoryStorage, StreamStorage
@@ -75,6 +77,20 @@ def test_memory_is_not_copied() -> None:
     storage = MemoryStorage(data)
     data[2] = 7
     assert read_bytes(storage, 0, 4) == b"\0\0\7\0"
+
+
+def test_memory_can_grow_again_once_the_image_is_closed() -> None:
+    data = bytearray(build_image(Stored(table=[b"\x55"] * 3), size=3 * 4096 << 16).data)
+    image = qcow2bm.open(data)
+    bitmap = image.bitmaps["daily"]
+    extents = bitmap.extents()
+    next(extents)
+    with pytest.raises(BufferError):
+        data.append(0)
+    image.close()
+    data.append(0)
+    with pytest.raises(qcow2bm.StateError):
+        bitmap.count()
 
 
 def test_short_reads_of_a_stream_are_put_together() -> None:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import gzip
 import io
+import mmap
+from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2bm.storage.base import Storage
+from qcow2bm.errors import StorageError
+from qcow2bm.storage.base import Storage, read_bytes
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.memory import MemoryStorage, StreamStorage
 from qcow2bm.storage.sources import open_source
@@ -54,6 +59,109 @@ def test_a_storage_is_its_own() -> None:
 def test_what_is_no_source(source: Any) -> None:
     with pytest.raises(TypeError, match=f"cannot open {type(source).__name__}: need a path"):
         open_source(source)
+
+
+WORDS = array("Q", range(100))
+CONTENT = WORDS.tobytes()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        WORDS,
+        np.frombuffer(CONTENT, np.uint8),
+        np.arange(100, dtype=np.uint64).reshape(10, 10),
+        memoryview(CONTENT).cast("H"),
+    ],
+    ids=["array", "bytes of numpy", "numbers of numpy", "view"],
+)
+def test_whatever_holds_bytes_is_read_as_bytes(source: Source) -> None:
+    storage = open_source(source)
+    assert storage.size() == 800
+    assert read_bytes(storage, 3, 500) == CONTENT[3:503]
+    storage.close()
+
+
+def test_a_mapped_file_can_be_closed_by_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(CONTENT)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        storage = open_source(mapped)
+        assert storage.size() == 800
+        assert read_bytes(storage, 3, 500) == CONTENT[3:503]
+        storage.close()  # or leaving this block would fail
+
+
+def test_bytes_that_do_not_lie_together_are_no_source() -> None:
+    source: Any = np.frombuffer(CONTENT, np.uint8)[::2]
+    with pytest.raises(TypeError, match="cannot open ndarray: need a path"):
+        open_source(source)
+
+
+class Partial:
+    """Some of what a file object has."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return offset
+
+    def read(self, size: int = -1) -> bytes:
+        return b""
+
+
+class Odd(Partial):
+    """A file object that answers with what no binary file answers."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> Any:
+        return self.answer
+
+
+def test_what_only_seeks_and_reads_is_no_source() -> None:
+    source: Any = Partial()
+    with pytest.raises(TypeError, match="cannot open Partial: need a path"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("answer", ["text", 3, b"more than was wanted", object()])
+def test_what_does_not_read_bytes_fails_as_a_storage(answer: object) -> None:
+    source: Any = Odd(answer)
+    with pytest.raises(StorageError) as caught:
+        read_bytes(open_source(source), 0, 8)
+    assert (caught.value.offset, caught.value.length) == (0, 8)
+
+
+PACKED = gzip.compress(bytes(range(256)) * 64, mtime=0)
+
+
+def test_a_compressed_stream_is_read() -> None:
+    with gzip.GzipFile(fileobj=io.BytesIO(PACKED)) as stream:
+        storage = open_source(stream)  # type: ignore[arg-type]
+        assert storage.size() == 256 * 64
+        assert read_bytes(storage, 256 * 5 + 7, 3) == b"\7\x08\x09"
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        PACKED[: len(PACKED) // 2],
+        PACKED[:-8] + bytes(8),
+        PACKED[:10] + b"\xff" * 50,
+        b"no gzip" + PACKED,
+    ],
+    ids=["truncated", "wrong sum", "corrupt", "something else"],
+)
+def test_a_broken_compressed_stream_fails_as_a_storage(packed: bytes) -> None:
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+        storage = open_source(stream)  # type: ignore[arg-type]
+        for use in (storage.size, lambda: read_bytes(storage, 0, 256 * 64 + 1)):
+            with pytest.raises(StorageError) as caught:
+                use()
+            assert str(caught.value).isprintable()
 
 
 @pytest.fixture(scope="module")

@@ -218,6 +218,22 @@ def test_a_change_before_the_tables_were_read_is_noticed() -> None:
             _ = opened.problems
 
 
+@pytest.mark.parametrize("name", USES)
+def test_a_write_anywhere_is_noticed_even_by_what_is_known_already(name: str) -> None:
+    """The same metadata may stand in the same place again after two writes."""
+    storage = ScriptedStorage(build().data)
+    opened = qcow2bm.open(storage)
+    forced = qcow2bm.open(storage, force_share=True)
+    for image in (opened, forced):
+        assert image.bitmap(0).status == "valid"
+    expected = outcome(USES[name], forced)
+    assert outcome(USES[name], opened) == expected
+    storage.token = "written to"
+    assert outcome(USES[name], forced) == expected
+    changed = qcow2bm.ChangedWhileReadingError
+    assert outcome(USES[name], opened) is changed
+
+
 def test_the_other_bitmaps_may_change_once_the_status_is_known() -> None:
     """An entry is compared by itself: a bitmap does not fail for another one's sake."""
     image = build()

@@ -1,0 +1,97 @@
+"""The commands that `dump` prints for an image QEMU refuses: exactly as printed, they help."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.console import run
+from support.faults import IDS, broken, in_entry, in_header, patched
+from support.qemu import Disk
+
+from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, KINDS, REFUSED, TABLE
+
+REFUSED_IDS = [id for id in IDS if KINDS[id].severity == REFUSED]
+OF_BITMAPS = [
+    id for id in REFUSED_IDS if KINDS[id].structure in (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
+]
+OTHERWISE_BROKEN = ("bitmap-table.entry.unaligned",)
+"""Its clusters are of another size than those its refcounts count."""
+
+
+def recipe(data: bytes, folder: Path) -> list[str]:
+    """The commands that the dump of an image prints; the image is then in the folder."""
+    (folder / "vm.qcow2").write_bytes(data)
+    result = run(["dump", "vm.qcow2"], folder)
+    assert (result.status, result.err) == (2, "")
+    assert "QEMU will not open this image\n" in result.out
+    return re.findall(r"^  (printf .*|qemu-img .*)$", result.out, re.MULTILINE)
+
+
+def apply(command: str, folder: Path) -> int:
+    """The exit status of a command that somebody copied from the dump."""
+    line = command.replace("IMAGE", "vm.qcow2")
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=folder, capture_output=True, timeout=60, check=False
+    )
+    return done.returncode
+
+
+@pytest.mark.spec("CLI-16")
+@pytest.mark.parametrize("id", OF_BITMAPS)
+def test_without_its_bitmaps_the_image_opens_and_is_sound(id: str, tmp_path: Path) -> None:
+    data = broken(id)
+    start, repair = recipe(data, tmp_path)
+    assert apply(start, tmp_path) == 0
+    disk = Disk(tmp_path / "vm.qcow2")
+    left = disk.path.read_bytes()
+    assert [at for at, byte in enumerate(data) if left[at] != byte] == [95]
+    assert len(left) == len(data)
+    assert disk.listed() == []
+    if id in OTHERWISE_BROKEN:
+        return
+    assert apply(repair, tmp_path) == 0
+    assert disk.check().returncode == 0
+    disk.io("write -P 1 0 64k")
+    assert disk.check().returncode == 0
+
+
+@pytest.mark.parametrize("id", [id for id in REFUSED_IDS if id not in OF_BITMAPS])
+def test_what_lies_elsewhere_has_no_such_recipe(id: str, tmp_path: Path) -> None:
+    assert recipe(broken(id), tmp_path) == []
+
+
+def test_faults_of_both_kinds_have_no_recipe_either(tmp_path: Path) -> None:
+    both = patched(broken("header.crypt_method.unknown"), *in_entry(0, type=9))
+    assert recipe(both, tmp_path) == []
+
+
+@pytest.mark.spec("CLI-16")
+def test_other_autoclear_bits_survive(tmp_path: Path) -> None:
+    """The raw data file's bit says that the file can be read without the image."""
+    disk = Disk.create(
+        tmp_path / "vm.qcow2", 1 << 20, data_file=tmp_path / "raw", data_file_raw="on"
+    )
+    disk.add("daily", 65536)
+    data = bytearray(disk.path.read_bytes())
+    assert data[95] == 0b11
+    entry = int.from_bytes(data[data.index(b"\x23\x85\x28\x75") + 24 :][:8], "big")
+    data[entry + 16] = 9  # its type
+    for command in recipe(bytes(data), tmp_path):
+        assert apply(command, tmp_path) == 0
+    assert disk.path.read_bytes()[95] == 0b10
+    assert disk.info()["format-specific"]["data"]["data-file-raw"] is True
+    assert disk.check().returncode == 0
+
+
+@pytest.mark.spec("CLI-16")
+def test_bits_that_nobody_knows_survive(tmp_path: Path) -> None:
+    """Until QEMU opens the image for writing: it clears those, which is its business."""
+    bits = 1 << 63 | 0x85
+    data = patched(broken("directory-entry.type.unknown"), *in_header(autoclear_features=bits))
+    start, _ = recipe(data, tmp_path)
+    assert apply(start, tmp_path) == 0
+    left = (tmp_path / "vm.qcow2").read_bytes()
+    assert left == patched(data, *in_header(autoclear_features=bits - 1))
