@@ -25,7 +25,7 @@ from qcow2bm.format.features import Feature
 from qcow2bm.format.header import Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.sources import open_source
-from qcow2bm.store.directory import load_directory, verify_directory
+from qcow2bm.store.directory import load_directory, verify_directory, verify_entry
 from qcow2bm.store.load import BitmapBits, Totals
 from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, Status, judge
 from qcow2bm.store.tables import Clusters, Survey, Table, has_readable_table, survey
@@ -74,6 +74,9 @@ def open(
 
 class _Closed:
     """Stands in for what a closed Image no longer has."""
+
+    def close(self) -> None:
+        """May be called twice."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise StateError("closed", "open")
@@ -125,6 +128,8 @@ class Image:
         """Closes what `open` opened. May be called twice."""
         if self._owned:
             self._owned.close()
+        if hasattr(self, "_file"):
+            self._file.close()
         self._file = _Closed()  # type: ignore[assignment]
 
     @property
@@ -196,7 +201,8 @@ class Image:
     def problems(self) -> tuple[Problem, ...]:
         """Everything that is wrong with header, extensions, directory and tables.
 
-        The first use reads all bitmap tables; with ``force_share`` later ones know no more.
+        The first use reads all bitmap tables; with ``force_share``, and where the storage does
+        not tell of writes, later ones know no more.
 
         Raises:
             ImageLockedError: somebody writes to the image.
@@ -237,6 +243,12 @@ class Image:
                     by_bitmap.setdefault(found.bitmap_index, []).append(found)
             self._by_bitmap = by_bitmap  # only when it is complete: reading may have failed
         return self._by_bitmap.get(index, [])
+
+    def _verify(self, entry: DirectoryEntry) -> None:
+        """Looks at a stored entry again where the storage does not tell of writes."""
+        if not self._file.is_watched and entry.name_bytes is not None:
+            with self._file.lock():
+                verify_entry(self._file, entry)
 
     def _require_open(self) -> None:
         self._file.header  # noqa: B018  # raises StateError where the image is closed
@@ -428,8 +440,9 @@ class Bitmap:
 
     def _judge(self) -> tuple[Status, str]:
         image = self._image
-        image._require_open()
-        return judge(self.entry, image._directory, image._problems_of(self.index))
+        problems = image._problems_of(self.index)
+        image._verify(self.entry)
+        return judge(self.entry, image._directory, image._tables().distrust, problems)
 
     def _bits(self) -> BitmapBits:
         status, reason = self._judge()

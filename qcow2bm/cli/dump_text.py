@@ -10,7 +10,7 @@ from qcow2bm.api import Bitmap, Image
 from qcow2bm.cli.dump import Options, totals
 from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
 from qcow2bm.format.extensions import DATA_FILE
-from qcow2bm.format.features import KINDS
+from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, KINDS
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
 from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, VALID
@@ -159,6 +159,15 @@ def _print_problems(image: Image, problems: Sequence[Problem]) -> None:
         print(f"            ({found.id}{says})")
 
 
+def _needs(image: Image) -> str:
+    """What QEMU needs to check the image, as a remark behind the command."""
+    if image.header.crypt_method:
+        return "  # needs the key: see --object and --image-opts of qemu-img"
+    if image.header.incompatible_features & INCOMPATIBLE_DATA_FILE:
+        return "  # needs the data file in its place"
+    return ""
+
+
 def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[Problem]) -> None:
     """What it all means for backups, and for starting the VM."""
     statuses = Counter(bitmap.status for bitmap in bitmaps)
@@ -176,6 +185,6 @@ def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[P
         print(
             "to start the VM without its bitmaps, on a copy and with no VM running:\n"
             f"  printf '\\{byte:03o}' | dd of=IMAGE bs=1 seek={place} conv=notrunc\n"
-            "  qemu-img check -r leaks IMAGE\n"
+            f"  qemu-img check -r leaks IMAGE{_needs(image)}\n"
             "then take full backups: this gives up all bitmaps of the image, valid ones too"
         )

@@ -29,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse exits with 2 on wrong usage, which here means that problems were found."""
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace(_NAME, "").replace(repr(_NAME)[1:-1], "")
         say(f"{message}; see {self.prog} --help")
         sys.exit(USAGE)
 
@@ -71,9 +72,9 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """What may be options, and what comes behind --; a leading -- is behind the command."""
     if argv[:1] == ["--"]:
         argv = [*argv[1:2], *argv[:1], *argv[2:]]
-    argv = [f"--bitmap={_NAME}--" if option == "--bitmap=--" else option for option in argv]
     place = argv.index("--") if "--" in argv else len(argv)
-    return argv[:place], argv[place + 1 :]
+    options = [f"--bitmap={_NAME}--" if a == "--bitmap=--" else a for a in argv[:place]]
+    return options, argv[place + 1 :]
 
 
 def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:

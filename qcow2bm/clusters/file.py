@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
-from qcow2bm.errors import ChangedWhileReadingError, FormatError, LimitError
+from qcow2bm.errors import ChangedWhileReadingError, FormatError, LimitError, StateError
 from qcow2bm.format import extensions, features
 from qcow2bm.format.extensions import HeaderExtension
 from qcow2bm.format.features import Feature, FeatureNames
@@ -42,6 +42,7 @@ class ClusterFile:
         """
         self.storage = storage
         self._force_share = force_share
+        self._is_closed = False
         self._token = storage.change_token()
         self.file_size = storage.size()
         start = read_bytes(storage, 0, min(self.file_size, 1 << MIN_CLUSTER_BITS))
@@ -113,7 +114,16 @@ class ClusterFile:
             ImageLockedError: somebody writes to the image.
             StorageError: the file system has no locks.
         """
+        self._require_open()
         return nullcontext() if self._force_share else self.storage.read_lock()
+
+    def close(self) -> None:
+        """Ends all reading, also of a storage that stays open for its owner."""
+        self._is_closed = True
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise StateError("closed", "open")
 
     def verify(self) -> None:
         """Reads the header area again.
@@ -124,6 +134,11 @@ class ClusterFile:
         """
         if self.read(0, len(self._seen)) != self._seen:
             raise ChangedWhileReadingError(self.storage.name, "header")
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether `verify_untouched` notices every write."""
+        return not self._force_share and self._token is not None
 
     def verify_untouched(self) -> None:
         """Asks the storage whether anybody wrote to it, unless sharing is forced.
@@ -148,6 +163,7 @@ class ClusterFile:
             LimitError: not even the last cluster reaches there.
             StorageError: reading failed.
         """
+        self._require_open()
         if not self.contains(offset, len(buffer)):
             end = offset + len(buffer)
             raise LimitError("the end of a structure", end, self.file_size)

@@ -52,28 +52,38 @@ def snapshot_entries(file: ClusterFile) -> Iterator[SnapshotEntry]:
 def fixed_parts(file: ClusterFile, header_problems: Iterable[Problem]) -> Iterator[Part]:
     """Header, L1 table, refcount table and blocks, snapshot table, encryption header.
 
-    A field that is wrong by itself, by ``header_problems``, says nothing about where anything is.
+    Where ``header_problems`` say that a size is wrong, only the first cluster is known to be
+    taken; where an offset cannot be right, nothing is.
 
     Raises:
         StorageError: reading failed.
     """
-    header = file.header
+    header, cluster_size = file.header, file.cluster_size
     wrong = {name for problem in header_problems for name in (problem.field, problem.structure)}
-    yield Part("header", 0, file.cluster_size)
-    if not wrong & {"l1_size", "l1_table_offset"}:
-        yield Part("L1 table", header.l1_table_offset, 8 * header.l1_size)
-    if not wrong & {"refcount_table_clusters", "refcount_table_offset"}:
-        length = header.refcount_table_clusters * file.cluster_size
+    yield Part("header", 0, cluster_size)
+    if _is_place(file, header.l1_table_offset):
+        is_sized = not wrong & {"l1_size", "l1_table_offset"}
+        length = 8 * header.l1_size if is_sized else cluster_size
+        yield Part("L1 table", header.l1_table_offset, length)
+    if _is_place(file, header.refcount_table_offset):
+        is_sized = not wrong & {"refcount_table_clusters", "refcount_table_offset"}
+        length = cluster_size * (header.refcount_table_clusters if is_sized else 1)
         yield Part("refcount table", header.refcount_table_offset, length)
         yield from _refcount_blocks(file, file.read(header.refcount_table_offset, length))
-    if header.snapshots_offset and not wrong & {"nb_snapshots", "snapshots_offset", SNAPSHOT_TABLE}:
+    if header.nb_snapshots and _is_place(file, header.snapshots_offset):
         sizes = [entry.size for entry in snapshot_entries(file)]
-        if len(sizes) == header.nb_snapshots:
-            yield Part("snapshot table", header.snapshots_offset, sum(sizes))
+        is_sized = len(sizes) == header.nb_snapshots and SNAPSHOT_TABLE not in wrong
+        yield Part(
+            "snapshot table", header.snapshots_offset, sum(sizes) if is_sized else cluster_size
+        )
     crypto = file.find(extensions.CRYPTO)
     if crypto and not wrong & {"crypto header", "crypto header length"}:
         place = extensions.parse_crypto_header(crypto.data)
         yield Part("encryption header", place.offset, place.length)
+
+
+def _is_place(file: ClusterFile, offset: int) -> bool:
+    return offset > 0 and offset % file.cluster_size == 0 and offset < file.file_size
 
 
 def _refcount_blocks(file: ClusterFile, table: bytes) -> Iterator[Part]:

@@ -82,7 +82,9 @@ class StreamStorage:
     def size(self) -> int:
         """The present length in bytes."""
         with self._own_errors(0, 0):
-            return self._stream.seek(0, io.SEEK_END)
+            end = self._stream.seek(0, io.SEEK_END)
+            # Not every seek() returns the position, as it should.
+            return end if isinstance(end, int) else int(self._stream.tell())
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""

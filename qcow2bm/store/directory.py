@@ -18,6 +18,7 @@ from qcow2bm.format.directory import (
 from qcow2bm.format.directory import (
     Directory,
     DirectoryEntry,
+    build_entry,
     parse_directory,
 )
 from qcow2bm.format.extensions import (
@@ -111,6 +112,20 @@ def verify_directory(file: ClusterFile, directory: BitmapDirectory) -> None:
     if directory.extension and hash(_read(file, directory.extension)) != directory.fingerprint:
         raise ChangedWhileReadingError(file.storage.name, "bitmap directory")
     file.verify_untouched()
+
+
+def verify_entry(file: ClusterFile, entry: DirectoryEntry) -> None:
+    """Reads header area and one directory entry again, but for extra data, which may be much.
+
+    Raises:
+        ChangedWhileReadingError: they are no longer what they were.
+        StorageError: reading failed.
+    """
+    file.verify()
+    expected = build_entry(entry)[:ENTRY_LENGTH], entry.name_bytes
+    head = file.read(entry.offset, ENTRY_LENGTH)
+    if (head, file.read(entry.offset_of("name"), entry.name_size)) != expected:
+        raise ChangedWhileReadingError(file.storage.name, "bitmap directory entry")
 
 
 def _read(file: ClusterFile, extension: BitmapsExtension) -> bytes:

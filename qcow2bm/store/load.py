@@ -14,9 +14,9 @@ from qcow2bm.bits import plain
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import ChangedWhileReadingError, LimitError
-from qcow2bm.format.directory import HEAD_LENGTH as ENTRY_HEAD_LENGTH
-from qcow2bm.format.directory import DirectoryEntry, build_entry
+from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
+from qcow2bm.store.directory import verify_entry
 from qcow2bm.store.entries import MAX_BITMAP_BYTES
 from qcow2bm.store.tables import fingerprint, read_words, table_runs
 from qcow2bm.units import align_up, ceil_div
@@ -95,8 +95,6 @@ class BitmapBits:
         """``expected`` is the table's fingerprint when it was found sound, if it was."""
         self._file = file
         self._entry = entry
-        self._head = build_entry(entry)[:ENTRY_HEAD_LENGTH]
-        self._name = entry.name_bytes or b""
         self._expected = expected
         self._dirty_where_unknown = dirty_where_unknown
         self.bits = ceil_div(file.virtual_size, entry.granularity)
@@ -297,12 +295,7 @@ class BitmapBits:
     def _require_unchanged(self, words: array[int], first: int, stop: int) -> None:
         """Compares header, directory entry, and the table's entries from first to stop."""
         file, entry = self._file, self._entry
-        file.verify()
-        # Not the extra data between the two, of which there may be much.
-        head = file.read(entry.offset, len(self._head))
-        name = file.read(entry.offset_of("name"), len(self._name))
-        if (head, name) != (self._head, self._name):
-            raise ChangedWhileReadingError(file.storage.name, "bitmap directory entry")
+        verify_entry(file, entry)
         offset = entry.bitmap_table_offset + ENTRY_LENGTH * first
         expected = build_bitmap_table(words[first:stop])
         if file.read(offset, len(expected)) != expected:

@@ -39,6 +39,9 @@ class Overlaps:
         self._uses.append(_Use(name, owner, is_table))
         return len(self._uses) - 1
 
+    def __len__(self) -> int:
+        return len(self._ranges)
+
     def add(self, use: int, offset: int, length: int) -> None:
         """A range that is used for that."""
         if length:

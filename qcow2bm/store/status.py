@@ -20,17 +20,23 @@ BROKEN: Final = "broken"
 
 
 def judge(
-    entry: DirectoryEntry, directory: BitmapDirectory, problems: Iterable[Problem]
+    entry: DirectoryEntry,
+    directory: BitmapDirectory,
+    distrust: Problem | None,
+    problems: Iterable[Problem],
 ) -> tuple[Status, str]:
     """The status of a bitmap with these problems, and for a broken one what breaks it.
+
+    ``distrust`` is what the survey of all tables found against the directory as a whole.
 
     "stale" if the autoclear bit is off, else "broken" if its metadata cannot be trusted, else
     "inconsistent" if it is in_use, else "valid".
     """
     if not directory.is_consistent:
         return STALE, ""
-    if directory.distrust:
-        return BROKEN, directory.distrust.message
+    distrust = directory.distrust or distrust
+    if distrust:
+        return BROKEN, distrust.message
     for found in problems:
         if found.breaks_bitmap:
             return BROKEN, found.message

@@ -27,6 +27,8 @@ MAX_FAULTS_LISTED = 16
 
 MAX_TABLES_BYTES = 256 << 20
 """How much of tables is looked at in one image: far more than any image needs."""
+MAX_RANGES = 4_000_000
+"""How many separate ranges of bitmap data are remembered."""
 
 _BATCH_BYTES = 1 << 20
 
@@ -49,10 +51,15 @@ class Table(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """All tables of an image: one Table for each directory entry, None where none can be read."""
+    """All tables of an image: one Table for each directory entry, None where none can be read.
+
+    ``distrust`` is the problem for which no entry can be believed: the directory lies where
+    something else is.
+    """
 
     tables: tuple[Table | None, ...]
     problems: tuple[Problem, ...]
+    distrust: Problem | None = None
 
 
 def read_words(file: ClusterFile, entry: DirectoryEntry) -> array[int]:
@@ -95,19 +102,20 @@ def survey(
     if not directory.is_consistent or directory.distrust:
         return Survey(tuple(tables), ())
     overlaps = Overlaps(file.cluster_size)
-    with file.lock():
-        for part in fixed_parts(file, header_problems):
-            overlaps.add(overlaps.use(part.name), part.offset, part.length)
     if directory.extension:
         start = directory.extension.bitmap_directory_offset
         overlaps.add(overlaps.use(BITMAP_DIRECTORY), start, directory.size)
+    with file.lock():
+        for part in fixed_parts(file, header_problems):
+            overlaps.add(overlaps.use(part.name), part.offset, part.length)
+    distrust = next(overlaps.problems(), None)  # so far only of the directory
     readable = [entry for entry in directory.entries if has_readable_table(entry, file)]
     for entry in readable:
         use = overlaps.use(f"table of entry {entry.index}", entry.index, is_table=True)
         overlaps.add(use, entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size)
     overlapping = {found.bitmap_index for found in overlaps.problems()}
     problems: list[Problem] = []
-    for batch in _batches(readable, problems):
+    for batch in _batches(readable, overlaps, problems):
         with file.lock():
             read = [(entry, read_words(file, entry)) for entry in batch]
         for entry, words in read:
@@ -121,11 +129,11 @@ def survey(
             problems += _entry_faults(file, entry, words, counts[INVALID])
             clusters = Clusters(counts[ALL_ZEROES], counts[ALL_ONES], counts[ALLOCATED])
             tables[entry.index] = Table(clusters, fingerprint(words))
-    return Survey(tuple(tables), (*overlaps.problems(), *problems))
+    return Survey(tuple(tables), (*overlaps.problems(), *problems), distrust)
 
 
 def _batches(
-    entries: Iterable[DirectoryEntry], problems: list[Problem]
+    entries: Iterable[DirectoryEntry], overlaps: Overlaps, problems: list[Problem]
 ) -> Iterator[list[DirectoryEntry]]:
     """The entries whose tables are to be read, as many at once as have tables of 1 MiB."""
     batch: list[DirectoryEntry] = []
@@ -133,8 +141,12 @@ def _batches(
     for entry in entries:
         size = ENTRY_LENGTH * entry.bitmap_table_size
         total += size
-        if total > MAX_TABLES_BYTES:
-            reason = f"is not read: the tables before it have {MAX_TABLES_BYTES >> 20} MiB together"
+        if total > MAX_TABLES_BYTES or len(overlaps) > MAX_RANGES:
+            reason = (
+                f"is not read: the tables before it have {MAX_TABLES_BYTES >> 20} MiB together"
+                if total > MAX_TABLES_BYTES
+                else f"is not read: the data before it are in {MAX_RANGES} pieces"
+            )
             place = entry.bitmap_table_offset
             problems.append(problem("bitmap-table.limit", place, reason, entry.index))
             continue

@@ -60,13 +60,7 @@ def test_what_there_is_besides() -> None:
 NONSENSE: dict[str, list[Patch]] = {
     "refcount block unaligned": [(0x208, struct.pack(">Q", TABLES[DAILY] + 8))],
     "refcount block past the end": [(0x208, struct.pack(">Q", PAST_EOF))],
-    "too many snapshots": in_header(nb_snapshots=65537, snapshots_offset=TABLES[DAILY]),
     "snapshots unaligned": in_header(nb_snapshots=1, snapshots_offset=TABLES[DAILY] + 8),
-    "snapshots past the end": in_header(nb_snapshots=100, snapshots_offset=TABLES[DAILY]),
-    "snapshot with names that leave the file": [
-        *in_header(nb_snapshots=2, snapshots_offset=TABLES[DAILY]),
-        (TABLES[DAILY] + 12, b"\xff" * 4),  # their lengths, behind the table's only entry
-    ],
     "snapshots nowhere": in_header(nb_snapshots=1),
     "no snapshots": in_header(snapshots_offset=TABLES[DAILY]),
     "encryption header of no length": [*in_header(crypt_method=2), crypto(TABLES[DAILY], 8)],
@@ -79,6 +73,22 @@ NONSENSE: dict[str, list[Patch]] = {
 def test_a_field_that_is_wrong_leads_nowhere(case: str) -> None:
     found = [part for part in parts(*NONSENSE[case]) if part.length]
     assert found == PLAIN
+
+
+WRONG_SIZE: dict[str, list[Patch]] = {
+    "too many snapshots": in_header(nb_snapshots=65537, snapshots_offset=TABLES[DAILY]),
+    "snapshots past the end": in_header(nb_snapshots=100, snapshots_offset=TABLES[DAILY]),
+    "snapshot with names that leave the file": [
+        *in_header(nb_snapshots=2, snapshots_offset=TABLES[DAILY]),
+        (TABLES[DAILY] + 12, b"\xff" * 4),  # their lengths, behind the table's only entry
+    ],
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SIZE)
+def test_of_a_wrong_size_the_first_cluster_counts(case: str) -> None:
+    found = [part for part in parts(*WRONG_SIZE[case]) if part.length]
+    assert found == [*PLAIN, Part("snapshot table", TABLES[DAILY], CLUSTER)]
 
 
 TAKEN: dict[str, tuple[list[Patch], int, str]] = {

@@ -9,6 +9,7 @@ import pytest
 from support.faults import (
     CRASHED,
     DAILY,
+    PAST_EOF,
     TABLES,
     WEEKLY,
     Patch,
@@ -187,16 +188,39 @@ def test_what_overlaps_is_broken(patches: list[Patch], expected: list[str]) -> N
     "wrong",
     [
         in_header(l1_table_offset=0xE08),
-        in_header(l1_table_offset=0xE00, l1_size=1 << 23),
-        in_header(l1_table_offset=0xE00, l1_size=1),
         in_header(refcount_table_offset=0xE08),
-        in_header(refcount_table_offset=0xE00, refcount_table_clusters=1 << 20),
+        in_header(refcount_table_offset=PAST_EOF),
+        in_header(l1_size=1 << 23),
+        in_header(l1_size=1),
+        in_header(refcount_table_clusters=1 << 20),
     ],
 )
 def test_a_wrong_header_field_overlaps_nothing(wrong: list[Patch]) -> None:
     with open_patched(*wrong) as opened:
         assert {problem.structure for problem in opened.problems} == {"header"}
         assert statuses(opened) == ["valid", "valid", "inconsistent"]
+
+
+@pytest.mark.spec("TAB-2")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        in_header(l1_table_offset=0xE00, l1_size=1 << 23),
+        in_header(l1_table_offset=0xE00, l1_size=1),
+        in_header(refcount_table_offset=0xE00, refcount_table_clusters=1 << 20),
+        in_header(snapshots_offset=0xE00, nb_snapshots=60000),
+    ],
+)
+def test_a_wrong_size_hides_no_overlap(wrong: list[Patch]) -> None:
+    with open_patched(*wrong) as opened:
+        assert statuses(opened)[0] == "broken"
+
+
+@pytest.mark.spec("TAB-2")
+def test_a_directory_where_something_else_is_breaks_all() -> None:
+    with open_patched((0x208, struct.pack(">Q", 0xC00))) as opened:  # a second refcount block
+        assert [p.id for p in opened.problems] == ["bitmap-directory.overlap"]
+        assert statuses(opened) == ["broken"] * 3
 
 
 @pytest.mark.spec("TAB-2")

@@ -6,6 +6,7 @@ also zeros the bitmap data: who mixes old metadata with new data then reads "cle
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -280,3 +281,25 @@ def test_every_read_may_fail_and_the_next_try_works(
             assert script.fired
             assert outcome(use, opened) == expected
     assert number > 5
+
+
+@pytest.mark.parametrize("force_share", [False, True])
+def test_a_status_is_asked_for_again_where_nobody_tells_of_writes(force_share: bool) -> None:
+    """Block devices have no time of the last write, and with forced sharing it means nothing."""
+    image = build()
+    opened = qcow2bm.open(ScriptedStorage(image.data), force_share=force_share)
+    bitmap = opened.bitmap(0)
+    assert bitmap.status == "valid"
+    image.plant(image.entries[0].flags | FLAG_IN_USE, "directory-entry", 0, "flags")
+    with pytest.raises(qcow2bm.ChangedWhileReadingError):
+        _ = bitmap.status
+
+
+def test_extents_of_a_stream_end_where_the_image_is_closed() -> None:
+    image = build()
+    with small_chunks(), mock.patch("qcow2bm.store.load._MANY_EXTENTS", 1):
+        with qcow2bm.open(io.BytesIO(image.data)) as opened:
+            extents = opened.bitmap(0).extents()
+            next(extents)
+        with pytest.raises(qcow2bm.StateError):
+            list(extents)

@@ -28,6 +28,9 @@ class Recorder(ScriptedStorage):
         self.held: list[int] = []
         self.is_held = False
 
+    def change_token(self) -> object:
+        return "nobody writes"
+
     @contextmanager
     def read_lock(self) -> Iterator[None]:
         assert not self.is_held
