@@ -18,7 +18,7 @@ from qcow2bm.format.directory import (
 from qcow2bm.format.directory import (
     Directory,
     DirectoryEntry,
-    build_entry,
+    build_entry_head,
     parse_directory,
 )
 from qcow2bm.format.extensions import (
@@ -122,7 +122,7 @@ def verify_entry(file: ClusterFile, entry: DirectoryEntry) -> None:
         StorageError: reading failed.
     """
     file.verify()
-    expected = build_entry(entry)[:ENTRY_LENGTH], entry.name_bytes
+    expected = build_entry_head(entry), entry.name_bytes
     head = file.read(entry.offset, ENTRY_LENGTH)
     if (head, file.read(entry.offset_of("name"), entry.name_size)) != expected:
         raise ChangedWhileReadingError(file.storage.name, "bitmap directory entry")

@@ -6,6 +6,12 @@ import construct
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcow2bm.format.directory import (
+    HEAD_LENGTH,
+    build_entry,
+    build_entry_head,
+    parse_directory,
+)
 from qcow2bm.format.extensions import END, EXTENSION, parse_extensions
 
 _lengths = st.one_of(st.integers(0, 40), st.sampled_from([0xFFFFFFFF, 0x80000000]))
@@ -40,3 +46,11 @@ def test_header_extensions(data: bytes) -> None:
         raise AssertionError(f"construct reads {fields} where the fast reader does not")
     assert area.end == data[end : end + 8]
     assert not area.end or area.end[:4] == bytes(4)
+
+
+@given(st.binary(min_size=HEAD_LENGTH, max_size=HEAD_LENGTH), st.binary(max_size=40))
+def test_heads_of_directory_entries(head: bytes, rest: bytes) -> None:
+    for entry in parse_directory(head + rest, 0, 10).entries:
+        assert build_entry_head(entry) == (head + rest)[entry.offset :][:HEAD_LENGTH]
+        if entry.name_bytes is not None:
+            assert build_entry(entry).startswith(build_entry_head(entry))
