@@ -22,7 +22,7 @@ from qcow2bm.errors import (
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import Feature
-from qcow2bm.format.header import Header
+from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.sources import open_source
 from qcow2bm.store.directory import load_directory, verify_directory, verify_entry
@@ -160,8 +160,8 @@ class Image:
     @property
     def refcount_bits(self) -> int | None:
         """The width of a refcount in bits; None where the header says nonsense."""
-        order = self._file.header.refcount_order
-        return 1 << order if order <= 6 else None
+        header = self._file.header
+        return header.refcount_bits if header.refcount_order <= MAX_REFCOUNT_ORDER else None
 
     @property
     def backing_file(self) -> str | None:

@@ -16,6 +16,7 @@ from qcow2bm.cli.dump import Options, totals
 from qcow2bm.format.directory import FLAG_NAMES, TYPE_DIRTY_TRACKING
 from qcow2bm.format.features import KINDS
 from qcow2bm.problems import Problem
+from qcow2bm.store.entries import GRANULARITY_BITS_LIMIT
 from qcow2bm.store.status import VALID
 
 SCHEMA = 1
@@ -109,7 +110,9 @@ def _bitmap(bitmap: Bitmap, options: Options) -> str:
     if entry.name_bytes is not None and facts["name"] != entry.name:
         facts["name-hex"] = entry.name_bytes.hex()
     facts |= {
-        "granularity": bitmap.granularity if entry.granularity_bits < 64 else None,
+        "granularity": bitmap.granularity
+        if entry.granularity_bits < GRANULARITY_BITS_LIMIT
+        else None,
         "flags": [name for bit, name in FLAG_NAMES.items() if entry.flags & bit],
         "type": "dirty-tracking" if entry.type == TYPE_DIRTY_TRACKING else entry.type,
         "status": status,

@@ -13,6 +13,7 @@ from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, KINDS
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
+from qcow2bm.store.entries import GRANULARITY_BITS_LIMIT
 from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, VALID
 from qcow2bm.units import escape, format_size
 
@@ -101,7 +102,7 @@ def _image_facts(image: Image) -> Iterator[tuple[str, str]]:
 def _bitmap_facts(image: Image, bitmap: Bitmap, options: Options) -> Iterator[tuple[str, str]]:
     entry, status = bitmap.entry, bitmap.status
     yield "status", _MEANING[status]
-    if entry.granularity_bits < 64:
+    if entry.granularity_bits < GRANULARITY_BITS_LIMIT:
         yield "granularity", _size(bitmap.granularity)
     flags = [name for bit, name in FLAG_NAMES.items() if entry.flags & bit]
     unknown = entry.flags & ~KNOWN_FLAGS

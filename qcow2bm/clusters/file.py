@@ -75,8 +75,13 @@ class ClusterFile:
         header = self.header
         return header.version == 2 or V3_LENGTH <= header.header_length <= self.cluster_size
 
+    @property
+    def extensions_end(self) -> int:
+        """The host offset behind the last header extension, where the end marker stands."""
+        return self.extensions_offset + sum(e.size for e in self.area.extensions)
+
     def _used_length(self) -> int:
-        end = self.extensions_offset + sum(e.size for e in self.area.extensions) + 8
+        end = self.extensions_end + 8  # the end marker
         header = self.header
         if header.backing_file_offset <= self.cluster_size:
             end = max(end, header.backing_file_offset + header.backing_file_size)

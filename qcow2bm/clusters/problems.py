@@ -245,7 +245,7 @@ def _extensions(file: ClusterFile) -> Iterator[Problem]:
                 place + 4,
                 f"is {length}, must be {extensions.BITMAPS_LENGTH}",
             )
-    end = file.extensions_offset + sum(extension.size for extension in area.extensions)
+    end = file.extensions_end
     if area.fault:
         yield problem("header-extension.length.too-large", area.fault.offset, area.fault.reason)
     elif len(area.end) < extensions.HEAD_LENGTH and file.has_extension_area:
