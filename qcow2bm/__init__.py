@@ -17,58 +17,75 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qcow2bm.api import Bitmap, Image, open
+    from qcow2bm.api import Bitmap, Edit, Image, open
+    from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
         BitmapBrokenError,
         BitmapError,
+        BitmapExistsError,
         BitmapInconsistentError,
         BitmapNotFoundError,
         BitmapStaleError,
         ChangedWhileReadingError,
+        CommitError,
         FormatError,
         ImageLockedError,
         LimitError,
         Qcow2BmError,
+        ReadOnlyImageError,
         ShortReadError,
         StateError,
         StorageError,
         UnsupportedError,
     )
     from qcow2bm.problems import Problem
-    from qcow2bm.storage.base import Storage
+    from qcow2bm.storage.base import Storage, WritableStorage
     from qcow2bm.store.load import Totals
 
 __all__ = [
+    "Barrier",
     "Bitmap",
     "BitmapBrokenError",
     "BitmapError",
+    "BitmapExistsError",
     "BitmapInconsistentError",
     "BitmapNotFoundError",
     "BitmapStaleError",
     "ChangedWhileReadingError",
+    "CommitError",
+    "Edit",
     "FormatError",
     "Image",
     "ImageLockedError",
     "LimitError",
+    "Plan",
     "Problem",
     "Qcow2BmError",
+    "ReadOnlyImageError",
     "ShortReadError",
     "StateError",
     "Storage",
     "StorageError",
     "Totals",
     "UnsupportedError",
+    "WritableStorage",
+    "Write",
     "__version__",
     "open",
 ]
 
 _HOMES = {
+    "Barrier": "qcow2bm.clusters.plan",
     "Bitmap": "qcow2bm.api",
+    "Edit": "qcow2bm.api",
     "Image": "qcow2bm.api",
+    "Plan": "qcow2bm.clusters.plan",
     "open": "qcow2bm.api",
     "Problem": "qcow2bm.problems",
     "Storage": "qcow2bm.storage.base",
     "Totals": "qcow2bm.store.load",
+    "WritableStorage": "qcow2bm.storage.base",
+    "Write": "qcow2bm.clusters.plan",
 }
 
 

@@ -1,22 +1,24 @@
-"""The library's front: open an image, look at its bitmaps. No rules of its own."""
+"""The library's front: open an image, look at its bitmaps, edit them. No rules of its own."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from itertools import islice
+from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import (
     BitmapBrokenError,
+    BitmapError,
     BitmapInconsistentError,
     BitmapNotFoundError,
     BitmapStaleError,
-    FormatError,
+    Qcow2BmError,
+    ReadOnlyImageError,
     StateError,
 )
 from qcow2bm.format.directory import DirectoryEntry
@@ -24,10 +26,12 @@ from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
-from qcow2bm.storage.sources import open_source
+from qcow2bm.storage.base import Storage, WritableStorage
+from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.store.directory import load_directory, verify_directory, verify_entry
+from qcow2bm.store.entries import why_not_found
 from qcow2bm.store.load import BitmapBits, Totals
-from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, Status, judge
+from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, Status, as_error, judge
 from qcow2bm.store.tables import Clusters, Survey, Table, has_readable_table, survey
 from qcow2bm.units import escape
 
@@ -35,34 +39,51 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qcow2bm.bits.algebra import Op
     from qcow2bm.storage.sources import Source
+    from qcow2bm.store.edit import Draft, Ranges
 
 
 def open(
-    source: Source, mode: str = "r", *, strict: bool = False, force_share: bool = False
+    source: Source,
+    mode: str = "r",
+    *,
+    strict: bool = False,
+    force_share: bool = False,
+    lock_timeout: float = 0,
+    locking: bool = True,
 ) -> Image:
-    """Opens a qcow2 image for looking at its bitmaps.
+    """Opens a qcow2 image for looking at its bitmaps, or for editing them.
 
     Args:
         source: a path, a bytes-like object, a seekable binary file (which stays open), or any
             `Storage`. Only regular files and block devices are opened by path, and no file
             that an image names is ever touched (INV-NOPATH).
-        mode: "r", to read.
+        mode: "r" to read, "r+" to edit as well. For editing, ``source`` is a path, a bytearray or
+            a `WritableStorage`, and nobody else can use the image while it is open.
         strict: raise on the first fault for which QEMU would refuse the image or a bitmap
             cannot be used, instead of listing it in `Image.problems`. A bitmap in use is no
             fault.
         force_share: read even while another process writes, without taking locks. What is
-            then read is still checked for not having changed meanwhile.
+            then read is still checked for not having changed meanwhile. Not for editing.
+        lock_timeout: for editing, how many seconds to wait until nobody uses the image.
+        locking: False to edit without QEMU's locks, where the file system has none. Then
+            nothing keeps a VM from using the image meanwhile, which would destroy it.
 
     Raises:
         FormatError: not a qcow2 image, or with ``strict`` any such fault.
-        UnsupportedError: a version of qcow2 other than 2 and 3.
-        ImageLockedError: somebody writes to the image.
+        UnsupportedError: a version of qcow2 other than 2 and 3; or ``source`` cannot be edited.
+        ImageLockedError: somebody writes to the image, or for editing: uses it.
         StorageError: it cannot be opened, read, or locked.
     """
-    if mode != "r":
-        raise ValueError(f"mode is {mode!r}, must be 'r'")
-    image = Image(source, force_share=force_share)
+    if mode not in ("r", "r+"):
+        raise ValueError(f"mode is {mode!r}, must be 'r' or 'r+'")
+    if mode == "r+" and force_share:
+        raise ValueError("force_share is for reading; an image is not edited while others write")
+    if mode == "r" and (lock_timeout or not locking):
+        raise ValueError("lock_timeout and locking are for mode 'r+'")
+    storage = open_source(source) if mode == "r" else open_writable(source, locking=locking)
+    image = Image(storage, storage is not source, force_share, mode == "r+", lock_timeout)
     if strict:
         try:
             image.raise_first_problem()
@@ -72,39 +93,70 @@ def open(
     return image
 
 
-class _Closed:
-    """Stands in for what a closed Image no longer has."""
+class _Gone:
+    """Stands in for what an Image no longer has."""
+
+    def __init__(self, state: str, required: str) -> None:
+        self._error = state, required
 
     def close(self) -> None:
         """May be called twice."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise StateError("closed", "open")
+        raise StateError(*self._error)
 
 
 class Image:
-    """A qcow2 image, open for reading: what its header says, and its bitmaps.
+    """A qcow2 image: what its header says, and its bitmaps.
 
-    Made by `open`; a context manager; belongs to one thread. Locks are held only while
-    something is read, not while the Image is open.
+    Made by `open`; a context manager; belongs to one thread. Open for reading it holds locks
+    only while something is read, open for editing all the time.
+
+    Attributes:
+        name: the path, or what else the storage calls itself.
+        bitmaps: the bitmaps by name; made anew by every commit, after which a `Bitmap` from
+            before raises `StateError`.
     """
 
-    def __init__(self, source: Source, *, force_share: bool = False) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        is_owner: bool,
+        force_share: bool = False,
+        is_writable: bool = False,
+        lock_timeout: float = 0,
+    ) -> None:
         """See `open`."""
-        storage = open_source(source)
         self.name = storage.name
-        self._owned = None if storage is source else storage
-        self._survey: Survey | None = None
-        self._by_bitmap: dict[int, list[Problem]] | None = None
+        self._storage = storage
+        self._force_share = force_share
+        self._is_writable = is_writable
+        self._edit: Edit | None = None
+        self._generation = 0
+        self._opened = ExitStack()
+        if is_owner:
+            self._opened.callback(storage.close)
         try:
-            with nullcontext() if force_share else storage.read_lock():
-                self._file = ClusterFile(storage, force_share=force_share)
-                self._header_problems = header_problems(self._file)
-                self._directory = load_directory(self._file, self._header_problems)
-                verify_directory(self._file, self._directory)
+            if is_writable:
+                lock = cast("WritableStorage", storage).write_lock(lock_timeout)
+                self._opened.enter_context(lock)
+            self._load()
         except BaseException:
             self.close()
             raise
+
+    def _load(self) -> None:
+        """Reads header and directory, and makes `bitmaps`."""
+        self._survey: Survey | None = None
+        self._by_bitmap: dict[int, list[Problem]] | None = None
+        lock = ExitStack()
+        with lock:
+            if not self._force_share:
+                lock.enter_context(self._storage.read_lock())
+            self._file = ClusterFile(self._storage, force_share=self._force_share)
+            self._header_problems = header_problems(self._file)
+            self._directory = load_directory(self._file, self._header_problems)
+            verify_directory(self._file, self._directory)
         self.bitmaps: Mapping[str, Bitmap] = _Bitmaps(self)
 
     def __enter__(self) -> Image:
@@ -126,11 +178,14 @@ class Image:
 
     def close(self) -> None:
         """Closes what `open` opened. May be called twice."""
-        if self._owned:
-            self._owned.close()
+        self._leave("closed", "open")
+        self._opened.close()
+
+    def _leave(self, state: str, required: str) -> None:
+        """Lets nothing read the image as it was."""
         if hasattr(self, "_file"):
             self._file.close()
-        self._file = _Closed()  # type: ignore[assignment]
+        self._file = _Gone(state, required)  # type: ignore[assignment]
 
     @property
     def header(self) -> Header:
@@ -220,7 +275,7 @@ class Image:
         """
         if not 0 <= index < len(self.directory):
             raise BitmapNotFoundError(f"@{index}")
-        return Bitmap(self, self.directory[index])
+        return Bitmap(self, self.directory[index], self._generation)
 
     def raise_first_problem(self) -> None:
         """Does nothing if the image has no problem but remarks; what ``strict`` reading does.
@@ -230,9 +285,28 @@ class Image:
         """
         for found in self.problems:
             if found.is_serious:
-                place, _, reason = found.message.partition(f" at {found.offset:#x} ")
-                structure, _, field = place.partition(": ")
-                raise FormatError(structure, field, found.offset, reason)
+                raise as_error(found)
+
+    def edit(self, *, dry_run: bool = False) -> Edit:
+        """Begins an edit: ``with image.edit() as edit:``.
+
+        All its operations are committed together when the block ends; if it ends by an
+        exception, nothing is written. With ``dry_run`` nothing is ever written, and an image open
+        for reading will do.
+
+        Raises:
+            ReadOnlyImageError: the image is open for reading only.
+            StateError: it is closed, or an edit is going on.
+            FormatError: the image has a fault on which an edit must not build.
+            UnsupportedError: it is of version 2.
+            StorageError: reading failed.
+        """
+        self._require_open()
+        if not self._is_writable and not dry_run:
+            raise ReadOnlyImageError()
+        if self._edit:
+            raise StateError("being edited", "left alone until that is done")
+        return Edit(self, dry_run=dry_run)
 
     def _problems_of(self, index: int) -> list[Problem]:
         self._tables()  # asks whether the image is still what it was
@@ -259,7 +333,7 @@ class Image:
             found = survey(self._file, self._directory, self._header_problems)
             with self._file.lock():
                 verify_directory(self._file, self._directory)
-            self._survey = found
+            self._survey = found._replace(ranges=())  # which can be many
         self._file.verify_untouched()
         return self._survey
 
@@ -272,6 +346,7 @@ class _Bitmaps(Mapping[str, "Bitmap"]):
 
     def __init__(self, image: Image) -> None:
         self._image = image
+        self._generation = image._generation
         names = Counter(entry.name for entry in image.directory)
         self._entries = {
             entry.name: entry
@@ -283,15 +358,13 @@ class _Bitmaps(Mapping[str, "Bitmap"]):
         entry = self._entries.get(name)
         if entry is None:
             raise BitmapNotFoundError(str(name), self._why_not(name))
-        return Bitmap(self._image, entry)
+        return Bitmap(self._image, entry, self._generation)
 
     def _why_not(self, name: object) -> str:
         same = [f"@{entry.index}" for entry in self._image.directory if entry.name == name]
         if same:
             return f"is the name of several entries: {', '.join(same)}"
-        known = ", ".join(f'"{escape(found)}"' for found in islice(self, 5))
-        more = ", ..." if len(self) > 5 else ""
-        return f"not found; the image has {known}{more}" if known else "not found: it has none"
+        return why_not_found(self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -311,13 +384,28 @@ class Bitmap:
     writes. `stale_bits` is the one way to see the bits of any other.
     """
 
-    def __init__(self, image: Image, entry: DirectoryEntry) -> None:
+    def __init__(self, image: Image, entry: DirectoryEntry, generation: int) -> None:
         """Made by `Image.bitmaps` and `Image.bitmap`."""
-        self._image = image
-        self.entry = entry
+        self._owner = image
+        self._entry = entry
+        self._generation = generation
 
     def __repr__(self) -> str:
-        return f"<qcow2bm.Bitmap {self.entry.index} {self.name!r} of {self._image.name!r}>"
+        entry = self._entry
+        return f"<qcow2bm.Bitmap {entry.index} {entry.name!r} of {self._owner.name!r}>"
+
+    @property
+    def _image(self) -> Image:
+        if self._generation != self._owner._generation:
+            subject = f'the Bitmap "{escape(self._entry.name or "")}"'
+            raise StateError("outdated by a commit", "looked up again", subject)
+        return self._owner
+
+    @property
+    def entry(self) -> DirectoryEntry:
+        """Its directory entry; this and all else raises `StateError` after a commit."""
+        self._image  # noqa: B018  # raises
+        return self._entry
 
     @property
     def index(self) -> int:
@@ -461,3 +549,223 @@ class Bitmap:
         if not self.has_stale_bits:
             raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
         return BitmapBits(file, self.entry, None, dirty_where_unknown=True)
+
+
+class Edit:
+    """Changes to the bitmaps of an image, written together when the ``with`` block ends.
+
+    Made by `Image.edit`. Every operation sees the effect of those before it, and raises before
+    anything is written. Sizes and ranges are in guest bytes.
+    """
+
+    def __init__(self, image: Image, *, dry_run: bool) -> None:
+        """See `Image.edit`."""
+        from qcow2bm.store.edit import Draft, require_editable
+
+        file, directory = image._file, image._directory
+        self._image = image
+        self._dry_run = dry_run
+        self._survey = survey(file, directory, image._header_problems)
+        require_editable(file, directory, self._survey, image._header_problems)
+        self._open_draft: Draft | None = Draft(file, directory)
+        image._edit = self
+
+    def __enter__(self) -> Edit:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if not error and not self._dry_run:
+                self._commit(self.plan())
+        finally:
+            self._open_draft = None
+            self._image._edit = None
+
+    @property
+    def _draft(self) -> Draft:
+        if self._open_draft is None:
+            raise StateError("finished", "begun anew with Image.edit", "the edit")
+        self._image._require_open()
+        return self._open_draft
+
+    def _commit(self, plan: Plan) -> None:
+        image = self._image
+        if not plan.steps:
+            return
+        try:
+            execute(plan, cast("WritableStorage", image._storage))
+        except BaseException:
+            image._leave("in doubt after a failed commit", "opened again")
+            raise
+        image._file.close()
+        image._generation += 1
+        try:
+            image._load()
+        except Qcow2BmError:  # what was to be done is done
+            image._leave("unreadable after a commit", "opened again")
+
+    def plan(self) -> Plan:
+        """What a commit would do now: every write and every barrier, in order.
+
+        Raises:
+            FormatError: the refcounts are damaged.
+            LimitError: a structure would grow too large.
+            ChangedWhileReadingError: somebody wrote to the image, locks or not.
+            StorageError: there is no room, or reading failed.
+            UnsupportedError: the header is laid out in a way that cannot be changed safely.
+        """
+        from qcow2bm.store.commit import plan_commit
+
+        image, storage = self._image, self._image._storage
+        writable = storage.capacity() if isinstance(storage, WritableStorage) else None
+        plan = plan_commit(image._file, image._directory, self._survey, self._draft, writable)
+        with image._file.lock():
+            verify_directory(image._file, image._directory)
+        return plan
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all bitmaps as they are now in the edit, in the order of the directory."""
+        return self._draft.names
+
+    def add(self, name: str, granularity: int | None = None, enabled: bool = True) -> None:
+        """Adds a clean bitmap.
+
+        Args:
+            name: of 1 to 1023 bytes.
+            granularity: a power of two from 512 to 2 GiB; by default that of QEMU, the cluster
+                size within 4 KiB to 64 KiB.
+            enabled: whether it is to record writes.
+
+        Raises:
+            BitmapExistsError: the image has one of that name.
+            BitmapStaleError: the image has outdated bitmaps; `remove_all` drops them.
+            LimitError: there would be too many, or it would be larger than QEMU allows.
+            ValueError: QEMU could not use such a name or granularity.
+        """
+        self._draft.add(name, granularity, enabled=enabled)
+
+    def remove(self, name: str) -> None:
+        """Removes a bitmap, the only thing that can be done to one that is in_use.
+
+        Raises:
+            BitmapNotFoundError, BitmapStaleError.
+        """
+        self._draft.remove(name)
+
+    def remove_all(self) -> None:
+        """Removes all bitmaps, stale ones too; the clusters of those leak."""
+        self._draft.remove_all()
+
+    def clear(self, name: str) -> None:
+        """Makes a bitmap clean. Like all that follows, it raises what `disable` does."""
+        self._draft.clear(name)
+
+    def enable(self, name: str) -> None:
+        """Makes a bitmap record writes from now on; raises as `disable` does."""
+        self._draft.enable(name, enabled=True)
+
+    def disable(self, name: str) -> None:
+        """Makes a bitmap record no more writes.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+            BitmapInconsistentError: it is in_use.
+            BitmapStaleError: the bitmaps of this image are outdated.
+            BitmapBrokenError: its table does not fit the disk (not here, nor in `rename`).
+        """
+        self._draft.enable(name, enabled=False)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Gives a bitmap another name; it keeps its place in the directory.
+
+        Raises:
+            As `disable` does.
+            BitmapExistsError: the new name is taken.
+            ValueError: QEMU could not use the new name.
+        """
+        self._draft.rename(name, new_name)
+
+    def copy(self, name: str, new_name: str, granularity: int | None = None) -> None:
+        """Adds a bitmap with what another has: the same bits and flags, or another granularity.
+
+        A coarser copy is dirty wherever anything it covers is dirty.
+
+        Raises:
+            As `disable` and `add` do.
+        """
+        self._draft.copy(name, new_name, granularity)
+
+    def set(self, name: str, start: int, length: int) -> None:
+        """Makes a range dirty, widened to whole granules.
+
+        Raises:
+            As `disable` does.
+            ValueError: the range reaches beyond the disk.
+        """
+        self._draft.fill(name, [(start, length)], is_set=True)
+
+    def reset(self, name: str, start: int, length: int) -> None:
+        """Makes a range clean, narrowed to whole granules; raises as `set` does."""
+        self._draft.fill(name, [(start, length)], is_set=False)
+
+    def set_many(self, name: str, ranges: Ranges) -> None:
+        """As `set`, for int64[n, 2] of (start, length) or pairs of int; all of them or none."""
+        self._draft.fill(name, ranges, is_set=True)
+
+    def reset_many(self, name: str, ranges: Ranges) -> None:
+        """As `reset`, for int64[n, 2] of (start, length) or pairs of int; all of them or none."""
+        self._draft.fill(name, ranges, is_set=False)
+
+    def invert(self, name: str) -> None:
+        """Makes the dirty parts of the disk clean and the clean ones dirty; raises as `disable`."""
+        self._draft.invert(name)
+
+    def merge(self, target: str, source: str | Bitmap, op: Op = "or") -> None:
+        """Combines what ``target`` records with what ``source`` records.
+
+        The operation is done at the finer granularity of the two. If that is the source's, a
+        granule of the target is dirty if anything in it is.
+
+        Args:
+            target: the bitmap that changes.
+            source: the name of another bitmap in this edit; or a Bitmap, of any image whose disk
+                has the same size, as it is stored.
+            op: "or", "and", "xor", or "subtract" (what the source has, the target loses).
+
+        Raises:
+            As `disable` does, for either.
+            BitmapError: the disks differ in size.
+            LimitError: the granularities are further apart than QEMU's can be.
+        """
+        if op not in ("or", "and", "xor", "subtract"):
+            raise ValueError(f'op is {op!r}, must be "or", "and", "xor" or "subtract"')
+        if isinstance(source, str):
+            self._draft.merge(target, source, op)
+            return
+        from qcow2bm.store.draft import PackedSource
+
+        size, own_size = source._image.virtual_size, self._image.virtual_size
+        if size != own_size:
+            reason = f"belongs to a disk of {size} bytes, but this one has {own_size}"
+            raise BitmapError(source.name, reason)
+        self._draft.find(target)
+        packed = PackedSource(source.packed(), source.granularity, size)
+        self._draft.merge(target, packed, op)
+
+    def fit(self, name: str) -> None:
+        """Makes a bitmap fit the disk after a resize by a program that left it as it was.
+
+        What lies past the disk is dropped. What the bitmap did not cover is dirty, and with it all
+        that the last cluster of its data covers: where in that the disk ended is not known.
+
+        Raises:
+            As `disable` does.
+            LimitError: a bitmap of this granularity would be larger than QEMU allows.
+        """
+        self._draft.fit(name)

@@ -8,14 +8,17 @@ The axis is whose fault it is and what the caller may do next::
     ├─ LimitError                legal, but beyond a limit of this library or of QEMU
     ├─ BitmapError               one bitmap cannot serve the request
     │  ├─ BitmapNotFoundError       (also KeyError) no usable bitmap of that name
+    │  ├─ BitmapExistsError         the name is taken
     │  ├─ BitmapInconsistentError   in_use is set: writes may be missing from it
     │  ├─ BitmapStaleError          the autoclear bit is off: all bitmaps are outdated
     │  └─ BitmapBrokenError         its metadata cannot be trusted
     ├─ StateError                called at the wrong time
-    └─ StorageError              (also OSError) the storage failed
-       ├─ ShortReadError            fewer bytes than the file claimed to have
-       ├─ ImageLockedError          another process uses the image
-       └─ ChangedWhileReadingError  the image was modified under the reader
+    │  └─ ReadOnlyImageError        the image was opened for reading only
+    ├─ StorageError              (also OSError) the storage failed
+    │  ├─ ShortReadError            fewer bytes than the file claimed to have
+    │  ├─ ImageLockedError          another process uses the image
+    │  └─ ChangedWhileReadingError  the image was modified under the reader
+    └─ CommitError               a commit failed; says whether the edit took effect
 
 Plain ``ValueError`` and ``TypeError`` are raised for bad arguments. Every error is built
 from typed attributes, survives pickle, and its message is one printable line.
@@ -24,6 +27,7 @@ from typed attributes, survives pickle, and its message is one printable line.
 from __future__ import annotations
 
 import errno as _errno
+from typing import Literal
 
 from qcow2bm.units import escape
 
@@ -88,6 +92,12 @@ class BitmapNotFoundError(BitmapError, KeyError):
     default_reason = "not found"
 
 
+class BitmapExistsError(BitmapError):
+    """The image has a bitmap of that name already."""
+
+    default_reason = "already exists"
+
+
 class BitmapInconsistentError(BitmapError):
     """The bitmap is in_use: whoever wrote the image never stored it, so bits may be missing."""
 
@@ -113,31 +123,51 @@ class BitmapBrokenError(BitmapError):
 
 
 class StateError(Qcow2BmError):
-    """Called at the wrong time: the image is in ``state`` where ``required`` is needed."""
+    """Called at the wrong time: ``subject`` is in ``state`` where ``required`` is needed."""
 
-    def __init__(self, state: str, required: str) -> None:
-        self.state, self.required = state, required
-        super().__init__(f"the image is {state}, but must be {required}", state, required)
+    def __init__(self, state: str, required: str, subject: str = "the image") -> None:
+        self.state, self.required, self.subject = state, required, subject
+        message = f"{subject} is {state}, but must be {required}"
+        super().__init__(message, state, required, subject)
+
+
+class ReadOnlyImageError(StateError):
+    """The image was opened for reading, and an edit needs ``open(path, "r+")``."""
+
+    def __init__(self) -> None:
+        super().__init__("open for reading only", 'opened for writing (mode "r+")')
+        self._arguments = ()
 
 
 class StorageError(Qcow2BmError, OSError):
-    """Reading the storage failed at ``path``, byte ``offset``, over ``length`` bytes.
+    """The storage failed at ``path``, byte ``offset``, over ``length`` bytes.
 
-    ``errno`` is the system's error number, or None where the system reported none.
+    ``action`` is what was being done, "reading" or "writing"; ``errno`` the system's error
+    number, or None where the system reported none.
     """
 
     def __init__(
-        self, path: str, offset: int, length: int, reason: str, errno: int | None = None
+        self,
+        path: str,
+        offset: int,
+        length: int,
+        reason: str,
+        errno: int | None = None,
+        action: str = "reading",
     ) -> None:
-        where = f" (reading {length} bytes at {offset:#x})" if length else ""
-        super().__init__(f"{escape(path)}: {reason}{where}", path, offset, length, reason, errno)
+        where = f" ({action} {length} bytes at {offset:#x})" if length else ""
+        message = f"{escape(path)}: {reason}{where}"
+        super().__init__(message, path, offset, length, reason, errno, action)
         self.path, self.offset, self.length, self.reason = path, offset, length, reason
-        self.errno = errno
+        self.errno, self.action = errno, action
 
     @classmethod
-    def from_os(cls, error: OSError, path: str, offset: int, length: int) -> StorageError:
+    def from_os(
+        cls, error: OSError, path: str, offset: int, length: int, action: str = "reading"
+    ) -> StorageError:
         """The same failure in this library's words; the caller chains it with ``from``."""
-        return cls(path, offset, length, escape(error.strerror or str(error)), error.errno)
+        reason = escape(error.strerror or str(error))
+        return cls(path, offset, length, reason, error.errno, action)
 
 
 class ShortReadError(StorageError):
@@ -149,19 +179,21 @@ class ShortReadError(StorageError):
 
 
 class ImageLockedError(StorageError):
-    """Another process holds a lock that forbids this use; ``held`` says which."""
+    """Another process holds a lock that forbids this use; ``held`` says which.
 
-    def __init__(self, path: str, held: str) -> None:
+    ``action`` is what was wanted, "reading" or "writing".
+    """
+
+    def __init__(self, path: str, held: str, action: str = "reading") -> None:
         self.held = held
-        super().__init__(
-            path,
-            0,
-            0,
-            f"in use by another process, which {held}; is a VM running on it? "
-            "read it anyway with -U (force_share=True)",
-            _errno.EAGAIN,
+        advice = (
+            "stop it, or wait for it with --wait SECONDS (lock_timeout)"
+            if action == "writing"
+            else "read it anyway with -U (force_share=True)"
         )
-        self._arguments = path, held
+        reason = f"in use by another process, which {held}; is a VM running on it? {advice}"
+        super().__init__(path, 0, 0, reason, _errno.EAGAIN, action)
+        self._arguments = path, held, action
 
 
 class ChangedWhileReadingError(StorageError):
@@ -173,3 +205,27 @@ class ChangedWhileReadingError(StorageError):
             path, 0, 0, f"the {structure} changed while it was read; open the image again"
         )
         self._arguments = path, structure
+
+
+Outcome = Literal["old", "new", "unknown"]
+
+_OUTCOMES: dict[Outcome, str] = {
+    "old": "the edit did not take effect, all bitmaps are as before",
+    "new": "the edit took effect, but some clusters may have leaked: qemu-img check -r leaks",
+    "unknown": "whether the edit took effect is unknown: make sure that the storage works again, "
+    "then look with qcow2bm dump; each bitmap is as before or as after the edit, none in between",
+}
+
+
+class CommitError(Qcow2BmError):
+    """Writing an edit to ``path`` failed at ``step``, for the ``reason`` given.
+
+    ``outcome`` says what the image then has: "old", all bitmaps as before; "new", all as after;
+    "unknown", one of the two, which only reading the storage itself can tell. In no case is a
+    bitmap anything else (INV-ATOMIC), and nothing was undone or tried again.
+    """
+
+    def __init__(self, path: str, step: str, outcome: Outcome, reason: str) -> None:
+        self.path, self.step, self.outcome, self.reason = path, step, outcome, reason
+        message = f"{escape(path)}: {step} failed: {reason}; {_OUTCOMES[outcome]}"
+        super().__init__(message, path, step, outcome, reason)

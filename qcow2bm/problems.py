@@ -60,6 +60,11 @@ class Problem(NamedTuple):
     qemu_message: str | None
 
     @property
+    def reason(self) -> str:
+        """The message without the place it begins with."""
+        return self.message.partition(f" at {self.offset:#x} ")[2]
+
+    @property
     def is_serious(self) -> bool:
         """Whether the severity is refused, unusable or leak: more than a remark."""
         return self.severity in (REFUSED, UNUSABLE, LEAK)

@@ -57,3 +57,21 @@ def count_edges(data: bytes | bytearray | memoryview, carry: int) -> int:
     # The shift moves the last bit out past the end, where it would count as an edge.
     last = bits >> (8 * len(data) - 1) if len(data) else carry
     return (bits ^ (bits << 1 | carry)).bit_count() - last
+
+
+def fill(buffer: bytearray, first: int, stop: int, *, is_set: bool) -> None:
+    """Sets or clears the bits from ``first`` up to ``stop``, not included.
+
+    *Twin*: `qcow2bm.bits.algebra.mask_of`, whose bits a caller sets or clears.
+    """
+    if stop <= first:
+        return
+    first_byte, last_byte = first // 8, (stop - 1) // 8
+    head, tail = 0xFF << first % 8 & 0xFF, 0xFF >> (7 - (stop - 1) % 8)
+    if first_byte == last_byte:
+        head &= tail
+    else:
+        buffer[last_byte] = buffer[last_byte] | tail if is_set else buffer[last_byte] & ~tail
+        inside = last_byte - first_byte - 1
+        buffer[first_byte + 1 : last_byte] = (b"\xff" if is_set else b"\0") * inside
+    buffer[first_byte] = buffer[first_byte] | head if is_set else buffer[first_byte] & ~head

@@ -16,6 +16,8 @@ FEATURE_NAMES = 0x6803F857
 BITMAPS = 0x23852875
 CRYPTO = 0x0537BE77
 DATA_FILE = 0x44415441
+PADDING = 0x51424D50
+"""This library's own: data without meaning, there only while an interrupted change waits."""
 
 NAMES = {
     BACKING_FORMAT: "backing format",
@@ -23,6 +25,7 @@ NAMES = {
     BITMAPS: "bitmaps",
     CRYPTO: "crypto header",
     DATA_FILE: "external data file name",
+    PADDING: "padding of qcow2bm",
 }
 
 _HEAD = Struct("type" / Int32ub, "length" / Int32ub)

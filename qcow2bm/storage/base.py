@@ -1,11 +1,15 @@
-"""What the library needs of a storage, and exact reading on top of it."""
+"""What the library needs of a storage: reading, and for edits writing and barriers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from qcow2bm.errors import ShortReadError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 @runtime_checkable
@@ -46,6 +50,44 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Gives back what was opened. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class WritableStorage(Storage, Protocol):
+    """A Storage that can be edited. Every failure is raised as `qcow2bm.StorageError`.
+
+    *Guarantees* asked for: a sector of 512 bytes is written whole or not at all, and all that was
+    written before a `barrier` that returned survives a loss of power. Once a barrier has failed,
+    nothing is known of what was written since the last good one.
+    """
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Writes all ``parts``, one behind the other, from byte ``offset`` on.
+
+        The storage grows where that is beyond its end.
+        """
+        ...
+
+    def barrier(self) -> None:
+        """Returns once everything written so far is durable."""
+        ...
+
+    def truncate(self, size: int) -> None:
+        """Gives back what lies behind byte ``size``, where the storage can."""
+        ...
+
+    def capacity(self) -> int | None:
+        """The length in bytes beyond which it cannot grow; None if it can."""
+        ...
+
+    def write_lock(self, timeout: float) -> AbstractContextManager[None]:
+        """Held while the image is open for editing; keeps every other user away.
+
+        `read_lock` must be usable meanwhile. Raises `qcow2bm.ImageLockedError` on entry if
+        somebody uses the image for longer than ``timeout`` seconds. A storage without locks
+        returns ``contextlib.nullcontext()``.
+        """
         ...
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import io
 import os
 import stat
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
-from qcow2bm.errors import StateError, StorageError
-from qcow2bm.storage.locks import reader_locks
+from qcow2bm.errors import StateError, StorageError, UnsupportedError
+from qcow2bm.storage.locks import READER, WRITER, held_locks
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -18,20 +24,36 @@ _KINDS = {
 }
 
 
-class FileStorage:
-    """A regular file or a block device, opened read-only.
+_MAX_PARTS = 1024  # what Linux writes in one call
 
-    Everything but `close` raises `StateError` once it is closed.
+
+class FileStorage:
+    """A regular file or a block device: one descriptor for all that is read and written.
+
+    The system reports what went wrong with a write to the descriptor that wrote, so no other is
+    ever opened. Everything but `close` raises `StateError` once it is closed.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens ``path``; raises `StorageError` if it is neither or cannot be opened."""
+    def __init__(
+        self, path: str | os.PathLike[str], *, writable: bool = False, locking: bool = True
+    ) -> None:
+        """Opens ``path``, without any lock yet, and for good without where not ``locking``.
+
+        Raises:
+            StorageError: it is neither or cannot be opened.
+            UnsupportedError: ``writable``, and the system is not Linux.
+        """
+        if writable and sys.platform != "linux":
+            raise UnsupportedError("writing on a system other than Linux")
         self.name = os.fsdecode(path)
+        self._locking = locking
+        self._is_write_locked = False
         try:
             # Looked at before it is opened: opening a FIFO or a tape has effects of its own.
             self._require_disk(os.stat(self.name).st_mode)
             # Closes itself, with a warning, if whoever opened the image forgets to.
-            self._file = io.FileIO(self.name, opener=_open_without_waiting)
+            mode = "r+" if writable else "r"
+            self._file = io.FileIO(self.name, mode, opener=_open_without_waiting)
             try:
                 self._require_disk(os.fstat(self._file.fileno()).st_mode)
             except BaseException:
@@ -95,8 +117,85 @@ class FileStorage:
         return now.st_mtime_ns, changed, now.st_size
 
     def read_lock(self) -> AbstractContextManager[None]:
-        """Holds QEMU's locks of a reader."""
-        return reader_locks(self._open_descriptor(), self.name)
+        """Holds QEMU's locks of a reader; none where those of a writer are held."""
+        descriptor = self._open_descriptor()
+        if self._is_write_locked or not self._locking:
+            return nullcontext()
+        return held_locks(descriptor, self.name, READER)
+
+    @contextmanager
+    def write_lock(self, timeout: float) -> Iterator[None]:
+        """Holds QEMU's locks of a writer.
+
+        Raises:
+            ImageLockedError: somebody used the image all through ``timeout`` seconds.
+            StorageError: the file system has no locks, or the path now leads to another file.
+        """
+        descriptor = self._open_descriptor()
+        locks = held_locks(descriptor, self.name, WRITER, timeout)
+        with locks if self._locking else nullcontext():
+            self._require_same_file(descriptor)
+            self._is_write_locked = True
+            try:
+                yield
+            finally:
+                self._is_write_locked = False
+
+    def _require_same_file(self, descriptor: int) -> None:
+        """Somebody may have put another file in the place while we waited for the lock."""
+        try:
+            is_same = os.path.samestat(os.fstat(descriptor), os.stat(self.name))
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, 0, 0) from error
+        if not is_same:
+            reason = "was replaced by another file while it was being opened; open it again"
+            raise StorageError(self.name, 0, 0, reason)
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        """Writes all ``parts``, one behind the other, from byte ``offset`` on."""
+        descriptor = self._open_descriptor()
+        left = [memoryview(part).cast("B") for part in parts]
+        left.reverse()  # what comes next is at the end
+        while left:
+            batch = left[: -_MAX_PARTS - 1 : -1]
+            length = sum(map(len, batch))
+            try:
+                done = os.pwritev(descriptor, batch, offset)
+            except OSError as error:
+                raise StorageError.from_os(error, self.name, offset, length, "writing") from error
+            if length and not done:
+                reason = "nothing could be written"
+                raise StorageError(self.name, offset, length, reason, action="writing")
+            offset += done
+            while left and done >= len(left[-1]):
+                done -= len(left.pop())
+            if done:
+                left[-1] = left[-1][done:]
+
+    def barrier(self) -> None:
+        """Returns once everything written so far is on the disk."""
+        try:
+            os.fdatasync(self._open_descriptor())
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, 0, 0) from error
+
+    def truncate(self, size: int) -> None:
+        """Shortens a regular file; a block device stays as it is."""
+        descriptor = self._open_descriptor()
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.ftruncate(descriptor, size)
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, 0, 0) from error
+
+    def capacity(self) -> int | None:
+        """The length of a block device; a regular file can grow."""
+        descriptor = self._open_descriptor()
+        try:
+            is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, 0, 0) from error
+        return None if is_regular else self.size()
 
     def close(self) -> None:
         """Closes the file. May be called twice."""

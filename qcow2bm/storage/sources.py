@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from qcow2bm.storage.base import Storage
+from qcow2bm.errors import UnsupportedError
+from qcow2bm.storage.base import Storage, WritableStorage
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.memory import MemoryStorage, StreamStorage
 
@@ -37,3 +38,23 @@ def open_source(source: Source) -> Storage:
         raise TypeError(
             f"cannot open {kind}: need a path, the bytes of an image, a binary file or a Storage"
         ) from None
+
+
+def open_writable(source: Source, *, locking: bool = True) -> WritableStorage:
+    """A WritableStorage for ``source``: a path, a bytearray, or a WritableStorage.
+
+    Without ``locking`` a path is opened for use without QEMU's locks.
+
+    Raises:
+        StorageError: it cannot be opened for writing, or is no regular file or block device.
+        UnsupportedError: ``source`` can only be read, or the system is not Linux.
+        TypeError: ``source`` is nothing that can be opened.
+    """
+    if isinstance(source, str | os.PathLike):
+        return FileStorage(source, writable=True, locking=locking)
+    if isinstance(source, bytearray):
+        return MemoryStorage(source)
+    if isinstance(source, WritableStorage):
+        return source
+    open_source(source)
+    raise UnsupportedError(f"editing {type(source).__name__}: only paths, bytearrays and storages")

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Protocol
 
 from qcow2bm.clusters.file import ClusterFile
@@ -27,9 +28,9 @@ GRANULARITY_BITS_LIMIT = 64  # of the specification
 MAX_NAME_SIZE = 1023
 
 
-def required_table_size(entry: DirectoryEntry, virtual_size: int, cluster_size: int) -> int:
+def required_table_size(granularity: int, virtual_size: int, cluster_size: int) -> int:
     """How many table entries a bitmap of that granularity needs for the whole disk."""
-    return ceil_div(virtual_size, 8 * cluster_size * entry.granularity)
+    return ceil_div(virtual_size, 8 * cluster_size * granularity)
 
 
 class _Add(Protocol):
@@ -112,7 +113,7 @@ def _table_size_problems(entry: DirectoryEntry, file: ClusterFile, add: _Add) ->
         )
     if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
         return
-    required = required_table_size(entry, file.virtual_size, file.cluster_size)
+    required = required_table_size(entry.granularity, file.virtual_size, file.cluster_size)
     if size != required and entry.in_use:
         add("bitmap_table_size.outdated", field, f"is {size}, but the disk now needs {required}")
     elif size != required:
@@ -185,3 +186,11 @@ def duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:
                 entry.index,
                 None if name in refused else UNUSABLE,
             )
+
+
+def why_not_found(names: Iterable[str]) -> str:
+    """What to say of a name that no bitmap has, when these are the names there are."""
+    shown = list(islice(names, 6))
+    known = ", ".join(f'"{escape(name)}"' for name in shown[:5])
+    more = ", ..." if len(shown) > 5 else ""
+    return f"not found; the image has {known}{more}" if known else "not found: it has none"

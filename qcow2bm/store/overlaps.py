@@ -47,6 +47,10 @@ class Overlaps:
         if length:
             self._ranges.append((offset, offset + align_up(length, self._cluster_size), use))
 
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """All that is used: (start, end) in host bytes, whole clusters, in no order."""
+        return tuple((start, end) for start, end, _ in self._ranges)
+
     def problems(self) -> Iterator[Problem]:
         """One for each bitmap and each thing it shares bytes with.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Literal
 
+from qcow2bm.errors import FormatError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.problems import Problem
 from qcow2bm.store.directory import BitmapDirectory
@@ -41,3 +42,9 @@ def judge(
         if found.breaks_bitmap:
             return BROKEN, found.message
     return (INCONSISTENT, "") if entry.in_use else (VALID, "")
+
+
+def as_error(found: Problem, consequence: str = "") -> FormatError:
+    """A problem as the error for those who cannot go on because of it."""
+    structure, _, field = found.message.partition(f" at {found.offset:#x} ")[0].partition(": ")
+    return FormatError(structure, field, found.offset, found.reason + consequence)

@@ -54,12 +54,14 @@ class Survey(NamedTuple):
     """All tables of an image: one Table for each directory entry, None where none can be read.
 
     ``distrust`` is the problem for which no entry can be believed: the directory lies where
-    something else is.
+    something else is. ``ranges`` are all host bytes known to be used, (start, end) in whole
+    clusters, in no order; guest data and L2 tables are not among them.
     """
 
     tables: tuple[Table | None, ...]
     problems: tuple[Problem, ...]
-    distrust: Problem | None = None
+    distrust: Problem | None
+    ranges: tuple[tuple[int, int], ...]
 
 
 def read_words(file: ClusterFile, entry: DirectoryEntry) -> array[int]:
@@ -99,15 +101,16 @@ def survey(
         StorageError: reading failed.
     """
     tables: list[Table | None] = [None] * len(directory.entries)
-    if not directory.is_consistent or directory.distrust:
-        return Survey(tuple(tables), ())
     overlaps = Overlaps(file.cluster_size)
-    if directory.extension:
+    is_sound = directory.is_consistent and not directory.distrust
+    if is_sound and directory.extension:
         start = directory.extension.bitmap_directory_offset
         overlaps.add(overlaps.use(BITMAP_DIRECTORY), start, directory.size)
     with file.lock():
         for part in fixed_parts(file, header_problems):
             overlaps.add(overlaps.use(part.name), part.offset, part.length)
+    if not is_sound:
+        return Survey(tuple(tables), (), None, overlaps.ranges())
     distrust = next(overlaps.problems(), None)  # so far only of the directory
     readable = [entry for entry in directory.entries if has_readable_table(entry, file)]
     for entry in readable:
@@ -129,7 +132,8 @@ def survey(
             problems += _entry_faults(file, entry, words, counts[INVALID])
             clusters = Clusters(counts[ALL_ZEROES], counts[ALL_ONES], counts[ALLOCATED])
             tables[entry.index] = Table(clusters, fingerprint(words))
-    return Survey(tuple(tables), (*overlaps.problems(), *problems), distrust)
+    found = (*overlaps.problems(), *problems)
+    return Survey(tuple(tables), found, distrust, overlaps.ranges())
 
 
 def _batches(

@@ -1,0 +1,122 @@
+"""Set algebra of packed bits, and rescaling them to another granularity, with numpy.
+
+*Spec*: spec/edit.md, "Set algebra".
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Octets = NDArray[np.uint8]
+"""Packed bits, uint8[n], least significant bit first."""
+
+Op = Literal["or", "and", "xor", "subtract"]
+OPS: Final[tuple[Op, ...]] = ("or", "and", "xor", "subtract")
+
+
+def combine(op: Op, target: Octets, dirty: Octets, clean: Octets | None) -> Octets:
+    """The bits of ``target`` after an operation with a source, uint8[n] like it.
+
+    ``dirty`` has a bit set where anything in the source is dirty, ``clean`` where anything in it
+    is clean; where the source is coarser or equal, one is the complement of the other, and
+    ``clean`` need not be given. So the result has every bit of which some part would be dirty if
+    the operation were done at the finer granularity of the two.
+    """
+    if op == "or":
+        return target | dirty
+    if op == "and":
+        return target & dirty
+    clean = ~dirty if clean is None else clean
+    if op == "subtract":
+        return target & clean
+    return (target & clean) | (dirty & ~target)
+
+
+def coarsen(bits: Octets, factor: int) -> Octets:
+    """One bit for every ``factor`` bits, set if any of them is: uint8[ceil(n / factor)].
+
+    ``factor`` is a power of two; bits missing at the end count as clear (INV-COARSE).
+    """
+    if factor == 1 or not len(bits):
+        return bits
+    factor = min(factor, 8 << (len(bits) - 1).bit_length())  # all of it in one bit at most
+    whole = max(factor, 8)
+    if len(bits) % whole:
+        bits = np.concatenate((bits, np.zeros(-len(bits) % whole, np.uint8)))
+    if factor < 8:
+        parts = _coarse_octets(factor)[bits].reshape(-1, factor)
+        result = parts[:, 0]
+        for place in range(1, factor):
+            result = result | parts[:, place] << np.uint8(place * 8 // factor)
+        return result
+    step = factor // 8
+    word = min(step, 8)
+    any_set = bits.view(f"u{word}") != 0
+    if step > word:
+        any_set = any_set.reshape(-1, step // word).any(axis=1)
+    return np.packbits(any_set, bitorder="little")
+
+
+def refine(bits: Octets, factor: int, length: int) -> Octets:
+    """``factor`` bits for every bit, the first ``length`` bytes of them: uint8[length].
+
+    ``factor`` is a power of two; there must be enough bits.
+    """
+    if factor == 1:
+        return bits[:length]
+    bits = bits[: -(-length // factor)]
+    if factor <= 8:
+        words = _fine_words(factor)[bits]
+        return words.view(np.uint8)[:length]
+    octets = np.unpackbits(bits, bitorder="little") * np.uint8(255)
+    step = min(factor // 8, length)
+    return np.repeat(octets[: -(-length // step)], step)[:length]
+
+
+@cache
+def _coarse_octets(factor: int) -> Octets:
+    """Of each byte, the bits it comes to when every 2 or 4 are made one."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    coarse = bits.reshape(256, -1, factor).any(axis=2)
+    return np.packbits(coarse, axis=1, bitorder="little")[:, 0]
+
+
+@cache
+def _fine_words(factor: int) -> NDArray[np.unsignedinteger]:
+    """Of each byte, the 2, 4 or 8 bytes in which every bit stands so many times."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    fine = np.packbits(np.repeat(bits, factor, axis=1), axis=1, bitorder="little")
+    words: NDArray[np.unsignedinteger] = np.ascontiguousarray(fine).view(f"u{factor}")[:, 0]
+    return words
+
+
+def merged(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same ranges ascending, those that touch or overlap made one: int64[m, 2].
+
+    ``ranges`` are int64[n, 2] of (first, stop); those without content vanish.
+    """
+    ranges = ranges[ranges[:, 1] > ranges[:, 0]]
+    if not len(ranges):
+        return ranges
+    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(ranges[:, 1])
+    is_first = np.ones(len(ranges), np.bool_)
+    is_first[1:] = ranges[1:, 0] > reach[:-1]
+    firsts = np.flatnonzero(is_first)
+    last = np.append(firsts[1:], len(ranges)) - 1
+    return np.stack((ranges[firsts, 0], reach[last]), axis=1)
+
+
+def mask_of(ranges: NDArray[np.int64], length: int) -> Octets:
+    """Packed bits, uint8[length], set in these ranges of bits and nowhere else.
+
+    ``ranges`` are as `merged` returns them, int64[n, 2] of (first, stop).
+    """
+    steps = np.zeros(8 * length + 1, np.int8)
+    steps[ranges[:, 0]] = 1
+    steps[ranges[:, 1]] = -1
+    return np.packbits(np.cumsum(steps[:-1], dtype=np.int8).view(np.bool_), bitorder="little")

@@ -1,0 +1,247 @@
+"""Finding free clusters, and making room for their refcounts.
+
+A cluster is free if its refcount is 0 and no structure this library knows of covers it; L2
+tables are never looked at.
+
+*Spec*: spec/refcounts.md, "Allocation".
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.plan import Barrier, Step, Write
+from qcow2bm.clusters.problems import MAX_REFCOUNT_TABLE_BYTES
+from qcow2bm.clusters.refcounts import Refcounts
+from qcow2bm.errors import LimitError, StorageError
+from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.format.refcounts import ENTRY_LENGTH
+from qcow2bm.units import ceil_div, format_size
+
+Run = tuple[int, int]
+"""Clusters by their numbers: the first, and the one behind the last."""
+
+_WINDOW_BLOCKS = 16
+"""So many refcount blocks are searched before the image is made longer."""
+
+_MAX_CLUSTER_END = 1 << 56  # what a bitmap table entry can lead to
+
+
+class Allocation(NamedTuple):
+    """Clusters that are now counted: the first of each run that was asked for, and loose ones."""
+
+    firsts: tuple[int, ...]
+    loose: tuple[Run, ...]
+
+
+class Allocator:
+    """Plans allocations and frees in an image."""
+
+    def __init__(
+        self, file: ClusterFile, taken: Iterable[Run], near: int, capacity: int | None
+    ) -> None:
+        """Searches from the refcount block of cluster ``near`` on.
+
+        ``taken`` are clusters in use whatever their refcounts say, and ``capacity`` is the
+        length in bytes that the storage cannot outgrow, if there is one.
+
+        Raises:
+            FormatError: the refcount table is damaged.
+            StorageError: reading failed.
+        """
+        self._cluster_size = file.cluster_size
+        self._name = file.storage.name
+        self.refcounts = Refcounts(file)
+        self._taken = _merged(taken)
+        self._near = near // self.refcounts.per_block
+        self._limit = (capacity or _MAX_CLUSTER_END) // file.cluster_size
+        self._is_fixed = capacity is not None
+        self._fresh: list[Run] = []
+        self._old_table: Run | None = None
+        self._has_structures = False
+
+    def allocate(self, runs: Sequence[int], loose: int) -> Allocation:
+        """Counts free clusters as used: runs of these lengths, and ``loose`` more anywhere.
+
+        To be called once, for everything that is needed, since it may have to make room.
+
+        Raises:
+            FormatError: refcounts are damaged.
+            LimitError: the refcount table cannot grow that far.
+            StorageError: the storage cannot grow, and has no room; or reading failed.
+        """
+        placed, pieces, left = self._place(self._free(self._near, _WINDOW_BLOCKS), runs, loose)
+        start = self._extend(left, (*placed, *pieces)) if left else 0
+        if start is None:
+            placed, pieces, left = self._place(self._free(0, self.refcounts.capacity), runs, loose)
+            start = self._extend(left, (*placed, *pieces)) if left else 0
+        if start is None:
+            raise self._no_room(sum(runs) + loose)
+        for number, length in enumerate(runs):
+            if placed[number] is None:
+                placed[number] = start, start + length
+                start += length
+                left -= length
+        if left:
+            pieces.append((start, start + left))
+        whole = [run for run in placed if run]
+        self._fresh = [*whole, *pieces]
+        self._count(self._fresh, 0, 1)
+        return Allocation(tuple(first for first, _ in whole), tuple(pieces))
+
+    def _count(self, runs: Iterable[Run], before: int, after: int) -> None:
+        for first, stop in runs:
+            self.refcounts.change(first, stop - first, before, after)
+
+    def _place(
+        self, free: list[Run], runs: Sequence[int], loose: int
+    ) -> tuple[list[Run | None], list[Run], int]:
+        """What goes where in the free clusters, and how many clusters are still wanted."""
+        placed: list[Run | None] = []
+        left = 0
+        for length in runs:
+            number = next((n for n, (a, b) in enumerate(free) if b - a >= length), None)
+            if number is None:
+                placed.append(None)
+                left += length
+                continue
+            first, stop = free[number]
+            placed.append((first, first + length))
+            free[number] = first + length, stop
+        pieces = []
+        for first, stop in free:
+            count = min(loose, stop - first)
+            if count:
+                pieces.append((first, first + count))
+                loose -= count
+        return placed, pieces, left + loose
+
+    def _free(self, first_block: int, blocks: int) -> list[Run]:
+        """The free clusters that these blocks count, ascending, as long runs."""
+        found: list[Run] = []
+        for run in self.refcounts.free_runs(first_block, first_block + blocks):
+            for first, stop in self._without_taken(run):
+                stop = min(stop, self._limit)
+                if found and found[-1][1] == first:
+                    found[-1] = found[-1][0], stop
+                elif first < stop:
+                    found.append((first, stop))
+        return found
+
+    def _without_taken(self, run: Run) -> Iterator[Run]:
+        first, stop = run
+        number = max(0, bisect_right(self._taken, (first, _MAX_CLUSTER_END)) - 1)
+        while first < stop and number < len(self._taken):
+            start, end = self._taken[number]
+            if start >= stop:
+                break
+            if first < start:
+                yield first, start
+            first = max(first, end)
+            number += 1
+        if first < stop:
+            yield first, stop
+
+    def _extend(self, count: int, placed: Iterable[Run | None]) -> int | None:
+        """The first of so many clusters behind all others, with refcounts made for them.
+
+        Blocks and table that are missing go before them. None where the storage ends.
+        """
+        refcounts = self.refcounts
+        ends = (run[1] for run in (*self._taken[-1:], *placed) if run)
+        start = max(refcounts.end(), *ends)
+        missing: list[int] = []
+        table_clusters = 0
+        while True:
+            first = start + table_clusters + len(missing)
+            last_block = (first + count - 1) // refcounts.per_block
+            blocks = range(start // refcounts.per_block, last_block + 1)
+            needed = [block for block in blocks if not refcounts.has_block(block)]
+            growth = self._table_growth(needed[-1] + 1) if needed else 0
+            if (needed, growth) == (missing, table_clusters):
+                break
+            missing, table_clusters = needed, growth
+        if first + count > self._limit:
+            return None
+        if table_clusters:
+            old = refcounts.table_offset // self._cluster_size
+            self._old_table = old, old + refcounts.table_clusters
+            refcounts.move_table(start, table_clusters)
+        for number, block in enumerate(missing, start + table_clusters):
+            refcounts.add_block(block, number)
+        if missing:
+            refcounts.change(start, table_clusters + len(missing), 0, 1)
+            self._has_structures = True
+        return first
+
+    def _table_growth(self, blocks: int) -> int:
+        """How many clusters a refcount table for so many blocks needs; 0 if there is room."""
+        refcounts = self.refcounts
+        if blocks <= refcounts.capacity:
+            return 0
+        limit = MAX_REFCOUNT_TABLE_BYTES // ENTRY_LENGTH
+        if blocks > limit:
+            raise LimitError("the number of refcount blocks", blocks, limit)
+        wanted = max(blocks, refcounts.capacity * 3 // 2)  # so that it is seldom done
+        return ceil_div(ENTRY_LENGTH * min(wanted, limit), self._cluster_size)
+
+    def _no_room(self, clusters: int) -> StorageError:
+        size = format_size(self._limit * self._cluster_size)
+        reason = (
+            f"No space left: the edit needs {format_size(clusters * self._cluster_size)} of free "
+            f"clusters, and the storage ends at {size}; nothing was changed"
+        )
+        return StorageError(self._name, 0, 0, reason, errno.ENOSPC)
+
+    def free(self, runs: Iterable[Run]) -> None:
+        """Counts clusters as free again; to be called when all else is planned.
+
+        Raises:
+            FormatError: one of them has another refcount than 1.
+            StorageError: reading failed.
+        """
+        self._count(runs, 1, 0)
+        if self._old_table:
+            self._count([self._old_table], 1, 0)
+
+    def preparation(self) -> list[Step]:
+        """What makes room for the refcounts of new clusters, durable before they are used.
+
+        It is complete in itself: if the rest is never done, the image is as sound as before, and
+        no cluster is lost but those of the refcount structures.
+        """
+        if not self._has_structures:
+            return []
+        self._count(self._fresh, 1, 0)
+        blocks = self.refcounts.take_block_writes()
+        table = self.refcounts.take_table_writes()
+        counts = self.refcounts.take_count_writes("refcounts of new refcount structures")
+        self._count(self._fresh, 0, 1)
+        if not self._old_table:
+            return [*blocks, *counts, Barrier("new refcount blocks"), *table, Barrier("their use")]
+        offset = self.refcounts.table_offset.to_bytes(8, "big")
+        place = offset + self.refcounts.table_clusters.to_bytes(4, "big")
+        switch = Write(FIELD_OFFSETS["refcount_table_offset"], (place,), "place of refcount table")
+        return [
+            *blocks,
+            *table,
+            *counts,
+            Barrier("larger refcount table"),
+            switch,
+            Barrier("its use"),
+        ]
+
+
+def _merged(runs: Iterable[Run]) -> list[Run]:
+    """The same clusters as ascending runs that neither touch nor overlap."""
+    merged: list[Run] = []
+    for first, stop in sorted(runs):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], stop)
+        else:
+            merged.append((first, stop))
+    return merged

@@ -1,0 +1,311 @@
+"""Changing the header area of an image so that it is valid after a loss of power at any time.
+
+A sector is written whole or not at all, and nothing larger is. What lies behind the end marker
+of the header extensions, and is not the name of the backing file, is free for preparations.
+
+*Spec*: spec/commit.md, "Header area".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.plan import (
+    SECTOR_SIZE,
+    Barrier,
+    Step,
+    Write,
+    is_in_one_sector,
+    write_in_sectors,
+)
+from qcow2bm.errors import LimitError, UnsupportedError
+from qcow2bm.format.extensions import (
+    BITMAPS,
+    BITMAPS_LENGTH,
+    HEAD_LENGTH,
+    PADDING,
+    HeaderExtension,
+    HeaderExtensions,
+    build_extensions,
+)
+from qcow2bm.format.features import AUTOCLEAR_BITMAPS, KNOWN_AUTOCLEAR
+from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.units import align_up
+
+_BACKING_OFFSET = FIELD_OFFSETS["backing_file_offset"]
+_AUTOCLEAR = FIELD_OFFSETS["autoclear_features"]
+_SIZE = HEAD_LENGTH + BITMAPS_LENGTH  # of the bitmaps extension
+
+
+class Switch(NamedTuple):
+    """How a change of the bitmaps extension takes effect.
+
+    ``before`` are writes without effect that become durable together with whatever else is
+    being prepared, ``steps`` come after that, and ``commit`` is the write that counts. It has to
+    be followed by a barrier, and then by ``after``.
+    """
+
+    commit: Write
+    before: tuple[Write, ...] = ()
+    steps: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
+
+
+class HeaderDraft:
+    """The first cluster of an image as it will be, and the steps that lead there.
+
+    Every method plans one change on top of those planned before, so their steps must be done in
+    the order in which they were asked for.
+    """
+
+    def __init__(self, file: ClusterFile) -> None:
+        """Begins with what is stored; raises `StorageError` if that cannot be read."""
+        self._data = bytearray(file.read(0, file.cluster_size))
+        self._start = file.extensions_offset
+        self._extensions = list(file.area.extensions)
+        self._has_end = len(file.area.end) == HEAD_LENGTH
+        self._name_size = file.header.backing_file_size if self._name_offset else 0
+
+    @property
+    def _name_offset(self) -> int:
+        return self._number(_BACKING_OFFSET)
+
+    def _number(self, offset: int) -> int:
+        return int.from_bytes(self._data[offset : offset + 8], "big")
+
+    def _set_number(self, offset: int, value: int) -> None:
+        self._data[offset : offset + 8] = value.to_bytes(8, "big")
+
+    def _set_autoclear(self, *, is_set: bool) -> None:
+        bits = self._number(_AUTOCLEAR) & ~AUTOCLEAR_BITMAPS
+        self._set_number(_AUTOCLEAR, bits | (AUTOCLEAR_BITMAPS if is_set else 0))
+
+    def _write(self, start: int, stop: int, what: str) -> Write:
+        return Write(start, (bytes(self._data[start:stop]),), what)
+
+    def _require_room(self, end: int) -> None:
+        if end > len(self._data):
+            raise LimitError(
+                "what the change needs of the first cluster, with copies for safety, in bytes",
+                end,
+                len(self._data),
+            )
+
+    @property
+    def _end(self) -> int:
+        """Where the end marker stands."""
+        return self._start + sum(extension.size for extension in self._extensions)
+
+    def apply(self, writes: Sequence[Step]) -> None:
+        """Takes account of what others write to the first cluster."""
+        for write in writes:
+            if isinstance(write, Write) and write.offset < len(self._data):
+                data = b"".join(write.parts)
+                self._data[write.offset : write.offset + len(data)] = data
+
+    def clear_unknown_autoclear(self) -> list[Step]:
+        """Clears the autoclear bits of features unknown here, which a change makes untrue."""
+        bits = self._number(_AUTOCLEAR)
+        if not bits & ~KNOWN_AUTOCLEAR:
+            return []
+        self._set_number(_AUTOCLEAR, bits & KNOWN_AUTOCLEAR)
+        write = self._write(_AUTOCLEAR, _AUTOCLEAR + 8, "autoclear bits of unknown features")
+        return [write, Barrier("their clearing")]
+
+    def _payload_offset(self, extensions: Sequence[HeaderExtension]) -> int:
+        place = self._start
+        for extension in extensions:
+            if extension.type == BITMAPS:
+                return place + HEAD_LENGTH
+            place += extension.size
+        raise ValueError("there is no bitmaps extension")
+
+    def straighten(self) -> list[Step]:
+        """Moves the bitmaps extension to where its payload lies within one sector.
+
+        Nothing to do in most images. QEMU may move it back.
+
+        Raises:
+            LimitError: the first cluster has no room for the move.
+            UnsupportedError: there is no such place.
+        """
+        if is_in_one_sector(self._payload_offset(self._extensions), BITMAPS_LENGTH):
+            return []
+        others = [e for e in self._extensions if e.type not in (BITMAPS, PADDING)]
+        (mine,) = (e for e in self._extensions if e.type == BITMAPS)
+        for number in range(len(others), -1, -1):
+            order = [*others[:number], mine, *others[number:]]
+            if is_in_one_sector(self._payload_offset(order), BITMAPS_LENGTH):
+                return self._rewrite(order)
+        raise UnsupportedError("a bitmaps extension that has no place within one sector")
+
+    def replace(self, payload: bytes) -> Switch:
+        """Gives the bitmaps extension another payload; `straighten` comes first."""
+        place = self._payload_offset(self._extensions)
+        self._data[place : place + len(payload)] = payload
+        self._extensions = [
+            e._replace(data=payload) if e.type == BITMAPS else e for e in self._extensions
+        ]
+        return Switch(self._write(place, place + len(payload), "bitmaps extension"))
+
+    def revive(self, payload: bytes) -> Switch:
+        """Gives a stale bitmaps extension a new payload, and the autoclear bit."""
+        write = self.replace(payload).commit
+        self._set_autoclear(is_set=True)
+        before = write_in_sectors(write.offset, payload, write.what)
+        commit = self._write(_AUTOCLEAR, _AUTOCLEAR + 8, "autoclear bit of the bitmaps")
+        return Switch(commit, before)
+
+    def insert(self, payload: bytes) -> Switch:
+        """Makes a bitmaps extension with this payload behind the others, and its autoclear bit.
+
+        Raises:
+            LimitError: the first cluster has no room for it.
+            UnsupportedError: the header is laid out in a way no program is known to use.
+        """
+        extension = HeaderExtension(BITMAPS, payload, b"")
+        head, end = self._end, self._end + _SIZE + HEAD_LENGTH
+        name, size = self._name_offset, self._name_size
+        data = bytes(self._data[name : name + size])
+        self._extensions.append(extension)
+        body = build_extensions(HeaderExtensions((extension,), bytes(HEAD_LENGTH)))
+        must_move = 0 < name < end
+        if (end + size if must_move else end) <= SECTOR_SIZE:  # all of it in one sector
+            self._data[head:end] = body
+            if must_move:
+                self._data[end : end + size] = data
+                self._set_number(_BACKING_OFFSET, end)
+            self._set_autoclear(is_set=True)
+            start = _BACKING_OFFSET if must_move else _AUTOCLEAR
+            stop = end + size if must_move else end
+            self._require_room(stop)
+            return Switch(self._write(start, stop, "header with a bitmaps extension"))
+        if not self._has_end or not is_in_one_sector(head, HEAD_LENGTH):
+            raise UnsupportedError("adding a header extension where the others end without a mark")
+        before: list[Write] = []
+        steps: list[Step] = []
+        if must_move:
+            place = align_up(max(end, name + size), 8)
+            self._require_room(place + size)
+            self._data[place : place + size] = data
+            before += write_in_sectors(place, data, "copy of the backing file name")
+            self._set_number(_BACKING_OFFSET, place)
+            steps.append(self._write(_BACKING_OFFSET, _BACKING_OFFSET + 8, "place of that name"))
+            steps.append(Barrier("place of the backing file name"))
+        self._require_room(end)
+        content = body[HEAD_LENGTH:]
+        self._data[head + HEAD_LENGTH : end] = content
+        writes = write_in_sectors(head + HEAD_LENGTH, content, "content of the bitmaps extension")
+        if must_move:
+            steps += [*writes, Barrier("content of the bitmaps extension")]
+        else:
+            before += writes
+        self._data[head : head + HEAD_LENGTH] = body[:HEAD_LENGTH]
+        stop = head + HEAD_LENGTH
+        if stop > SECTOR_SIZE:
+            steps.append(self._write(head, stop, "head of the bitmaps extension"))
+            steps.append(Barrier("bitmaps extension"))
+            stop = _AUTOCLEAR + 8
+        self._set_autoclear(is_set=True)
+        commit = self._write(_AUTOCLEAR, stop, "autoclear bit of the bitmaps")
+        return Switch(commit, tuple(before), tuple(steps))
+
+    def remove(self) -> Switch:
+        """Takes away the bitmaps extension and its autoclear bit, which goes first.
+
+        Raises:
+            LimitError: the first cluster has no room for the change.
+        """
+        kept = [e for e in self._extensions if e.type != BITMAPS]
+        head = self._payload_offset(self._extensions) - HEAD_LENGTH
+        tail = build_extensions(HeaderExtensions(self._behind(head), bytes(HEAD_LENGTH)))
+        self._set_autoclear(is_set=False)
+        if head + len(tail) <= SECTOR_SIZE:
+            self._data[head : head + len(tail)] = tail
+            self._extensions = kept
+            stop = head + len(tail)
+            return Switch(self._write(_AUTOCLEAR, stop, "header without bitmaps extension"))
+        commit = self._write(_AUTOCLEAR, _AUTOCLEAR + 8, "autoclear bit of the bitmaps")
+        if len(tail) == HEAD_LENGTH and is_in_one_sector(head, HEAD_LENGTH):
+            self._data[head : head + HEAD_LENGTH] = tail
+            self._extensions = kept
+            after = [self._write(head, head + HEAD_LENGTH, "end of the header extensions")]
+            return Switch(commit, after=tuple(after))
+        return Switch(commit, after=tuple(self._rewrite(kept)[:-1]))
+
+    def _behind(self, head: int) -> tuple[HeaderExtension, ...]:
+        """The extensions that follow the bitmaps extension."""
+        place = self._start
+        for number, extension in enumerate(self._extensions):
+            if place == head:
+                return tuple(self._extensions[number + 1 :])
+            place += extension.size
+        return ()
+
+    def _rewrite(self, extensions: Sequence[HeaderExtension]) -> list[Step]:
+        """Any other order or choice of extensions, the backing file name behind them.
+
+        A second copy of the new area is written behind everything. A head at the start of the
+        old area then makes all of that the data of a `PADDING` extension, behind which the copy
+        follows; so the old place can be written at leisure, until its first sector takes the
+        padding away again. The steps end with a barrier.
+        """
+        extensions = [e for e in extensions if e.type != PADDING]
+        area = build_extensions(HeaderExtensions(tuple(extensions), bytes(HEAD_LENGTH)))
+        start, size = self._start, self._name_size
+        name = bytes(self._data[self._name_offset : self._name_offset + size])
+        final_name = align_up(start + len(area), 8) if self._name_offset else 0
+        old_end = max(self._end + HEAD_LENGTH, self._name_offset + size)
+        copy = align_up(max(old_end, final_name + size, start + len(area)), 8)
+        copy_name = align_up(copy + len(area), 8) if self._name_offset else 0
+        self._require_room(max(copy + len(area), copy_name + size))
+        if not is_in_one_sector(start, HEAD_LENGTH):
+            raise UnsupportedError("changing header extensions that do not begin at 8 bytes")
+
+        steps: list[Step] = []
+        self._data[copy : copy + len(area)] = area
+        self._data[copy_name : copy_name + size] = name if copy_name else b""
+        end = max(copy + len(area), copy_name + size)
+        data = bytes(self._data[copy:end])
+        steps += write_in_sectors(copy, data, "copy of the header extensions")
+        steps.append(Barrier("copy of the header extensions"))
+
+        padding = PADDING.to_bytes(4, "big") + (copy - start - HEAD_LENGTH).to_bytes(4, "big")
+        self._data[start : start + HEAD_LENGTH] = padding
+        steps += self._point_at(start, start + HEAD_LENGTH, copy_name, "use of the copy", False)
+
+        stop = max(start + len(area), final_name + size)
+        first_stop = min(stop, align_up(start + 1, SECTOR_SIZE))
+        self._data[start + HEAD_LENGTH : start + len(area)] = area[HEAD_LENGTH:]
+        if final_name:
+            self._data[final_name : final_name + size] = name
+        if first_stop < stop:
+            data = bytes(self._data[first_stop:stop])
+            steps += write_in_sectors(first_stop, data, "rearranged header extensions")
+            steps.append(Barrier("rearranged header extensions"))
+        self._data[start : start + HEAD_LENGTH] = area[:HEAD_LENGTH]
+        self._extensions = list(extensions)
+        steps += self._point_at(start, first_stop, final_name, "use of the rearranged ones", True)
+        return steps
+
+    def _point_at(
+        self, start: int, stop: int, name: int, what: str, list_first: bool
+    ) -> list[Step]:
+        """Writes a stretch within one sector together with the place of the backing file name.
+
+        In two steps if they do not lie in one sector: then the name must be reachable both ways,
+        and ``list_first`` says which goes first.
+        """
+        if name:
+            self._set_number(_BACKING_OFFSET, name)
+        if name and stop <= SECTOR_SIZE:
+            return [self._write(_BACKING_OFFSET, stop, what), Barrier(what)]
+        stretch: list[Step] = [self._write(start, stop, what), Barrier(what)]
+        if not name:
+            return stretch
+        place = "place of the backing file name"
+        write = self._write(_BACKING_OFFSET, _BACKING_OFFSET + 8, place)
+        moved: list[Step] = [write, Barrier(place)]
+        return stretch + moved if list_first else moved + stretch

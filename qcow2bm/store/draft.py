@@ -1,0 +1,354 @@
+"""The bits of a bitmap while it is being edited: what is stored, and the clusters that change.
+
+*Spec*: spec/edit.md.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from qcow2bm.bits import plain
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.errors import LimitError
+from qcow2bm.units import ceil_div
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qcow2bm.bits.algebra import Octets, Op
+
+ZEROES, ONES = 0, 1
+"""The contents of clusters that are not stored, which are also their table entries."""
+
+Content = int | bytes | bytearray | memoryview
+"""Of one cluster of bitmap data: `ZEROES`, `ONES`, or its bytes."""
+
+_CHUNK_BYTES = 1 << 20  # of bits worked on at once
+_MAX_FACTOR = 1 << 22  # between QEMU's finest granularity and its coarsest
+_MANY_RANGES = 64  # from so many on, loading numpy is the cheaper way
+
+
+class Source(Protocol):
+    """Bits of a disk of the same size, to be combined with others."""
+
+    granularity: int
+    bits: int
+
+    def octets(self, first_byte: int, length: int) -> Octets:
+        """Packed bits from a byte on, uint8[length], zero past the disk; not to be changed."""
+        ...
+
+    def constant(self, first_byte: int, length: int) -> int | None:
+        """`ZEROES` or `ONES` where all these bytes are known to be that, without a look."""
+        ...
+
+
+class PackedSource:
+    """Bits somebody has in memory."""
+
+    def __init__(self, octets: Octets, granularity: int, virtual_size: int) -> None:
+        """``octets`` as `qcow2bm.Bitmap.packed` returns them, the rest in guest bytes."""
+        self._octets = octets
+        self.bits = ceil_div(virtual_size, granularity)
+        self.granularity = granularity
+
+    def octets(self, first_byte: int, length: int) -> Octets:
+        """See `Source`."""
+        import numpy as np
+
+        part = self._octets[first_byte : first_byte + length]
+        return np.concatenate((part, np.zeros(length - len(part), np.uint8)))
+
+    def constant(self, first_byte: int, length: int) -> int | None:
+        """See `Source`."""
+        return None
+
+
+class DraftBits:
+    """The bits of one bitmap, to be changed in memory; a `Source` for others, too.
+
+    Only the clusters that change are held in memory.
+
+    Attributes:
+        granularity: in guest bytes.
+        bits: how many there are.
+        words: the table as it is stored, uint64[n], empty for a new bitmap.
+        changed: the clusters whose content differs from what is stored, by number.
+    """
+
+    def __init__(self, file: ClusterFile, granularity: int, words: array[int] | None) -> None:
+        """``words`` are the stored table, None for a new bitmap, which is clean."""
+        self._file = file
+        self._cluster_size = file.cluster_size
+        self.granularity = granularity
+        self.bits = ceil_div(file.virtual_size, granularity)
+        self.clusters = ceil_div(self.bits, 8 * file.cluster_size)
+        self.words = array("Q") if words is None else words
+        self.changed: dict[int, Content] = {}
+
+    def _word(self, number: int) -> int:
+        return self.words[number] if number < len(self.words) else ZEROES
+
+    def _content(self, number: int) -> Content:
+        """The content of a cluster as it is now; bytes are not to be changed."""
+        if number in self.changed:
+            return self.changed[number]
+        word = self._word(number)
+        return word if word in (ZEROES, ONES) else self._stored(number)
+
+    def _stored(self, number: int) -> bytearray:
+        """The bytes of a stored cluster, bits past the disk cleared (INV-TAIL)."""
+        data = bytearray(self._cluster_size)
+        self._file.read_into(self._word(number), memoryview(data))
+        self._clear_tail(number, data)
+        return data
+
+    def _clear_tail(self, number: int, data: bytearray) -> None:
+        plain.fill(data, self._bits_in(number), 8 * self._cluster_size, is_set=False)
+
+    def _bits_in(self, number: int) -> int:
+        """How many bits of a cluster lie on the disk."""
+        per_cluster = 8 * self._cluster_size
+        return max(0, min(per_cluster, self.bits - number * per_cluster))
+
+    def _bytes_of(self, number: int) -> bytearray:
+        """The content of a cluster as bytes of one's own."""
+        content = self._content(number)
+        if not isinstance(content, int):
+            return bytearray(content)
+        data = bytearray(self._cluster_size)
+        if content == ONES:
+            plain.fill(data, 0, self._bits_in(number), is_set=True)
+        return data
+
+    def _put(self, number: int, data: bytearray | memoryview) -> None:
+        """Gives a cluster new bytes, which the caller leaves alone from now on."""
+        per_cluster = self._cluster_size
+        raw = bytes(data)
+        if raw.count(0) == per_cluster:
+            self._put_constant(number, ZEROES)
+        elif self._bits_in(number) == 8 * per_cluster and raw.count(0xFF) == per_cluster:
+            self._put_constant(number, ONES)
+        else:
+            word = self._word(number)
+            if word not in (ZEROES, ONES) and raw == self._stored(number):
+                self.changed.pop(number, None)
+            else:
+                self.changed[number] = raw
+
+    def _put_constant(self, number: int, value: int) -> None:
+        if value == ONES and self._bits_in(number) < 8 * self._cluster_size:
+            data = bytearray(self._cluster_size)
+            plain.fill(data, 0, self._bits_in(number), is_set=True)
+            self._put(number, data)
+        elif self._word(number) == value:
+            self.changed.pop(number, None)
+        else:
+            self.changed[number] = value
+
+    def fill(self, first: int, stop: int, *, is_set: bool) -> None:
+        """Sets or clears the bits from ``first`` up to ``stop``, not included."""
+        per_cluster = 8 * self._cluster_size
+        value = ONES if is_set else ZEROES
+        while first < stop:
+            number, inside = divmod(first, per_cluster)
+            end = min(inside + stop - first, per_cluster)
+            if inside == 0 and end >= self._bits_in(number):
+                self._put_constant(number, value)
+            elif self._content(number) != value:
+                data = self._bytes_of(number)
+                plain.fill(data, inside, end, is_set=is_set)
+                self._put(number, data)
+            first += end - inside
+
+    def fit(self) -> None:
+        """Makes a stored table of another length than the disk needs fit it.
+
+        Bits past the disk go. What the table does not cover is set, and with it all that its last
+        cluster covers, since where in it the disk ended is not known (INV-COARSE).
+        """
+        if len(self.words) < self.clusters:
+            first = (len(self.words) - 1) * 8 * self._cluster_size
+            self.fill(first, self.bits, is_set=True)
+            return
+        last = self.clusters - 1
+        word = self._word(last)
+        if word == ONES:
+            self._put_constant(last, ONES)
+        elif word != ZEROES:
+            data = self._stored(last)
+            if data != self._file.read(word, self._cluster_size):
+                self.changed[last] = bytes(data) if any(data) else ZEROES
+
+    def fill_many(self, ranges: NDArray[np.int64], *, is_set: bool) -> None:
+        """The same for many ranges of bits, int64[n, 2] of (first, stop)."""
+        if len(ranges) < _MANY_RANGES:
+            for first, stop in ranges.tolist():
+                self.fill(first, stop, is_set=is_set)
+            return
+        import numpy as np
+
+        from qcow2bm.bits.algebra import mask_of, merged
+
+        ranges = merged(ranges)
+        for first, count in self._chunks(1):
+            start, stop = (8 * self._cluster_size * n for n in (first, first + count))
+            found = slice(
+                int(np.searchsorted(ranges[:, 1], start, "right")),
+                int(np.searchsorted(ranges[:, 0], stop, "left")),
+            )
+            part = ranges[found].clip(start, stop) - start
+            if len(part) < _MANY_RANGES:
+                for low, high in part.tolist():
+                    self.fill(start + low, min(start + high, self.bits), is_set=is_set)
+                continue
+            old = self._load(first, count)
+            mask = mask_of(part, len(old))
+            self._store(first, old, old | mask if is_set else old & ~mask)
+
+    def invert(self) -> None:
+        """Makes every bit on the disk what it was not."""
+        for first, count in self._chunks(1):
+            value = self.constant(first * self._cluster_size, count * self._cluster_size)
+            if value is None:
+                old = self._load(first, count)
+                self._store(first, old, ~old)
+            else:
+                for number in range(first, first + count):
+                    self._put_constant(number, ONES - value)
+
+    def combine(self, op: Op, source: Source) -> None:
+        """The bits after an operation with others, which may be of any granularity.
+
+        The operation is done at the finer granularity of the two; where that is the source's,
+        a bit is set if anything it covers is (INV-COARSE).
+
+        Raises:
+            LimitError: the granularities are further apart than QEMU's are.
+        """
+        coarser = max(1, source.granularity // self.granularity)
+        finer = max(1, self.granularity // source.granularity)
+        if coarser * finer > _MAX_FACTOR:
+            raise LimitError("the ratio of the granularities", coarser * finer, _MAX_FACTOR)
+        for first, count in self._chunks(coarser):
+            start, length = first * self._cluster_size, count * self._cluster_size
+            value = source.constant(start * finer // coarser, ceil_div(length * finer, coarser))
+            if value is None or (value == ONES and op == "xor"):
+                old = self._load(first, count)
+                self._store(first, old, self._combined(op, old, source, start, coarser, finer))
+            elif (op == "and") == (value == ZEROES):  # else nothing changes
+                stop = min(8 * (start + length), self.bits)
+                self.fill(8 * start, stop, is_set=op == "or")
+
+    def _combined(
+        self, op: Op, old: Octets, source: Source, start: int, coarser: int, finer: int
+    ) -> Octets:
+        """What becomes of the bytes from ``start`` on, ``old``, in an operation with a source."""
+        import numpy as np
+
+        from qcow2bm.bits.algebra import coarsen, combine, refine
+
+        if finer == 1:
+            bits = source.octets(start // coarser, ceil_div(len(old), coarser))
+            return combine(op, old, refine(bits, coarser, len(old)), None)
+        new = np.zeros_like(old)
+        step = max(1, _CHUNK_BYTES // finer)
+        for place in range(0, min(len(old), ceil_div(self.bits, 8) - start), step):
+            part = slice(place, place + step)
+            origin = (start + place) * finer
+            bits = source.octets(origin, len(old[part]) * finer)
+            clean = ~bits
+            beyond = max(0, source.bits - 8 * origin)  # where there is no disk, nothing is clean
+            clean[ceil_div(beyond, 8) :] = 0
+            if beyond % 8 and beyond < 8 * len(clean):
+                clean[beyond // 8] &= (1 << beyond % 8) - 1
+            new[part] = combine(op, old[part], coarsen(bits, finer), coarsen(clean, finer))
+        return new
+
+    def _chunks(self, multiple: int) -> Iterator[tuple[int, int]]:
+        """All clusters, some at a time: the first, and how many.
+
+        Each begins at a multiple of ``multiple`` bytes, a power of two.
+        """
+        step = max(1, max(_CHUNK_BYTES, multiple) // self._cluster_size)
+        for first in range(0, self.clusters, step):
+            yield first, min(step, self.clusters - first)
+
+    def constant(self, first_byte: int, length: int) -> int | None:
+        """See `Source`."""
+        first = first_byte // self._cluster_size
+        stop = min(ceil_div(first_byte + length, self._cluster_size), self.clusters)
+        common: int | None = None
+        for number in range(first, stop):
+            content = self.changed.get(number, self._word(number))
+            if not isinstance(content, int) or content > ONES or common not in (None, content):
+                return None
+            common = content
+        return ZEROES if common is None else common
+
+    def octets(self, first_byte: int, length: int) -> Octets:
+        """See `Source`."""
+        import numpy as np
+
+        first = first_byte // self._cluster_size
+        stop = min(ceil_div(first_byte + length, self._cluster_size), self.clusters)
+        inside = first_byte - first * self._cluster_size
+        found = self._load(first, max(0, stop - first))[inside : inside + length]
+        if len(found) == length:
+            return found
+        return np.concatenate((found, np.zeros(length - len(found), np.uint8)))
+
+    def _load(self, first: int, count: int) -> Octets:
+        """The content of these clusters, uint8[count * cluster size]."""
+        import numpy as np
+
+        size = self._cluster_size
+        loaded = np.zeros(count * size, np.uint8)
+        run: tuple[int, int, int] | None = None  # place, offset and length of what is to be read
+        for number in range(first, first + count):
+            place = (number - first) * size
+            content = self.changed.get(number, self._word(number))
+            if not isinstance(content, int):
+                loaded[place : place + size] = np.frombuffer(content, np.uint8)
+            elif content == ONES:
+                loaded[place : place + size] = 255
+            elif content != ZEROES:
+                if run and (run[0] + run[2], run[1] + run[2]) == (place, content):
+                    run = run[0], run[1], run[2] + size
+                    continue
+                self._read(run, loaded)
+                run = place, content, size
+        self._read(run, loaded)
+        self._cut_tail(first, loaded)
+        return loaded
+
+    def _read(self, run: tuple[int, int, int] | None, loaded: Octets) -> None:
+        if run:
+            place, offset, length = run
+            self._file.read_into(offset, loaded.data[place : place + length])
+
+    def _cut_tail(self, first: int, octets: Octets) -> None:
+        """Clears what lies past the disk in the bytes of clusters from ``first`` on."""
+        left = max(0, self.bits - 8 * first * self._cluster_size)
+        if left < 8 * len(octets):
+            octets[ceil_div(left, 8) :] = 0
+            if left % 8:
+                octets[left // 8] &= (1 << left % 8) - 1
+
+    def _store(self, first: int, old: Octets, new: Octets) -> None:
+        """Gives clusters from ``first`` on new content; ``old`` is what they had."""
+        self._cut_tail(first, new)
+        shape = -1, self._cluster_size
+        rows = new.reshape(shape)
+        lowest, highest = rows.min(axis=1).tolist(), rows.max(axis=1).tolist()
+        for row in (old.reshape(shape) != rows).any(axis=1).nonzero()[0].tolist():
+            number = first + row
+            if lowest[row] == highest[row] and highest[row] in (0, 255):
+                self._put_constant(number, ONES if highest[row] else ZEROES)
+            elif number in self.changed:
+                self._put(number, rows[row].data)
+            else:
+                self.changed[number] = rows[row].data

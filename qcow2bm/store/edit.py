@@ -1,0 +1,400 @@
+"""What an edit does to the bitmaps of an image, in memory, and the rules it keeps.
+
+*Spec*: spec/edit.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.errors import (
+    BitmapBrokenError,
+    BitmapExistsError,
+    BitmapInconsistentError,
+    BitmapNotFoundError,
+    BitmapStaleError,
+    FormatError,
+    LimitError,
+    UnsupportedError,
+)
+from qcow2bm.format.directory import FLAG_AUTO, HEAD_LENGTH, DirectoryEntry
+from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
+from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.problems import Problem
+from qcow2bm.store.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, BitmapDirectory
+from qcow2bm.store.draft import DraftBits, Source
+from qcow2bm.store.entries import (
+    MAX_BITMAP_BYTES,
+    MAX_GRANULARITY_BITS,
+    MAX_NAME_SIZE,
+    MIN_GRANULARITY_BITS,
+    required_table_size,
+    why_not_found,
+)
+from qcow2bm.store.status import as_error
+from qcow2bm.store.tables import Survey, read_words
+from qcow2bm.units import align_up, ceil_div
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qcow2bm.bits.algebra import Op
+
+    Ranges = NDArray[np.int64] | Iterable[tuple[int, int]]
+    """Guest bytes: (start, length), as int64[n, 2] where there are many."""
+
+MIN_DEFAULT_GRANULARITY, MAX_DEFAULT_GRANULARITY = 4 << 10, 64 << 10
+
+_FITTABLE = ("directory-entry.bitmap_table_size.less", "directory-entry.bitmap_table_size.more")
+
+
+def require_editable(
+    file: ClusterFile,
+    directory: BitmapDirectory,
+    survey: Survey,
+    header_problems: Iterable[Problem],
+) -> None:
+    """Returns if the image is sound enough that a change cannot make anything worse.
+
+    Raises:
+        FormatError: it is marked dirty or corrupt, or has a fault that an edit must not build on.
+        UnsupportedError: it is of version 2.
+    """
+    if file.header.version < 3:
+        raise UnsupportedError(
+            "bitmaps in qcow2 version 2; upgrade the image with qemu-img amend -o compat=1.1"
+        )
+    bits, offset = file.header.incompatible_features, FIELD_OFFSETS["incompatible_features"]
+    for bit, reason in (
+        (INCOMPATIBLE_CORRUPT, "has the corrupt bit"),
+        (INCOMPATIBLE_DIRTY, "has the dirty bit, so refcounts may be outdated"),
+    ):
+        if bits & bit:
+            reason += ": repair the image first (qemu-img check -r all)"
+            raise FormatError("header", "incompatible_features", offset, reason)
+    for found in (*header_problems, *directory.problems, *survey.problems):
+        if found.breaks_bitmap and found.id not in _FITTABLE:
+            raise as_error(found, "; an image with such a fault is not edited")
+
+
+@dataclass
+class DraftBitmap:
+    """One bitmap as the edit leaves it; ``entry`` is the stored one, None if it is new."""
+
+    name_bytes: bytes
+    flags: int
+    granularity_bits: int
+    extra_data: bytes
+    entry: DirectoryEntry | None
+    bits: DraftBits | None = None  # None as long as nobody looks at them
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether it can only be removed."""
+        return self.entry is not None and self.entry.in_use
+
+    @property
+    def size(self) -> int:
+        """The length of its directory entry in bytes."""
+        return HEAD_LENGTH + align_up(len(self.extra_data) + len(self.name_bytes), 8)
+
+
+class Draft:
+    """The bitmaps of an image as an edit leaves them; nothing is written here.
+
+    Attributes:
+        bitmaps: by name, in the order of the directory.
+        removed: the stored entries that go.
+        drops_extension: whether a stale bitmaps extension goes as well.
+    """
+
+    def __init__(self, file: ClusterFile, directory: BitmapDirectory) -> None:
+        """Begins with the stored bitmaps, which `require_editable` has found sound."""
+        self._file = file
+        self._is_stale = directory.extension is not None and not directory.is_consistent
+        entries = () if self._is_stale else directory.entries
+        self.bitmaps: dict[bytes, DraftBitmap] = {
+            entry.name_bytes: DraftBitmap(
+                entry.name_bytes, entry.flags, entry.granularity_bits, entry.extra_data, entry
+            )
+            for entry in entries
+            if entry.name_bytes is not None
+        }
+        self.removed: list[DirectoryEntry] = []
+        self.drops_extension = False
+
+    def find(self, name: str) -> DraftBitmap:
+        """The bitmap of that name, for any use but removing it.
+
+        Raises:
+            BitmapNotFoundError: there is none.
+            BitmapStaleError: the bitmaps of this image are outdated.
+            BitmapInconsistentError: it is in_use.
+        """
+        found = self._known(name)
+        if found.is_in_use:
+            raise BitmapInconsistentError(
+                name,
+                "is inconsistent (in_use is set) and cannot be used, only removed: writes may be "
+                "missing from it",
+            )
+        return found
+
+    def _known(self, name: str) -> DraftBitmap:
+        if self._is_stale:
+            raise BitmapStaleError(name)
+        found = self.bitmaps.get(_encoded(name))
+        if not found:
+            raise BitmapNotFoundError(name, why_not_found(self.names))
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all bitmaps, in the order of the directory."""
+        return [_decoded(name) for name in self.bitmaps]
+
+    def bits(self, name: str) -> DraftBits:
+        """The bits of a bitmap; raises as `find` does.
+
+        Raises:
+            BitmapBrokenError: its table does not fit the disk.
+        """
+        found = self.find(name)
+        if found.bits is None:
+            entry = found.entry
+            assert entry is not None, "a new bitmap has bits from the beginning"
+            if entry.bitmap_table_size != self._table_size(entry.granularity):
+                raise BitmapBrokenError(
+                    name, "has a table that does not fit the disk: fit it first"
+                )
+            found.bits = DraftBits(self._file, entry.granularity, read_words(self._file, entry))
+        return found.bits
+
+    def _table_size(self, granularity: int) -> int:
+        return required_table_size(granularity, self._file.virtual_size, self._file.cluster_size)
+
+    def add(self, name: str, granularity: int | None, *, enabled: bool) -> None:
+        """A new bitmap with nothing dirty; by default of QEMU's default granularity.
+
+        Raises:
+            BitmapExistsError: there is one of that name.
+            BitmapStaleError: the image has outdated bitmaps, which have to be dropped first.
+            LimitError: there are as many as can be, or it would be too large.
+            ValueError: QEMU could not use such a name or granularity.
+        """
+        if granularity is None:
+            limits = MIN_DEFAULT_GRANULARITY, MAX_DEFAULT_GRANULARITY
+            granularity = max(limits[0], min(self._file.cluster_size, limits[1]))
+        self._require_granularity(granularity)
+        self._require_free(name)
+        if len(self.bitmaps) >= MAX_BITMAPS:
+            raise LimitError("the number of bitmaps", len(self.bitmaps) + 1, MAX_BITMAPS)
+        key = _encoded(name)
+        bits = DraftBits(self._file, granularity, None)
+        flags = FLAG_AUTO if enabled else 0
+        granularity_bits = granularity.bit_length() - 1
+        self.bitmaps[key] = DraftBitmap(key, flags, granularity_bits, b"", None, bits)
+
+    def _require_granularity(self, granularity: int) -> None:
+        low, high = 1 << MIN_GRANULARITY_BITS, 1 << MAX_GRANULARITY_BITS
+        if granularity & (granularity - 1) or not low <= granularity <= high:
+            raise ValueError(
+                f"granularity is {granularity}, must be a power of two from {low} to {high}"
+            )
+        size = self._file.virtual_size
+        if not size:
+            raise UnsupportedError("a bitmap of a disk of 0 bytes")
+        length = ceil_div(ceil_div(size, granularity), 8)
+        if length > MAX_BITMAP_BYTES:
+            what = f"the size of a bitmap of granularity {granularity} in bytes"
+            raise LimitError(what, length, MAX_BITMAP_BYTES)
+
+    def _require_free(self, name: str) -> None:
+        """A name is free if QEMU, to which a NUL byte ends it, finds no other like it."""
+        key = _encoded(name)
+        if not 0 < len(key) <= MAX_NAME_SIZE:
+            raise ValueError(f"a name has 1 to {MAX_NAME_SIZE} bytes, not {len(key)}")
+        if b"\0" in key:
+            raise ValueError("a name has no NUL character")
+        if self._is_stale:
+            raise BitmapStaleError(
+                name,
+                "cannot be added: the image has stale bitmaps, which a program without bitmap "
+                "support left behind; drop them first: remove --all (Edit.remove_all)",
+            )
+        if any(key == known.partition(b"\0")[0] for known in self.bitmaps):
+            raise BitmapExistsError(name)
+
+    def remove(self, name: str) -> None:
+        """Takes a bitmap away, also one that is in_use.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+            BitmapStaleError: the bitmaps of this image are outdated.
+        """
+        self._drop(self._known(name))
+
+    def remove_all(self) -> None:
+        """Takes all bitmaps away; stale ones too, whose clusters stay leaked."""
+        for found in list(self.bitmaps.values()):
+            self._drop(found)
+        self.drops_extension |= self._is_stale
+        self._is_stale = False
+
+    def _drop(self, found: DraftBitmap) -> None:
+        del self.bitmaps[found.name_bytes]
+        if found.entry:
+            self.removed.append(found.entry)
+
+    def enable(self, name: str, *, enabled: bool) -> None:
+        """Whether the bitmap is to record writes from now on; raises as `find` does."""
+        found = self.find(name)
+        found.flags = found.flags & ~FLAG_AUTO | (FLAG_AUTO if enabled else 0)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Gives a bitmap another name, in the same place of the directory.
+
+        Raises:
+            As `find` does.
+            BitmapExistsError: the new name is taken.
+            ValueError: QEMU could not use the new name.
+        """
+        found = self.find(name)
+        if name == new_name:
+            return
+        self._require_free(new_name)
+        found.name_bytes = _encoded(new_name)
+        self.bitmaps = {bitmap.name_bytes: bitmap for bitmap in self.bitmaps.values()}
+
+    def copy(self, name: str, new_name: str, granularity: int | None) -> None:
+        """A new bitmap with what another one has, if need be of another granularity.
+
+        A coarser one has a bit set wherever anything it covers is dirty (INV-COARSE).
+
+        Raises:
+            As `bits` and `add` do.
+        """
+        source, bits = self.find(name), self.bits(name)
+        enabled = bool(source.flags & FLAG_AUTO)
+        self.add(
+            new_name, bits.granularity if granularity is None else granularity, enabled=enabled
+        )
+        self.bits(new_name).combine("or", bits)
+
+    def clear(self, name: str) -> None:
+        """Makes everything clean; raises as `bits` does."""
+        bits = self.bits(name)
+        bits.fill(0, bits.bits, is_set=False)
+
+    def invert(self, name: str) -> None:
+        """Makes clean what is dirty, and dirty what is clean; raises as `bits` does."""
+        self.bits(name).invert()
+
+    def merge(self, target: str, source: str | Source, op: Op) -> None:
+        """Combines the bits of ``target`` with others.
+
+        Raises:
+            As `bits` does.
+            LimitError: the granularities are further apart than QEMU's can be.
+        """
+        bits = self.bits(target)
+        bits.combine(op, self.bits(source) if isinstance(source, str) else source)
+
+    def fill(self, name: str, ranges: Ranges, *, is_set: bool) -> None:
+        """Makes ranges dirty or clean.
+
+        What is set is widened to whole granules, and what is reset narrowed to them: a dirty byte
+        outside the ranges is never lost.
+
+        Raises:
+            As `bits` does.
+            ValueError: a range reaches beyond the disk. Nothing is changed then.
+        """
+        bits, size = self.bits(name), self._file.virtual_size
+        granularity = bits.granularity
+        if hasattr(ranges, "dtype"):
+            import numpy as np
+
+            pairs: NDArray[np.int64] = np.asarray(ranges)
+            if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
+                raise ValueError(
+                    f"ranges are {pairs.dtype}{list(pairs.shape)}, must be int64[n, 2]"
+                )
+            bad = (pairs < 0).any(axis=1) | (pairs > size).any(axis=1)
+            bad |= pairs.astype(np.int64).sum(axis=1) > size  # neither is so large that it wraps
+            if bad.any():
+                start, length = pairs[bad][0].tolist()
+                raise _beyond(start, length, size)
+            starts, lengths = pairs.astype(np.int64).T
+            ends = starts + lengths
+            rounded = np.empty(pairs.shape, np.int64)
+            if is_set:
+                rounded[:, 0] = starts // granularity
+                rounded[:, 1] = np.where(lengths > 0, -(-ends // granularity), 0)
+            else:
+                rounded[:, 0] = -(-starts // granularity)
+                rounded[:, 1] = np.where(ends == size, bits.bits, ends // granularity)
+            bits.fill_many(rounded, is_set=is_set)
+            return
+        listed = [(int(start), int(length)) for start, length in ranges]
+        for start, length in listed:
+            if not 0 <= start <= start + length <= size:
+                raise _beyond(start, length, size)
+        for start, length in listed:
+            end = start + length
+            if not length:
+                continue
+            if is_set:
+                bits.fill(start // granularity, ceil_div(end, granularity), is_set=True)
+            else:
+                stop = bits.bits if end == size else end // granularity
+                bits.fill(ceil_div(start, granularity), stop, is_set=False)
+
+    def fit(self, name: str) -> None:
+        """Makes a table that is too long or too short fit the disk as it is now.
+
+        Bits past the disk are dropped. What the table does not cover is dirty, and so is all that
+        its last cluster covers: where in it the disk ended is not stored anywhere (INV-COARSE).
+
+        Raises:
+            As `find` does.
+            LimitError: the disk has become too large for a bitmap of this granularity.
+        """
+        found = self.find(name)
+        if found.bits or not found.entry:
+            return
+        entry = found.entry
+        if entry.bitmap_table_size == self._table_size(entry.granularity):
+            return
+        self._require_granularity(entry.granularity)
+        bits = DraftBits(self._file, entry.granularity, read_words(self._file, entry))
+        bits.fit()
+        found.bits = bits
+
+    @property
+    def directory_size(self) -> int:
+        """The length of the directory in bytes.
+
+        Raises:
+            LimitError: it would be longer than QEMU takes.
+        """
+        size = sum(bitmap.size for bitmap in self.bitmaps.values())
+        if size > MAX_DIRECTORY_SIZE:
+            raise LimitError("the size of the bitmap directory", size, MAX_DIRECTORY_SIZE)
+        return size
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _decoded(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _beyond(start: int, length: int, size: int) -> ValueError:
+    return ValueError(f"range {start}:{length} does not lie on the disk, which has {size} bytes")
