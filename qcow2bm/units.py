@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+_SIZE = re.compile(r"([0-9]+)(?:([kKMGTPE])(?:iB)?)?")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -21,6 +24,19 @@ def format_size(size_bytes: int) -> str:
     scaled = size_bytes / (1 << (10 * exponent))
     text = f"{scaled:.1f}".removesuffix(".0") if scaled < 1000 else f"{scaled:.0f}"
     return f"{text} {'byte' if size_bytes == 1 else _UNITS[exponent]}"
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes as people write it: ``65536``, ``64k``, ``64K``, ``1M``, ``2GiB``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise ValueError(f'"{escape(text)}" is no size: write 65536, 64k, 1M, 2G or 1T')
+    exponent = " KMGTPE".index((found[2] or " ").upper())
+    return int(found[1]) << 10 * exponent
 
 
 def escape(text: str) -> str:

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.grammar import parse_arguments
-from qcow2bm.errors import Qcow2BmError, StorageError
+from qcow2bm.errors import CommitError, Qcow2BmError, StorageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse_arguments(argv)
     try:
-        status: int = import_module(f"qcow2bm.cli.{arguments.command}").run(arguments)
-    except StorageError as error:  # says itself which file
+        status: int = import_module(f"qcow2bm.cli.{arguments.module}").run(arguments)
+    except (StorageError, CommitError) as error:  # says itself which file
         say(str(error))
         return 1
     except Qcow2BmError as error:

@@ -9,6 +9,7 @@ import os
 
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.errors import BitmapNotFoundError
+from qcow2bm.units import escape
 
 
 def find(image: Image, name: str) -> Bitmap:
@@ -19,10 +20,24 @@ def find(image: Image, name: str) -> Bitmap:
     """
     if name.startswith("@") and not name.startswith("@@"):
         return _by_index(image, name)
+    return image.bitmaps[_plain(name)]
+
+
+def new_name(name: str) -> str:
+    """The name that NEW on the command line means.
+
+    Raises:
+        ValueError: it would mean a directory entry by its number.
+    """
+    if name.startswith("@") and not name.startswith("@@"):
+        raise ValueError(f'a name that begins with @ is written @@: "@{escape(name)}"')
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
     # Arguments come decoded by the locale; names in images are UTF-8 where they are text.
-    plain = os.fsencode(name.removeprefix("@") if name.startswith("@@") else name)
-    wanted = plain.decode("utf-8", "surrogateescape")
-    return image.bitmaps[wanted]
+    raw = os.fsencode(name.removeprefix("@") if name.startswith("@@") else name)
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _by_index(image: Image, name: str) -> Bitmap:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from qcow2bm import __version__
 from qcow2bm.cli.console import say
+from qcow2bm.units import escape, parse_size
 
 USAGE = 64
 
@@ -22,6 +23,17 @@ a name that begins with @ is written with @@. Before names that begin with -, wr
 
 exit status: 0 fine; 1 could not do it; 2 done, but problems were found (of severity refused,
 unusable or leak); 64 wrong usage
+"""
+
+_EDIT_EPILOG = """\
+NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
+a name that begins with @ is written with @@. Before names that begin with -, write --.
+Sizes are in bytes, or with k, M, G, T.
+
+The change is atomic: after a failure or a loss of power at any time, all bitmaps are as before
+or all are as after. Nobody else can use the image meanwhile.
+
+exit status: 0 done; 1 could not do it, all is as before unless it says otherwise; 64 wrong usage
 """
 
 
@@ -57,10 +69,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for key, value in vars(arguments).items():
         if isinstance(value, str):
             setattr(arguments, key, value.removeprefix(_NAME))
+        elif isinstance(value, list):
+            setattr(arguments, key, [item.removeprefix(_NAME) for item in value])
+    command = commands[arguments.command]
     if unknown:  # said by the command's own parser, whose --help lists what there is
         shown = " ".join(argument.removeprefix(_NAME) for argument in unknown)
-        commands[arguments.command].error(f"unrecognized arguments: {shown}")
+        command.error(f"unrecognized arguments: {shown}")
+    if arguments.command == "remove" and arguments.all == bool(arguments.names):
+        command.error("give names, or --all")
+    if "ranges" in arguments:
+        try:
+            arguments.ranges = [_range(text) for text in arguments.ranges]
+        except ValueError as error:
+            command.error(str(error))
     return arguments
+
+
+def _range(text: str) -> tuple[int, int]:
+    start, colon, length = text.partition(":")
+    if not colon:
+        raise ValueError(f'"{escape(text)}" is no range: write START:LENGTH')
+    return parse_size(start), parse_size(length)
 
 
 # argparse does not take what follows -- as it stands: it drops a second --, for one. Marked with
@@ -80,7 +109,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     parser = _Parser(
         prog="qcow2bm",
-        description="Persistent dirty bitmaps of qcow2 disk images, sound or broken.",
+        description="Persistent dirty bitmaps of qcow2 disk images: read, inspect, edit.",
         epilog=_EPILOG,
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -116,22 +145,132 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     map_.add_argument("name", metavar="NAME", help="the bitmap")
     map_.add_argument("--totals", action="store_true", help="only the sums")
     map_.add_argument("--dirty", action="store_true", help="only what is dirty")
-    return parser, {"dump": dump, "map": map_}
+    return parser, {"dump": dump, "map": map_, **_edit_commands(commands)}
+
+
+def _edit_commands(
+    commands: argparse._SubParsersAction[_Parser],
+) -> dict[str, argparse.ArgumentParser]:
+    made = {}
+    for command, (summary, names) in _EDITS.items():
+        made[command] = parser = _editing(commands, command, summary)
+        for name, (metavar, nargs, text) in names.items():
+            parser.add_argument(name, metavar=metavar, nargs=nargs, help=text)
+    made["add"].add_argument("--disabled", action="store_true", help="it is not to record writes")
+    for command in ("add", "copy"):
+        made[command].add_argument(
+            "-g",
+            "--granularity",
+            metavar="SIZE",
+            type=_size,
+            help="how many bytes a bit stands for",
+        )
+    made["remove"].add_argument("--all", action="store_true", help="all bitmaps, stale ones too")
+    made["merge"].add_argument(
+        "--from", dest="other", metavar="OTHER_IMAGE", help="the image that has the sources"
+    )
+    made["merge"].add_argument(
+        "--op", choices=("or", "and", "xor", "subtract"), default="or", help="by default: or"
+    )
+    return made
+
+
+_Argument = tuple[str, str | None, str]
+_NAMED: dict[str, _Argument] = {"name": ("NAME", None, "the bitmap")}
+_MANY: dict[str, _Argument] = {"names": ("NAME", "+", "the bitmaps")}
+_RANGES: dict[str, _Argument] = {"ranges": ("START:LENGTH", "+", "ranges of the disk")}
+
+_EDITS: dict[str, tuple[str, dict[str, _Argument]]] = {
+    "add": ("add a bitmap that records writes from now on", _NAMED),
+    "remove": ("remove bitmaps", {"names": ("NAME", "*", "the bitmaps")}),
+    "clear": ("make bitmaps clean", _MANY),
+    "enable": ("make bitmaps record writes", _MANY),
+    "disable": ("make bitmaps record no more writes", _MANY),
+    "rename": ("give a bitmap another name", {**_NAMED, "new": ("NEW", None, "its new name")}),
+    "copy": (
+        "copy a bitmap, also to another granularity",
+        {**_NAMED, "new": ("NEW", None, "the name of the copy")},
+    ),
+    "set": ("make ranges dirty, widened to whole granules", {**_NAMED, **_RANGES}),
+    "reset": ("make ranges clean, narrowed to whole granules", {**_NAMED, **_RANGES}),
+    "invert": ("make what is clean dirty, and what is dirty clean", _MANY),
+    "fit": ("make bitmaps fit a disk that was resized without them", _MANY),
+    "merge": (
+        "combine bitmaps, of any granularity",
+        {
+            "name": ("TARGET", None, "the bitmap that changes"),
+            "names": ("SOURCE", "+", "the bitmaps it is combined with, one after the other"),
+        },
+    ),
+}
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f'"{text}" is no number of seconds')
+    return seconds
+
+
+def _editing(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str
+) -> argparse.ArgumentParser:
+    """A command that changes bitmaps."""
+    parser = _command(commands, name, summary, "edit", _EDIT_EPILOG)
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be written")
+    parser.add_argument(
+        "--output",
+        choices=("human", "json"),
+        default="human",
+        help="of --dry-run: for people, or for programs",
+    )
+    parser.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=_seconds,
+        default=0,
+        help="wait so long while somebody else uses the image",
+    )
+    parser.add_argument(
+        "--no-lock",
+        action="store_true",
+        help="write without locks, where there are none; if a VM uses the image, it is destroyed",
+    )
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, module: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A command, and the module of this folder that runs it."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(module=module)
+    parser.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")
+    return parser
 
 
 def _reading(
     commands: argparse._SubParsersAction[_Parser], name: str, summary: str
 ) -> argparse.ArgumentParser:
     """A command that reads an image."""
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=_EPILOG,
-        formatter_class=_Formatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")
+    parser = _command(commands, name, summary, name, _EPILOG)
     parser.add_argument(
         "--output", choices=("human", "json"), default="human", help="for people, or for programs"
     )
