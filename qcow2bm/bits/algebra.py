@@ -44,6 +44,7 @@ def coarsen(bits: Octets, factor: int) -> Octets:
     if factor == 1 or not len(bits):
         return bits
     factor = min(factor, 8 << (len(bits) - 1).bit_length())  # all of it in one bit at most
+    length = -(-len(bits) // factor)
     whole = max(factor, 8)
     if len(bits) % whole:
         bits = np.concatenate((bits, np.zeros(-len(bits) % whole, np.uint8)))
@@ -52,13 +53,13 @@ def coarsen(bits: Octets, factor: int) -> Octets:
         result = parts[:, 0]
         for place in range(1, factor):
             result = result | parts[:, place] << np.uint8(place * 8 // factor)
-        return result
+        return result[:length]
     step = factor // 8
     word = min(step, 8)
     any_set = bits.view(f"u{word}") != 0
     if step > word:
         any_set = any_set.reshape(-1, step // word).any(axis=1)
-    return np.packbits(any_set, bitorder="little")
+    return np.packbits(any_set, bitorder="little")[:length]
 
 
 def refine(bits: Octets, factor: int, length: int) -> Octets:
@@ -73,7 +74,7 @@ def refine(bits: Octets, factor: int, length: int) -> Octets:
         words = _fine_words(factor)[bits]
         return words.view(np.uint8)[:length]
     octets = np.unpackbits(bits, bitorder="little") * np.uint8(255)
-    step = min(factor // 8, length)
+    step = max(1, min(factor // 8, length))
     return np.repeat(octets[: -(-length // step)], step)[:length]
 
 

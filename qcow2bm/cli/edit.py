@@ -12,7 +12,7 @@ from collections.abc import Callable
 from qcow2bm.api import Edit, Image, open
 from qcow2bm.cli import addressing
 from qcow2bm.cli.console import fail
-from qcow2bm.clusters.plan import Barrier, Plan
+from qcow2bm.clusters.plan import Barrier, Plan, Write
 from qcow2bm.errors import Qcow2BmError, StorageError
 
 SCHEMA = 1
@@ -135,20 +135,16 @@ def _print_text(plan: Plan) -> None:
 
 
 def _print_json(name: str, plan: Plan) -> None:
-    steps: list[dict[str, object]] = []
-    for number, step in enumerate(plan.steps):
-        if isinstance(step, Barrier):
-            steps.append({"type": "barrier", "what": step.what})
-            continue
-        steps.append(
-            {
-                "type": "write",
-                "what": step.what,
-                "offset": step.offset,
-                "length": step.length,
-                "commit": number == plan.commit_point,
-            }
-        )
+    steps = [
+        {
+            "type": "barrier" if plan.is_barrier(number) else "write",
+            "what": step.what,
+            "offset": step.offset if isinstance(step, Write) else None,
+            "length": step.length if isinstance(step, Write) else None,
+            "commit": number == plan.commit_point,
+        }
+        for number, step in enumerate(plan.steps)
+    ]
     document = {
         "schema": SCHEMA,
         "filename": name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),

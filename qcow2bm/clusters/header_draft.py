@@ -3,7 +3,7 @@
 A sector is written whole or not at all, and nothing larger is. What lies behind the end marker
 of the header extensions, and is not the name of the backing file, is free for preparations.
 
-*Spec*: spec/commit.md, "Header area".
+*Spec*: spec/edit.md, "Header area".
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class HeaderDraft:
     def _require_room(self, end: int) -> None:
         if end > len(self._data):
             raise LimitError(
-                "what the change needs of the first cluster, with copies for safety, in bytes",
+                "the size of the header area and the copies that keep it safe, in bytes,",
                 end,
                 len(self._data),
             )

@@ -3,12 +3,12 @@
 A plan is made without writing anything, and everything about its safety can be seen in it: of
 the writes between two barriers any subset of sectors may be on the disk after a loss of power.
 
-*Spec*: spec/commit.md.
+*Spec*: spec/edit.md, "Commit order".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -128,13 +128,6 @@ def write_in_sectors(offset: int, data: bytes, what: str) -> tuple[Write, ...]:
 def is_in_one_sector(offset: int, length: int) -> bool:
     """Whether these bytes change all at once, if at all."""
     return offset // SECTOR_SIZE == (offset + length - 1) // SECTOR_SIZE
-
-
-def differing_sectors(old: bytes, new: bytes) -> Iterable[int]:
-    """The numbers of the sectors in which two equally long stretches from byte 0 on differ."""
-    for start in range(0, len(old), SECTOR_SIZE):
-        if old[start : start + SECTOR_SIZE] != new[start : start + SECTOR_SIZE]:
-            yield start // SECTOR_SIZE
 
 
 def coalesce(writes: Sequence[Write]) -> tuple[Write, ...]:

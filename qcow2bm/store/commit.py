@@ -1,6 +1,6 @@
 """From what an edit leaves in memory to a plan of writes and barriers.
 
-*Spec*: spec/commit.md.
+*Spec*: spec/edit.md, "Commit order".
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from support.images import ONES, ZEROES, Built, Stored, build_image, extension
 
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
 from qcow2bm.format.extensions import BACKING_FORMAT, DATA_FILE
+from qcow2bm.format.features import INCOMPATIBLE_DIRTY
 
 SIZE = 40 << 20  # with clusters of 512 bytes and 4 KiB granularity: three table entries
 _TABLE = (ONES, ZEROES, bytes([0b00000110]) + bytes(20) + b"\x01")
@@ -86,3 +87,18 @@ def cut_off() -> Built:
     image = sound()
     del image.data[image.offset("bitmap-directory") + 40 :]
     return image
+
+
+def version_2() -> Built:
+    """An image of the old format, which has no bitmaps."""
+    return build_image(size=SIZE, version=2)
+
+
+def dirty() -> Built:
+    """QEMU died while refcounts were put off."""
+    return build_image(size=SIZE, header={"incompatible_features": INCOMPATIBLE_DIRTY})
+
+
+def full_header() -> Built:
+    """Clusters of 512 bytes, and a name that leaves no room for another extension."""
+    return build_image(size=SIZE, backing_name=b"b" * 380)

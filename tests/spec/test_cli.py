@@ -68,8 +68,9 @@ def failed(done: Done) -> bool:
 @pytest.mark.spec("CLI-1")
 def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
-    everywhere = {row["option"] for row in rows if row["of"] == "dump, map"}
-    assert {"--output", "-U, --force-share"} <= everywhere
+    of = {row["option"]: row["of"] for row in rows}
+    assert (of["--output"], of["-U, --force-share"]) == ("all", "dump, map")
+    assert {of["--dry-run"], of["--wait"], of["--no-lock"]} == {"edits"}
 
 
 @pytest.mark.spec("CLI-2")

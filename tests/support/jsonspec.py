@@ -26,6 +26,11 @@ def check_dump(document: object) -> None:
     _check_object("dump", document, "dump")
 
 
+def check_dry_run(document: object) -> None:
+    """Raises AssertionError unless the document is what a dry run may print."""
+    _check_object("dry run", document, "dry run")
+
+
 def check_map(document: object) -> None:
     """Raises AssertionError unless the document is what ``map``, or its totals, may print."""
     assert isinstance(document, list), "map: not a list"
