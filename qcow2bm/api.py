@@ -598,7 +598,7 @@ class Edit:
         if not plan.steps:
             return
         try:
-            execute(plan, cast("WritableStorage", image._storage))
+            execute(plan, cast("WritableStorage", image._storage), image.file_size)
         except BaseException:
             image._leave("in doubt after a failed commit", "opened again")
             raise

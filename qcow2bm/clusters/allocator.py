@@ -152,8 +152,8 @@ class Allocator:
         Blocks and table that are missing go before them. None where the storage ends.
         """
         refcounts = self.refcounts
-        ends = (run[1] for run in (*self._taken[-1:], *placed) if run)
-        start = max(refcounts.end(), *ends)
+        ends = [run[1] for run in (*self._taken[-1:], *placed) if run]
+        start = max([refcounts.end(), *ends])
         missing: list[int] = []
         table_clusters = 0
         while True:

@@ -87,14 +87,13 @@ class Plan(NamedTuple):
         return isinstance(self.steps[number], Barrier)
 
 
-def execute(plan: Plan, storage: WritableStorage) -> None:
-    """Does what the plan says.
+def execute(plan: Plan, storage: WritableStorage, size: int) -> None:
+    """Does what the plan says; ``size`` is the present length of the storage in bytes.
 
     Raises:
         CommitError: a step failed. Nothing is undone and nothing tried again, except that a file
             that only grew gets its old length back.
     """
-    size = storage.size()
     for number, step in enumerate(plan.steps):
         try:
             if isinstance(step, Write):

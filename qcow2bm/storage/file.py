@@ -130,8 +130,11 @@ class FileStorage:
         Raises:
             ImageLockedError: somebody used the image all through ``timeout`` seconds.
             StorageError: the file system has no locks, or the path now leads to another file.
+            StateError: they are held already, which the locks themselves would not notice.
         """
         descriptor = self._open_descriptor()
+        if self._is_write_locked:
+            raise StateError("open for editing", "closed before it is opened for editing again")
         locks = held_locks(descriptor, self.name, WRITER, timeout)
         with locks if self._locking else nullcontext():
             self._require_same_file(descriptor)
@@ -177,7 +180,7 @@ class FileStorage:
         try:
             os.fdatasync(self._open_descriptor())
         except OSError as error:
-            raise StorageError.from_os(error, self.name, 0, 0) from error
+            raise StorageError.from_os(error, self.name, 0, 0, "writing") from error
 
     def truncate(self, size: int) -> None:
         """Shortens a regular file; a block device stays as it is."""
@@ -186,7 +189,7 @@ class FileStorage:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.ftruncate(descriptor, size)
         except OSError as error:
-            raise StorageError.from_os(error, self.name, 0, 0) from error
+            raise StorageError.from_os(error, self.name, 0, 0, "writing") from error
 
     def capacity(self) -> int | None:
         """The length of a block device; a regular file can grow."""

@@ -143,4 +143,4 @@ def _is_held_by_others(descriptor: int, path: str, byte: int, role: Role) -> boo
 
 def _no_locks(path: str, error: OSError, role: Role) -> StorageError:
     reason = f"cannot be locked ({error.strerror}); {role.advice}"
-    return StorageError(path, 0, 0, reason, error.errno)
+    return StorageError(path, 0, 0, reason, error.errno, role.action)
