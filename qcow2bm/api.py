@@ -567,10 +567,13 @@ class Edit:
         self._dry_run = dry_run
         self._survey = survey(file, directory, image._header_problems)
         require_editable(file, directory, self._survey, image._header_problems)
-        self._open_draft: Draft | None = Draft(file, directory)
-        image._edit = self
+        self._open_draft = Draft(file, directory)
+        self._generation = image._generation
 
     def __enter__(self) -> Edit:
+        if self._image._edit or self._generation != self._image._generation:
+            raise StateError("being edited or edited since", "asked for an edit afterwards")
+        self._image._edit = self
         return self
 
     def __exit__(
@@ -583,13 +586,12 @@ class Edit:
             if not error and not self._dry_run:
                 self._commit(self.plan())
         finally:
-            self._open_draft = None
             self._image._edit = None
 
     @property
     def _draft(self) -> Draft:
-        if self._open_draft is None:
-            raise StateError("finished", "begun anew with Image.edit", "the edit")
+        if self._image._edit is not self:
+            raise StateError("not going on", "in its with block", "the edit")
         self._image._require_open()
         return self._open_draft
 

@@ -37,9 +37,9 @@ SOUND = Stored(b"daily", [b"\x01"])
 # --- opening ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["w", "r+", "rb", "", "rw"])
-def test_there_is_no_mode_but_r(mode: str) -> None:
-    with pytest.raises(ValueError, match="mode is"):
+@pytest.mark.parametrize("mode", ["w", "r+b", "+r", "rb", "", "rw", "a", "R"])
+def test_there_is_no_mode_but_two(mode: str) -> None:
+    with pytest.raises(ValueError, match=r"mode is .*, must be 'r' or 'r\+'"):
         qcow2bm.open(image_of(SOUND).data, mode)
 
 

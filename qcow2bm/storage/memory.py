@@ -70,7 +70,6 @@ class MemoryStorage:
 
     def capacity(self) -> int | None:
         """A bytearray can grow."""
-        self._open_bytearray()
         return None
 
     def write_lock(self, timeout: float) -> AbstractContextManager[None]:

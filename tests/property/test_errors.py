@@ -26,7 +26,10 @@ names = st.one_of(
 )
 words = st.sampled_from(("header", "l1_size", "is cut off", ""))
 numbers = st.integers(0, (1 << 64) - 1)
+actions = st.sampled_from(("reading", "writing"))
 bitmap = (names, words)
+
+OUTCOMES: tuple[errors.Outcome, ...] = ("old", "new", "unknown")
 
 ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.Qcow2BmError: (words,),
@@ -35,14 +38,20 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.LimitError: (words, numbers, numbers),
     errors.BitmapError: bitmap,
     errors.BitmapNotFoundError: bitmap,
+    errors.BitmapExistsError: bitmap,
     errors.BitmapInconsistentError: bitmap,
     errors.BitmapStaleError: bitmap,
     errors.BitmapBrokenError: bitmap,
-    errors.StateError: (words, words),
-    errors.StorageError: (names, numbers, numbers, words, st.none() | st.integers(1, 133)),
+    errors.StateError: (words, words, names.map(escape)),
+    errors.ReadOnlyImageError: (),
+    errors.StorageError: (
+        *(names, numbers, numbers, words),
+        *(st.none() | st.integers(1, 133), actions),
+    ),
     errors.ShortReadError: (names, numbers, numbers),
-    errors.ImageLockedError: (names, words),
+    errors.ImageLockedError: (names, words, actions),
     errors.ChangedWhileReadingError: (names, words),
+    errors.CommitError: (names, words, st.sampled_from(OUTCOMES), words),
 }
 some_error = st.sampled_from(list(ARGUMENTS)).flatmap(
     lambda kind: st.builds(kind, *ARGUMENTS[kind])
@@ -90,13 +99,15 @@ def test_an_error_is_one_printable_line(error: Qcow2BmError) -> None:
     assert str(error).isprintable()
 
 
-@given(names, st.text(), st.sampled_from((None, errno.EIO, errno.ENOENT)))
+@given(names, st.text(), st.sampled_from((None, errno.EIO, errno.ENOENT)), actions)
 def test_a_failure_of_the_system_is_one_printable_line(
-    path: str, reason: str, number: int | None
+    path: str, reason: str, number: int | None, action: str
 ) -> None:
     failure = OSError(reason) if number is None else OSError(number, reason)
-    error = StorageError.from_os(failure, path, 7, 9)
+    error = StorageError.from_os(failure, path, 7, 9, action)
     assert (error.path, error.offset, error.length, error.errno) == (path, 7, 9, number)
+    assert error.action == action
+    assert str(error).endswith(f" ({action} 9 bytes at 0x7)")
     assert str(error).isprintable()
 
 
@@ -115,6 +126,7 @@ def test_a_bitmap_error_names_the_bitmap_in_quotes(name: str) -> None:
     [
         (errors.BitmapNotFoundError("daily"), KeyError),
         (errors.StorageError("disk", 0, 0, "failed"), OSError),
+        (errors.ReadOnlyImageError(), errors.StateError),
         (errors.ShortReadError("disk", 0, 512), StorageError),
         (errors.ImageLockedError("disk", "is writing to it"), StorageError),
         (errors.ChangedWhileReadingError("disk", "header"), StorageError),
@@ -137,8 +149,21 @@ def test_an_error_is_also_what_python_would_raise(
         (errors.BitmapNotFoundError('a"\n'), 'bitmap "a\\"\\n" not found'),
         (errors.BitmapBrokenError("a", "is too short"), 'bitmap "a" is too short'),
         (errors.StateError("closed", "open"), "the image is closed, but must be open"),
+        (
+            errors.StateError("finished", "begun anew", "the edit"),
+            "the edit is finished, but must be begun anew",
+        ),
+        (
+            errors.ReadOnlyImageError(),
+            'the image is open for reading only, but must be opened for writing (mode "r+")',
+        ),
+        (errors.BitmapExistsError("a"), 'bitmap "a" already exists'),
         (errors.StorageError("a\x1b", 0, 0, "failed"), "a\\x1b: failed"),
         (errors.StorageError("a", 16, 8, "failed"), "a: failed (reading 8 bytes at 0x10)"),
+        (
+            errors.StorageError("a", 16, 8, "failed", errno.EIO, "writing"),
+            "a: failed (writing 8 bytes at 0x10)",
+        ),
         (
             errors.ShortReadError("a", 16, 8),
             "a: the file ended too early (reading 8 bytes at 0x10)",
@@ -151,6 +176,30 @@ def test_an_error_is_also_what_python_would_raise(
 )
 def test_what_an_error_says(error: Qcow2BmError, text: str) -> None:
     assert str(error) == text
+
+
+@pytest.mark.parametrize(
+    ("action", "advice"), [("reading", "force_share=True"), ("writing", "lock_timeout")]
+)
+def test_a_lock_comes_with_the_advice_for_what_was_wanted(action: str, advice: str) -> None:
+    error = errors.ImageLockedError("disk", "is writing to it", action)
+    assert "in use by another process, which is writing to it" in str(error)
+    assert [way for way in ("force_share", "lock_timeout") if way in str(error)] == [
+        advice.partition("=")[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "text"),
+    [
+        ("old", "the edit did not take effect"),
+        ("new", "the edit took effect"),
+        ("unknown", "whether the edit took effect is unknown"),
+    ],
+)
+def test_a_failed_commit_says_what_the_image_has(outcome: errors.Outcome, text: str) -> None:
+    error = errors.CommitError("a\n", "writing the bitmaps extension", outcome, "no power")
+    assert str(error).startswith(f"a\\n: writing the bitmaps extension failed: no power; {text}")
 
 
 def test_an_error_of_the_system_keeps_its_number() -> None:

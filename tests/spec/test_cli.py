@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.faults import DAILY, IDS, broken, image, in_table, patched
-from support.jsonspec import check_dump, check_map
+from support.jsonspec import check_dry_run, check_dump, check_map
 from support.specreader import ROOT, page
 
 import qcow2bm
@@ -358,3 +358,94 @@ def test_the_checker_of_maps_finds_faults() -> None:
             check_map([row | wrong])
     with pytest.raises(AssertionError, match="not a list"):
         check_map(row)
+
+
+def bitmaps(cli: Cli) -> list[tuple[str, int, bool]]:
+    with qcow2bm.open(cli.path) as opened:
+        return [(n, b.granularity, b.auto) for n, b in opened.bitmaps.items()]
+
+
+@pytest.mark.spec("CLI-17")
+@pytest.mark.parametrize("size", ["65536", "64k", "64K", "64KiB"])
+def test_sizes(cli: Cli, size: str) -> None:
+    assert cli.run("add", "IMAGE", "new", "-g", size).status == 0
+    assert bitmaps(cli)[-1] == ("new", 65536, True)
+    assert cli.run("set", "IMAGE", "new", f"{size}:{size}").status == 0
+    with qcow2bm.open(cli.path) as opened:
+        assert next(opened.bitmaps["new"].extents()).tolist() == [[65536, 65536]]
+
+
+@pytest.mark.spec("CLI-17")
+@pytest.mark.parametrize("text", ["", "k", "1x", "1.5M", "-1", "1 k", "0x10", "1kib"])
+def test_what_is_no_size(cli: Cli, text: str) -> None:
+    assert cli.run("add", "IMAGE", "new", f"--granularity={text}").status == USAGE
+    assert cli.run("set", "IMAGE", "daily", "--", f"0:{text}").status == USAGE
+    assert cli.run("set", "IMAGE", "daily", "--", f"{text}:1").status == USAGE
+
+
+@pytest.mark.spec("CLI-18")
+def test_one_command_is_one_edit(cli: Cli) -> None:
+    before = cli.path.read_bytes()
+    assert failed(cli.run("disable", "IMAGE", "daily", "never there"))
+    assert failed(cli.run("set", "IMAGE", "daily", "0:512", "1E:1"))
+    assert cli.path.read_bytes() == before
+    names = [name for name, _, _ in bitmaps(cli)]
+    assert cli.run("remove", "IMAGE", "@1", "@0").status == 0
+    assert [name for name, _, _ in bitmaps(cli)] == names[2:]
+
+
+@pytest.mark.spec("CLI-19")
+@pytest.mark.parametrize(
+    "command",
+    ["add IMAGE new", "remove IMAGE --all", "clear IMAGE daily", "enable IMAGE weekly",
+     "disable IMAGE daily", "rename IMAGE daily new", "copy IMAGE daily new -g 1M",
+     "set IMAGE daily 0:1M", "reset IMAGE daily 0:1M", "invert IMAGE daily", "fit IMAGE daily",
+     "merge IMAGE daily weekly --op xor"],
+)  # fmt: skip
+def test_edits_are_silent_and_dry_runs_are_dry(cli: Cli, command: str) -> None:
+    before = cli.path.read_bytes()
+    cli.path.chmod(0o400)
+    dry = cli.run(*command.split(), "--dry-run", "--output=json")
+    assert (dry.status, dry.err) == (0, "")
+    check_dry_run(dry.json)
+    steps = dry.json["steps"]
+    assert dry.json["bytes"] == sum(step["length"] or 0 for step in steps)
+    assert dry.json["barriers"] == sum(step["type"] == "barrier" for step in steps)
+    assert sum(step["commit"] for step in steps) == bool(steps)
+    text = cli.run(*command.split(), "--dry-run")
+    assert text.status == 0
+    assert str(dry.json["bytes"]) in text.out or "nothing to write" in text.out
+    assert cli.path.read_bytes() == before
+    cli.path.chmod(0o600)
+    assert cli.run(*command.split()) == Done(0, "", "")
+    assert (cli.path.read_bytes() != before) == bool(steps)
+
+
+@pytest.mark.spec("CLI-20")
+def test_a_failed_edit_says_what_is_left(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    real = os.fdatasync
+    outcomes = []
+    for number in range(3):
+        before = bitmaps(cli)
+        left = [number]
+
+        def fail_later(descriptor: int, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.EIO, "Input/output error")
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fdatasync", fail_later)
+        done = cli.run("add", "IMAGE", f"new{number}")
+        assert failed(done)
+        outcomes.append(
+            "unknown"
+            if "unknown" in done.err
+            else "new"
+            if "took effect, but" in done.err
+            else "old"
+        )
+        assert (bitmaps(cli) == before) == (outcomes[-1] == "old")
+    assert outcomes == ["old", "unknown", "new"]

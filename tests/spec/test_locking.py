@@ -83,9 +83,9 @@ def test_a_reader_shows_itself_before_it_looks(path: Path, monkeypatch: pytest.M
     with another(path) as other:
         seen = []
 
-        def probe(descriptor: int, name: str, byte: int) -> bool:
+        def probe(descriptor: int, name: str, byte: int, role: locks.Role) -> bool:
             seen.append(held(other))
-            return real(descriptor, name, byte)
+            return real(descriptor, name, byte, role)
 
         monkeypatch.setattr(locks, "_is_held_by_others", probe)
         qcow2bm.open(path).close()
@@ -192,6 +192,136 @@ def test_nothing_is_locked_where_the_system_is_not_linux(
         lock(other, 101)
         monkeypatch.setattr(sys, "platform", "darwin")
         qcow2bm.open(path).close()
+
+
+@linux
+@pytest.mark.parametrize("byte", [101, 103, 200, 201, 203])
+@pytest.mark.spec("LOCK-7")
+def test_a_writer_gives_way_to_whoever_uses_the_image(path: Path, byte: int) -> None:
+    with another(path) as other:
+        lock(other, byte)
+        with pytest.raises(ImageLockedError, match=f"lock byte {byte}.*--wait"):
+            qcow2bm.open(path, "r+")
+        assert held(other) == []
+
+
+@linux
+@pytest.mark.spec("LOCK-7")
+def test_a_writer_holds_its_locks_until_it_closes(path: Path) -> None:
+    with another(path) as other:
+        with qcow2bm.open(path, "r+") as opened:
+            opened.bitmaps["daily"].count()
+            assert held(other) == [100, 101, 103, 201, 203]
+            with pytest.raises(ImageLockedError):
+                qcow2bm.open(path, "r+")
+            with pytest.raises(ImageLockedError):
+                qcow2bm.open(path)
+        assert held(other) == []
+
+
+@linux
+@pytest.mark.spec("LOCK-7")
+def test_a_writer_that_waits_tries_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+    with another(path) as other:
+        lock(other, 201)
+
+        def sleep(seconds: float) -> None:
+            assert held(other) == []  # nobody is kept away by one who waits
+            tries.append(seconds)
+            if len(tries) == 3:
+                unlock(other, 201)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        qcow2bm.open(path, "r+", lock_timeout=3600).close()
+    assert len(tries) == 3
+    assert len(set(tries)) > 1
+
+
+def unlock(descriptor: int, byte: int) -> None:
+    import fcntl
+
+    request = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
+
+
+@linux
+@pytest.mark.spec("LOCK-8")
+def test_without_locks_nothing_is_edited_but_on_demand(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import fcntl
+
+    def no_locks(*arguments: object) -> bytes:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "fcntl", no_locks)
+    with pytest.raises(qcow2bm.StorageError, match="--no-lock"):
+        qcow2bm.open(path, "r+")
+    with qcow2bm.open(path, "r+", locking=False) as opened, opened.edit() as edit:
+        edit.disable("daily")
+
+
+@pytest.mark.spec("LOCK-8")
+def test_nothing_is_edited_where_the_system_is_not_linux(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(qcow2bm.UnsupportedError, match="Linux"):
+        qcow2bm.open(path, "r+")
+
+
+@linux
+@pytest.mark.spec("LOCK-9")
+def test_what_was_changed_before_the_lock_was_had_is_seen(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with another(path) as other:
+        lock(other, 201)
+
+        def sleep(seconds: float) -> None:
+            os.pwrite(other, image()[:100] + b"\0\0\0\6", 0)
+            unlock(other, 201)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        with qcow2bm.open(path, "r+", lock_timeout=3600) as opened:
+            assert opened.header.header_length == 6
+
+
+@linux
+@pytest.mark.spec("LOCK-9")
+def test_a_file_that_was_replaced_is_not_edited(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with another(path) as other:
+        lock(other, 201)
+
+        def sleep(seconds: float) -> None:
+            new = path.with_suffix(".new")
+            new.write_bytes(image())
+            new.replace(path)
+            unlock(other, 201)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        with pytest.raises(qcow2bm.StorageError, match="replaced by another file"):
+            qcow2bm.open(path, "r+", lock_timeout=3600)
+
+
+@linux
+@pytest.mark.spec("LOCK-10")
+def test_who_writes_in_spite_of_the_locks_is_noticed(path: Path) -> None:
+    with qcow2bm.open(path, "r+") as opened:
+        before = path.read_bytes()
+
+        def change() -> None:
+            with opened.edit() as edit:
+                edit.disable("daily")
+                path.write_bytes(before)
+
+        with pytest.raises(ChangedWhileReadingError):
+            change()
+        assert path.read_bytes() == before
 
 
 @pytest.mark.qemu

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support.console import ROOT, run
@@ -14,34 +17,49 @@ from support.console import ROOT, run
 README = ROOT / "README.md"
 
 
-def _with_output(match: re.Match[str]) -> str:
-    """A console block with the output its commands have now."""
-    shown = []
-    for line in match[1].splitlines():
-        if line.startswith("$ "):
-            arguments = shlex.split(line[2:])
-            assert arguments[:3] == ["python", "-m", "qcow2bm"]
-            result = run(arguments[3:], ROOT)
-            assert result.err == ""
-            shown.append(f"{line}\n{result.out}")
-    return f"```console\n{''.join(shown)}```"
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that looks like a clone of the repository to the README's commands."""
+    shutil.copytree(ROOT / "tests" / "data", tmp_path / "tests" / "data")
+    return tmp_path
 
 
-def test_output_is_what_the_commands_print(request: pytest.FixtureRequest) -> None:
+def _with_output_in(folder: Path) -> Callable[[re.Match[str]], str]:
+    def with_output(match: re.Match[str]) -> str:
+        """A console block with the output its commands have now."""
+        shown = []
+        for line in match[1].splitlines():
+            if line.startswith("$ cp "):
+                _, source, target = shlex.split(line[2:])
+                shutil.copyfile(folder / source, folder / target)
+                shown.append(f"{line}\n")
+            elif line.startswith("$ "):
+                arguments = shlex.split(line[2:])
+                assert arguments[:3] == ["python", "-m", "qcow2bm"]
+                result = run(arguments[3:], folder)
+                assert result.err == ""
+                shown.append(f"{line}\n{result.out}")
+        return f"```console\n{''.join(shown)}```"
+
+    return with_output
+
+
+def test_output_is_what_the_commands_print(request: pytest.FixtureRequest, folder: Path) -> None:
     text = README.read_text(encoding="utf-8")
-    now = re.sub(r"```console\n(.*?)```", _with_output, text, flags=re.DOTALL)
+    now = re.sub(r"```console\n(.*?)```", _with_output_in(folder), text, flags=re.DOTALL)
     if request.config.getoption("--golden-update"):
         README.write_text(now, encoding="utf-8")
     assert README.read_text(encoding="utf-8") == now
 
 
 def test_the_python_example_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert example
     assert len(example[1].splitlines()) <= 24
-    monkeypatch.chdir(ROOT)
+    shutil.copyfile(folder / "tests/data/three.qcow2", folder / "vm.qcow2")
+    monkeypatch.chdir(folder)
     exec(compile(example[1], "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "1173504 bytes are dirty" in printed

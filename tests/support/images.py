@@ -105,8 +105,8 @@ class Built(NamedTuple):
     """An image, and where in it everything lies.
 
     ``starts`` has the host offset of each structure by (structure, index): "header",
-    "header-extension" (by its place in the area, the bitmaps extension last, then the end
-    marker), "bitmaps-extension" (its payload), "backing-name", "refcount-table",
+    "header-extension" (by its place in the area, that of the bitmaps as a rule last, then the
+    end marker), "bitmaps-extension" (its payload), "backing-name", "refcount-table",
     "refcount-block", "l1-table", "bitmap-directory", and by the number of the bitmap
     "directory-entry" and "bitmap-table".
     """
@@ -169,6 +169,7 @@ def build_image(
     refcount_order: int = 4,
     backing_name: bytes = b"",
     extensions: Sequence[HeaderExtension] = (),
+    extensions_behind: Sequence[HeaderExtension] = (),
     additional_fields: bytes = b"",
     header: Mapping[str, int] | None = None,
     autoclear: bool = True,
@@ -180,6 +181,7 @@ def build_image(
     Args:
         bitmaps: in the order of the directory; without any there is no bitmaps extension.
         extensions: the header extensions before that of the bitmaps.
+        extensions_behind: those behind it.
         additional_fields: the header's bytes from 112 on.
         header: header fields that are to have another value than the sound one.
         autoclear: whether the bitmaps are marked consistent; never so in version 2.
@@ -256,11 +258,12 @@ def build_image(
     if bitmaps:
         payload = BitmapsExtension(len(bitmaps), 0, len(directory), directory_offset)
         listed.append(extension(BITMAPS, build_bitmaps_extension(payload)))
+    listed += extensions_behind
     area = HeaderExtensions(tuple(listed), bytes(8))
     heads = area.offsets(start)
     end = start + sum(e.size for e in listed)
     starts |= {("header-extension", n): head for n, head in enumerate((*heads, end))}
-    starts["bitmaps-extension", 0] = heads[-1] + 8 if bitmaps else 0
+    starts["bitmaps-extension", 0] = heads[len(extensions)] + 8 if bitmaps else 0
     starts["backing-name", 0] = end + 8
     if backing_name:
         fixed = fixed._replace(backing_file_offset=end + 8)
