@@ -569,11 +569,13 @@ class Edit:
         require_editable(file, directory, self._survey, image._header_problems)
         self._open_draft = Draft(file, directory)
         self._generation = image._generation
+        self._state = "not begun"
 
     def __enter__(self) -> Edit:
         if self._image._edit or self._generation != self._image._generation:
             raise StateError("being edited or edited since", "asked for an edit afterwards")
         self._image._edit = self
+        self._state = "going on"
         return self
 
     def __exit__(
@@ -587,11 +589,12 @@ class Edit:
                 self._commit(self.plan())
         finally:
             self._image._edit = None
+            self._state = "finished"
 
     @property
     def _draft(self) -> Draft:
-        if self._image._edit is not self:
-            raise StateError("not going on", "in its with block", "the edit")
+        if self._state != "going on":
+            raise StateError(self._state, "inside its with block", "the edit")
         self._image._require_open()
         return self._open_draft
 

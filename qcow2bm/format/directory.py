@@ -3,6 +3,7 @@
 *Spec*: spec/bitmaps.md, "Bitmap directory".
 """
 
+import struct
 from typing import NamedTuple
 
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
@@ -165,10 +166,25 @@ def build_entry(entry: DirectoryEntry) -> bytes:
 
 
 def build_directory(directory: Directory) -> bytes:
-    """The bytes of a bitmap directory.
+    """The bytes of a bitmap directory: what `build_entry` makes of each, but fast.
 
     Raises:
         FormatError: a value does not fit its field.
         ValueError: an entry was cut off.
     """
-    return b"".join(map(build_entry, directory.entries)) + directory.rest
+    return b"".join(map(_build_entry_fast, directory.entries)) + directory.rest
+
+
+def _build_entry_fast(entry: DirectoryEntry) -> bytes:
+    extra_data, name = entry.extra_data, entry.name_bytes
+    is_sound = (
+        name is not None
+        and (entry.extra_data_size, entry.name_size) == (len(extra_data), len(name))
+        and len(entry.padding) == -(len(extra_data) + len(name)) % 8
+    )
+    if name is None or not is_sound:
+        return build_entry(entry)  # which judges that
+    try:
+        return build_entry_head(entry) + extra_data + name + entry.padding
+    except struct.error:
+        return build_entry(entry)

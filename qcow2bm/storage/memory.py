@@ -66,7 +66,12 @@ class MemoryStorage:
 
     def truncate(self, size: int) -> None:
         """Shortens the bytearray."""
-        del self._open_bytearray()[size:]
+        data = self._open_bytearray()
+        try:
+            del data[size:]
+        except BufferError as error:
+            reason = "cannot shrink while there are views of it"
+            raise StorageError(self.name, 0, 0, reason, action="writing") from error
 
     def capacity(self) -> int | None:
         """A bytearray can grow."""

@@ -47,6 +47,9 @@ def plan_commit(
     """
     if not _has_changes(directory, draft):
         return Plan()
+    for bitmap in draft.bitmaps.values():
+        if bitmap.bits and _has_new_table(bitmap):
+            bitmap.bits.clear_tail()
     size = file.cluster_size
     taken = [(start // size, end // size) for start, end in survey.ranges]
     extension = directory.extension

@@ -140,12 +140,12 @@ class DraftBits:
                 self.changed[number] = raw
 
     def _put_constant(self, number: int, value: int) -> None:
-        if value == ONES and self._bits_in(number) < 8 * self._cluster_size:
+        if self._word(number) == value:
+            self.changed.pop(number, None)
+        elif value == ONES and self._bits_in(number) < 8 * self._cluster_size:
             data = bytearray(self._cluster_size)
             plain.fill(data, 0, self._bits_in(number), is_set=True)
             self._put(number, data)
-        elif self._word(number) == value:
-            self.changed.pop(number, None)
         else:
             self.changed[number] = value
 
@@ -174,14 +174,21 @@ class DraftBits:
             first = (len(self.words) - 1) * 8 * self._cluster_size
             self.fill(first, self.bits, is_set=True)
             return
+        self.clear_tail()
+
+    def clear_tail(self) -> None:
+        """Drops set bits past the disk that another program left in the last cluster (INV-TAIL)."""
         last = self.clusters - 1
         word = self._word(last)
+        if last in self.changed or word == ZEROES:
+            return
         if word == ONES:
-            self._put_constant(last, ONES)
-        elif word != ZEROES:
-            data = self._stored(last)
-            if data != self._file.read(word, self._cluster_size):
-                self.changed[last] = bytes(data) if any(data) else ZEROES
+            if self._bits_in(last) < 8 * self._cluster_size:
+                self.changed[last] = self._bytes_of(last)
+            return
+        data = self._stored(last)
+        if data != self._file.read(word, self._cluster_size):
+            self.changed[last] = data if any(data) else ZEROES
 
     def fill_many(self, ranges: NDArray[np.int64], *, is_set: bool) -> None:
         """The same for many ranges of bits, int64[n, 2] of (first, stop)."""

@@ -367,13 +367,11 @@ class Draft:
         found = self.find(name)
         if found.bits or not found.entry:
             return
-        entry = found.entry
-        if entry.bitmap_table_size == self._table_size(entry.granularity):
-            return
-        self._require_granularity(entry.granularity)
-        bits = DraftBits(self._file, entry.granularity, read_words(self._file, entry))
-        bits.fit()
-        found.bits = bits
+        granularity, size = found.entry.granularity, found.entry.bitmap_table_size
+        if size != self._table_size(granularity):
+            self._require_granularity(granularity)
+        found.bits = DraftBits(self._file, granularity, read_words(self._file, found.entry))
+        found.bits.fit()
 
     @property
     def directory_size(self) -> int:
