@@ -9,7 +9,7 @@ tables are never looked at.
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ from qcow2bm.units import ceil_div, format_size
 Run = tuple[int, int]
 """Clusters by their numbers: the first, and the one behind the last."""
 
-_WINDOW_BLOCKS = 16
-"""So many refcount blocks are searched before the image is made longer."""
+_WINDOW_BYTES = 256 << 10, 4 << 20
+"""So many bytes of refcount blocks are searched, first and then, before the image gets longer."""
 
 _MAX_CLUSTER_END = 1 << 56  # what a bitmap table entry can lead to
 
@@ -74,11 +74,18 @@ class Allocator:
             LimitError: the refcount table cannot grow that far.
             StorageError: the storage cannot grow, and has no room; or reading failed.
         """
-        placed, pieces, left = self._place(self._free(self._near, _WINDOW_BLOCKS), runs, loose)
-        start = self._extend(left, (*placed, *pieces)) if left else 0
-        if start is None:
-            placed, pieces, left = self._place(self._free(0, self.refcounts.capacity), runs, loose)
-            start = self._extend(left, (*placed, *pieces)) if left else 0
+        blocks = self.refcounts.blocks()
+        near = bisect_left(blocks, self._near)
+        blocks = blocks[near:] + blocks[:near]
+        start: int | None = 0
+        for number, window in enumerate((*_WINDOW_BYTES, self._cluster_size * len(blocks))):
+            free = self._free(blocks[: window // self._cluster_size or 1])
+            placed, pieces, left = self._place(free, runs, loose)
+            if not left:
+                break
+            start = self._extend(left, (*placed, *pieces)) if number else None
+            if start is not None:
+                break
         if start is None:
             raise self._no_room(sum(runs) + loose)
         for number, length in enumerate(runs):
@@ -120,10 +127,10 @@ class Allocator:
                 loose -= count
         return placed, pieces, left + loose
 
-    def _free(self, first_block: int, blocks: int) -> list[Run]:
-        """The free clusters that these blocks count, ascending, as long runs."""
+    def _free(self, blocks: Iterable[int]) -> list[Run]:
+        """The free clusters that these blocks count, in their order, as long runs."""
         found: list[Run] = []
-        for run in self.refcounts.free_runs(first_block, first_block + blocks):
+        for run in self.refcounts.free_runs(blocks):
             for first, stop in self._without_taken(run):
                 stop = min(stop, self._limit)
                 if found and found[-1][1] == first:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.plan import SECTOR_SIZE, Write
@@ -68,9 +68,9 @@ class Refcounts:
         """Whether there is a refcount block of that number."""
         return index < len(self._table) and self._table[index] != 0
 
-    def blocks(self) -> Iterator[int]:
-        """The numbers of all refcount blocks, the last first."""
-        return (n for n in range(len(self._table) - 1, -1, -1) if self._table[n])
+    def blocks(self) -> list[int]:
+        """The numbers of all refcount blocks, ascending."""
+        return [number for number, word in enumerate(self._table) if word]
 
     def __getitem__(self, cluster: int) -> int:
         """The refcount of a cluster by its number."""
@@ -122,14 +122,12 @@ class Refcounts:
             "refcount block", what, offset, f"is {found}, must be {expected}: {_ADVICE}"
         )
 
-    def free_runs(self, first_block: int, stop_block: int) -> Iterator[tuple[int, int]]:
-        """Clusters of refcount 0 that blocks in this range count: (first, stop), ascending.
+    def free_runs(self, blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Clusters of refcount 0 that these blocks count: (first, stop), in their order.
 
         A run may end where its block does and go on in the next.
         """
-        for index in range(first_block, min(stop_block, len(self._table))):
-            if not self._table[index]:
-                continue
+        for index in blocks:
             block = self._block(index)
             base = index * self.per_block
             width = block.itemsize
@@ -140,7 +138,7 @@ class Refcounts:
 
     def end(self) -> int:
         """The number of the cluster behind the last one that has a refcount."""
-        for index in self.blocks():
+        for index in reversed(self.blocks()):
             data = self._block(index).tobytes().rstrip(b"\0")
             if data:
                 return index * self.per_block + -(-len(data) // self._block(index).itemsize)
