@@ -572,6 +572,8 @@ class Edit:
         self._state = "not begun"
 
     def __enter__(self) -> Edit:
+        if self._state != "not begun":
+            raise StateError(self._state, "begun anew with Image.edit", "the edit")
         if self._image._edit or self._generation != self._image._generation:
             raise StateError("being edited or edited since", "asked for an edit afterwards")
         self._image._edit = self

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.clusters.allocator import Allocator, Run
 from qcow2bm.clusters.file import ClusterFile
@@ -25,6 +26,9 @@ from qcow2bm.store.draft import ZEROES, Content, DraftBits
 from qcow2bm.store.edit import Draft, DraftBitmap
 from qcow2bm.store.tables import Survey, read_words
 from qcow2bm.units import ceil_div
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def plan_commit(
@@ -47,9 +51,11 @@ def plan_commit(
     """
     if not _has_changes(directory, draft):
         return Plan()
-    for bitmap in draft.bitmaps.values():
-        if bitmap.bits and _has_new_table(bitmap):
-            bitmap.bits.clear_tail()
+    tables = [
+        _NewTable(bitmap, bitmap.bits, bitmap.bits.final())
+        for bitmap in draft.bitmaps.values()
+        if bitmap.bits and _has_new_table(bitmap)
+    ]
     size = file.cluster_size
     taken = [(start // size, end // size) for start, end in survey.ranges]
     extension = directory.extension
@@ -61,8 +67,8 @@ def plan_commit(
         prepared += header.straighten()
     fresh: tuple[Write, ...] = ()
     if draft.bitmaps:
-        new = _NewStructures(file, draft)
-        fresh = new.place(allocator)
+        new = _place(file, draft, tables, allocator)
+        fresh = new.writes
         preparation = allocator.preparation()
         header.apply(preparation)
         prepared += preparation
@@ -78,7 +84,7 @@ def plan_commit(
     else:
         switch = header.remove()
     counted = allocator.refcounts.take_count_writes("refcounts of new clusters")
-    allocator.free(_freed(file, directory, draft))
+    allocator.free(_freed(file, directory, draft, tables))
     lowered = allocator.refcounts.take_count_writes("refcounts of freed clusters")
     return _ordered(prepared, (*fresh, *switch.before, *counted), switch, lowered)
 
@@ -118,60 +124,78 @@ def _ordered(
     return Plan(tuple(steps), commit_point)
 
 
-class _NewStructures:
-    """Everything that gets new clusters: data, tables, directory."""
+class _NewTable(NamedTuple):
+    """A bitmap that gets a new table, its bits, and the clusters that differ from the stored."""
 
-    def __init__(self, file: ClusterFile, draft: Draft) -> None:
-        self._cluster_size = file.cluster_size
-        self._bitmaps = list(draft.bitmaps.values())
-        self._tables = [bitmap.bits for bitmap in self._bitmaps if _has_new_table(bitmap)]
-        self.directory_size = draft.directory_size
-        self.directory_offset = 0
+    bitmap: DraftBitmap
+    bits: DraftBits
+    changed: Mapping[int, Content]
 
-    def place(self, allocator: Allocator) -> tuple[Write, ...]:
-        """Finds clusters, and returns what is written there: always whole clusters."""
-        size = self._cluster_size
-        tables = [bits for bits in self._tables if bits is not None]
-        data = [(bits, number) for bits in tables for number in sorted(bits.changed)]
-        stored = [(bits, n) for bits, n in data if not isinstance(bits.changed[n], int)]
-        lengths = [ENTRY_LENGTH * bits.clusters for bits in tables]
-        runs = [ceil_div(length, size) for length in (*lengths, self.directory_size)]
-        places = allocator.allocate(runs, len(stored))
-        clusters = (n for first, stop in places.loose for n in range(first, stop))
-        words = {id(bits): _table_of(bits) for bits in tables}
-        writes = []
-        for (bits, number), cluster in zip(stored, clusters, strict=True):
-            words[id(bits)][number] = cluster * size
-            writes.append(self._write(cluster, bits.changed[number], "new bitmap data"))
-        offsets = {}
-        for bits, cluster in zip(tables, places.firsts[:-1], strict=True):
-            offsets[id(bits)] = cluster * size
-            table = build_bitmap_table(words[id(bits)])
-            writes.append(self._write(cluster, table, "new bitmap tables"))
-        self.directory_offset = places.firsts[-1] * size
-        entries = [
-            _entry(n, bitmap, offsets.get(id(bitmap.bits)))
-            for n, bitmap in enumerate(self._bitmaps)
-        ]
-        directory = build_directory(Directory(tuple(entries), b""))
-        writes.append(self._write(places.firsts[-1], directory, "new bitmap directory"))
-        return tuple(sorted(writes, key=lambda write: write.offset))
+    @property
+    def words(self) -> array[int]:
+        """The new table, with 0 where new data are to be placed."""
+        words = self.bits.words[: self.bits.clusters]
+        words.extend([ZEROES] * (self.bits.clusters - len(words)))
+        for number, content in self.changed.items():
+            words[number] = content if isinstance(content, int) else ZEROES
+        return words
 
-    def _write(self, cluster: int, content: Content, what: str) -> Write:
-        """A Write of whole clusters: what a new one held before must not be there any more."""
-        assert not isinstance(content, int)
-        rest = -len(content) % self._cluster_size
+    @property
+    def data(self) -> dict[int, Buffer]:
+        """The clusters to be stored, by number."""
+        changed = sorted(self.changed.items())
+        return {number: data for number, data in changed if not isinstance(data, int)}
+
+    @property
+    def gone(self) -> array[int]:
+        """The old table's entries that nothing leads to any more."""
+        words, clusters = self.bits.words, self.bits.clusters
+        return array("Q", (words[n] for n in self.changed if n < len(words))) + words[clusters:]
+
+
+class _Placed(NamedTuple):
+    """New structures with their places, and the writes that put them there."""
+
+    writes: tuple[Write, ...]
+    directory_size: int
+    directory_offset: int
+
+
+def _place(
+    file: ClusterFile, draft: Draft, tables: list[_NewTable], allocator: Allocator
+) -> _Placed:
+    """Finds clusters for data, tables and directory; always whole clusters are written."""
+    size = file.cluster_size
+
+    def write(cluster: int, content: Buffer, what: str) -> Write:
+        rest = -memoryview(content).nbytes % size
         parts = (content, bytes(rest)) if rest else (content,)
-        return Write(cluster * self._cluster_size, parts, what, is_fresh=True)
+        return Write(cluster * size, parts, what, is_fresh=True)
 
-
-def _table_of(bits: DraftBits) -> array[int]:
-    """The new table, with 0 where new data are to be placed."""
-    words = bits.words[: bits.clusters]
-    words.extend([ZEROES] * (bits.clusters - len(words)))
-    for number, content in bits.changed.items():
-        words[number] = content if isinstance(content, int) else ZEROES
-    return words
+    directory_size = draft.directory_size
+    lengths = [ENTRY_LENGTH * table.bits.clusters for table in tables]
+    runs = [ceil_div(length, size) for length in (*lengths, directory_size)]
+    data = [table.data for table in tables]
+    places = allocator.allocate(runs, sum(map(len, data)))
+    clusters = (number for first, stop in places.loose for number in range(first, stop))
+    writes = []
+    offsets = {}
+    for table, stored, first in zip(tables, data, places.firsts, strict=False):
+        words = table.words
+        for number, content in stored.items():
+            cluster = next(clusters)
+            words[number] = cluster * size
+            writes.append(write(cluster, content, "new bitmap data"))
+        writes.append(write(first, build_bitmap_table(words), "new bitmap tables"))
+        offsets[table.bitmap.name_bytes] = first * size
+    entries = [
+        _entry(number, bitmap, offsets.get(bitmap.name_bytes))
+        for number, bitmap in enumerate(draft.bitmaps.values())
+    ]
+    directory = build_directory(Directory(tuple(entries), b""))
+    writes.append(write(places.firsts[-1], directory, "new bitmap directory"))
+    in_order = tuple(sorted(writes, key=lambda write: write.offset))
+    return _Placed(in_order, directory_size, places.firsts[-1] * size)
 
 
 def _entry(number: int, bitmap: DraftBitmap, table_offset: int | None) -> DirectoryEntry:
@@ -202,32 +226,24 @@ def _entry(number: int, bitmap: DraftBitmap, table_offset: int | None) -> Direct
     )
 
 
-def _freed(file: ClusterFile, directory: BitmapDirectory, draft: Draft) -> Iterator[Run]:
+def _freed(
+    file: ClusterFile, directory: BitmapDirectory, draft: Draft, tables: list[_NewTable]
+) -> Iterator[Run]:
     """The clusters nothing leads to once the draft is the state."""
     if not directory.is_consistent:
         return  # what a stale extension leads to may be anybody's by now
     size = file.cluster_size
     if directory.extension:
         yield _run(directory.extension.bitmap_directory_offset, directory.size, size)
-    for entry in draft.removed:
+    gone = [(entry, read_words(file, entry)) for entry in draft.removed]
+    gone += [(table.bitmap.entry, table.gone) for table in tables if table.bitmap.entry]
+    for entry, words in gone:
         yield _run(entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size, size)
-        yield from _data_runs(read_words(file, entry), size)
-    for bitmap in draft.bitmaps.values():
-        if not bitmap.entry or not bitmap.bits or not _has_new_table(bitmap):
-            continue
-        entry, bits = bitmap.entry, bitmap.bits
-        yield _run(entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size, size)
-        gone = array("Q", (bits.words[n] for n in sorted(bits.changed) if n < len(bits.words)))
-        yield from _data_runs(gone + bits.words[bits.clusters :], size)
+        for word in words:
+            if word & MASKS.offset:
+                yield _run(word & MASKS.offset, size, size)
 
 
 def _run(offset: int, length: int, cluster_size: int) -> Run:
     first = offset // cluster_size
     return first, first + ceil_div(length, cluster_size)
-
-
-def _data_runs(words: array[int], cluster_size: int) -> Iterator[Run]:
-    for word in words:
-        offset = word & MASKS.offset
-        if offset:
-            yield offset // cluster_size, offset // cluster_size + 1

@@ -174,21 +174,23 @@ class DraftBits:
             first = (len(self.words) - 1) * 8 * self._cluster_size
             self.fill(first, self.bits, is_set=True)
             return
-        self.clear_tail()
+        self.changed = self.final()
 
-    def clear_tail(self) -> None:
-        """Drops set bits past the disk that another program left in the last cluster (INV-TAIL)."""
+    def final(self) -> dict[int, Content]:
+        """What is different from what is stored once the bitmap gets a new table.
+
+        That is `changed`, and a last cluster in which others left bits past the disk (INV-TAIL).
+        """
         last = self.clusters - 1
         word = self._word(last)
         if last in self.changed or word == ZEROES:
-            return
-        if word == ONES:
-            if self._bits_in(last) < 8 * self._cluster_size:
-                self.changed[last] = self._bytes_of(last)
-            return
-        data = self._stored(last)
-        if data != self._file.read(word, self._cluster_size):
-            self.changed[last] = data if any(data) else ZEROES
+            return self.changed
+        if word == ONES and self._bits_in(last) == 8 * self._cluster_size:
+            return self.changed
+        data = self._bytes_of(last)
+        if word != ONES and data == self._file.read(word, self._cluster_size):
+            return self.changed
+        return self.changed | {last: data if any(data) else ZEROES}
 
     def fill_many(self, ranges: NDArray[np.int64], *, is_set: bool) -> None:
         """The same for many ranges of bits, int64[n, 2] of (first, stop)."""
