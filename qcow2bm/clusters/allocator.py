@@ -59,7 +59,6 @@ class Allocator:
         self._taken = _merged(taken)
         self._near = near // self.refcounts.per_block
         self._limit = (capacity or _MAX_CLUSTER_END) // file.cluster_size
-        self._is_fixed = capacity is not None
         self._fresh: list[Run] = []
         self._old_table: Run | None = None
         self._has_structures = False
