@@ -1,4 +1,4 @@
-"""The locks of a reader against those of other open file descriptions, as QEMU has them."""
+"""The locks of readers and writers against those of other open file descriptions, as in QEMU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qcow2bm.errors import ImageLockedError, StorageError
+from qcow2bm.errors import ImageLockedError, StateError, StorageError
+from qcow2bm.storage import locks
+from qcow2bm.storage.base import read_bytes
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.storage.locks import reader_locks
+from qcow2bm.storage.locks import held_locks
 
 if sys.platform != "linux":
     pytest.skip("open file description locks are Linux's", allow_module_level=True)
@@ -26,6 +29,7 @@ import fcntl
 FLOCK = "=hh4xqqi4x"  # type, whence, start, length, pid
 BYTES = (*range(100, 104), *range(200, 204))
 READER = {100, 201, 203}
+WRITER = {100, 101, 103, 201, 203}
 
 
 class Other:
@@ -66,6 +70,13 @@ def other(path: Path) -> Iterator[Other]:
 @pytest.fixture
 def storage(path: Path) -> Iterator[FileStorage]:
     storage = FileStorage(path)
+    yield storage
+    storage.close()
+
+
+@pytest.fixture
+def writable(path: Path) -> Iterator[FileStorage]:
+    storage = FileStorage(path, writable=True)
     yield storage
     storage.close()
 
@@ -241,8 +252,283 @@ def test_both_ways_to_say_locked_are_understood(
         pytest.fail("was let in")
 
 
-def test_elsewhere_nothing_is_locked(other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("role", [locks.READER, locks.WRITER], ids=["reader", "writer"])
+def test_elsewhere_nothing_is_locked(
+    other: Other, monkeypatch: pytest.MonkeyPatch, role: locks.Role
+) -> None:
     other.lock(101)
     monkeypatch.setattr(sys, "platform", "darwin")
-    with reader_locks(-1, "no file at all"):
+    with held_locks(-1, "no file at all", role):
         pass
+
+
+# --- writers ------------------------------------------------------------------------------------
+
+
+def test_a_writer_holds_five_shared_locks_and_lets_them_go(
+    writable: FileStorage, other: Other
+) -> None:
+    for _ in range(2):
+        with writable.write_lock(0):
+            assert other.sees() == WRITER
+            assert other.sees(fcntl.F_RDLCK) == set()
+        assert other.sees() == set()
+
+
+@pytest.mark.parametrize(
+    ("byte", "reason"),
+    [
+        (101, "is writing to it (lock byte 101)"),
+        (103, "may resize it (lock byte 103)"),
+        (200, "forbids others to read it (lock byte 200)"),
+        (201, "reads it and lets nobody write meanwhile (lock byte 201)"),
+        (203, "uses it and lets nobody resize it meanwhile (lock byte 203)"),
+    ],
+)
+def test_a_writer_is_refused(writable: FileStorage, other: Other, byte: int, reason: str) -> None:
+    other.lock(byte)
+    with pytest.raises(ImageLockedError) as caught, writable.write_lock(0):
+        pytest.fail("was let in")
+    error = caught.value
+    assert (error.held, error.action, error.errno) == (reason, "writing", errno.EAGAIN)
+    assert f"{writable.name}: in use by another process, which {reason}" in str(error)
+    assert "--wait SECONDS (lock_timeout)" in str(error)
+    assert "-U" not in str(error)
+    assert other.sees() == set()
+
+
+@pytest.mark.parametrize("byte", [100, 102, 202])
+def test_who_shares_writing_does_no_harm(writable: FileStorage, other: Other, byte: int) -> None:
+    other.lock(byte)
+    with writable.write_lock(0):
+        assert other.sees() == WRITER
+
+
+@pytest.mark.parametrize("byte", BYTES)
+def test_an_exclusive_lock_is_named_to_a_writer(
+    writable: FileStorage, other: Other, byte: int
+) -> None:
+    other.lock(byte, exclusive=True)
+    if byte in (102, 202):  # WRITE_UNCHANGED is no concern of a writer either
+        with writable.write_lock(0):
+            return
+    with pytest.raises(ImageLockedError, match=rf"\(lock byte {byte}\)"), writable.write_lock(0):
+        pytest.fail("was let in")
+    assert other.sees() == set()
+
+
+def test_a_writer_and_anybody_else_exclude_each_other(
+    path: Path, storage: FileStorage, writable: FileStorage, other: Other
+) -> None:
+    second = FileStorage(path, writable=True)
+    with writable.write_lock(0):
+        with pytest.raises(ImageLockedError, match="lock byte 101"), second.write_lock(0):
+            pytest.fail("a second writer was let in")
+        with pytest.raises(ImageLockedError, match="lock byte 101"), storage.read_lock():
+            pytest.fail("a reader was let in")
+        assert other.sees() == WRITER  # those who were refused took nothing away
+    with storage.read_lock():
+        with pytest.raises(ImageLockedError, match="lock byte 201"), second.write_lock(0):
+            pytest.fail("was let in beside a reader")
+        assert other.sees() == READER
+    with second.write_lock(0):
+        assert other.sees() == WRITER
+    second.close()
+
+
+def test_a_writer_reads_under_its_own_locks(writable: FileStorage, other: Other) -> None:
+    with writable.write_lock(0):
+        for _ in range(2):
+            with writable.read_lock():
+                assert other.sees() == WRITER
+            assert other.sees() == WRITER
+    with writable.read_lock():
+        assert other.sees() == READER  # not writing, it reads as a reader does
+    assert other.sees() == set()
+
+
+def test_one_storage_has_one_writer(writable: FileStorage, other: Other) -> None:
+    """Its locks would not conflict with themselves, and the first to end would drop them."""
+    with writable.write_lock(0):
+        with pytest.raises(StateError), writable.write_lock(0):
+            pytest.fail("was let in twice")
+        assert other.sees() == WRITER
+    assert other.sees() == set()
+
+
+def test_a_failure_while_writing_leaves_nothing_locked(writable: FileStorage, other: Other) -> None:
+    failure = KeyError("whatever")
+    with pytest.raises(KeyError) as caught, writable.write_lock(0):
+        raise failure
+    assert caught.value is failure
+    assert other.sees() == set()
+    with writable.write_lock(0), writable.read_lock():
+        assert other.sees() == WRITER
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+@pytest.mark.parametrize(
+    "commands",
+    [{fcntl.F_OFD_SETLK}, {fcntl.F_OFD_GETLK}, {fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK}],
+    ids=["set", "get", "both"],
+)
+def test_without_locks_nothing_is_written(
+    writable: FileStorage,
+    other: Other,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: set[int],
+    number: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", failing(commands, number))
+        # However long one would wait: it is not going to have locks.
+        with pytest.raises(StorageError) as caught, writable.write_lock(1e9):
+            pytest.fail("was let in")
+    assert type(caught.value) is StorageError
+    assert (caught.value.errno, caught.value.path) == (number, writable.name)
+    assert caught.value.action == "writing"
+    assert str(caught.value) == (
+        f"{writable.name}: cannot be locked ({os.strerror(number)}); "
+        "if you know that nobody uses it, write without locks: --no-lock (locking=False)"
+    )
+    assert other.sees() == set()
+
+
+def test_without_locking_none_are_taken_or_minded(
+    path: Path, other: Other, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for byte in BYTES:
+        other.lock(byte)
+    monkeypatch.setattr(fcntl, "fcntl", failing({fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK}, 1))
+    storage = FileStorage(path, writable=True, locking=False)
+    with storage.write_lock(0), storage.read_lock():
+        pass
+    with storage.read_lock():
+        pass
+    storage.close()
+
+
+REPLACED = "was replaced by another file while it was being opened; open it again"
+
+
+@pytest.mark.parametrize("locking", [True, False])
+@pytest.mark.parametrize(
+    ("replace", "reason"),
+    [
+        (lambda path, moved: path.write_bytes(moved.read_bytes()), REPLACED),
+        (lambda path, moved: path.mkdir(), REPLACED),
+        (lambda path, moved: None, os.strerror(errno.ENOENT)),
+    ],
+    ids=["another file", "something else", "nothing"],
+)
+def test_a_file_replaced_before_it_is_locked_is_refused(
+    path: Path,
+    tmp_path: Path,
+    locking: bool,
+    replace: Callable[[Path, Path], object],
+    reason: str,
+) -> None:
+    storage = FileStorage(path, writable=True, locking=locking)
+    moved = path.rename(tmp_path / "moved")
+    replace(path, moved)
+    with pytest.raises(StorageError) as caught, storage.write_lock(0):
+        pytest.fail("was let in")
+    assert type(caught.value) is StorageError
+    assert (caught.value.path, caught.value.reason) == (str(path), reason)
+    observer = Other(moved)
+    assert observer.sees() == set()
+    os.close(observer.descriptor)
+    storage.close()
+
+
+def test_a_file_that_moved_and_is_still_found_there_is_the_same(
+    path: Path, tmp_path: Path, writable: FileStorage
+) -> None:
+    path.symlink_to(path.rename(tmp_path / "moved"))
+    with writable.write_lock(0):
+        pass
+
+
+class Clock:
+    """Stands in for the module time: sleeping is what makes it later, and things happen."""
+
+    def __init__(self, *events: Callable[[], object]) -> None:
+        self.now = 1000.0
+        self.sleeps: list[float] = []
+        self._events = list(events)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += seconds
+        if self._events:
+            self._events.pop(0)()
+
+
+def test_a_writer_waits_until_nobody_uses_the_image(
+    path: Path,
+    storage: FileStorage,
+    writable: FileStorage,
+    other: Other,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = storage.read_lock()
+    reader.__enter__()
+    seen = []
+    clock = Clock(
+        lambda: seen.append(other.sees()),
+        lambda: reader.__exit__(None, None, None),
+        lambda: pytest.fail("went on waiting"),
+    )
+    monkeypatch.setattr(locks, "time", clock)
+    with writable.write_lock(1):
+        assert other.sees() == WRITER
+    assert seen == [READER]  # while it sleeps it holds nothing: two that wait would never end
+    assert len(clock.sleeps) == 2
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.001, 1])
+def test_a_writer_that_waited_in_vain_says_who_holds_what(
+    writable: FileStorage, other: Other, monkeypatch: pytest.MonkeyPatch, timeout: float
+) -> None:
+    other.lock(101)
+    clock = Clock()
+    monkeypatch.setattr(locks, "time", clock)
+    with pytest.raises(ImageLockedError, match="lock byte 101"), writable.write_lock(timeout):
+        pytest.fail("was let in")
+    assert bool(clock.sleeps) == (timeout > 0)
+    assert max(0, timeout) <= sum(clock.sleeps) <= max(0, timeout) + 0.03
+    assert other.sees() == set()
+
+
+def test_an_interrupted_wait_leaves_nothing_locked(
+    writable: FileStorage, other: Other, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    other.lock(101)
+    monkeypatch.setattr(locks, "time", Clock(interrupt))
+    with pytest.raises(KeyboardInterrupt), writable.write_lock(1):
+        pytest.fail("was let in")
+    assert other.sees() == set()
+
+
+def test_writers_that_wait_for_each_other_all_get_their_turn(path: Path) -> None:
+    """Each adds one to a number in the file, in two steps that must not mix."""
+    path.write_bytes(bytes(8))
+
+    def add(times: int) -> None:
+        for _ in range(times):
+            storage = FileStorage(path, writable=True)
+            with storage.write_lock(60):
+                number = int.from_bytes(read_bytes(storage, 0, 8), "big")
+                storage.write(0, [(number + 1).to_bytes(8, "big")])
+            storage.close()
+
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(add, 4) for _ in range(3)]:
+            done.result()
+    assert int.from_bytes(path.read_bytes(), "big") == 12

@@ -79,16 +79,16 @@ def test_memory_is_not_copied() -> None:
     assert read_bytes(storage, 0, 4) == b"\0\0\7\0"
 
 
-def test_memory_can_grow_again_once_the_image_is_closed() -> None:
+def test_memory_is_its_owners_while_an_image_is_read_from_it() -> None:
     data = bytearray(build_image(Stored(table=[b"\x55"] * 3), size=3 * 4096 << 16).data)
     image = qcow2bm.open(data)
     bitmap = image.bitmaps["daily"]
     extents = bitmap.extents()
     next(extents)
-    with pytest.raises(BufferError):
-        data.append(0)
+    data.append(0)  # would be a BufferError if a view of it were kept
+    assert bitmap.count() > 0
     image.close()
-    data.append(0)
+    data.clear()
     with pytest.raises(qcow2bm.StateError):
         bitmap.count()
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import gzip
 import io
 import mmap
+import sys
 from array import array
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2bm.errors import StorageError
-from qcow2bm.storage.base import Storage, read_bytes
+from qcow2bm.errors import StorageError, UnsupportedError
+from qcow2bm.storage.base import Storage, WritableStorage, read_bytes
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.memory import MemoryStorage, StreamStorage
-from qcow2bm.storage.sources import open_source
+from qcow2bm.storage.sources import open_source, open_writable
 
 if TYPE_CHECKING:
     from qcow2bm.storage.sources import Source
@@ -59,6 +61,102 @@ def test_a_storage_is_its_own() -> None:
 def test_what_is_no_source(source: Any) -> None:
     with pytest.raises(TypeError, match=f"cannot open {type(source).__name__}: need a path"):
         open_source(source)
+
+
+class ReadOnly:
+    """All that a `Storage` has, and nothing of a `WritableStorage`."""
+
+    name = "<read-only>"
+
+    def size(self) -> int:
+        return 0
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        return 0
+
+    def change_token(self) -> object:
+        return None
+
+    def read_lock(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def close(self) -> None:
+        pass
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="writing files is for Linux")
+
+
+@linux
+@pytest.mark.parametrize("kind", [Path, str])
+@pytest.mark.parametrize("locking", [True, False])
+def test_paths_are_opened_for_writing(
+    tmp_path: Path, kind: type[Path | str], locking: bool
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"abc")
+    storage, reader = open_writable(kind(path), locking=locking), FileStorage(path)
+    assert isinstance(storage, WritableStorage)
+    assert (type(storage), storage.name) == (FileStorage, str(path))
+    with storage.write_lock(0):
+        storage.write(1, [b"x"])
+        if not locking:
+            with reader.read_lock():  # nothing is locked
+                pass
+    storage.close()
+    reader.close()
+    assert path.read_bytes() == b"axc"
+
+
+@linux
+@pytest.mark.parametrize("kind", ["missing", "directory"])
+def test_a_path_that_cannot_be_written(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(StorageError, match=kind):
+        open_writable(tmp_path / kind)
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_bytearray_is_written() -> None:
+    data = bytearray(b"abc")
+    storage = open_writable(data)
+    assert isinstance(storage, MemoryStorage)
+    storage.write(2, [b"xy"])
+    assert data == b"abxy"
+
+
+def test_a_writable_storage_is_its_own() -> None:
+    storage = MemoryStorage(bytearray())
+    assert open_writable(storage) is storage
+
+
+@pytest.mark.parametrize(
+    "source",
+    [b"abc", memoryview(bytearray(3)), array("B", b"abc"), io.BytesIO(b"abc"), ReadOnly()],
+    ids=lambda source: type(source).__name__,
+)
+def test_what_can_only_be_read(source: Source) -> None:
+    open_source(source)
+    with pytest.raises(UnsupportedError) as caught:
+        open_writable(source)
+    name = type(source).__name__
+    assert caught.value.feature == f"editing {name}: only paths, bytearrays and storages"
+
+
+def test_an_open_file_is_only_read(tmp_path: Path) -> None:
+    """Whoever opened it may hold other parts of it in a buffer."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"abc")
+    with open(path, "r+b") as buffered, open(path, "r+b", buffering=0) as raw:
+        for source in (buffered, raw):
+            with pytest.raises(UnsupportedError, match=f"editing {type(source).__name__}"):
+                open_writable(source)
+
+
+@pytest.mark.parametrize("source", [None, 3, object(), ["path"]])
+def test_what_is_no_source_for_writing_either(source: Any) -> None:
+    with pytest.raises(TypeError, match=f"cannot open {type(source).__name__}: need a path"):
+        open_writable(source)
 
 
 WORDS = array("Q", range(100))
