@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.plan import Plan, execute
@@ -66,7 +66,8 @@ def open(
             fault.
         force_share: read even while another process writes, without taking locks. What is
             then read is still checked for not having changed meanwhile. Not for editing.
-        lock_timeout: for editing, how many seconds to wait until nobody uses the image.
+        lock_timeout: how many seconds to wait for the locks while somebody else uses the image.
+            For reading, of a path only.
         locking: False to edit without QEMU's locks, where the file system has none. Then
             nothing keeps a VM from using the image meanwhile, which would destroy it.
 
@@ -80,10 +81,14 @@ def open(
         raise ValueError(f"mode is {mode!r}, must be 'r' or 'r+'")
     if mode == "r+" and force_share:
         raise ValueError("force_share is for reading; an image is not edited while others write")
-    if mode == "r" and (lock_timeout or not locking):
-        raise ValueError("lock_timeout and locking are for mode 'r+'")
-    storage = open_source(source) if mode == "r" else open_writable(source, locking=locking)
-    image = Image(storage, storage is not source, force_share, mode == "r+", lock_timeout)
+    if mode == "r" and not locking:
+        raise ValueError("locking is for mode 'r+'; to read without locks use force_share")
+    if mode == "r":
+        storage = open_source(source, lock_timeout)
+        image = Image(storage, storage is not source, force_share)
+    else:
+        writable = open_writable(source, locking=locking)
+        image = Image(writable, writable is not source, False, writable, lock_timeout)
     if strict:
         try:
             image.raise_first_problem()
@@ -123,23 +128,22 @@ class Image:
         storage: Storage,
         is_owner: bool,
         force_share: bool = False,
-        is_writable: bool = False,
+        writable: WritableStorage | None = None,
         lock_timeout: float = 0,
     ) -> None:
-        """See `open`."""
+        """See `open`; ``writable`` is the storage once more if it is to be edited."""
         self.name = storage.name
         self._storage = storage
         self._force_share = force_share
-        self._is_writable = is_writable
+        self._writable = writable
         self._edit: Edit | None = None
         self._generation = 0
         self._opened = ExitStack()
         if is_owner:
             self._opened.callback(storage.close)
         try:
-            if is_writable:
-                lock = cast("WritableStorage", storage).write_lock(lock_timeout)
-                self._opened.enter_context(lock)
+            if writable:
+                self._opened.enter_context(writable.write_lock(lock_timeout))
             self._load()
         except BaseException:
             self.close()
@@ -299,10 +303,11 @@ class Image:
             StateError: it is closed, or an edit is going on.
             FormatError: the image has a fault on which an edit must not build.
             UnsupportedError: it is of version 2.
+            ImageLockedError, ChangedWhileReadingError: somebody else uses it, in a dry run.
             StorageError: reading failed.
         """
         self._require_open()
-        if not self._is_writable and not dry_run:
+        if not self._writable and not dry_run:
             raise ReadOnlyImageError()
         if self._edit:
             raise StateError("being edited", "left alone until that is done")
@@ -587,7 +592,7 @@ class Edit:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if not error and not self._dry_run:
+            if kind is None and not self._dry_run:
                 self._commit(self.plan())
         finally:
             self._image._edit = None
@@ -601,11 +606,11 @@ class Edit:
         return self._open_draft
 
     def _commit(self, plan: Plan) -> None:
-        image = self._image
-        if not plan.steps:
+        image, storage = self._image, self._image._writable
+        if not plan.steps or not storage:
             return
         try:
-            execute(plan, cast("WritableStorage", image._storage), image.file_size)
+            execute(plan, storage, image.file_size)
         except BaseException:
             image._leave("in doubt after a failed commit", "opened again")
             raise
@@ -629,11 +634,12 @@ class Edit:
         from qcow2bm.store.commit import plan_commit
 
         image, storage = self._image, self._image._storage
-        writable = storage.capacity() if isinstance(storage, WritableStorage) else None
-        plan = plan_commit(image._file, image._directory, self._survey, self._draft, writable)
-        with image._file.lock():
-            verify_directory(image._file, image._directory)
-        return plan
+        capacity = storage.capacity() if isinstance(storage, WritableStorage) else None
+        try:
+            return plan_commit(image._file, image._directory, self._survey, self._draft, capacity)
+        finally:  # what somebody else changed meanwhile must not pass for damage
+            with image._file.lock():
+                verify_directory(image._file, image._directory)
 
     @property
     def names(self) -> list[str]:
@@ -698,15 +704,22 @@ class Edit:
         """
         self._draft.rename(name, new_name)
 
-    def copy(self, name: str, new_name: str, granularity: int | None = None) -> None:
-        """Adds a bitmap with what another has: the same bits and flags, or another granularity.
+    def copy(
+        self,
+        name: str,
+        new_name: str,
+        granularity: int | None = None,
+        enabled: bool | None = None,
+    ) -> None:
+        """Adds a bitmap with what another has, also at another granularity.
 
-        A coarser copy is dirty wherever anything it covers is dirty.
+        A coarser copy is dirty wherever anything it covers is dirty. It records writes from now
+        on if the other does, unless ``enabled`` says otherwise.
 
         Raises:
             As `disable` and `add` do.
         """
-        self._draft.copy(name, new_name, granularity)
+        self._draft.copy(name, new_name, granularity, enabled=enabled)
 
     def set(self, name: str, start: int, length: int) -> None:
         """Makes a range dirty, widened to whole granules.
@@ -755,6 +768,8 @@ class Edit:
         if isinstance(source, str):
             self._draft.merge(target, source, op)
             return
+        if not isinstance(source, Bitmap):
+            raise TypeError(f"source is a name or a Bitmap, not {type(source).__name__}")
         from qcow2bm.store.draft import PackedSource
 
         size, own_size = source._image.virtual_size, self._image.virtual_size

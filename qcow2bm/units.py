@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"([0-9]+)(?:([kKMGTPE])(?:iB)?)?")
+_SIZE = re.compile(r"(0x[0-9a-fA-F]{1,16})|([0-9]{1,20})(?:([kKMGTPE])(?:iB)?)?")
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -27,7 +27,7 @@ def format_size(size_bytes: int) -> str:
 
 
 def parse_size(text: str) -> int:
-    """A number of bytes as people write it: ``65536``, ``64k``, ``64K``, ``1M``, ``2GiB``.
+    """A number of bytes as people write it: ``65536``, ``0x10000``, ``64k``, ``1M``, ``2GiB``.
 
     Raises:
         ValueError: it is none.
@@ -35,8 +35,10 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text)
     if not found:
         raise ValueError(f'"{escape(text)}" is no size: write 65536, 64k, 1M, 2G or 1T')
-    exponent = " KMGTPE".index((found[2] or " ").upper())
-    return int(found[1]) << 10 * exponent
+    if found[1]:
+        return int(found[1], 16)
+    exponent = " KMGTPE".index((found[3] or " ").upper())
+    return int(found[2]) << 10 * exponent
 
 
 def escape(text: str) -> str:

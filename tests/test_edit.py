@@ -93,7 +93,6 @@ def test_of_what_cannot_be_opened_at_all_it_is_said_so() -> None:
     "arguments",
     [
         {"mode": "r+", "force_share": True},
-        {"mode": "r", "lock_timeout": 1},
         {"mode": "r", "locking": False},
     ],
 )

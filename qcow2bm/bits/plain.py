@@ -59,7 +59,7 @@ def count_edges(data: bytes | bytearray | memoryview, carry: int) -> int:
     return (bits ^ (bits << 1 | carry)).bit_count() - last
 
 
-def fill(buffer: bytearray, first: int, stop: int, *, is_set: bool) -> None:
+def fill(buffer: bytearray | memoryview, first: int, stop: int, *, is_set: bool) -> None:
     """Sets or clears the bits from ``first`` up to ``stop``, not included.
 
     *Twin*: `qcow2bm.bits.algebra.mask_of`, whose bits a caller sets or clears.

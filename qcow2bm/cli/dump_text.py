@@ -13,7 +13,7 @@ from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, KINDS
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
-from qcow2bm.store.entries import GRANULARITY_BITS_LIMIT
+from qcow2bm.store.entries import FITTABLE, GRANULARITY_BITS_LIMIT
 from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, VALID
 from qcow2bm.units import escape, format_size
 
@@ -180,7 +180,12 @@ def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[P
     if not refused:
         return
     print("QEMU will not open this image")
-    if all(found.structure in _GONE_WITHOUT_BITMAPS for found in refused):
+    if all(found.id in FITTABLE for found in refused):
+        print(
+            "the bitmaps do not fit the disk, which was resized without them; to mend that:\n"
+            "  qcow2bm fit IMAGE --all"
+        )
+    elif all(found.structure in _GONE_WITHOUT_BITMAPS for found in refused):
         byte = image.header.autoclear_features & 0xFE
         place = FIELD_OFFSETS["autoclear_features"] + 7
         print(

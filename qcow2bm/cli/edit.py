@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 
 from qcow2bm.api import Edit, Image, open
 from qcow2bm.cli import addressing
 from qcow2bm.cli.console import fail
 from qcow2bm.clusters.plan import Barrier, Plan, Write
-from qcow2bm.errors import Qcow2BmError, StorageError
+from qcow2bm.errors import ImageLockedError, Qcow2BmError, StorageError
 
 SCHEMA = 1
 
@@ -27,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
             plan = edit.plan() if arguments.dry_run else Plan()
     except ValueError as error:
         return fail(arguments.image, str(error))
+    except ImageLockedError as error:  # of reading, in a dry run or of another image
+        raise ImageLockedError(error.path, error.held, "writing") from error
     except _OtherImageError as error:
         return fail(arguments.other, str(error))
     if arguments.dry_run and arguments.output == "json":
@@ -42,7 +45,7 @@ class _OtherImageError(Exception):
 
 def _open(arguments: argparse.Namespace) -> Image:
     if arguments.dry_run:
-        return open(arguments.image)
+        return open(arguments.image, lock_timeout=arguments.wait)
     wait, locking = arguments.wait, not arguments.no_lock
     return open(arguments.image, "r+", lock_timeout=wait, locking=locking)
 
@@ -55,7 +58,8 @@ def _add(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
 def _remove(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
     if arguments.all:
         edit.remove_all()
-    _each(Edit.remove)(arguments, image, edit)
+    else:
+        _each(Edit.remove)(arguments, image, edit)
 
 
 def _rename(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
@@ -65,25 +69,34 @@ def _rename(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
 
 def _copy(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
     name = addressing.find(image, arguments.name).name
-    edit.copy(name, addressing.new_name(arguments.new), arguments.granularity)
+    enabled = False if arguments.disabled else None
+    edit.copy(name, addressing.new_name(arguments.new), arguments.granularity, enabled)
 
 
 def _set(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    edit.set_many(addressing.find(image, arguments.name).name, arguments.ranges)
+    edit.set_many(addressing.find(image, arguments.name).name, _ranges(arguments, image))
 
 
 def _reset(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    edit.reset_many(addressing.find(image, arguments.name).name, arguments.ranges)
+    edit.reset_many(addressing.find(image, arguments.name).name, _ranges(arguments, image))
+
+
+def _ranges(arguments: argparse.Namespace, image: Image) -> list[tuple[int, int]]:
+    """The ranges given, those without a length up to the end of the disk."""
+    return [
+        (start, max(0, image.virtual_size - start) if length is None else length)
+        for start, length in arguments.ranges
+    ]
 
 
 def _merge(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
     target = addressing.find(image, arguments.name).name
-    if arguments.other is None:
+    if arguments.other is None or _is_same(arguments.other, arguments.image):
         for name in arguments.names:
             edit.merge(target, addressing.find(image, name).name, arguments.op)
         return
     try:
-        with open(arguments.other) as other:
+        with open(arguments.other, lock_timeout=arguments.wait) as other:
             for name in arguments.names:
                 edit.merge(target, addressing.find(other, name), arguments.op)
     except StorageError:
@@ -92,12 +105,17 @@ def _merge(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
         raise _OtherImageError(str(error)) from error
 
 
+def _is_same(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+
+
 def _each(operation: Callable[[Edit, str], None]) -> Callable[..., None]:
     """The same operation on each of several bitmaps."""
 
     def work(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
         # All are looked up first: a number means an entry of the image as it was.
-        for name in [addressing.find(image, name).name for name in arguments.names]:
+        names = [addressing.find(image, name).name for name in arguments.names]
+        for name in edit.names if arguments.all else names:
             operation(edit, name)
 
     return work
@@ -123,8 +141,10 @@ def _print_text(plan: Plan) -> None:
     if not plan.steps:
         print("nothing to write: the bitmaps are like that already")
         return
-    barriers = f"{plan.barriers} barrier{'s' if plan.barriers > 1 else ''}"
-    print(f"{plan.length} bytes in {len(plan.writes)} writes, {barriers}; nothing was written")
+    print(
+        f"{plan.length} bytes in {len(plan.writes)} write{'s' * (len(plan.writes) != 1)}, "
+        f"{plan.barriers} barrier{'s' * (plan.barriers != 1)}; nothing was written"
+    )
     print(f"{'offset':>14}  {'bytes':>10}")
     for number, step in enumerate(plan.steps):
         if isinstance(step, Barrier):

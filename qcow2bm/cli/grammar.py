@@ -25,10 +25,14 @@ exit status: 0 fine; 1 could not do it; 2 done, but problems were found (of seve
 unusable or leak); 64 wrong usage
 """
 
+_REMOVE_EPILOG = """
+Stale bitmaps can only be removed with --all. Their clusters stay leaked: qemu-img check -r leaks.
+"""
+
 _EDIT_EPILOG = """\
 NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
 a name that begins with @ is written with @@. Before names that begin with -, write --.
-Sizes are in bytes, or with k, M, G, T.
+Sizes are in bytes, or with k, M, G, T, P, E; START: without a length is all from there on.
 
 The change is atomic: after a failure or a loss of power at any time, all bitmaps are as before
 or all are as after. Nobody else can use the image meanwhile.
@@ -75,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:  # said by the command's own parser, whose --help lists what there is
         shown = " ".join(argument.removeprefix(_NAME) for argument in unknown)
         command.error(f"unrecognized arguments: {shown}")
-    if arguments.command == "remove" and arguments.all == bool(arguments.names):
+    if "all" in arguments and arguments.all == bool(arguments.names):
         command.error("give names, or --all")
     if "ranges" in arguments:
         try:
@@ -85,11 +89,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _range(text: str) -> tuple[int, int]:
+def _range(text: str) -> tuple[int, int | None]:
     start, colon, length = text.partition(":")
     if not colon:
         raise ValueError(f'"{escape(text)}" is no range: write START:LENGTH')
-    return parse_size(start), parse_size(length)
+    return parse_size(start), parse_size(length) if length else None
 
 
 # argparse does not take what follows -- as it stands: it drops a second --, for one. Marked with
@@ -156,8 +160,10 @@ def _edit_commands(
         made[command] = parser = _editing(commands, command, summary)
         for name, (metavar, nargs, text) in names.items():
             parser.add_argument(name, metavar=metavar, nargs=nargs, help=text)
-    made["add"].add_argument("--disabled", action="store_true", help="it is not to record writes")
     for command in ("add", "copy"):
+        made[command].add_argument(
+            "--disabled", action="store_true", help="the new bitmap is not to record writes"
+        )
         made[command].add_argument(
             "-g",
             "--granularity",
@@ -165,7 +171,9 @@ def _edit_commands(
             type=_size,
             help="how many bytes a bit stands for",
         )
-    made["remove"].add_argument("--all", action="store_true", help="all bitmaps, stale ones too")
+    for command, (_, names) in _EDITS.items():
+        if names is _MANY:
+            made[command].add_argument("--all", action="store_true", help="all bitmaps")
     made["merge"].add_argument(
         "--from", dest="other", metavar="OTHER_IMAGE", help="the image that has the sources"
     )
@@ -177,18 +185,18 @@ def _edit_commands(
 
 _Argument = tuple[str, str | None, str]
 _NAMED: dict[str, _Argument] = {"name": ("NAME", None, "the bitmap")}
-_MANY: dict[str, _Argument] = {"names": ("NAME", "+", "the bitmaps")}
+_MANY: dict[str, _Argument] = {"names": ("NAME", "*", "the bitmaps, or --all")}
 _RANGES: dict[str, _Argument] = {"ranges": ("START:LENGTH", "+", "ranges of the disk")}
 
 _EDITS: dict[str, tuple[str, dict[str, _Argument]]] = {
     "add": ("add a bitmap that records writes from now on", _NAMED),
-    "remove": ("remove bitmaps", {"names": ("NAME", "*", "the bitmaps")}),
+    "remove": ("remove bitmaps", _MANY),
     "clear": ("make bitmaps clean", _MANY),
     "enable": ("make bitmaps record writes", _MANY),
     "disable": ("make bitmaps record no more writes", _MANY),
     "rename": ("give a bitmap another name", {**_NAMED, "new": ("NEW", None, "its new name")}),
     "copy": (
-        "copy a bitmap, also to another granularity",
+        "copy a bitmap, which goes on recording if the original does",
         {**_NAMED, "new": ("NEW", None, "the name of the copy")},
     ),
     "set": ("make ranges dirty, widened to whole granules", {**_NAMED, **_RANGES}),
@@ -226,7 +234,8 @@ def _editing(
     commands: argparse._SubParsersAction[_Parser], name: str, summary: str
 ) -> argparse.ArgumentParser:
     """A command that changes bitmaps."""
-    parser = _command(commands, name, summary, "edit", _EDIT_EPILOG)
+    epilog = _EDIT_EPILOG + (_REMOVE_EPILOG if name == "remove" else "")
+    parser = _command(commands, name, summary, "edit", epilog)
     parser.add_argument("--dry-run", action="store_true", help="only show what would be written")
     parser.add_argument(
         "--output",
@@ -262,7 +271,8 @@ def _command(
         allow_abbrev=False,
     )
     parser.set_defaults(module=module)
-    parser.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")
+    text = "a qcow2 file or block device" + (" that nobody uses" if module == "edit" else "")
+    parser.add_argument("image", metavar="IMAGE", help=text)
     return parser
 
 

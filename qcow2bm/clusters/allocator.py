@@ -1,7 +1,7 @@
 """Finding free clusters, and making room for their refcounts.
 
-A cluster is free if its refcount is 0 and no structure this library knows of covers it; L2
-tables are never looked at.
+A cluster is free if its refcount is 0. If a structure this library knows of covers one all the
+same, refcounts are wrong and nothing is allocated; L2 tables are never looked at.
 
 *Spec*: spec/refcounts.md, "Allocation".
 """
@@ -9,8 +9,8 @@ tables are never looked at.
 from __future__ import annotations
 
 import errno
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from qcow2bm.clusters.file import ClusterFile
@@ -46,8 +46,8 @@ class Allocator:
     ) -> None:
         """Searches from the refcount block of cluster ``near`` on.
 
-        ``taken`` are clusters in use whatever their refcounts say, and ``capacity`` is the
-        length in bytes that the storage cannot outgrow, if there is one.
+        ``taken`` are clusters known to be in use, and ``capacity`` is the length in bytes that
+        the storage cannot outgrow, if there is one.
 
         Raises:
             FormatError: the refcount table is damaged.
@@ -73,20 +73,7 @@ class Allocator:
             LimitError: the refcount table cannot grow that far.
             StorageError: the storage cannot grow, and has no room; or reading failed.
         """
-        blocks = self.refcounts.blocks()
-        near = bisect_left(blocks, self._near)
-        blocks = blocks[near:] + blocks[:near]
-        start: int | None = 0
-        for number, window in enumerate((*_WINDOW_BYTES, self._cluster_size * len(blocks))):
-            free = self._free(blocks[: window // self._cluster_size or 1])
-            placed, pieces, left = self._place(free, runs, loose)
-            if not left:
-                break
-            start = self._extend(left, (*placed, *pieces)) if number else None
-            if start is not None:
-                break
-        if start is None:
-            raise self._no_room(sum(runs) + loose)
+        placed, pieces, left, start = self._search(runs, loose)
         for number, length in enumerate(runs):
             if placed[number] is None:
                 placed[number] = start, start + length
@@ -99,6 +86,23 @@ class Allocator:
         self._count(self._fresh, 0, 1)
         return Allocation(tuple(first for first, _ in whole), tuple(pieces))
 
+    def _search(
+        self, runs: Sequence[int], loose: int
+    ) -> tuple[list[Run | None], list[Run], int, int]:
+        """As `_place`, and the first of the clusters behind all others for what is still wanted."""
+        blocks = self.refcounts.blocks()
+        near = bisect_left(blocks, self._near)
+        blocks = blocks[near:] + blocks[:near]
+        for number, window in enumerate((*_WINDOW_BYTES, self._cluster_size * len(blocks))):
+            free = self._free(blocks[: window // self._cluster_size or 1])
+            placed, pieces, left = self._place(free, runs, loose)
+            if not left:
+                return placed, pieces, 0, 0
+            start = self._extend(left, (*placed, *pieces)) if number else None
+            if start is not None:
+                return placed, pieces, left, start
+        raise self._no_room(sum(runs) + loose)
+
     def _count(self, runs: Iterable[Run], before: int, after: int) -> None:
         for first, stop in runs:
             self.refcounts.change(first, stop - first, before, after)
@@ -109,9 +113,13 @@ class Allocator:
         """What goes where in the free clusters, and how many clusters are still wanted."""
         placed: list[Run | None] = []
         left = 0
+        fits: dict[int, int] = {}  # by length, the number of the first run that may be long enough
         for length in runs:
-            number = next((n for n, (a, b) in enumerate(free) if b - a >= length), None)
-            if number is None:
+            number = fits.get(length, 0)
+            while number < len(free) and free[number][1] - free[number][0] < length:
+                number += 1
+            fits[length] = number
+            if number == len(free):
                 placed.append(None)
                 left += length
                 continue
@@ -129,28 +137,20 @@ class Allocator:
     def _free(self, blocks: Iterable[int]) -> list[Run]:
         """The free clusters that these blocks count, in their order, as long runs."""
         found: list[Run] = []
-        for run in self.refcounts.free_runs(blocks):
-            for first, stop in self._without_taken(run):
-                stop = min(stop, self._limit)
-                if found and found[-1][1] == first:
-                    found[-1] = found[-1][0], stop
-                elif first < stop:
-                    found.append((first, stop))
+        for first, stop in self.refcounts.free_runs(blocks):
+            self._require_untaken(first, stop)
+            stop = min(stop, self._limit)
+            if found and found[-1][1] == first:
+                found[-1] = found[-1][0], stop
+            elif first < stop:
+                found.append((first, stop))
         return found
 
-    def _without_taken(self, run: Run) -> Iterator[Run]:
-        first, stop = run
-        number = max(0, bisect_right(self._taken, (first, _MAX_CLUSTER_END)) - 1)
-        while first < stop and number < len(self._taken):
-            start, end = self._taken[number]
-            if start >= stop:
-                break
-            if first < start:
-                yield first, start
-            first = max(first, end)
-            number += 1
-        if first < stop:
-            yield first, stop
+    def _require_untaken(self, first: int, stop: int) -> None:
+        """Who finds that one refcount is wrong cannot go by the others."""
+        number = bisect_left(self._taken, (stop, 0)) - 1
+        if number >= 0 and self._taken[number][1] > first:
+            raise self.refcounts.wrong(max(first, self._taken[number][0]), 0, 1)
 
     def _extend(self, count: int, placed: Iterable[Run | None]) -> int | None:
         """The first of so many clusters behind all others, with refcounts made for them.
@@ -245,7 +245,7 @@ class Allocator:
 def _merged(runs: Iterable[Run]) -> list[Run]:
     """The same clusters as ascending runs that neither touch nor overlap."""
     merged: list[Run] = []
-    for first, stop in sorted(runs):
+    for first, stop in sorted(run for run in runs if run[0] < run[1]):
         if merged and first <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(merged[-1][1], stop)
         else:

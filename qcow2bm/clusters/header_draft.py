@@ -36,7 +36,6 @@ from qcow2bm.units import align_up
 
 _BACKING_OFFSET = FIELD_OFFSETS["backing_file_offset"]
 _AUTOCLEAR = FIELD_OFFSETS["autoclear_features"]
-_SIZE = HEAD_LENGTH + BITMAPS_LENGTH  # of the bitmaps extension
 
 
 class Switch(NamedTuple):
@@ -166,51 +165,65 @@ class HeaderDraft:
             UnsupportedError: the header is laid out in a way no program is known to use.
         """
         extension = HeaderExtension(BITMAPS, payload, b"")
-        head, end = self._end, self._end + _SIZE + HEAD_LENGTH
-        name, size = self._name_offset, self._name_size
-        data = bytes(self._data[name : name + size])
-        self._extensions.append(extension)
         body = build_extensions(HeaderExtensions((extension,), bytes(HEAD_LENGTH)))
-        must_move = 0 < name < end
-        if (end + size if must_move else end) <= SECTOR_SIZE:  # all of it in one sector
-            self._data[head:end] = body
-            if must_move:
-                self._data[end : end + size] = data
-                self._set_number(_BACKING_OFFSET, end)
-            self._set_autoclear(is_set=True)
-            start = _BACKING_OFFSET if must_move else _AUTOCLEAR
-            stop = end + size if must_move else end
-            self._require_room(stop)
-            return Switch(self._write(start, stop, "header with a bitmaps extension"))
+        head, end = self._end, self._end + len(body)
+        self._extensions.append(extension)
+        is_in_the_way = 0 < self._name_offset < end
+        if end + self._name_size * is_in_the_way <= SECTOR_SIZE:
+            return self._insert_at_once(head, body, is_in_the_way)
         if not self._has_end or not is_in_one_sector(head, HEAD_LENGTH):
             raise UnsupportedError("adding a header extension where the others end without a mark")
-        before: list[Write] = []
-        steps: list[Step] = []
-        if must_move:
-            place = align_up(max(end, name + size), 8)
-            self._require_room(place + size)
-            self._data[place : place + size] = data
-            before += write_in_sectors(place, data, "copy of the backing file name")
-            self._set_number(_BACKING_OFFSET, place)
-            steps.append(self._write(_BACKING_OFFSET, _BACKING_OFFSET + 8, "place of that name"))
-            steps.append(Barrier("place of the backing file name"))
-        self._require_room(end)
-        content = body[HEAD_LENGTH:]
-        self._data[head + HEAD_LENGTH : end] = content
-        writes = write_in_sectors(head + HEAD_LENGTH, content, "content of the bitmaps extension")
-        if must_move:
-            steps += [*writes, Barrier("content of the bitmaps extension")]
-        else:
-            before += writes
-        self._data[head : head + HEAD_LENGTH] = body[:HEAD_LENGTH]
-        stop = head + HEAD_LENGTH
-        if stop > SECTOR_SIZE:
-            steps.append(self._write(head, stop, "head of the bitmaps extension"))
-            steps.append(Barrier("bitmaps extension"))
-            stop = _AUTOCLEAR + 8
+        if not is_in_the_way:
+            self._require_room(end)
+            content = self._insert_content(head, body)
+            steps, commit = self._insert_head(head, body)
+            return Switch(commit, content, steps)
+        copied, moved = self._move_name(end)
+        ready = Barrier("content of the bitmaps extension")
+        content = self._insert_content(head, body)
+        steps, commit = self._insert_head(head, body)
+        return Switch(commit, copied, (*moved, *content, ready, *steps))
+
+    def _insert_at_once(self, head: int, body: bytes, moves_name: bool) -> Switch:
+        """All of it, and the backing file name behind it, in one write of the first sector."""
+        start, stop = _AUTOCLEAR, head + len(body)
+        name = bytes(self._data[self._name_offset :][: self._name_size])
+        self._data[head:stop] = body
+        if moves_name:
+            self._set_number(_BACKING_OFFSET, stop)
+            self._data[stop : stop + len(name)] = name
+            start, stop = _BACKING_OFFSET, stop + len(name)
         self._set_autoclear(is_set=True)
-        commit = self._write(_AUTOCLEAR, stop, "autoclear bit of the bitmaps")
-        return Switch(commit, tuple(before), tuple(steps))
+        return Switch(self._write(start, stop, "header with a bitmaps extension"))
+
+    def _move_name(self, end: int) -> tuple[tuple[Write, ...], tuple[Step, ...]]:
+        """Writes a copy of the backing file name behind ``end``, and then what leads to it."""
+        old, size = self._name_offset, self._name_size
+        place = align_up(max(end, old + size), 8)
+        self._require_room(place + size)
+        name = bytes(self._data[old : old + size])
+        self._data[place : place + size] = name
+        self._set_number(_BACKING_OFFSET, place)
+        switch = self._write(_BACKING_OFFSET, _BACKING_OFFSET + 8, "place of that name")
+        copied = write_in_sectors(place, name, "copy of the backing file name")
+        return copied, (switch, Barrier("place of the backing file name"))
+
+    def _insert_content(self, head: int, body: bytes) -> tuple[Write, ...]:
+        """All but the head, behind the old end marker, where it means nothing yet."""
+        start, content = head + HEAD_LENGTH, body[HEAD_LENGTH:]
+        self._data[start : start + len(content)] = content
+        return write_in_sectors(start, content, "content of the bitmaps extension")
+
+    def _insert_head(self, head: int, body: bytes) -> tuple[tuple[Step, ...], Write]:
+        """The head instead of the old end marker, and the autoclear bit: together, or last."""
+        stop = head + HEAD_LENGTH
+        self._data[head:stop] = body[:HEAD_LENGTH]
+        steps: tuple[Step, ...] = ()
+        if stop > SECTOR_SIZE:
+            write = self._write(head, stop, "head of the bitmaps extension")
+            steps, stop = (write, Barrier("bitmaps extension")), _AUTOCLEAR + 8
+        self._set_autoclear(is_set=True)
+        return steps, self._write(_AUTOCLEAR, stop, "autoclear bit of the bitmaps")
 
     def remove(self) -> Switch:
         """Takes away the bitmaps extension and its autoclear bit, which goes first.

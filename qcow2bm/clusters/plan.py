@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.errors import CommitError, Outcome, StorageError
 from qcow2bm.storage.base import WritableStorage
+from qcow2bm.units import escape
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -33,6 +34,9 @@ class Write(NamedTuple):
     parts: tuple[Buffer, ...]
     what: str
     is_fresh: bool = False
+
+    def __repr__(self) -> str:
+        return f"<{self.length} bytes of {self.what} at {self.offset:#x}>"
 
     @property
     def length(self) -> int:
@@ -100,13 +104,14 @@ def execute(plan: Plan, storage: WritableStorage, size: int) -> None:
                 storage.write(step.offset, step.parts)
             else:
                 storage.barrier()
-        except StorageError as error:
+        except Exception as error:  # a storage of somebody else's may raise anything
             if all(isinstance(s, Write) and s.is_fresh for s in plan.steps[: number + 1]):
-                with suppress(StorageError):
+                with suppress(Exception):
                     storage.truncate(size)
             action = "writing the" if isinstance(step, Write) else "making durable"
+            reason = error.reason if isinstance(error, StorageError) else escape(str(error))
             raise CommitError(
-                storage.name, f"{action} {step.what}", plan.outcome(number), error.reason
+                storage.name, f"{action} {step.what}", plan.outcome(number), reason
             ) from error
 
 

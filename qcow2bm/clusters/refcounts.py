@@ -102,18 +102,20 @@ class Refcounts:
         while count:
             index, entry = divmod(cluster, self.per_block)
             stop = min(entry + count, self.per_block)
-            block = self._block(index) if self.has_block(index) else None
+            if not self.has_block(index):
+                raise self.wrong(cluster, 0, before)
+            block = self._block(index)
             for place in range(entry, stop):
-                found = block[place] if block else 0
-                if block is None or found != before:
-                    raise self._wrong(index * self.per_block + place, found, before)
+                if block[place] != before:
+                    raise self.wrong(index * self.per_block + place, block[place], before)
                 block[place] = after
             sectors = range(entry // self._per_sector, (stop - 1) // self._per_sector + 1)
             self._changed.setdefault(index, set()).update(sectors)
             cluster += stop - entry
             count -= stop - entry
 
-    def _wrong(self, cluster: int, found: int, expected: int) -> FormatError:
+    def wrong(self, cluster: int, found: int, expected: int) -> FormatError:
+        """The error for a cluster whose refcount is ``found``."""
         index, entry = divmod(cluster, self.per_block)
         block = self._table[index] if self.has_block(index) else 0
         offset = block + (entry << self._order) // 8

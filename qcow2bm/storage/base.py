@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 class Storage(Protocol):
     """Where an image's bytes come from. Implement it to read images from elsewhere.
 
-    Every failure is raised as `qcow2bm.StorageError`.
+    Every failure is raised as ``qcow2bm.StorageError(name, offset, length, reason)``. Besides
+    the methods there has to be an attribute ``name``: what messages call it, mostly a path.
     """
 
     name: str
-    """What messages call it: mostly a path."""
 
     def size(self) -> int:
         """The present length in bytes."""

@@ -16,15 +16,13 @@ from qcow2bm.storage.locks import READER, WRITER, held_locks
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_MAX_PARTS = 1024  # what Linux writes in one call
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
     stat.S_IFSOCK: "a socket",
 }
-
-
-_MAX_PARTS = 1024  # what Linux writes in one call
 
 
 class FileStorage:
@@ -35,9 +33,16 @@ class FileStorage:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, writable: bool = False, locking: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        locking: bool = True,
+        lock_timeout: float = 0,
     ) -> None:
         """Opens ``path``, without any lock yet, and for good without where not ``locking``.
+
+        ``lock_timeout`` is how many seconds `read_lock` waits.
 
         Raises:
             StorageError: it is neither or cannot be opened.
@@ -46,8 +51,11 @@ class FileStorage:
         if writable and sys.platform != "linux":
             raise UnsupportedError("writing on a system other than Linux")
         self.name = os.fsdecode(path)
+        self.is_writable = writable
         self._locking = locking
+        self._lock_timeout = lock_timeout
         self._is_write_locked = False
+        self._owner = os.getpid()
         try:
             # Looked at before it is opened: opening a FIFO or a tape has effects of its own.
             self._require_disk(os.stat(self.name).st_mode)
@@ -76,6 +84,12 @@ class FileStorage:
         if self._file.closed:
             raise StateError("closed", "open")
         return self._file.fileno()
+
+    def _own_descriptor(self) -> int:
+        """For writing: a forked process has the same locks, but may not use them."""
+        if os.getpid() != self._owner:
+            raise StateError("that of a process this one was forked from", "opened in this one")
+        return self._open_descriptor()
 
     def size(self) -> int:
         """The present length in bytes, of a block device too."""
@@ -118,10 +132,10 @@ class FileStorage:
 
     def read_lock(self) -> AbstractContextManager[None]:
         """Holds QEMU's locks of a reader; none where those of a writer are held."""
-        descriptor = self._open_descriptor()
+        self._open_descriptor()
         if self._is_write_locked or not self._locking:
             return nullcontext()
-        return held_locks(descriptor, self.name, READER)
+        return held_locks(self._file, self.name, READER, self._lock_timeout)
 
     @contextmanager
     def write_lock(self, timeout: float) -> Iterator[None]:
@@ -135,7 +149,7 @@ class FileStorage:
         descriptor = self._open_descriptor()
         if self._is_write_locked:
             raise StateError("open for editing", "closed before it is opened for editing again")
-        locks = held_locks(descriptor, self.name, WRITER, timeout)
+        locks = held_locks(self._file, self.name, WRITER, timeout)
         with locks if self._locking else nullcontext():
             self._require_same_file(descriptor)
             self._is_write_locked = True
@@ -156,7 +170,7 @@ class FileStorage:
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Writes all ``parts``, one behind the other, from byte ``offset`` on."""
-        descriptor = self._open_descriptor()
+        descriptor = self._own_descriptor()
         left = [memoryview(part).cast("B") for part in parts]
         left.reverse()  # what comes next is at the end
         while left:
@@ -178,13 +192,13 @@ class FileStorage:
     def barrier(self) -> None:
         """Returns once everything written so far is on the disk."""
         try:
-            os.fdatasync(self._open_descriptor())
+            os.fdatasync(self._own_descriptor())
         except OSError as error:
             raise StorageError.from_os(error, self.name, 0, 0, "writing") from error
 
     def truncate(self, size: int) -> None:
         """Shortens a regular file; a block device stays as it is."""
-        descriptor = self._open_descriptor()
+        descriptor = self._own_descriptor()
         try:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.ftruncate(descriptor, size)

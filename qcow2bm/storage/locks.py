@@ -11,6 +11,7 @@ only; elsewhere there is no QEMU to exclude and nothing is locked.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import struct
@@ -21,6 +22,9 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from qcow2bm.errors import ImageLockedError, StorageError
+
+if sys.platform == "linux":
+    import fcntl
 
 HELD = 100
 NOT_SHARED = 200
@@ -73,8 +77,10 @@ _FLOCK = struct.Struct("@hhqqi0q")  # struct flock64: type, whence, start, lengt
 
 
 @contextmanager
-def held_locks(descriptor: int, path: str, role: Role, timeout: float = 0) -> Iterator[None]:
+def held_locks(file: io.FileIO, path: str, role: Role, timeout: float = 0) -> Iterator[None]:
     """Holds the locks of a role on an open file, after waiting at most ``timeout`` seconds.
+
+    They go when the file is closed, too. A process that was forked meanwhile leaves them alone.
 
     Raises:
         ImageLockedError: somebody uses the image in a way that excludes this one.
@@ -83,13 +89,16 @@ def held_locks(descriptor: int, path: str, role: Role, timeout: float = 0) -> It
     if sys.platform != "linux":
         yield
         return
+    owner = os.getpid()
     deadline = time.monotonic() + timeout
     try:
-        while not _try(descriptor, path, role, is_last=time.monotonic() >= deadline):
+        while not _try(file.fileno(), path, role, is_last=not time.monotonic() < deadline):
             time.sleep(random.uniform(*_RETRY_SECONDS))
         yield
     finally:
-        _unlock(descriptor, path, role)
+        # Once it is closed, its number may be that of another file.
+        if not file.closed and os.getpid() == owner:
+            _unlock(file.fileno(), role)
 
 
 def _try(descriptor: int, path: str, role: Role, *, is_last: bool) -> bool:
@@ -102,14 +111,12 @@ def _try(descriptor: int, path: str, role: Role, *, is_last: bool) -> bool:
     except ImageLockedError:
         if is_last:
             raise
-        _unlock(descriptor, path, role)
+        _unlock(descriptor, role)
         return False
     return True
 
 
 def _lock(descriptor: int, path: str, byte: int, role: Role) -> None:
-    import fcntl
-
     request = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
@@ -120,9 +127,7 @@ def _lock(descriptor: int, path: str, byte: int, role: Role) -> None:
         raise _no_locks(path, error, role) from error
 
 
-def _unlock(descriptor: int, path: str, role: Role) -> None:
-    import fcntl
-
+def _unlock(descriptor: int, role: Role) -> None:
     for byte in role.locks:
         # What cannot be unlocked goes with the descriptor; another error matters more.
         with suppress(OSError):
@@ -131,8 +136,6 @@ def _unlock(descriptor: int, path: str, role: Role) -> None:
 
 
 def _is_held_by_others(descriptor: int, path: str, byte: int, role: Role) -> bool:
-    import fcntl
-
     request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     try:
         answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, request)

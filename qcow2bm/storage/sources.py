@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     Source = str | os.PathLike[str] | Buffer | BinaryIO | Storage
 
 
-def open_source(source: Source) -> Storage:
+def open_source(source: Source, lock_timeout: float = 0) -> Storage:
     """A Storage for ``source``: a path, bytes-like, a seekable binary file, or a Storage.
 
-    Closing what it returns closes only what was opened here.
+    Closing what it returns closes only what was opened here. ``lock_timeout`` is for paths.
 
     Raises:
         StorageError: it cannot be opened, or is no regular file or block device.
         TypeError: ``source`` is none of these.
     """
     if isinstance(source, str | os.PathLike):
-        return FileStorage(source)
+        return FileStorage(source, lock_timeout=lock_timeout)
     if isinstance(source, Storage):
         return source
     if all(hasattr(source, name) for name in ("seek", "read", "seekable")):
@@ -54,7 +54,9 @@ def open_writable(source: Source, *, locking: bool = True) -> WritableStorage:
         return FileStorage(source, writable=True, locking=locking)
     if isinstance(source, bytearray):
         return MemoryStorage(source)
-    if isinstance(source, WritableStorage):
+    if not locking:
+        raise ValueError("locking=False is for a path; a storage has locks of its own, or none")
+    if isinstance(source, WritableStorage) and getattr(source, "is_writable", True):
         return source
     open_source(source)
     raise UnsupportedError(f"editing {type(source).__name__}: only paths, bytearrays and storages")

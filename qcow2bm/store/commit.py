@@ -53,7 +53,7 @@ def plan_commit(
         return Plan()
     tables = [
         _NewTable(bitmap, bitmap.bits, bitmap.bits.final())
-        for bitmap in draft.bitmaps.values()
+        for bitmap in draft.in_order
         if bitmap.bits and _has_new_table(bitmap)
     ]
     size = file.cluster_size
@@ -166,10 +166,12 @@ def _place(
 ) -> _Placed:
     """Finds clusters for data, tables and directory; always whole clusters are written."""
     size = file.cluster_size
+    zeroes: dict[int, bytes] = {}  # by length: there can be 65,535 tables, mostly alike
 
     def write(cluster: int, content: Buffer, what: str) -> Write:
         rest = -memoryview(content).nbytes % size
-        parts = (content, bytes(rest)) if rest else (content,)
+        padding = zeroes.setdefault(rest, bytes(rest))
+        parts = (content, padding) if rest else (content,)
         return Write(cluster * size, parts, what, is_fresh=True)
 
     directory_size = draft.directory_size
@@ -190,7 +192,7 @@ def _place(
         offsets[table.bitmap.name_bytes] = first * size
     entries = [
         _entry(number, bitmap, offsets.get(bitmap.name_bytes))
-        for number, bitmap in enumerate(draft.bitmaps.values())
+        for number, bitmap in enumerate(draft.in_order)
     ]
     directory = build_directory(Directory(tuple(entries), b""))
     writes.append(write(places.firsts[-1], directory, "new bitmap directory"))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from qcow2bm.bits import plain
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
 ZEROES, ONES = 0, 1
 """The contents of clusters that are not stored, which are also their table entries."""
 
-Content = int | bytes | bytearray | memoryview
+Content = int | bytes | bytearray
 """Of one cluster of bitmap data: `ZEROES`, `ONES`, or its bytes."""
 
 _CHUNK_BYTES = 1 << 20  # of bits worked on at once
 _MAX_FACTOR = 1 << 22  # between QEMU's finest granularity and its coarsest
-_MANY_RANGES = 64  # from so many on, loading numpy is the cheaper way
+_DENSE_RANGES = 4096  # in one cluster: from so many on, a mask is the cheaper way
+
+MANY_RANGES = 64
+"""From so many on, loading numpy is the cheaper way."""
 
 
 class Source(Protocol):
@@ -103,11 +108,8 @@ class DraftBits:
         """The bytes of a stored cluster, bits past the disk cleared (INV-TAIL)."""
         data = bytearray(self._cluster_size)
         self._file.read_into(self._word(number), memoryview(data))
-        self._clear_tail(number, data)
-        return data
-
-    def _clear_tail(self, number: int, data: bytearray) -> None:
         plain.fill(data, self._bits_in(number), 8 * self._cluster_size, is_set=False)
+        return data
 
     def _bits_in(self, number: int) -> int:
         """How many bits of a cluster lie on the disk."""
@@ -124,7 +126,7 @@ class DraftBits:
             plain.fill(data, 0, self._bits_in(number), is_set=True)
         return data
 
-    def _put(self, number: int, data: bytearray | memoryview) -> None:
+    def _put(self, number: int, data: bytes | bytearray) -> None:
         """Gives a cluster new bytes, which the caller leaves alone from now on."""
         per_cluster = self._cluster_size
         raw = bytes(data)
@@ -192,31 +194,45 @@ class DraftBits:
             return self.changed
         return self.changed | {last: data if any(data) else ZEROES}
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Takes back what was changed inside if that ends by an exception."""
+        before = self.changed.copy()  # contents are replaced, never changed
+        try:
+            yield
+        except BaseException:
+            self.changed = before
+            raise
+
     def fill_many(self, ranges: NDArray[np.int64], *, is_set: bool) -> None:
-        """The same for many ranges of bits, int64[n, 2] of (first, stop)."""
-        if len(ranges) < _MANY_RANGES:
-            for first, stop in ranges.tolist():
-                self.fill(first, stop, is_set=is_set)
-            return
+        """As `fill`, for many ranges of bits, int64[n, 2] of (first, stop)."""
         import numpy as np
 
         from qcow2bm.bits.algebra import mask_of, merged
 
         ranges = merged(ranges)
-        for first, count in self._chunks(1):
-            start, stop = (8 * self._cluster_size * n for n in (first, first + count))
-            found = slice(
-                int(np.searchsorted(ranges[:, 1], start, "right")),
-                int(np.searchsorted(ranges[:, 0], stop, "left")),
-            )
-            part = ranges[found].clip(start, stop) - start
-            if len(part) < _MANY_RANGES:
-                for low, high in part.tolist():
-                    self.fill(start + low, min(start + high, self.bits), is_set=is_set)
-                continue
-            old = self._load(first, count)
-            mask = mask_of(part, len(old))
-            self._store(first, old, old | mask if is_set else old & ~mask)
+        per_cluster = 8 * self._cluster_size
+        numbers = ranges[:, 0] // per_cluster
+        is_inside = numbers == (ranges[:, 1] - 1) // per_cluster
+        for first, stop in ranges[~is_inside].tolist():
+            self.fill(first, stop, is_set=is_set)
+        inside, numbers = ranges[is_inside], numbers[is_inside]
+        bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
+        for low, high in pairwise(bounds):
+            number = int(numbers[low])
+            part = inside[low:high] - number * per_cluster
+            data = self._bytes_of(number)
+            if high - low < _DENSE_RANGES:
+                for first, stop in part.tolist():
+                    plain.fill(data, first, stop, is_set=is_set)
+            else:
+                octets = np.frombuffer(data, np.uint8)
+                mask = mask_of(part, len(data))
+                if is_set:
+                    octets |= mask
+                else:
+                    octets &= ~mask
+            self._put(number, data)
 
     def invert(self) -> None:
         """Makes every bit on the disk what it was not."""
@@ -270,10 +286,7 @@ class DraftBits:
             origin = (start + place) * finer
             bits = source.octets(origin, len(old[part]) * finer)
             clean = ~bits
-            beyond = max(0, source.bits - 8 * origin)  # where there is no disk, nothing is clean
-            clean[ceil_div(beyond, 8) :] = 0
-            if beyond % 8 and beyond < 8 * len(clean):
-                clean[beyond // 8] &= (1 << beyond % 8) - 1
+            _cut_tail(clean, source.bits - 8 * origin)  # where there is no disk nothing is clean
             new[part] = combine(op, old[part], coarsen(bits, finer), coarsen(clean, finer))
         return new
 
@@ -331,7 +344,7 @@ class DraftBits:
                 self._read(run, loaded)
                 run = place, content, size
         self._read(run, loaded)
-        self._cut_tail(first, loaded)
+        _cut_tail(loaded, self.bits - 8 * first * size)
         return loaded
 
     def _read(self, run: tuple[int, int, int] | None, loaded: Octets) -> None:
@@ -339,17 +352,9 @@ class DraftBits:
             place, offset, length = run
             self._file.read_into(offset, loaded.data[place : place + length])
 
-    def _cut_tail(self, first: int, octets: Octets) -> None:
-        """Clears what lies past the disk in the bytes of clusters from ``first`` on."""
-        left = max(0, self.bits - 8 * first * self._cluster_size)
-        if left < 8 * len(octets):
-            octets[ceil_div(left, 8) :] = 0
-            if left % 8:
-                octets[left // 8] &= (1 << left % 8) - 1
-
     def _store(self, first: int, old: Octets, new: Octets) -> None:
         """Gives clusters from ``first`` on new content; ``old`` is what they had."""
-        self._cut_tail(first, new)
+        _cut_tail(new, self.bits - 8 * first * self._cluster_size)
         shape = -1, self._cluster_size
         rows = new.reshape(shape)
         lowest, highest = rows.min(axis=1).tolist(), rows.max(axis=1).tolist()
@@ -358,6 +363,11 @@ class DraftBits:
             if lowest[row] == highest[row] and highest[row] in (0, 255):
                 self._put_constant(number, ONES if highest[row] else ZEROES)
             elif number in self.changed:
-                self._put(number, rows[row].data)
+                self._put(number, rows[row].tobytes())
             else:
-                self.changed[number] = rows[row].data
+                self.changed[number] = rows[row].tobytes()
+
+
+def _cut_tail(octets: Octets, bits: int) -> None:
+    """Clears all but the first ``bits`` bits, which may be more or fewer than there are."""
+    plain.fill(octets.data, max(0, bits), 8 * len(octets), is_set=False)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import index
 from typing import TYPE_CHECKING
 
 from qcow2bm.clusters.file import ClusterFile
@@ -25,8 +27,9 @@ from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import Problem
 from qcow2bm.store.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, BitmapDirectory
-from qcow2bm.store.draft import DraftBits, Source
+from qcow2bm.store.draft import MANY_RANGES, DraftBits, Source
 from qcow2bm.store.entries import (
+    FITTABLE,
     MAX_BITMAP_BYTES,
     MAX_GRANULARITY_BITS,
     MAX_NAME_SIZE,
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
 MIN_DEFAULT_GRANULARITY, MAX_DEFAULT_GRANULARITY = 4 << 10, 64 << 10
 
-_FITTABLE = ("directory-entry.bitmap_table_size.less", "directory-entry.bitmap_table_size.more")
+_UNSAFE = ("header-extension.bitmaps.duplicate",)  # no fault to a reader, who goes by the last
 
 
 def require_editable(
@@ -77,8 +80,12 @@ def require_editable(
             reason += ": repair the image first (qemu-img check -r all)"
             raise FormatError("header", "incompatible_features", offset, reason)
     for found in (*header_problems, *directory.problems, *survey.problems):
-        if found.breaks_bitmap and found.id not in _FITTABLE:
+        if (found.breaks_bitmap or found.id in _UNSAFE) and found.id not in FITTABLE:
             raise as_error(found, "; an image with such a fault is not edited")
+    for (_, end), (start, _) in pairwise(sorted(survey.ranges)):
+        if start < end:
+            reason = "is used twice, by structures of the image; such an image is not edited"
+            raise FormatError("image", "cluster", start, reason)
 
 
 @dataclass
@@ -90,6 +97,7 @@ class DraftBitmap:
     granularity_bits: int
     extra_data: bytes
     entry: DirectoryEntry | None
+    place: int  # bitmaps stand in the directory in the order of these
     bits: DraftBits | None = None  # None as long as nobody looks at them
 
     @property
@@ -107,7 +115,7 @@ class Draft:
     """The bitmaps of an image as an edit leaves them; nothing is written here.
 
     Attributes:
-        bitmaps: by name, in the order of the directory.
+        bitmaps: by name, in no order.
         removed: the stored entries that go.
         drops_extension: whether a stale bitmaps extension goes as well.
     """
@@ -119,11 +127,18 @@ class Draft:
         entries = () if self._is_stale else directory.entries
         self.bitmaps: dict[bytes, DraftBitmap] = {
             entry.name_bytes: DraftBitmap(
-                entry.name_bytes, entry.flags, entry.granularity_bits, entry.extra_data, entry
+                entry.name_bytes,
+                entry.flags,
+                entry.granularity_bits,
+                entry.extra_data,
+                entry,
+                entry.number,
             )
             for entry in entries
             if entry.name_bytes is not None
         }
+        self._cut_names = {name.partition(b"\0")[0] for name in self.bitmaps if b"\0" in name}
+        self._next_place = len(entries)
         self.removed: list[DirectoryEntry] = []
         self.drops_extension = False
 
@@ -139,14 +154,18 @@ class Draft:
         if found.is_in_use:
             raise BitmapInconsistentError(
                 name,
-                "is inconsistent (in_use is set) and cannot be used, only removed: writes may be "
-                "missing from it",
+                "is inconsistent (in_use is set) and cannot be used: writes may be missing from "
+                "it; all that can be done is to remove it",
             )
         return found
 
     def _known(self, name: str) -> DraftBitmap:
         if self._is_stale:
-            raise BitmapStaleError(name)
+            raise BitmapStaleError(
+                name,
+                "is stale, so writes are missing from it: all that can be done is to drop all "
+                "bitmaps: remove --all (Edit.remove_all)",
+            )
         found = self.bitmaps.get(_encoded(name))
         if not found:
             raise BitmapNotFoundError(name, why_not_found(self.names))
@@ -155,7 +174,12 @@ class Draft:
     @property
     def names(self) -> list[str]:
         """The names of all bitmaps, in the order of the directory."""
-        return [_decoded(name) for name in self.bitmaps]
+        return [_decoded(bitmap.name_bytes) for bitmap in self.in_order]
+
+    @property
+    def in_order(self) -> list[DraftBitmap]:
+        """All bitmaps, in the order of the directory."""
+        return sorted(self.bitmaps.values(), key=lambda bitmap: bitmap.place)
 
     def bits(self, name: str) -> DraftBits:
         """The bits of a bitmap; raises as `find` does.
@@ -197,10 +221,12 @@ class Draft:
         bits = DraftBits(self._file, granularity, None)
         flags = FLAG_AUTO if enabled else 0
         granularity_bits = granularity.bit_length() - 1
-        self.bitmaps[key] = DraftBitmap(key, flags, granularity_bits, b"", None, bits)
+        place, self._next_place = self._next_place, self._next_place + 1
+        self.bitmaps[key] = DraftBitmap(key, flags, granularity_bits, b"", None, place, bits)
 
     def _require_granularity(self, granularity: int) -> None:
         low, high = 1 << MIN_GRANULARITY_BITS, 1 << MAX_GRANULARITY_BITS
+        granularity = index(granularity)
         if granularity & (granularity - 1) or not low <= granularity <= high:
             raise ValueError(
                 f"granularity is {granularity}, must be a power of two from {low} to {high}"
@@ -226,7 +252,10 @@ class Draft:
                 "cannot be added: the image has stale bitmaps, which a program without bitmap "
                 "support left behind; drop them first: remove --all (Edit.remove_all)",
             )
-        if any(key == known.partition(b"\0")[0] for known in self.bitmaps):
+        known = self.bitmaps.get(key)
+        if known and known.is_in_use:
+            raise BitmapExistsError(name, "already exists, and is inconsistent: remove it first")
+        if known or key in self._cut_names:
             raise BitmapExistsError(name)
 
     def remove(self, name: str) -> None:
@@ -267,32 +296,43 @@ class Draft:
         if name == new_name:
             return
         self._require_free(new_name)
+        del self.bitmaps[found.name_bytes]
         found.name_bytes = _encoded(new_name)
-        self.bitmaps = {bitmap.name_bytes: bitmap for bitmap in self.bitmaps.values()}
+        self.bitmaps[found.name_bytes] = found
 
-    def copy(self, name: str, new_name: str, granularity: int | None) -> None:
+    def copy(
+        self, name: str, new_name: str, granularity: int | None, *, enabled: bool | None
+    ) -> None:
         """A new bitmap with what another one has, if need be of another granularity.
 
-        A coarser one has a bit set wherever anything it covers is dirty (INV-COARSE).
+        A coarser one has a bit set wherever anything it covers is dirty (INV-COARSE). It records
+        writes if the other does, unless ``enabled`` says otherwise.
 
         Raises:
             As `bits` and `add` do.
         """
-        source, bits = self.find(name), self.bits(name)
-        enabled = bool(source.flags & FLAG_AUTO)
-        self.add(
-            new_name, bits.granularity if granularity is None else granularity, enabled=enabled
-        )
-        self.bits(new_name).combine("or", bits)
+        bits = self.bits(name)
+        granularity = bits.granularity if granularity is None else granularity
+        if enabled is None:
+            enabled = bool(self.find(name).flags & FLAG_AUTO)
+        self.add(new_name, granularity, enabled=enabled)
+        try:
+            self.bits(new_name).combine("or", bits)
+        except BaseException:
+            self.remove(new_name)
+            raise
 
     def clear(self, name: str) -> None:
         """Makes everything clean; raises as `bits` does."""
         bits = self.bits(name)
-        bits.fill(0, bits.bits, is_set=False)
+        with bits.all_or_nothing():
+            bits.fill(0, bits.bits, is_set=False)
 
     def invert(self, name: str) -> None:
         """Makes clean what is dirty, and dirty what is clean; raises as `bits` does."""
-        self.bits(name).invert()
+        bits = self.bits(name)
+        with bits.all_or_nothing():
+            bits.invert()
 
     def merge(self, target: str, source: str | Source, op: Op) -> None:
         """Combines the bits of ``target`` with others.
@@ -302,7 +342,9 @@ class Draft:
             LimitError: the granularities are further apart than QEMU's can be.
         """
         bits = self.bits(target)
-        bits.combine(op, self.bits(source) if isinstance(source, str) else source)
+        other = self.bits(source) if isinstance(source, str) else source
+        with bits.all_or_nothing():
+            bits.combine(op, other)
 
     def fill(self, name: str, ranges: Ranges, *, is_set: bool) -> None:
         """Makes ranges dirty or clean.
@@ -315,7 +357,7 @@ class Draft:
             ValueError: a range reaches beyond the disk. Nothing is changed then.
         """
         bits, size = self.bits(name), self._file.virtual_size
-        granularity = bits.granularity
+        granularity = min(bits.granularity, 1 << 62)  # which is more than any disk
         if hasattr(ranges, "dtype"):
             import numpy as np
 
@@ -338,21 +380,26 @@ class Draft:
             else:
                 rounded[:, 0] = -(-starts // granularity)
                 rounded[:, 1] = np.where(ends == size, bits.bits, ends // granularity)
-            bits.fill_many(rounded, is_set=is_set)
+            with bits.all_or_nothing():
+                bits.fill_many(rounded, is_set=is_set)
             return
-        listed = [(int(start), int(length)) for start, length in ranges]
+        listed = [(index(start), index(length)) for start, length in ranges]
         for start, length in listed:
             if not 0 <= start <= start + length <= size:
                 raise _beyond(start, length, size)
-        for start, length in listed:
-            end = start + length
-            if not length:
-                continue
-            if is_set:
-                bits.fill(start // granularity, ceil_div(end, granularity), is_set=True)
-            else:
-                stop = bits.bits if end == size else end // granularity
-                bits.fill(ceil_div(start, granularity), stop, is_set=False)
+        if len(listed) >= MANY_RANGES:
+            import numpy as np
+
+            self.fill(name, np.array(listed, np.int64), is_set=is_set)
+            return
+        with bits.all_or_nothing():
+            for start, length in listed:
+                end = start + length
+                if is_set and length:
+                    bits.fill(start // granularity, ceil_div(end, granularity), is_set=True)
+                elif length:
+                    stop = bits.bits if end == size else end // granularity
+                    bits.fill(ceil_div(start, granularity), stop, is_set=False)
 
     def fit(self, name: str) -> None:
         """Makes a table that is too long or too short fit the disk as it is now.
@@ -370,8 +417,9 @@ class Draft:
         granularity, size = found.entry.granularity, found.entry.bitmap_table_size
         if size != self._table_size(granularity):
             self._require_granularity(granularity)
-        found.bits = DraftBits(self._file, granularity, read_words(self._file, found.entry))
-        found.bits.fit()
+        bits = DraftBits(self._file, granularity, read_words(self._file, found.entry))
+        bits.fit()
+        found.bits = bits
 
     @property
     def directory_size(self) -> int:
@@ -387,6 +435,8 @@ class Draft:
 
 
 def _encoded(name: str) -> bytes:
+    if not isinstance(name, str):
+        raise TypeError(f"a name is str, not {type(name).__name__}")
     return name.encode("utf-8", "surrogateescape")
 
 

@@ -28,6 +28,10 @@ GRANULARITY_BITS_LIMIT = 64  # of the specification
 MAX_NAME_SIZE = 1023
 
 
+FITTABLE = ("directory-entry.bitmap_table_size.less", "directory-entry.bitmap_table_size.more")
+"""The problems of a table that does not fit the disk, and has no other fault."""
+
+
 def required_table_size(granularity: int, virtual_size: int, cluster_size: int) -> int:
     """How many table entries a bitmap of that granularity needs for the whole disk."""
     return ceil_div(virtual_size, 8 * cluster_size * granularity)

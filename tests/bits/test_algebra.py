@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.granules import OPERATORS
@@ -47,6 +47,7 @@ def of_numbers(found: set[int], length: int) -> bytes:
 
 
 @pytest.mark.parametrize("factor", FACTORS)
+@settings(max_examples=40)
 @given(data=octets)
 def test_a_coarse_bit_is_set_if_any_of_its_bits_is(factor: int, data: bytes) -> None:
     coarse = coarsen(packed(data), factor)
@@ -62,6 +63,7 @@ def test_of_few_bits_a_large_factor_makes_one(factor: int, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("factor", FACTORS)
+@settings(max_examples=40)
 @given(data=octets, cut=st.integers(0, 80))
 def test_a_fine_bit_is_what_its_coarse_bit_is(factor: int, data: bytes, cut: int) -> None:
     length = max(0, min(len(data) * factor - cut, 2000))
@@ -73,6 +75,7 @@ def test_a_fine_bit_is_what_its_coarse_bit_is(factor: int, data: bytes, cut: int
 
 
 @pytest.mark.parametrize("factor", FACTORS)
+@settings(max_examples=40)
 @given(data=st.binary(max_size=16))
 def test_refining_loses_nothing(factor: int, data: bytes) -> None:
     fine = refine(packed(data), factor, len(data) * factor)

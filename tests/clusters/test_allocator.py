@@ -101,7 +101,8 @@ def test_only_free_clusters_are_handed_out(
     clusters = st.integers(own, last - 1)
     counted = data.draw(st.sets(clusters, max_size=60))
     taken = data.draw(st.lists(st.tuples(clusters, st.integers(0, 9)), max_size=5))
-    taken_runs = [(first, first + length) for first, length in taken]
+    taken_runs = [(first, min(first + length, last)) for first, length in taken]
+    counted |= clusters_of(taken_runs).keys()
     runs = data.draw(st.lists(st.integers(1, 9), max_size=4))
     loose = data.draw(st.integers(0, 30))
     stored = with_refcounts(image, order, counted)
@@ -110,6 +111,15 @@ def test_only_free_clusters_are_handed_out(
     for first, length in zip(done.allocation.firsts, runs, strict=True):
         got.update(range(first, first + length))
     assert not got.keys() & clusters_of(taken_runs).keys()
+
+
+def test_a_cluster_in_use_without_refcount_ends_the_search() -> None:
+    image = build_image()
+    stored = with_refcounts(image, 4, (6, 9))
+    allocator = allocator_of(stored, [(6, 8)])
+    with pytest.raises(FormatError, match="cluster at 0xe00 at 0x40e is 0, must be 1"):
+        allocator.allocate([], 1)
+    assert allocator_of(stored, [(6, 7)]).allocate([], 1).loose
 
 
 def test_gaps_are_filled_before_the_image_grows() -> None:

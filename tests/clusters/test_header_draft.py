@@ -55,7 +55,7 @@ class Layout(NamedTuple):
 
 
 NAMES = (b"", b"base.img", b"/images/" + b"n" * 300)
-FILLERS = (None, 0, 3, 200, *range(320, 400, 8), 440, 1000)
+FILLERS = (None, 3, 200, *range(320, 392, 8), 1000)
 LAYOUTS = [
     Layout(12, filler, behind, name, fields)
     for filler, (behind, name, fields) in product(
@@ -69,7 +69,8 @@ LAYOUTS = [
     )
 ]
 SMALL = [
-    Layout(9, filler, None, name) for filler, name in product((None, *range(0, 360, 4)), NAMES[:2])
+    Layout(9, filler, None, name)
+    for filler, name in product((None, *range(0, 100, 8), *range(280, 360, 4)), NAMES[:2])
 ]
 
 

@@ -12,11 +12,13 @@ from support.faults import IDS, broken, in_entry, in_header, patched
 from support.qemu import Disk
 
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, KINDS, REFUSED, TABLE
+from qcow2bm.store.entries import FITTABLE
 
 REFUSED_IDS = [id for id in IDS if KINDS[id].severity == REFUSED]
 OF_BITMAPS = [
     id for id in REFUSED_IDS if KINDS[id].structure in (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
 ]
+WITHOUT_LOSS = [id for id in OF_BITMAPS if id in FITTABLE]
 OTHERWISE_BROKEN = ("bitmap-table.entry.unaligned",)
 """Its clusters are of another size than those its refcounts count."""
 
@@ -27,7 +29,7 @@ def recipe(data: bytes, folder: Path) -> list[str]:
     result = run(["dump", "vm.qcow2"], folder)
     assert (result.status, result.err) == (2, "")
     assert "QEMU will not open this image\n" in result.out
-    return re.findall(r"^  (printf .*|qemu-img .*)$", result.out, re.MULTILINE)
+    return re.findall(r"^  (printf .*|qemu-img .*|qcow2bm .*)$", result.out, re.MULTILINE)
 
 
 def apply(command: str, folder: Path) -> int:
@@ -40,7 +42,20 @@ def apply(command: str, folder: Path) -> int:
 
 
 @pytest.mark.spec("CLI-16")
-@pytest.mark.parametrize("id", OF_BITMAPS)
+@pytest.mark.parametrize("id", WITHOUT_LOSS)
+def test_bitmaps_that_do_not_fit_are_made_to(id: str, tmp_path: Path) -> None:
+    data = broken(id)
+    (command,) = recipe(data, tmp_path)
+    program, *arguments = command.replace("IMAGE", "vm.qcow2").split()
+    assert program == "qcow2bm"
+    assert run(arguments, tmp_path) == (0, "", "")
+    disk = Disk(tmp_path / "vm.qcow2")
+    assert len(disk.listed()) > 1
+    assert disk.check().returncode == 0
+
+
+@pytest.mark.spec("CLI-16")
+@pytest.mark.parametrize("id", [id for id in OF_BITMAPS if id not in WITHOUT_LOSS])
 def test_without_its_bitmaps_the_image_opens_and_is_sound(id: str, tmp_path: Path) -> None:
     data = broken(id)
     start, repair = recipe(data, tmp_path)

@@ -241,7 +241,7 @@ def run(examples: int, steps: int) -> None:
 
 
 def test_any_sequence_of_edits() -> None:
-    run(40, 30)
+    run(80, 40)
 
 
 @pytest.mark.deep

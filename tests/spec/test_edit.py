@@ -16,7 +16,7 @@ import qcow2bm
 from qcow2bm.api import Edit
 from qcow2bm.clusters.plan import Barrier, Plan, Write
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
-from qcow2bm.format.extensions import BACKING_FORMAT, FEATURE_NAMES
+from qcow2bm.format.extensions import BACKING_FORMAT, BITMAPS, FEATURE_NAMES
 from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 
 CLUSTER = 512
@@ -551,14 +551,72 @@ def test_a_full_header_is_refused() -> None:
 
 
 @pytest.mark.spec("REF-2")
-def test_what_is_covered_is_not_free_whatever_its_refcount() -> None:
+@pytest.mark.spec("EDIT-6")
+@pytest.mark.parametrize(
+    "structure", ["l1-table", "refcount-block", "bitmap-table", "bitmap-directory"]
+)
+def test_a_structure_without_refcount_means_that_refcounts_are_wrong(structure: str) -> None:
     image = three()
-    place = image.offset("bitmap-table", 1)
+    place = image.offset(structure)
     counts = image.offset("refcount-block") + 2 * (place // CLUSTER)
     image.data[counts : counts + 2] = bytes(2)
-    plan = planned(image.data, add)
-    for write in plan.writes:
-        assert not write.offset <= place < write.offset + write.length
+    with pytest.raises(qcow2bm.FormatError, match=f"{place:#x} at .* is 0, must be 1"):
+        planned(image.data, add)
+
+
+@pytest.mark.spec("EDIT-6")
+def test_structures_that_overlap() -> None:
+    image = three()
+    image.plant(image.offset("l1-table"), "refcount-table", 0, 0)
+    with (
+        qcow2bm.open(image.data) as opened,
+        pytest.raises(qcow2bm.FormatError, match="used twice"),
+    ):
+        opened.edit(dry_run=True)
+
+
+@pytest.mark.spec("EDIT-6")
+def test_two_bitmaps_extensions() -> None:
+    payload = three().offset("bitmaps-extension")
+    again = extension(BITMAPS, bytes(three().data[payload : payload + 24]))
+    image = three(extensions_behind=[again])
+    with (
+        qcow2bm.open(image.data) as opened,
+        pytest.raises(qcow2bm.FormatError, match="second time"),
+    ):
+        opened.edit(dry_run=True)
+
+
+@pytest.mark.spec("EDIT-20")
+@pytest.mark.parametrize("operation", ["copy", "merge", "invert", "set_many"])
+def test_an_operation_that_fails_changes_nothing(operation: str) -> None:
+    image = build_image(
+        Stored(b"daily", (BITS, BITS, BITS), 9), Stored(b"base", (BITS, BITS, BITS), 9), size=SIZE
+    )
+    gone = image.offset("bitmap-data", 0, 2)
+
+    class Failing(FaultyStorage):
+        is_failing = False
+
+        def read_into(self, offset: int, buffer: memoryview) -> int:
+            if self.is_failing and offset <= gone < offset + len(buffer):
+                raise qcow2bm.StorageError("<failing>", offset, len(buffer), "is gone")
+            return super().read_into(offset, buffer)
+
+    storage = Failing(image.data)
+    before = facts(image.data)
+    with qcow2bm.open(storage, "r+") as opened, opened.edit() as edit:
+        storage.is_failing = True
+        operations: dict[str, Callable[[], None]] = {
+            "copy": lambda: edit.copy("daily", "new"),
+            "merge": lambda: edit.merge("base", "daily", "xor"),
+            "invert": lambda: edit.invert("daily"),
+            "set_many": lambda: edit.set_many("daily", [(0, SIZE - 512)] * 2),
+        }
+        with pytest.raises(qcow2bm.StorageError):
+            operations[operation]()
+        storage.is_failing = False
+    assert facts(image.data) == before
 
 
 @pytest.mark.spec("REF-3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import struct
 import subprocess
@@ -258,7 +259,7 @@ def test_elsewhere_nothing_is_locked(
 ) -> None:
     other.lock(101)
     monkeypatch.setattr(sys, "platform", "darwin")
-    with held_locks(-1, "no file at all", role):
+    with io.FileIO(os.devnull) as file, held_locks(file, os.devnull, role):
         pass
 
 

@@ -351,7 +351,7 @@ def test_an_edit_there_is_no_room_for_changes_nothing() -> None:
 
 
 @given(st.sets(st.integers(0, 60), max_size=50), st.integers(0, 12))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_free_clusters_are_used_wherever_they_are(used: set[int], clusters: int) -> None:
     image = image_of(Stored(b"daily", [b"\x03"] * CLUSTERS))
     end = len(image.data) // CLUSTER
@@ -474,20 +474,21 @@ def test_freeing_finds_a_wrong_refcount_before_anything_is_written() -> None:
         assert opened.bitmaps["daily"].count() > 0
 
 
-def test_a_cluster_in_use_that_is_not_counted_is_not_handed_out() -> None:
-    """A refcount can be too low: what this library knows to be used it leaves alone."""
+@pytest.mark.parametrize("what", ["data", "table"])
+def test_a_cluster_in_use_that_is_not_counted_ends_the_edit(what: str) -> None:
+    """Refcounts of which one is seen to be wrong are not what to find free clusters by."""
     image = image_of(DAILY, WEEKLY)
-    audit = Audit(image.data)
-    block = image.offset("refcount-block")
-    weekly = [offset // CLUSTER for offset in audit.bitmaps[1].data_offsets]
-    for number in (*weekly, audit.bitmaps[1].table_offset // CLUSTER):
-        image.data[block + 2 * number + 1] = 0
-    with qcow2bm.open(image.data, "r+") as opened, opened.edit() as edit:
+    weekly = Audit(image.data).bitmaps[1]
+    place = weekly.table_offset if what == "table" else min(weekly.data_offsets)
+    image.data[image.offset("refcount-block") + 2 * (place // CLUSTER) + 1] = 0
+    before = bytes(image.data)
+    with (
+        qcow2bm.open(image.data, "r+") as opened,
+        pytest.raises(qcow2bm.FormatError, match=f"{place:#x} at .* is 0, must be 1"),
+        opened.edit() as edit,
+    ):
         edit.invert("daily")
-    after = Audit(image.data)
-    assert after.bitmaps[1] == audit.bitmaps[1]
-    assert after.dirty(after.bitmaps[1]) == audit.dirty(audit.bitmaps[1])
-    assert {n for n, (count, _) in after.miscounted.items() if count} == set()
+    assert image.data == before
 
 
 # --- many bitmaps -----------------------------------------------------------------------------
@@ -520,9 +521,8 @@ def test_a_thousand_bitmaps() -> None:
 
 @pytest.mark.deep
 @pytest.mark.spec("EDIT-10")
-@pytest.mark.parametrize("cluster_bits", [9, 16])
-def test_as_many_bitmaps_as_there_can_be(cluster_bits: int) -> None:
-    data = build_image(size=1 << 20, cluster_bits=cluster_bits).data
+def test_as_many_bitmaps_as_there_can_be() -> None:
+    data = build_image(size=1 << 20).data
     many(65535, data)
     with qcow2bm.open(data) as opened, opened.edit(dry_run=True) as edit_:
         with pytest.raises(qcow2bm.LimitError, match="65536"):

@@ -150,7 +150,7 @@ def compare(data: bytearray, expected: Disk) -> None:
 @pytest.mark.spec("EDIT-11")
 @pytest.mark.spec("EDIT-13")
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_every_operation_does_what_it_does_to_sets(data: st.DataObject) -> None:
     case = data.draw(cases())
     image = case.build()
@@ -186,7 +186,7 @@ def test_every_operation_at_length(data: st.DataObject) -> None:
 
 
 @given(cases(), st.integers(9, 20), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_copy_is_the_same_at_its_granularity(case: Case, bits: int, given_: bool) -> None:
     image = case.build()
     source = Disk(image.data).bitmaps["daily"]
@@ -200,7 +200,7 @@ def test_a_copy_is_the_same_at_its_granularity(case: Case, bits: int, given_: bo
 
 
 @given(cases(), st.sampled_from(OPS))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_bitmap_of_another_image_is_as_good(case: Case, op: Any) -> None:
     image, other = case.build(), case.build()
     expected = Disk(image.data)
