@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qcow2bm.api import Bitmap, Edit, Image, open
+    from qcow2bm.api.bitmap import Bitmap
+    from qcow2bm.api.edit import Edit
+    from qcow2bm.api.image import Image, open
     from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
         BitmapBrokenError,
@@ -76,11 +78,11 @@ __all__ = [
 
 _HOMES = {
     "Barrier": "qcow2bm.clusters.plan",
-    "Bitmap": "qcow2bm.api",
-    "Edit": "qcow2bm.api",
-    "Image": "qcow2bm.api",
+    "Bitmap": "qcow2bm.api.bitmap",
+    "Edit": "qcow2bm.api.edit",
+    "Image": "qcow2bm.api.image",
     "Plan": "qcow2bm.clusters.plan",
-    "open": "qcow2bm.api",
+    "open": "qcow2bm.api.image",
     "Problem": "qcow2bm.problems",
     "Storage": "qcow2bm.storage.base",
     "Totals": "qcow2bm.store.load",

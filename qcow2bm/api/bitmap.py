@@ -1,0 +1,200 @@
+"""One bitmap of an image, and reading what it records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qcow2bm.errors import (
+    BitmapBrokenError,
+    BitmapInconsistentError,
+    BitmapStaleError,
+    StateError,
+)
+from qcow2bm.format.directory import DirectoryEntry
+from qcow2bm.problems import Problem
+from qcow2bm.store.load import BitmapBits, Totals
+from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, Status, judge
+from qcow2bm.store.tables import Clusters, Table, has_readable_table
+from qcow2bm.units import escape
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qcow2bm.api.image import Image
+
+
+class Bitmap:
+    """One bitmap of an image.
+
+    What it records is read only when asked for: `count`, `extents`, `packed` and `sha256` read
+    it, and raise unless `status` is "valid", so that a backup cannot go by a bitmap that misses
+    writes. `stale_bits` is the one way to see the bits of any other.
+    """
+
+    def __init__(self, image: Image, entry: DirectoryEntry, generation: int) -> None:
+        """Made by `Image.bitmaps` and `Image.bitmap`."""
+        self._owner = image
+        self._entry = entry
+        self._generation = generation
+
+    def __repr__(self) -> str:
+        entry = self._entry
+        return f"<qcow2bm.Bitmap {entry.index} {entry.name!r} of {self._owner.name!r}>"
+
+    @property
+    def _image(self) -> Image:
+        if self._generation != self._owner._generation:
+            subject = f'the Bitmap "{escape(self._entry.name or "")}"'
+            raise StateError("outdated by a commit", "looked up again", subject)
+        return self._owner
+
+    @property
+    def entry(self) -> DirectoryEntry:
+        """Its directory entry; this and all else raises `StateError` after a commit."""
+        self._image  # noqa: B018  # raises
+        return self._entry
+
+    @property
+    def index(self) -> int:
+        """The number of its directory entry."""
+        return self.entry.index
+
+    @property
+    def name(self) -> str:
+        """The name; bytes that are not UTF-8 are kept as surrogates (PEP 383)."""
+        return self.entry.name or ""
+
+    @property
+    def granularity(self) -> int:
+        """How many guest bytes one bit stands for."""
+        return self.entry.granularity
+
+    @property
+    def auto(self) -> bool:
+        """Whether it is to record all writes to the disk (QEMU: enabled)."""
+        return self.entry.auto
+
+    @property
+    def in_use(self) -> bool:
+        """Whether writes may be missing from what is stored."""
+        return self.entry.in_use
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """The problems of this bitmap alone; raises as `Image.problems` does."""
+        return tuple(self._image._problems_of(self.index))
+
+    @property
+    def status(self) -> Status:
+        """What the bitmap is good for; raises as `Image.problems` does.
+
+        "stale" if the autoclear bit is off, else "broken" if its metadata cannot be trusted,
+        else "inconsistent" if it is in_use, else "valid".
+        """
+        return self._judge()[0]
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """How many table entries of each kind there are; None where the table is unreadable."""
+        table = self._table()
+        return table.clusters if table else None
+
+    def count(self) -> int:
+        """How many guest bytes are dirty, clipped to the disk.
+
+        Raises:
+            BitmapInconsistentError, BitmapStaleError, BitmapBrokenError: it is not "valid".
+            ImageLockedError: somebody writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        return self.totals(with_extents=False).dirty_bytes
+
+    def totals(self, *, with_extents: bool = True) -> Totals:
+        """Dirty guest bytes and number of extents, in one pass; raises as `count` does."""
+        return self._bits().totals(with_extents=with_extents)
+
+    def extents(self) -> Iterator[NDArray[np.int64]]:
+        """The dirty ranges of the disk: arrays int64[n, 2] of (start, length) in guest bytes.
+
+        *Guarantees*: ascending, merged, clipped to the disk; an extent is never split, not even
+        over two arrays; memory does not grow with the bitmap. The locks of a reader are held
+        only while bits are read, not while the caller works on an array.
+
+        Raises:
+            As `count` does, on the first use for the status, at any array for reading.
+        """
+        return self._bits().extents()
+
+    def packed(self) -> NDArray[np.uint8]:
+        """All bits, uint8[ceil(bits / 8)], least significant bit first, zero past the disk.
+
+        Raises as `count` does.
+        """
+        return self._bits().packed()
+
+    def sha256(self) -> str:
+        """What QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
+
+        Raises as `count` does.
+        """
+        return self._bits().sha256()
+
+    def stale_bits(self) -> NDArray[np.uint8]:
+        """The bits as they are stored, uint8[ceil(bits / 8)], whatever the status.
+
+        *Guarantees*: none for a backup: writes may be missing. What cannot be read is dirty
+        (INV-COARSE).
+
+        Raises:
+            BitmapBrokenError: there is no table to read.
+            LimitError: the disk would need more bits than QEMU allows, 512 MiB.
+            ImageLockedError: somebody writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        return self._stale().packed()
+
+    def stale_totals(self) -> Totals:
+        """What `stale_bits` amount to; raises as it does."""
+        return self._stale().totals()
+
+    @property
+    def has_stale_bits(self) -> bool:
+        """Whether `stale_bits` has a table to read."""
+        self._image._require_open()
+        return has_readable_table(self.entry, self._image._file)
+
+    @property
+    def _label(self) -> str:
+        """The name for messages; the number where the name cannot be read."""
+        return f"@{self.index}" if self.entry.name is None else self.entry.name
+
+    def _table(self) -> Table | None:
+        return self._image._tables().tables[self.index]
+
+    def _judge(self) -> tuple[Status, str]:
+        image = self._image
+        problems = image._problems_of(self.index)
+        image._verify(self.entry)
+        return judge(self.entry, image._directory, image._tables().distrust, problems)
+
+    def _bits(self) -> BitmapBits:
+        status, reason = self._judge()
+        name = self._label
+        if status == INCONSISTENT:
+            raise BitmapInconsistentError(name)
+        if status == STALE:
+            raise BitmapStaleError(name)
+        table = self._table()
+        if status == BROKEN or not table:
+            raise BitmapBrokenError(name, f"is broken: {reason}")
+        return BitmapBits(self._image._file, self.entry, table.fingerprint)
+
+    def _stale(self) -> BitmapBits:
+        file = self._image._file
+        if not self.has_stale_bits:
+            raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
+        return BitmapBits(file, self.entry, None, dirty_where_unknown=True)

@@ -1,0 +1,256 @@
+"""An edit: changes to the bitmaps of an image, written together."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.clusters.plan import Plan, execute
+from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
+from qcow2bm.storage.base import WritableStorage
+from qcow2bm.store.directory import verify_directory
+from qcow2bm.store.tables import survey
+
+if TYPE_CHECKING:
+    from qcow2bm.api.image import Image
+    from qcow2bm.bits.algebra import Op
+    from qcow2bm.store.edit import Draft, Ranges
+
+
+class Edit:
+    """Changes to the bitmaps of an image, written together when the ``with`` block ends.
+
+    Made by `Image.edit`. Every operation sees the effect of those before it, and raises before
+    anything is written. Sizes and ranges are in guest bytes.
+    """
+
+    def __init__(self, image: Image, *, dry_run: bool) -> None:
+        """See `Image.edit`."""
+        from qcow2bm.store.edit import Draft
+        from qcow2bm.store.editable import require_editable
+
+        file, directory = image._file, image._directory
+        self._image = image
+        self._dry_run = dry_run
+        self._survey = survey(file, directory, image._header_problems)
+        require_editable(file, directory, self._survey, image._header_problems)
+        self._open_draft = Draft(file, directory)
+        self._generation = image._generation
+        self._state = "not begun"
+
+    def __enter__(self) -> Edit:
+        if self._state != "not begun":
+            raise StateError(self._state, "begun anew with Image.edit", "the edit")
+        if self._image._edit or self._generation != self._image._generation:
+            raise StateError("being edited or edited since", "asked for an edit afterwards")
+        self._image._edit = self
+        self._state = "going on"
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and not self._dry_run:
+                self._commit(self.plan())
+        finally:
+            self._image._edit = None
+            self._state = "finished"
+
+    @property
+    def _draft(self) -> Draft:
+        if self._state != "going on":
+            raise StateError(self._state, "inside its with block", "the edit")
+        self._image._require_open()
+        return self._open_draft
+
+    def _commit(self, plan: Plan) -> None:
+        image, storage = self._image, self._image._writable
+        if not plan.steps or not storage:
+            return
+        try:
+            execute(plan, storage, image.file_size)
+        except BaseException:
+            image._leave("in doubt after a failed commit", "opened again")
+            raise
+        image._file.close()
+        image._generation += 1
+        try:
+            image._load()
+        except Qcow2BmError:  # what was to be done is done
+            image._leave("unreadable after a commit", "opened again")
+
+    def plan(self) -> Plan:
+        """What a commit would do now: every write and every barrier, in order.
+
+        Raises:
+            FormatError: the refcounts are damaged.
+            LimitError: a structure would grow too large.
+            ChangedWhileReadingError: somebody wrote to the image, locks or not.
+            StorageError: there is no room, or reading failed.
+            UnsupportedError: the header is laid out in a way that cannot be changed safely.
+        """
+        from qcow2bm.store.commit import plan_commit
+
+        image, storage = self._image, self._image._storage
+        capacity = storage.capacity() if isinstance(storage, WritableStorage) else None
+        try:
+            return plan_commit(image._file, image._directory, self._survey, self._draft, capacity)
+        finally:  # what somebody else changed meanwhile must not pass for damage
+            with image._file.lock():
+                verify_directory(image._file, image._directory)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all bitmaps as they are now in the edit, in the order of the directory."""
+        return self._draft.names
+
+    def add(self, name: str, granularity: int | None = None, enabled: bool = True) -> None:
+        """Adds a clean bitmap.
+
+        Args:
+            name: of 1 to 1023 bytes.
+            granularity: a power of two from 512 to 2 GiB; by default that of QEMU, the cluster
+                size within 4 KiB to 64 KiB.
+            enabled: whether it is to record writes.
+
+        Raises:
+            BitmapExistsError: the image has one of that name.
+            BitmapStaleError: the image has outdated bitmaps; `remove_all` drops them.
+            LimitError: there would be too many, or it would be larger than QEMU allows.
+            ValueError: QEMU could not use such a name or granularity.
+        """
+        self._draft.add(name, granularity, enabled=enabled)
+
+    def remove(self, name: str) -> None:
+        """Removes a bitmap, the only thing that can be done to one that is in_use.
+
+        Raises:
+            BitmapNotFoundError, BitmapStaleError.
+        """
+        self._draft.remove(name)
+
+    def remove_all(self) -> None:
+        """Removes all bitmaps, stale ones too; the clusters of those leak."""
+        self._draft.remove_all()
+
+    def clear(self, name: str) -> None:
+        """Makes a bitmap clean. Like all that follows, it raises what `disable` does."""
+        self._draft.clear(name)
+
+    def enable(self, name: str) -> None:
+        """Makes a bitmap record writes from now on; raises as `disable` does."""
+        self._draft.enable(name, enabled=True)
+
+    def disable(self, name: str) -> None:
+        """Makes a bitmap record no more writes.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+            BitmapInconsistentError: it is in_use.
+            BitmapStaleError: the bitmaps of this image are outdated.
+            BitmapBrokenError: its table does not fit the disk (not here, nor in `rename`).
+        """
+        self._draft.enable(name, enabled=False)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Gives a bitmap another name; it keeps its place in the directory.
+
+        Raises:
+            As `disable` does.
+            BitmapExistsError: the new name is taken.
+            ValueError: QEMU could not use the new name.
+        """
+        self._draft.rename(name, new_name)
+
+    def copy(
+        self,
+        name: str,
+        new_name: str,
+        granularity: int | None = None,
+        enabled: bool | None = None,
+    ) -> None:
+        """Adds a bitmap with what another has, also at another granularity.
+
+        A coarser copy is dirty wherever anything it covers is dirty. It records writes from now
+        on if the other does, unless ``enabled`` says otherwise.
+
+        Raises:
+            As `disable` and `add` do.
+        """
+        self._draft.copy(name, new_name, granularity, enabled=enabled)
+
+    def set(self, name: str, start: int, length: int) -> None:
+        """Makes a range dirty, widened to whole granules.
+
+        Raises:
+            As `disable` does.
+            ValueError: the range reaches beyond the disk.
+        """
+        self._draft.fill(name, [(start, length)], is_set=True)
+
+    def reset(self, name: str, start: int, length: int) -> None:
+        """Makes a range clean, narrowed to whole granules; raises as `set` does."""
+        self._draft.fill(name, [(start, length)], is_set=False)
+
+    def set_many(self, name: str, ranges: Ranges) -> None:
+        """As `set`, for int64[n, 2] of (start, length) or pairs of int; all of them or none."""
+        self._draft.fill(name, ranges, is_set=True)
+
+    def reset_many(self, name: str, ranges: Ranges) -> None:
+        """As `reset`, for int64[n, 2] of (start, length) or pairs of int; all of them or none."""
+        self._draft.fill(name, ranges, is_set=False)
+
+    def invert(self, name: str) -> None:
+        """Makes the dirty parts of the disk clean and the clean ones dirty; raises as `disable`."""
+        self._draft.invert(name)
+
+    def merge(self, target: str, source: str | Bitmap, op: Op = "or") -> None:
+        """Combines what ``target`` records with what ``source`` records.
+
+        The operation is done at the finer granularity of the two. If that is the source's, a
+        granule of the target is dirty if anything in it is.
+
+        Args:
+            target: the bitmap that changes.
+            source: the name of another bitmap in this edit; or a Bitmap, of any image whose disk
+                has the same size, as it is stored.
+            op: "or", "and", "xor", or "subtract" (what the source has, the target loses).
+
+        Raises:
+            As `disable` does, for either.
+            BitmapError: the disks differ in size.
+            LimitError: the granularities are further apart than QEMU's can be.
+        """
+        if op not in ("or", "and", "xor", "subtract"):
+            raise ValueError(f'op is {op!r}, must be "or", "and", "xor" or "subtract"')
+        if isinstance(source, str):
+            self._draft.merge(target, source, op)
+            return
+        if not isinstance(source, Bitmap):
+            raise TypeError(f"source is a name or a Bitmap, not {type(source).__name__}")
+        from qcow2bm.store.draft import PackedSource
+
+        size, own_size = source._image.virtual_size, self._image.virtual_size
+        if size != own_size:
+            reason = f"belongs to a disk of {size} bytes, but this one has {own_size}"
+            raise BitmapError(source.name, reason)
+        self._draft.find(target)
+        packed = PackedSource(source.packed(), source.granularity, size)
+        self._draft.merge(target, packed, op)
+
+    def fit(self, name: str) -> None:
+        """Makes a bitmap fit the disk after a resize by a program that left it as it was.
+
+        What lies past the disk is dropped. What the bitmap did not cover is dirty, and with it all
+        that the last cluster of its data covers: where in that the disk ended is not known.
+
+        Raises:
+            As `disable` does.
+            LimitError: a bitmap of this granularity would be larger than QEMU allows.
+        """
+        self._draft.fit(name)

@@ -1,0 +1,366 @@
+"""An image: opening it, and what its header and its bitmap directory say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.api.edit import Edit
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.problems import header_problems
+from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError, StateError
+from qcow2bm.format.directory import DirectoryEntry
+from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
+from qcow2bm.format.features import Feature
+from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
+from qcow2bm.problems import Problem
+from qcow2bm.storage.base import Storage, WritableStorage
+from qcow2bm.storage.sources import open_source, open_writable
+from qcow2bm.store.directory import load_directory, verify_directory, verify_entry
+from qcow2bm.store.entries import why_not_found
+from qcow2bm.store.status import as_error
+from qcow2bm.store.tables import Survey, survey
+
+if TYPE_CHECKING:
+    from qcow2bm.storage.sources import Source
+
+
+def open(
+    source: Source,
+    mode: str = "r",
+    *,
+    strict: bool = False,
+    force_share: bool = False,
+    lock_timeout: float = 0,
+    locking: bool = True,
+) -> Image:
+    """Opens a qcow2 image for looking at its bitmaps, or for editing them.
+
+    Args:
+        source: a path, a bytes-like object, a seekable binary file (which stays open), or any
+            `Storage`. Only regular files and block devices are opened by path, and no file
+            that an image names is ever touched (INV-NOPATH).
+        mode: "r" to read, "r+" to edit as well. For editing, ``source`` is a path, a bytearray or
+            a `WritableStorage`, and nobody else can use the image while it is open.
+        strict: raise on the first fault for which QEMU would refuse the image or a bitmap
+            cannot be used, instead of listing it in `Image.problems`. A bitmap in use is no
+            fault.
+        force_share: read even while another process writes, without taking locks. What is
+            then read is still checked for not having changed meanwhile. Not for editing.
+        lock_timeout: how many seconds to wait for the locks while somebody else uses the image.
+            For reading, of a path only.
+        locking: False to edit without QEMU's locks, where the file system has none. Then
+            nothing keeps a VM from using the image meanwhile, which would destroy it.
+
+    Raises:
+        FormatError: not a qcow2 image, or with ``strict`` any such fault.
+        UnsupportedError: a version of qcow2 other than 2 and 3; or ``source`` cannot be edited.
+        ImageLockedError: somebody writes to the image, or for editing: uses it.
+        StorageError: it cannot be opened, read, or locked.
+    """
+    if mode not in ("r", "r+"):
+        raise ValueError(f"mode is {mode!r}, must be 'r' or 'r+'")
+    if mode == "r+" and force_share:
+        raise ValueError("force_share is for reading; an image is not edited while others write")
+    if mode == "r" and not locking:
+        raise ValueError("locking is for mode 'r+'; to read without locks use force_share")
+    if mode == "r":
+        storage = open_source(source, lock_timeout)
+        image = Image(storage, storage is not source, force_share)
+    else:
+        writable = open_writable(source, locking=locking)
+        image = Image(writable, writable is not source, False, writable, lock_timeout)
+    if strict:
+        try:
+            image.raise_first_problem()
+        except BaseException:
+            image.close()
+            raise
+    return image
+
+
+class _Gone:
+    """Stands in for what an Image no longer has."""
+
+    def __init__(self, state: str, required: str) -> None:
+        self._error = state, required
+
+    def close(self) -> None:
+        """May be called twice."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise StateError(*self._error)
+
+
+class Image:
+    """A qcow2 image: what its header says, and its bitmaps.
+
+    Made by `open`; a context manager; belongs to one thread. Open for reading it holds locks
+    only while something is read, open for editing all the time.
+
+    Attributes:
+        name: the path, or what else the storage calls itself.
+        bitmaps: the bitmaps by name; made anew by every commit, after which a `Bitmap` from
+            before raises `StateError`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        is_owner: bool,
+        force_share: bool = False,
+        writable: WritableStorage | None = None,
+        lock_timeout: float = 0,
+    ) -> None:
+        """See `open`; ``writable`` is the storage once more if it is to be edited."""
+        self.name = storage.name
+        self._storage = storage
+        self._force_share = force_share
+        self._writable = writable
+        self._edit: Edit | None = None
+        self._generation = 0
+        self._opened = ExitStack()
+        if is_owner:
+            self._opened.callback(storage.close)
+        try:
+            if writable:
+                self._opened.enter_context(writable.write_lock(lock_timeout))
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self) -> None:
+        """Reads header and directory, and makes `bitmaps`."""
+        self._survey: Survey | None = None
+        self._by_bitmap: dict[int, list[Problem]] | None = None
+        lock = ExitStack()
+        with lock:
+            if not self._force_share:
+                lock.enter_context(self._storage.read_lock())
+            self._file = ClusterFile(self._storage, force_share=self._force_share)
+            self._header_problems = header_problems(self._file)
+            self._directory = load_directory(self._file, self._header_problems)
+            verify_directory(self._file, self._directory)
+        self.bitmaps: Mapping[str, Bitmap] = _Bitmaps(self)
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Image cannot be pickled")
+
+    def __repr__(self) -> str:
+        return f"<qcow2bm.Image {self.name!r}>"
+
+    def close(self) -> None:
+        """Closes what `open` opened. May be called twice."""
+        self._leave("closed", "open")
+        self._opened.close()
+
+    def _leave(self, state: str, required: str) -> None:
+        """Lets nothing read the image as it was."""
+        if hasattr(self, "_file"):
+            self._file.close()
+        self._file = _Gone(state, required)  # type: ignore[assignment]
+
+    @property
+    def header(self) -> Header:
+        """The fixed header, fields under their names in the specification."""
+        return self._file.header
+
+    @property
+    def version(self) -> int:
+        """The version of qcow2, 2 or 3."""
+        return self._file.header.version
+
+    @property
+    def virtual_size(self) -> int:
+        """The size of the disk in bytes, whole sectors as QEMU counts it."""
+        return self._file.virtual_size
+
+    @property
+    def cluster_size(self) -> int:
+        """The size of a cluster in bytes."""
+        return self._file.cluster_size
+
+    @property
+    def file_size(self) -> int:
+        """The size of the image file in bytes, when it was opened."""
+        return self._file.file_size
+
+    @property
+    def refcount_bits(self) -> int | None:
+        """The width of a refcount in bits; None where the header says nonsense."""
+        header = self._file.header
+        return header.refcount_bits if header.refcount_order <= MAX_REFCOUNT_ORDER else None
+
+    @property
+    def backing_file(self) -> str | None:
+        """The name of the backing file as the header has it; never opened."""
+        return self._file.backing_file
+
+    def features(self, kind: str) -> tuple[Feature, ...]:
+        """The feature bits that are set; ``kind`` is one of `format.features.KINDS`."""
+        return self._file.features(kind)
+
+    @property
+    def extensions(self) -> tuple[tuple[int, HeaderExtension], ...]:
+        """The header extensions in order, each with the host offset of its head."""
+        area = self._file.area
+        offsets = area.offsets(self._file.extensions_offset)
+        return tuple(zip(offsets, area.extensions, strict=True))
+
+    @property
+    def bitmaps_extension(self) -> BitmapsExtension | None:
+        """The bitmaps extension; None where there is none, or one of the wrong length."""
+        self._require_open()
+        return self._directory.extension
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the autoclear bit of the bitmaps is set: without it they are outdated."""
+        self._require_open()
+        return self._directory.is_consistent
+
+    @property
+    def directory(self) -> tuple[DirectoryEntry, ...]:
+        """All bitmap directory entries in order, broken ones included."""
+        self._require_open()
+        return self._directory.entries
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong with header, extensions, directory and tables.
+
+        The first use reads all bitmap tables; with ``force_share``, and where the storage does
+        not tell of writes, later ones know no more.
+
+        Raises:
+            ImageLockedError: somebody writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        tables = self._tables().problems
+        return (*self._header_problems, *self._directory.problems, *tables)
+
+    def bitmap(self, index: int) -> Bitmap:
+        """The bitmap of a directory entry by its number, whatever its name.
+
+        Raises:
+            BitmapNotFoundError: there is no entry of that number.
+        """
+        if not 0 <= index < len(self.directory):
+            raise BitmapNotFoundError(f"@{index}")
+        return Bitmap(self, self.directory[index], self._generation)
+
+    def raise_first_problem(self) -> None:
+        """Does nothing if the image has no problem but remarks; what ``strict`` reading does.
+
+        Raises:
+            FormatError: the first problem that is refused, unusable or leak.
+        """
+        for found in self.problems:
+            if found.is_serious:
+                raise as_error(found)
+
+    def edit(self, *, dry_run: bool = False) -> Edit:
+        """Begins an edit: ``with image.edit() as edit:``.
+
+        All its operations are committed together when the block ends; if it ends by an
+        exception, nothing is written. With ``dry_run`` nothing is ever written, and an image open
+        for reading will do.
+
+        Raises:
+            ReadOnlyImageError: the image is open for reading only.
+            StateError: it is closed, or an edit is going on.
+            FormatError: the image has a fault on which an edit must not build.
+            UnsupportedError: it is of version 2.
+            ImageLockedError, ChangedWhileReadingError: somebody else uses it, in a dry run.
+            StorageError: reading failed.
+        """
+        self._require_open()
+        if not self._writable and not dry_run:
+            raise ReadOnlyImageError()
+        if self._edit:
+            raise StateError("being edited", "left alone until that is done")
+        return Edit(self, dry_run=dry_run)
+
+    def _problems_of(self, index: int) -> list[Problem]:
+        self._tables()  # asks whether the image is still what it was
+        if self._by_bitmap is None:
+            by_bitmap: dict[int, list[Problem]] = {}
+            for found in self.problems:
+                if found.bitmap_index is not None:
+                    by_bitmap.setdefault(found.bitmap_index, []).append(found)
+            self._by_bitmap = by_bitmap  # only when it is complete: reading may have failed
+        return self._by_bitmap.get(index, [])
+
+    def _verify(self, entry: DirectoryEntry) -> None:
+        """Looks at a stored entry again where the storage does not tell of writes."""
+        if not self._file.is_watched and entry.name_bytes is not None:
+            with self._file.lock():
+                verify_entry(self._file, entry)
+
+    def _require_open(self) -> None:
+        self._file.header  # noqa: B018  # raises StateError where the image is closed
+
+    def _tables(self) -> Survey:
+        self._require_open()
+        if self._survey is None:
+            found = survey(self._file, self._directory, self._header_problems)
+            with self._file.lock():
+                verify_directory(self._file, self._directory)
+            self._survey = found._replace(ranges=())  # which can be many
+        self._file.verify_untouched()
+        return self._survey
+
+
+class _Bitmaps(Mapping[str, "Bitmap"]):
+    """The bitmaps that can be told by name, in the order of the directory.
+
+    Entries that share a name, or whose name cannot be read, are only in `Image.directory`.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._generation = image._generation
+        names = Counter(entry.name for entry in image.directory)
+        self._entries = {
+            entry.name: entry
+            for entry in image.directory
+            if entry.name is not None and names[entry.name] == 1
+        }
+
+    def __getitem__(self, name: str) -> Bitmap:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BitmapNotFoundError(str(name), self._why_not(name))
+        return Bitmap(self._image, entry, self._generation)
+
+    def _why_not(self, name: object) -> str:
+        same = [f"@{entry.index}" for entry in self._image.directory if entry.name == name]
+        if same:
+            return f"is the name of several entries: {', '.join(same)}"
+        return why_not_found(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bitmaps of {self._image!r}>"

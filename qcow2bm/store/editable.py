@@ -1,0 +1,54 @@
+"""Whether an image is sound enough to be edited.
+
+*Spec*: spec/edit.md, "What can be edited".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.errors import FormatError, UnsupportedError
+from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
+from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.problems import Problem
+from qcow2bm.store.directory import BitmapDirectory
+from qcow2bm.store.entries import FITTABLE
+from qcow2bm.store.status import as_error
+from qcow2bm.store.tables import Survey
+
+_UNSAFE = ("header-extension.bitmaps.duplicate",)  # no fault to a reader, who goes by the last
+
+
+def require_editable(
+    file: ClusterFile,
+    directory: BitmapDirectory,
+    survey: Survey,
+    header_problems: Iterable[Problem],
+) -> None:
+    """Returns if the image is sound enough that a change cannot make anything worse.
+
+    Raises:
+        FormatError: it is marked dirty or corrupt, or has a fault that an edit must not build on.
+        UnsupportedError: it is of version 2.
+    """
+    if file.header.version < 3:
+        raise UnsupportedError(
+            "bitmaps in qcow2 version 2; upgrade the image with qemu-img amend -o compat=1.1"
+        )
+    bits, offset = file.header.incompatible_features, FIELD_OFFSETS["incompatible_features"]
+    for bit, reason in (
+        (INCOMPATIBLE_CORRUPT, "has the corrupt bit"),
+        (INCOMPATIBLE_DIRTY, "has the dirty bit, so refcounts may be outdated"),
+    ):
+        if bits & bit:
+            reason += ": repair the image first (qemu-img check -r all)"
+            raise FormatError("header", "incompatible_features", offset, reason)
+    for found in (*header_problems, *directory.problems, *survey.problems):
+        if (found.breaks_bitmap or found.id in _UNSAFE) and found.id not in FITTABLE:
+            raise as_error(found, "; an image with such a fault is not edited")
+    for (_, end), (start, _) in pairwise(sorted(survey.ranges)):
+        if start < end:
+            reason = "is used twice, by structures of the image; such an image is not edited"
+            raise FormatError("image", "cluster", start, reason)
