@@ -115,7 +115,8 @@ def _each(operation: Callable[[Edit, str], None]) -> Callable[..., None]:
     def work(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
         # All are looked up first: a number means an entry of the image as it was.
         names = [addressing.find(image, name).name for name in arguments.names]
-        for name in edit.names if arguments.all else names:
+        usable = (name for name in edit.names if not image.bitmaps[name].in_use)
+        for name in usable if arguments.all else names:
             operation(edit, name)
 
     return work

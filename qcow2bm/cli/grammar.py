@@ -173,7 +173,8 @@ def _edit_commands(
         )
     for command, (_, names) in _EDITS.items():
         if names is _MANY:
-            made[command].add_argument("--all", action="store_true", help="all bitmaps")
+            text = "all bitmaps" + ("" if command == "remove" else " that are not in use")
+            made[command].add_argument("--all", action="store_true", help=text)
     made["merge"].add_argument(
         "--from", dest="other", metavar="OTHER_IMAGE", help="the image that has the sources"
     )
