@@ -181,6 +181,10 @@ class Bitmap:
         image._verify(self.entry)
         return judge(self.entry, image._directory, image._tables().distrust, problems)
 
+    def require_valid(self) -> None:
+        """Returns if `status` is "valid"; raises as `count` does."""
+        self._bits()
+
     def _bits(self) -> BitmapBits:
         status, reason = self._judge()
         name = self._label

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from qcow2bm.api.bitmap import Bitmap
 from qcow2bm.api.edit import Edit
@@ -27,6 +27,7 @@ from qcow2bm.store.tables import Survey, survey
 
 if TYPE_CHECKING:
     from qcow2bm.storage.sources import Source
+    from qcow2bm.tracker.tracker import Tracker
 
 
 def open(
@@ -122,6 +123,7 @@ class Image:
         self._force_share = force_share
         self._writable = writable
         self._edit: Edit | None = None
+        self._tracker: Tracker | None = None
         self._generation = 0
         self._opened = ExitStack()
         if is_owner:
@@ -294,9 +296,45 @@ class Image:
         self._require_open()
         if not self._writable and not dry_run:
             raise ReadOnlyImageError()
-        if self._edit:
-            raise StateError("being edited", "left alone until that is done")
+        self._require_idle()
         return Edit(self, dry_run=dry_run)
+
+    def _require_idle(self) -> None:
+        if self._edit or self._tracker:
+            state = "being edited" if self._edit else "being tracked"
+            raise StateError(state, "left alone until that is done")
+
+    def track(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        others: Literal["refuse", "mark-in-use"] = "refuse",
+    ) -> Tracker:
+        """Begins to record writes to the disk in bitmaps, which are in_use when this returns.
+
+        Whoever writes to the disk from now on calls `Tracker.mark` for each write, until
+        `Tracker.stop` stores the bitmaps. Meanwhile nothing else can be done with the Image.
+
+        Args:
+            names: the bitmaps; by default all that are to record writes (`auto`) and are valid.
+            others: what to do with other `auto` bitmaps that are valid, which will miss writes:
+                refuse to begin, or mark them in_use. That loses them, and makes QEMU refuse to
+                resize the image and to migrate its bitmaps until they are removed.
+
+        Raises:
+            ReadOnlyImageError: the image is open for reading only.
+            StateError: it is closed, being edited or tracked.
+            BitmapError: a bitmap is not there, not valid, disabled, or would be left out.
+            CommitError: a write or barrier failed.
+            FormatError, UnsupportedError, LimitError, StorageError: as `edit` and a commit do.
+        """
+        from qcow2bm.api.track import begin
+
+        self._require_open()
+        if not self._writable:
+            raise ReadOnlyImageError()
+        self._require_idle()
+        return begin(self, names, others)
 
     def _problems_of(self, index: int) -> list[Problem]:
         self._tables()  # asks whether the image is still what it was

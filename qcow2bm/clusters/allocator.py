@@ -214,6 +214,24 @@ class Allocator:
         if self._old_table:
             self._count([self._old_table], 1, 0)
 
+    def set_aside(self, count: int) -> tuple[list[int], list[Step]]:
+        """Free clusters to be used later, not counted yet, and the steps that make room for that.
+
+        Nobody else may allocate anything until they are used or given up. Instead of `allocate`,
+        and raises as it does.
+        """
+        if not count:
+            return [], []
+        loose = self.allocate((), count).loose
+        steps = self.preparation()
+        self._count(self._fresh, 1, 0)
+        self._fresh = []
+        self.free(())
+        what = "refcounts of the old refcount table"
+        steps += self.refcounts.take_count_writes(what) if self._old_table else []
+        self.refcounts.take_count_writes("what is as it was")
+        return [number for first, stop in loose for number in range(first, stop)], steps
+
     def preparation(self) -> list[Step]:
         """What makes room for the refcounts of new clusters, durable before they are used.
 

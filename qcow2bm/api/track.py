@@ -1,0 +1,83 @@
+"""Beginning to track the bitmaps of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from qcow2bm.clusters.plan import execute
+from qcow2bm.errors import BitmapError, Qcow2BmError
+from qcow2bm.store.editable import require_editable
+from qcow2bm.store.live import LiveStore, load_live
+from qcow2bm.store.status import VALID
+from qcow2bm.store.tables import survey
+from qcow2bm.tracker.tracker import Tracker
+from qcow2bm.units import escape
+
+if TYPE_CHECKING:
+    from qcow2bm.api.bitmap import Bitmap
+    from qcow2bm.api.image import Image
+
+
+def begin(image: Image, names: Iterable[str] | None, others: str) -> Tracker:
+    """See `Image.track`; the image is open for writing, and nothing else goes on."""
+    if others not in ("refuse", "mark-in-use"):
+        raise ValueError(f'others is {others!r}, must be "refuse" or "mark-in-use"')
+    storage = image._writable
+    assert storage is not None
+    file, directory = image._file, image._directory
+    found = survey(file, directory, image._header_problems)
+    require_editable(file, directory, found, image._header_problems)
+    chosen = _chosen(image, names)
+    left_out = [b for b in _recording(image) if b.index not in {c.index for c in chosen}]
+    if left_out and others == "refuse":
+        listed = ", ".join(f'"{escape(bitmap.name)}"' for bitmap in left_out[:5])
+        reason = f'would miss writes: track it, disable it, or give others="mark-in-use" ({listed})'
+        raise BitmapError(left_out[0].name, reason)
+    size = file.cluster_size
+    taken = [(start // size, end // size) for start, end in found.ranges]
+    near = directory.extension.bitmap_directory_offset // size if directory.extension else 0
+    store = LiveStore(file, taken, near, storage.capacity())
+    bitmaps = [load_live(file, bitmap.entry) for bitmap in chosen]
+    plan = store.begin(bitmaps, [bitmap.entry for bitmap in left_out])
+    try:
+        execute(plan, storage, image.file_size)
+    except BaseException:
+        image._leave("in doubt after a failed commit", "opened again")
+        raise
+    image._tracker = Tracker(
+        storage, store, bitmaps, image.virtual_size, on_end=lambda: _end(image)
+    )
+    return image._tracker
+
+
+def _chosen(image: Image, names: Iterable[str] | None) -> list[Bitmap]:
+    if names is None:
+        bitmaps = _recording(image)
+        if not bitmaps:
+            raise BitmapError("", "is not there: no bitmap of the image is valid and enabled")
+        return bitmaps
+    bitmaps = [image.bitmaps[name] for name in dict.fromkeys(names)]
+    for bitmap in bitmaps:
+        bitmap.require_valid()
+        if not bitmap.auto:
+            raise BitmapError(bitmap.name, "is disabled: enable it first")
+    if not bitmaps:
+        raise ValueError("there are no names")
+    return bitmaps
+
+
+def _recording(image: Image) -> list[Bitmap]:
+    """The bitmaps that are to record all writes, and have missed none."""
+    bitmaps = (image.bitmap(entry.index) for entry in image.directory)
+    return [bitmap for bitmap in bitmaps if bitmap.auto and bitmap.status == VALID]
+
+
+def _end(image: Image) -> None:
+    image._tracker = None
+    image._file.close()
+    image._generation += 1
+    try:
+        image._load()
+    except Qcow2BmError:
+        image._leave("unreadable after tracking", "opened again")

@@ -1,0 +1,182 @@
+"""Bitmaps that are in_use by us: their bits are in memory, and are written in place.
+
+As long as in_use is set nobody goes by what is stored, so data and table entries need no new
+clusters. What must hold at any time is that everything a table leads to is counted.
+
+*Spec*: spec/tracking.md, "Flushing".
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from qcow2bm.bits import plain
+from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
+from qcow2bm.clusters.allocator import Allocator
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.header_draft import HeaderDraft
+from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce
+from qcow2bm.format.directory import FIELD_OFFSETS, FLAG_IN_USE, DirectoryEntry
+from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
+from qcow2bm.store.draft import ONES, ZEROES
+from qcow2bm.store.tables import read_words, table_runs
+from qcow2bm.units import ceil_div
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+PIECE_BYTES = 4096
+"""How many bytes of bits are flushed together or not at all: far less than a cluster."""
+
+Changes = Mapping[int, bytes]
+"""Pieces of a bitmap's bits by their number, as they are to be stored."""
+
+
+class LiveBitmap:
+    """A bitmap of an image whose bits are changed in memory.
+
+    Attributes:
+        entry: its directory entry as it is stored now.
+        words: its table as it is stored now, uint64[n].
+        octets: its bits, in whole clusters, clear past the disk.
+    """
+
+    def __init__(self, entry: DirectoryEntry, words: array[int], octets: bytearray) -> None:
+        self.entry = entry
+        self.words = words
+        self.octets = octets
+
+    @property
+    def name(self) -> str:
+        """The name; bytes that are not UTF-8 are kept as surrogates."""
+        return self.entry.name or ""
+
+
+class LiveStore:
+    """Plans what is written to an image while some of its bitmaps are in_use by us.
+
+    Refcount blocks for all clusters that can still be needed are made at the beginning, and the
+    clusters set aside, so that nothing has to be searched or to grow later.
+    """
+
+    def __init__(
+        self, file: ClusterFile, taken: Iterable[tuple[int, int]], near: int, capacity: int | None
+    ) -> None:
+        """See `Allocator` for the arguments."""
+        self._cluster_size = file.cluster_size
+        self._header = HeaderDraft(file)
+        self._allocator = Allocator(file, taken, near, capacity)
+        self._free: list[int] = []
+
+    def begin(self, bitmaps: Iterable[LiveBitmap], others: Iterable[DirectoryEntry]) -> Plan:
+        """Sets in_use of the bitmaps, and of ``others``, after making room for what can come."""
+        bitmaps = list(bitmaps)
+        needed = sum(bitmap.words.count(ZEROES) for bitmap in bitmaps)
+        steps: list[Step] = self._header.clear_unknown_autoclear()
+        self._free, aside = self._allocator.set_aside(needed)
+        self._free.reverse()  # the last is used first
+        steps += aside
+        flags = [self.set_in_use(bitmap, is_set=True) for bitmap in bitmaps]
+        flags += [_flags_write(entry, entry.flags | FLAG_IN_USE) for entry in others]
+        return Plan((*steps, *flags, Barrier("in_use of the tracked bitmaps")))
+
+    def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
+        """Clears in_use of bitmaps whose bits are stored: each by one write within a sector."""
+        flags = [self.set_in_use(bitmap, is_set=False) for bitmap in bitmaps]
+        return [*flags, Barrier("valid bitmaps")]
+
+    @staticmethod
+    def set_in_use(bitmap: LiveBitmap, *, is_set: bool) -> Write:
+        """One write within one sector; the entry of the bitmap is the new one from now on."""
+        flags = bitmap.entry.flags & ~FLAG_IN_USE | (FLAG_IN_USE if is_set else 0)
+        bitmap.entry = bitmap.entry._replace(flags=flags)
+        return _flags_write(bitmap.entry, flags)
+
+    def store(self, changes: Iterable[tuple[LiveBitmap, Changes]]) -> list[Step]:
+        """Writes pieces of bitmaps where they belong; the last step is a barrier, if any.
+
+        A cluster that had none gets one, and is written whole.
+        """
+        data: list[Write] = []
+        tables: list[Write] = []
+        for bitmap, pieces in changes:
+            new_entries: set[int] = set()
+            for piece, content in pieces.items():
+                data += self._piece(bitmap, piece, content, new_entries)
+            tables += _table_writes(bitmap, new_entries)
+        if not data:
+            return []
+        counts = self._allocator.refcounts.take_count_writes("refcounts of new clusters")
+        data.sort(key=lambda write: write.offset)
+        steps: list[Step] = [*coalesce(data), *coalesce(counts), Barrier("bitmap data")]
+        if tables:
+            steps += [*coalesce(tables), Barrier("bitmap table entries")]
+        return steps
+
+    def _piece(
+        self, bitmap: LiveBitmap, piece: int, content: bytes, new_entries: set[int]
+    ) -> list[Write]:
+        size = self._cluster_size
+        writes = []
+        start, stop = piece * PIECE_BYTES, piece * PIECE_BYTES + len(content)
+        for number in range(start // size, (stop - 1) // size + 1):
+            low, high = max(start, number * size), min(stop, number * size + size)
+            part = content[low - start : high - start]
+            word = bitmap.words[number]
+            if word == ONES or (number in new_entries) or (word == ZEROES and not any(part)):
+                continue
+            what = "bitmap data"
+            if word == ZEROES:
+                # What stood in a free cluster would otherwise show: all of it is written.
+                low, high = number * size, number * size + size
+                part, what = bytes(bitmap.octets[low:high]), "bitmap data in new clusters"
+                word = bitmap.words[number] = self._take_cluster()
+                new_entries.add(number)
+            writes.append(Write(word + low - number * size, (part,), what))
+        return writes
+
+    def _take_cluster(self) -> int:
+        cluster = self._free.pop()
+        self._allocator.refcounts.change(cluster, 1, 0, 1)
+        return cluster * self._cluster_size
+
+
+def _flags_write(entry: DirectoryEntry, flags: int) -> Write:
+    place = entry.offset + FIELD_OFFSETS["flags"]
+    return Write(place, (flags.to_bytes(4, "big"),), "flags of a bitmap")
+
+
+def _table_writes(bitmap: LiveBitmap, entries: set[int]) -> list[Write]:
+    """The sectors of a table that have these entries."""
+    per_sector = SECTOR_SIZE // ENTRY_LENGTH
+    offset = bitmap.entry.bitmap_table_offset
+    writes = []
+    for sector in sorted({number // per_sector for number in entries}):
+        first = sector * per_sector
+        table: Buffer = build_bitmap_table(bitmap.words[first : first + per_sector])
+        place = offset + ENTRY_LENGTH * first
+        writes.append(Write(place, (table,), "bitmap table entries"))
+    return writes
+
+
+def load_live(file: ClusterFile, entry: DirectoryEntry) -> LiveBitmap:
+    """A bitmap of the image with all its bits in memory.
+
+    Raises:
+        StorageError: reading failed.
+    """
+    words = read_words(file, entry)
+    size = file.cluster_size
+    octets = bytearray(len(words) * size)
+    view = memoryview(octets)
+    for run in table_runs(words, size):
+        part = view[run.first * size : (run.first + run.entries) * size]
+        if run.kind == ALLOCATED:
+            file.read_into(run.offset, part)
+        elif run.kind == ALL_ONES:
+            plain.fill(part, 0, 8 * len(part), is_set=True)
+    bits = ceil_div(file.virtual_size, entry.granularity)
+    plain.fill(octets, bits, 8 * len(octets), is_set=False)  # INV-TAIL
+    return LiveBitmap(entry, words, octets)

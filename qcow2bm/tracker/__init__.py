@@ -1,0 +1,1 @@
+"""Recording writes in bitmaps while they happen, and storing the bitmaps piece by piece."""

@@ -1,0 +1,288 @@
+"""Tracking the writes to a disk in its persistent bitmaps, and storing them as they change.
+
+*Spec*: spec/tracking.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+
+from qcow2bm.clusters.plan import Barrier, Plan, Step, Write
+from qcow2bm.errors import CommitError, StateError
+from qcow2bm.storage.base import WritableStorage
+from qcow2bm.store.live import PIECE_BYTES, Changes, LiveBitmap, LiveStore
+from qcow2bm.tracker.gate import Gate
+from qcow2bm.tracker.rate import Rate
+from qcow2bm.tracker.spread import Tracked, recorder_for, spread
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+State = Literal["tracking", "stopped", "abandoned", "failed"]
+
+_BATCH_PIECES = 1024  # flushed before a deadline is looked at again
+
+
+class FlushReport(NamedTuple):
+    """What one flush wrote: bytes of everything, pieces of bitmaps, barriers, and how long."""
+
+    bytes_written: int
+    pieces: int
+    barriers: int
+    seconds: float
+
+
+class StopReport(NamedTuple):
+    """What a stop wrote; the bitmaps are valid on disk."""
+
+    bytes_written: int
+    pieces: int
+    barriers: int
+    seconds: float
+
+
+class Pending(NamedTuple):
+    """What a stop would have to write of bitmap data now, and an estimate of how long it takes."""
+
+    bytes: int
+    pieces: int
+    seconds: float
+
+
+class Tracker:
+    """Records writes to a disk in bitmaps of its image, which are in_use meanwhile.
+
+    Made by `qcow2bm.Image.track`. Thread-safe. As a context manager it stops when the block ends,
+    and abandons if that is by an exception.
+
+    *Guarantees*: a bitmap on disk without in_use has every bit marked since tracking began
+    (INV-SUPERSET). If the process dies, the bitmaps are in_use, so nobody goes by them.
+
+    Attributes:
+        mark: ``mark(start, length)`` records that guest bytes are written. It must return before
+            the write is acknowledged. Raises ValueError for a range not on the disk, of which
+            nothing is marked, and StateError once tracking has ended.
+    """
+
+    def __init__(
+        self,
+        storage: WritableStorage,
+        store: LiveStore,
+        bitmaps: Iterable[LiveBitmap],
+        virtual_size: int,
+        *,
+        on_end: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``bitmaps`` are in_use on disk already; ``on_end`` is called once tracking has ended."""
+        self._storage = storage
+        self._store = store
+        self._clock = clock
+        self._tracked = [Tracked.of(bitmap) for bitmap in bitmaps]
+        self._recorder = recorder_for(self._tracked, virtual_size)
+        self._gate = Gate()
+        self._io = RLock()  # one flush, stop or rotation at a time
+        self._state: State = "tracking"
+        self._flushing = Rate()
+        self._barrier_seconds = 0.0
+        self._on_end = on_end
+        self.mark = self._recorder.mark
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._state != "tracking":
+            return
+        if kind is None:
+            self.stop()
+        else:
+            self.abandon()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Tracker cannot be pickled")
+
+    @property
+    def state(self) -> State:
+        """Whether it goes on, or how it ended: "failed" if a write or a barrier did."""
+        return self._state
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the bitmaps that are tracked."""
+        return [bitmap.live.name for bitmap in self._tracked]
+
+    def mark_many(self, ranges: NDArray[np.int64]) -> None:
+        """`mark` for many ranges at once: (start, length) in guest bytes, int64[n, 2].
+
+        Raises:
+            ValueError: one of them is not on the disk; then nothing is marked.
+            StateError: tracking has ended.
+        """
+        self._recorder.mark_many(ranges)
+
+    @contextmanager
+    def writing(self, start: int, length: int) -> Iterator[None]:
+        """Around a write of the guest: marks it first, and lets `stop` wait until it is done.
+
+        Raises as `mark` does, before the block begins.
+        """
+        with self._gate.passage():
+            self.mark(start, length)
+            yield
+
+    @property
+    def pending(self) -> Pending:
+        """What is not stored yet. Raises `StateError` once tracking has ended."""
+        with self._io:
+            self._require_tracking()
+            spread(self._recorder, self._tracked)
+            pieces = sum(bitmap.bits.touched.count(1) for bitmap in self._tracked)
+            size = pieces * PIECE_BYTES
+            seconds = size / (self._flushing.per_second or float("inf"))
+            return Pending(size, pieces, seconds + 2 * self._barrier_seconds)
+
+    def flush(self, max_bytes: int | None = None, deadline: float | None = None) -> FlushReport:
+        """Stores what has changed, while marking goes on; the bitmaps stay in_use.
+
+        Args:
+            max_bytes: write about so much bitmap data, at least a piece.
+            deadline: write for about so many seconds.
+
+        Raises:
+            CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
+            StateError: tracking has ended before.
+        """
+        with self._io:
+            self._require_tracking()
+            begun = self._clock()
+            left = 1 << 62 if max_bytes is None else max(1, max_bytes // PIECE_BYTES)
+            batch = left if deadline is None else _BATCH_PIECES
+            size = pieces = barriers = 0
+            while left:
+                done = self._flush_once(min(left, batch))
+                size, pieces = size + done.bytes_written, pieces + done.pieces
+                barriers += done.barriers
+                left -= done.pieces
+                is_late = deadline is None or self._clock() - begun >= deadline
+                if is_late or not done.pieces:
+                    break
+            return FlushReport(size, pieces, barriers, self._clock() - begun)
+
+    def _flush_once(self, limit: int) -> FlushReport:
+        begun = self._clock()
+        spread(self._recorder, self._tracked)
+        taken = self._take(limit)
+        steps = self._write(taken, lambda: self._store.store(_changes(taken)))
+        pieces = sum(len(changes) for _, changes in taken)
+        plan = Plan(tuple(steps))
+        return FlushReport(plan.length, pieces, plan.barriers, self._clock() - begun)
+
+    def _take(self, limit: int | None) -> list[tuple[Tracked, Changes]]:
+        """Copies of the pieces to store, which count as stored from now on."""
+        taken: list[tuple[Tracked, Changes]] = []
+        for bitmap in self._tracked:
+            octets, touched = bitmap.bits
+            changes: dict[int, bytes] = {}
+            piece = touched.find(1)
+            while piece >= 0 and (limit is None or limit > 0):
+                touched[piece] = 0  # first: what is marked from now on counts anew
+                changes[piece] = bytes(octets[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES])
+                limit = None if limit is None else limit - 1
+                piece = touched.find(1, piece + 1)
+            taken.append((bitmap, changes))
+        return taken
+
+    def _write(
+        self, taken: list[tuple[Tracked, Changes]], make: Callable[[], list[Step]]
+    ) -> list[Step]:
+        """Plans and does what is to be done with pieces; if that fails, they are not stored."""
+        try:
+            steps = make()
+            self._execute(steps)
+        except BaseException:
+            for bitmap, changes in taken:
+                for piece in changes:
+                    bitmap.bits.touched[piece] = 1  # INV-META
+            self._end("failed")
+            raise
+        return steps
+
+    def _execute(self, steps: list[Step], commit_point: int | None = None) -> None:
+        """Does the steps, and measures how fast that goes."""
+        plan = Plan(tuple(steps), commit_point)
+        begun = self._clock()
+        for number, step in enumerate(steps):
+            try:
+                if isinstance(step, Write):
+                    self._storage.write(step.offset, step.parts)
+                    continue
+                before = self._clock()
+                self._storage.barrier()
+                self._barrier_seconds = max(self._barrier_seconds / 2, self._clock() - before)
+            except Exception as error:
+                action = "making durable" if isinstance(step, Barrier) else "writing the"
+                reason = getattr(error, "reason", str(error))
+                raise CommitError(
+                    self._storage.name, f"{action} {step.what}", plan.outcome(number), reason
+                ) from error
+        self._flushing.add(plan.length, self._clock() - begun)
+
+    def stop(self) -> StopReport:
+        """Stores what is left and makes the bitmaps valid: the short pause of a migration.
+
+        Waits for writes that are inside `writing`. Every mark that returned before is stored.
+
+        Raises:
+            CommitError: a write or barrier failed. Tracking has ended all the same. Unless the
+                outcome is "unknown", the bitmaps stay in_use.
+            StateError: tracking has ended before.
+        """
+        with self._io:
+            self._require_tracking()
+            begun = self._clock()
+            with self._gate.empty():
+                self._recorder.close()
+                spread(self._recorder, self._tracked)
+                taken = self._take(None)
+                steps = self._write(taken, lambda: self._store.store(_changes(taken)))
+            flags = self._store.end(bitmap.live for bitmap in self._tracked)
+            try:
+                self._execute(flags, commit_point=0)
+            except BaseException:
+                self._end("failed")
+                raise
+            self._end("stopped")
+            plan = Plan((*steps, *flags))
+            pieces = sum(len(changes) for _, changes in taken)
+            return StopReport(plan.length, pieces, plan.barriers, self._clock() - begun)
+
+    def abandon(self) -> None:
+        """Ends tracking at once: nothing is written, and the bitmaps stay in_use."""
+        with self._io:
+            if self._state == "tracking":
+                self._end("abandoned")
+
+    def _end(self, state: State) -> None:
+        self._recorder.close()
+        self._state = state
+        self._on_end()
+
+    def _require_tracking(self) -> None:
+        if self._state != "tracking":
+            raise StateError(self._state, "tracking", "the tracker")
+
+
+def _changes(taken: Iterable[tuple[Tracked, Changes]]) -> Iterator[tuple[LiveBitmap, Changes]]:
+    return ((bitmap.live, changes) for bitmap, changes in taken)
