@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qcow2bm.clusters.plan import execute
-from qcow2bm.errors import BitmapError, Qcow2BmError
-from qcow2bm.store.editable import require_editable
-from qcow2bm.store.live import LiveStore, load_live
+from qcow2bm.errors import BitmapError, CommitError, Qcow2BmError
+from qcow2bm.store.live import LiveStore
 from qcow2bm.store.status import VALID
-from qcow2bm.store.tables import survey
 from qcow2bm.tracker.tracker import Tracker
 from qcow2bm.units import escape
 
@@ -25,29 +22,19 @@ def begin(image: Image, names: Iterable[str] | None, others: str) -> Tracker:
         raise ValueError(f'others is {others!r}, must be "refuse" or "mark-in-use"')
     storage = image._writable
     assert storage is not None
-    file, directory = image._file, image._directory
-    found = survey(file, directory, image._header_problems)
-    require_editable(file, directory, found, image._header_problems)
+    store = LiveStore(storage)
     chosen = _chosen(image, names)
     left_out = [b for b in _recording(image) if b.index not in {c.index for c in chosen}]
     if left_out and others == "refuse":
         listed = ", ".join(f'"{escape(bitmap.name)}"' for bitmap in left_out[:5])
         reason = f'would miss writes: track it, disable it, or give others="mark-in-use" ({listed})'
         raise BitmapError(left_out[0].name, reason)
-    size = file.cluster_size
-    taken = [(start // size, end // size) for start, end in found.ranges]
-    near = directory.extension.bitmap_directory_offset // size if directory.extension else 0
-    store = LiveStore(file, taken, near, storage.capacity())
-    bitmaps = [load_live(file, bitmap.entry) for bitmap in chosen]
-    plan = store.begin(bitmaps, [bitmap.entry for bitmap in left_out])
     try:
-        execute(plan, storage, image.file_size)
-    except BaseException:
+        store.begin((b.entry for b in chosen), (b.entry for b in left_out))
+    except CommitError:
         image._leave("in doubt after a failed commit", "opened again")
         raise
-    image._tracker = Tracker(
-        storage, store, bitmaps, image.virtual_size, on_end=lambda: _end(image)
-    )
+    image._tracker = Tracker(storage, store, image.virtual_size, on_end=lambda: _end(image))
     return image._tracker
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING
@@ -78,9 +78,15 @@ class Draft:
         drops_extension: whether a stale bitmaps extension goes as well.
     """
 
-    def __init__(self, file: ClusterFile, directory: BitmapDirectory) -> None:
-        """Begins with the stored bitmaps, which `require_editable` has found sound."""
+    def __init__(
+        self, file: ClusterFile, directory: BitmapDirectory, owned: Collection[str] = ()
+    ) -> None:
+        """Begins with the stored bitmaps, which `require_editable` has found sound.
+
+        Those of the names ``owned`` are in_use by whoever makes this edit.
+        """
         self._file = file
+        self._owned = owned
         self._is_stale = directory.extension is not None and not directory.is_consistent
         entries = () if self._is_stale else directory.entries
         self.bitmaps: dict[bytes, DraftBitmap] = {
@@ -109,7 +115,7 @@ class Draft:
             BitmapInconsistentError: it is in_use.
         """
         found = self._known(name)
-        if found.is_in_use:
+        if found.is_in_use and name not in self._owned:
             raise BitmapInconsistentError(
                 name,
                 "is inconsistent (in_use is set) and cannot be used: writes may be missing from "
@@ -172,7 +178,7 @@ class Draft:
             limits = MIN_DEFAULT_GRANULARITY, MAX_DEFAULT_GRANULARITY
             granularity = max(limits[0], min(self._file.cluster_size, limits[1]))
         self._require_granularity(granularity)
-        self._require_free(name)
+        self.require_free(name)
         if len(self.bitmaps) >= MAX_BITMAPS:
             raise LimitError("the number of bitmaps", len(self.bitmaps) + 1, MAX_BITMAPS)
         key = _encoded(name)
@@ -197,8 +203,8 @@ class Draft:
             what = f"the size of a bitmap of granularity {granularity} in bytes"
             raise LimitError(what, length, MAX_BITMAP_BYTES)
 
-    def _require_free(self, name: str) -> None:
-        """A name is free if QEMU, to which a NUL byte ends it, finds no other like it."""
+    def require_free(self, name: str) -> None:
+        """Raises what `add` does if QEMU, to which a NUL byte ends a name, finds one like it."""
         key = _encoded(name)
         if not 0 < len(key) <= MAX_NAME_SIZE:
             raise ValueError(f"a name has 1 to {MAX_NAME_SIZE} bytes, not {len(key)}")
@@ -253,7 +259,7 @@ class Draft:
         found = self.find(name)
         if name == new_name:
             return
-        self._require_free(new_name)
+        self.require_free(new_name)
         del self.bitmaps[found.name_bytes]
         found.name_bytes = _encoded(new_name)
         self.bitmaps[found.name_bytes] = found

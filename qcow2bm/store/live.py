@@ -9,7 +9,7 @@ clusters. What must hold at any time is that everything a table leads to is coun
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qcow2bm.bits import plain
@@ -17,11 +17,17 @@ from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
 from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
-from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce
+from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
+from qcow2bm.clusters.problems import header_problems
 from qcow2bm.format.directory import FIELD_OFFSETS, FLAG_IN_USE, DirectoryEntry
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
+from qcow2bm.storage.base import WritableStorage
+from qcow2bm.store.commit import plan_commit
+from qcow2bm.store.directory import load_directory
 from qcow2bm.store.draft import ONES, ZEROES
-from qcow2bm.store.tables import read_words, table_runs
+from qcow2bm.store.edit import Draft
+from qcow2bm.store.editable import require_editable
+from qcow2bm.store.tables import read_words, survey, table_runs
 from qcow2bm.units import ceil_div
 
 if TYPE_CHECKING:
@@ -53,34 +59,99 @@ class LiveBitmap:
         """The name; bytes that are not UTF-8 are kept as surrogates."""
         return self.entry.name or ""
 
+    def fresh(self, name: str) -> LiveBitmap:
+        """Another one of the same granularity, clean, not stored anywhere yet."""
+        entry = self.entry._replace(name_bytes=name.encode("utf-8", "surrogateescape"))
+        return LiveBitmap(entry, array("Q"), bytearray(len(self.octets)))
+
 
 class LiveStore:
-    """Plans what is written to an image while some of its bitmaps are in_use by us.
+    """Plans and makes what is written to an image while some of its bitmaps are in_use by us.
 
     Refcount blocks for all clusters that can still be needed are made at the beginning, and the
     clusters set aside, so that nothing has to be searched or to grow later.
     """
 
-    def __init__(
-        self, file: ClusterFile, taken: Iterable[tuple[int, int]], near: int, capacity: int | None
-    ) -> None:
-        """See `Allocator` for the arguments."""
-        self._cluster_size = file.cluster_size
-        self._header = HeaderDraft(file)
-        self._allocator = Allocator(file, taken, near, capacity)
+    def __init__(self, storage: WritableStorage) -> None:
+        """Reads the image; the caller holds its locks.
+
+        Raises:
+            FormatError, UnsupportedError: the image cannot be edited.
+            StorageError: reading failed.
+        """
+        self._storage = storage
+        self._bitmaps: list[LiveBitmap] = []
+        self._load()
+        require_editable(self._file, self._directory, self._survey, self._header_problems)
+
+    def _load(self) -> None:
+        self._file = ClusterFile(self._storage, force_share=False)
+        self._header_problems = header_problems(self._file)
+        self._directory = load_directory(self._file, self._header_problems)
+        self._survey = survey(self._file, self._directory, self._header_problems)
+        self._cluster_size = size = self._file.cluster_size
+        taken = [(start // size, end // size) for start, end in self._survey.ranges]
+        extension = self._directory.extension
+        near = extension.bitmap_directory_offset // size if extension else 0
+        self._allocator = Allocator(self._file, taken, near, self._storage.capacity())
         self._free: list[int] = []
 
-    def begin(self, bitmaps: Iterable[LiveBitmap], others: Iterable[DirectoryEntry]) -> Plan:
-        """Sets in_use of the bitmaps, and of ``others``, after making room for what can come."""
-        bitmaps = list(bitmaps)
-        needed = sum(bitmap.words.count(ZEROES) for bitmap in bitmaps)
-        steps: list[Step] = self._header.clear_unknown_autoclear()
-        self._free, aside = self._allocator.set_aside(needed)
+    def begin(self, entries: Iterable[DirectoryEntry], others: Iterable[DirectoryEntry]) -> None:
+        """Loads bitmaps and sets their in_use, and that of ``others``, for which there is room.
+
+        Raises:
+            CommitError: a write or barrier failed.
+            LimitError, StorageError: there is no room for what these bitmaps can need.
+        """
+        self._bitmaps = [load_live(self._file, entry) for entry in entries]
+        steps: list[Step] = HeaderDraft(self._file).clear_unknown_autoclear()
+        steps += self._set_aside()
+        steps += [self.set_in_use(bitmap, is_set=True) for bitmap in self._bitmaps]
+        steps += [_flags_write(entry, entry.flags | FLAG_IN_USE) for entry in others]
+        plan = Plan((*steps, Barrier("in_use of the tracked bitmaps")))
+        execute(plan, self._storage, self._file.file_size)
+
+    @property
+    def bitmaps(self) -> tuple[LiveBitmap, ...]:
+        """The bitmaps that are in_use by us."""
+        return tuple(self._bitmaps)
+
+    def _set_aside(self) -> list[Step]:
+        needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
+        self._free, steps = self._allocator.set_aside(needed)
         self._free.reverse()  # the last is used first
-        steps += aside
-        flags = [self.set_in_use(bitmap, is_set=True) for bitmap in bitmaps]
-        flags += [_flags_write(entry, entry.flags | FLAG_IN_USE) for entry in others]
-        return Plan((*steps, *flags, Barrier("in_use of the tracked bitmaps")))
+        return steps
+
+    def recommit(self, change: Callable[[Draft], None], bitmaps: Iterable[LiveBitmap]) -> None:
+        """Changes the directory, atomically, while bitmaps are in_use by us.
+
+        What is in memory of the bitmaps that are in_use need not be stored. ``bitmaps`` are those
+        that are in_use afterwards; new ones among them get their entries and tables.
+
+        Raises:
+            CommitError: a write or barrier failed.
+            And what ``change`` raises, and `plan_commit`; then nothing is changed.
+        """
+        self._load()
+        draft = Draft(self._file, self._directory, {bitmap.name for bitmap in self._bitmaps})
+        change(draft)
+        capacity = self._storage.capacity()
+        plan = plan_commit(self._file, self._directory, self._survey, draft, capacity)
+        execute(plan, self._storage, self._file.file_size)
+        self._bitmaps = list(bitmaps)
+        self._load()
+        entries = {entry.name: entry for entry in self._directory.entries}
+        for bitmap in self._bitmaps:
+            bitmap.entry = entries[bitmap.name]
+            bitmap.words = read_words(self._file, bitmap.entry)
+        steps = self._set_aside()
+        if steps:
+            plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
+            execute(plan, self._storage, self._file.file_size)
+
+    def check_name(self, name: str) -> None:
+        """Raises what adding a bitmap of that name would, as far as the name goes."""
+        Draft(self._file, self._directory).require_free(name)
 
     def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
         """Clears in_use of bitmaps whose bits are stored: each by one write within a sector."""

@@ -43,7 +43,6 @@ class Recorder:
     """Marks ranges of a disk in `Bits` of one granularity.
 
     Attributes:
-        granularity: in guest bytes.
         mark: ``mark(start, length)``, see `qcow2bm.Tracker.mark`. A closure, because it is called
             for every write of a guest.
     """
@@ -54,7 +53,9 @@ class Recorder:
         self._lock = Lock()
         self._bits = bits
         self._is_closed = False
-        self.granularity = granularity
+        self._state = ""
+        self._cause: BaseException | None = None
+        self._granularity = granularity
         self.mark, self._take_over, self._refuse_all = self._closures()
 
     @property
@@ -62,45 +63,54 @@ class Recorder:
         """Where marks go at present."""
         return self._bits
 
-    def replace(self, bits: Bits) -> None:
-        """Lets all marks from now on go elsewhere; each goes to one of the two, whole."""
-        with self._lock:
-            self._bits = bits
-            self._take_over(bits)
+    @property
+    def granularity(self) -> int:
+        """What a bit of `bits` stands for, in guest bytes."""
+        return self._granularity
 
-    def close(self) -> None:
-        """Lets all marks from now on raise; every mark that has returned is in the bits."""
+    def replace(self, granularity: int, bits: Bits) -> None:
+        """Lets all marks from now on go elsewhere."""
+        with self._lock:
+            self._granularity, self._bits = granularity, bits
+            self._take_over(granularity, bits)
+
+    def close(self, state: str, cause: BaseException | None = None) -> None:
+        """Lets all marks from now on raise; every mark that has returned is in the bits.
+
+        ``state`` and ``cause`` are what they raise.
+        """
         with self._lock:
             self._is_closed = True
+            self._state, self._cause = state, cause
             self._refuse_all()
 
     def _closures(
         self,
-    ) -> tuple[Callable[[int, int], None], Callable[[Bits], None], Callable[[], None]]:
-        size, shift = self._size, self.granularity.bit_length() - 1
+    ) -> tuple[Callable[[int, int], None], Callable[[int, Bits], None], Callable[[], None]]:
+        size, shift = self._size, self._granularity.bit_length() - 1
         lock, (octets, touched) = self._lock, self._bits
-        mark_bits, refuse = self._mark_bits, self._refuse
+        mark_range, refuse = self._mark_range, self._refuse
 
         def mark(start: int, length: int) -> None:
             end = start + length
             if start < 0 or length < 0 or end > size:
                 refuse(start, length)
-            first = start >> shift
-            if end - 1 >> shift != first:
-                if length:
-                    mark_bits(first, (end - 1 >> shift) + 1)
-                return
-            place, bit = first >> 3, 1 << (first & 7)
-            if octets[place] & bit:
-                return
             with lock:
                 if end > size:  # closed meanwhile
                     refuse(start, length)
-                octets[place] |= bit
-                touched[first >> _PIECE_SHIFT] = 1
+                first = start >> shift
+                if end - 1 >> shift == first:
+                    place, bit = first >> 3, 1 << (first & 7)
+                    if not octets[place] & bit:
+                        octets[place] |= bit
+                        touched[first >> _PIECE_SHIFT] = 1
+                    return
+            if length:
+                mark_range(start, end)
 
-        def take_over(bits: Bits) -> None:
-            nonlocal octets, touched
+        def take_over(granularity: int, bits: Bits) -> None:
+            nonlocal shift, octets, touched
+            shift = granularity.bit_length() - 1
             octets, touched = bits
 
         def refuse_all() -> None:
@@ -111,29 +121,35 @@ class Recorder:
 
     def _refuse(self, start: int, length: int) -> None:
         if self._is_closed:
-            raise StateError("stopped", "tracking", "the tracker")
+            raise StateError(self._state, "tracking", "the tracker") from self._cause
         raise ValueError(f"range {start}:{length} is not on the disk of {self._size} bytes")
 
-    def _mark_bits(self, first: int, stop: int) -> None:
-        """Sets bits that may lie in several pieces, some pieces under one lock."""
-        while first < stop:
+    def _mark_range(self, start: int, end: int) -> None:
+        """Marks guest bytes that may lie in several pieces, some pieces under one lock."""
+        while start < end:
             with self._lock:
                 if self._is_closed:
-                    self._refuse(0, 0)
-                octets, touched = self._bits
-                for _ in range(_BATCH_PIECES):
-                    piece = first >> _PIECE_SHIFT
-                    end = min(stop, piece + 1 << _PIECE_SHIFT)
-                    start_byte, stop_byte = first >> 3, (end + 7) >> 3
-                    old = octets[start_byte:stop_byte]
-                    new = old[:]
-                    plain.fill(new, first - 8 * start_byte, end - 8 * start_byte, is_set=True)
-                    if new != old:
-                        octets[start_byte:stop_byte] = new
-                        touched[piece] = 1
-                    first = end
-                    if first >= stop:
-                        return
+                    self._refuse(start, end - start)
+                start = self._mark_pieces(start, end)
+
+    def _mark_pieces(self, start: int, end: int) -> int:
+        """Sets bits for a while; returns up to which guest byte."""
+        shift, (octets, touched) = self._granularity.bit_length() - 1, self._bits
+        first, stop = start >> shift, (end - 1 >> shift) + 1
+        for _ in range(_BATCH_PIECES):
+            piece = first >> _PIECE_SHIFT
+            last = min(stop, piece + 1 << _PIECE_SHIFT)
+            start_byte, stop_byte = first >> 3, (last + 7) >> 3
+            old = octets[start_byte:stop_byte]
+            new = old[:]
+            plain.fill(new, first - 8 * start_byte, last - 8 * start_byte, is_set=True)
+            if new != old:
+                octets[start_byte:stop_byte] = new
+                touched[piece] = 1
+            first = last
+            if first >= stop:
+                return end
+        return first << shift
 
     def mark_many(self, ranges: NDArray[np.int64]) -> None:
         """Marks (start, length) of int64[n, 2], all of them or none; see `qcow2bm.Tracker`."""
@@ -150,21 +166,26 @@ class Recorder:
             start, length = ranges[bad][0].tolist()
             self._refuse(start, length)
         ranges = ranges[ranges[:, 1] > 0]
-        shift = self.granularity.bit_length() - 1
-        first = ranges[:, 0] >> shift
-        last = (ranges[:, 0] + ranges[:, 1] - 1) >> shift
-        is_single = first == last
-        single = first[is_single]
-        places, masks = single >> 3, (1 << (single & 7)).astype(np.uint8)
-        for start in range(0, len(single), _BATCH_RANGES):
-            part = slice(start, start + _BATCH_RANGES)
-            with self._lock:
-                if self._is_closed:
-                    self._refuse(0, 0)
-                octets, touched = (np.frombuffer(array, np.uint8) for array in self._bits)
-                is_new = (octets[places[part]] & masks[part]) == 0
-                new = places[part][is_new]
-                np.bitwise_or.at(octets, new, masks[part][is_new])
-                touched[new >> _PIECE_SHIFT - 3] = 1
-        for low, high in zip(first[~is_single].tolist(), last[~is_single].tolist(), strict=True):
-            self._mark_bits(low, high + 1)
+        for start in range(0, len(ranges), _BATCH_RANGES):
+            part = ranges[start : start + _BATCH_RANGES]
+            for low, length in part[~self._mark_short(part)].tolist():
+                self._mark_range(low, low + length)
+
+    def _mark_short(self, ranges: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Marks those that are one bit each, and says which they are: bool[n]."""
+        import numpy as np
+
+        with self._lock:
+            if self._is_closed:
+                self._refuse(0, 0)
+            shift = self._granularity.bit_length() - 1
+            first = ranges[:, 0] >> shift
+            is_short: NDArray[np.bool_] = first == (ranges[:, 0] + ranges[:, 1] - 1) >> shift
+            bits = first[is_short]
+            octets, touched = (np.frombuffer(array, np.uint8) for array in self._bits)
+            places, masks = bits >> 3, (1 << (bits & 7)).astype(np.uint8)
+            is_new = (octets[places] & masks) == 0
+            places = places[is_new]
+            np.bitwise_or.at(octets, places, masks[is_new])
+            touched[places >> _PIECE_SHIFT - 3] = 1
+            return is_short

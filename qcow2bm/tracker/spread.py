@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcow2bm.bits.algebra import Octets, coarsen
-from qcow2bm.store.live import PIECE_BYTES, LiveBitmap
-from qcow2bm.tracker.recorder import Bits, Recorder
+from qcow2bm.store.live import PIECE_BYTES, Changes, LiveBitmap
+from qcow2bm.tracker.recorder import Bits
+from qcow2bm.units import ceil_div
 
 
 class Tracked(NamedTuple):
@@ -27,35 +28,50 @@ class Tracked(NamedTuple):
         """A bitmap of which everything is stored."""
         return cls(live, Bits.of(live.octets))
 
-
-def recorder_for(tracked: Iterable[Tracked], virtual_size: int) -> Recorder:
-    """Where marks are recorded: in the bitmap itself if there is one, else beside them.
-
-    Recording once costs the same for any number of bitmaps. Beside them it begins with nothing,
-    at the finest granularity, so that every mark of something new gets to all of them.
-    """
-    bitmaps = list(tracked)
-    granularity = min(bitmap.live.entry.granularity for bitmap in bitmaps)
-    if len(bitmaps) == 1:
-        return Recorder(virtual_size, granularity, bitmaps[0].bits)
-    length = -(-virtual_size // (8 * granularity))
-    return Recorder(virtual_size, granularity, Bits.of(bytearray(length)))
+    def take(self, limit: int) -> Changes:
+        """Copies of at most so many pieces to be stored, which count as stored from now on."""
+        octets, touched = self.bits
+        changes: dict[int, bytes] = {}
+        piece = touched.find(1)
+        while piece >= 0 and len(changes) < limit:
+            touched[piece] = 0  # before it is copied: what is marked meanwhile counts anew
+            changes[piece] = bytes(octets[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES])
+            piece = touched.find(1, piece + 1)
+        return changes
 
 
-def spread(recorder: Recorder, tracked: Iterable[Tracked]) -> None:
-    """Brings what was marked since the last time to all bitmaps, and touches what it changes."""
-    octets, touched = recorder.bits
-    targets = [bitmap for bitmap in tracked if bitmap.bits is not recorder.bits]
-    if not targets:
-        return
-    source = np.frombuffer(octets, np.uint8)
-    flags = np.frombuffer(touched, np.uint8)
-    pieces = np.flatnonzero(flags)
-    flags[pieces] = 0  # before the bits are read: what comes in between shows in one of the two
-    for first, stop in _runs(pieces):
-        for bitmap in targets:
-            factor = bitmap.live.entry.granularity // recorder.granularity
-            _add(bitmap.bits, source, first * PIECE_BYTES, stop * PIECE_BYTES, factor)
+class Recording(NamedTuple):
+    """Where marks go at a time: bits of one granularity, and the bitmaps they belong in."""
+
+    granularity: int
+    bits: Bits
+    tracked: tuple[Tracked, ...]
+
+    @classmethod
+    def of(cls, tracked: Iterable[Tracked], virtual_size: int) -> Recording:
+        """In the bitmap itself if there is one, else beside them at the finest granularity.
+
+        Recording once costs the same for any number of bitmaps. Beside them it begins with
+        nothing, so that whatever is marked for the first time gets to all of them.
+        """
+        bitmaps = tuple(tracked)
+        granularity = min((b.live.entry.granularity for b in bitmaps), default=virtual_size or 1)
+        if len(bitmaps) == 1:
+            return cls(granularity, bitmaps[0].bits, bitmaps)
+        length = ceil_div(virtual_size, 8 * granularity)
+        return cls(granularity, Bits.of(bytearray(length)), bitmaps)
+
+    def spread(self) -> None:
+        """Brings what was marked since the last time to all bitmaps; touches what it changes."""
+        if any(bitmap.bits is self.bits for bitmap in self.tracked):
+            return
+        octets, flags = (np.frombuffer(array, np.uint8) for array in self.bits)
+        pieces = np.flatnonzero(flags)
+        flags[pieces] = 0  # before the bits are read: what comes in between shows in one of the two
+        for first, stop in _runs(pieces):
+            for bitmap in self.tracked:
+                factor = bitmap.live.entry.granularity // self.granularity
+                _add(bitmap.bits, octets, first * PIECE_BYTES, stop * PIECE_BYTES, factor)
 
 
 def _runs(pieces: NDArray[np.int64]) -> list[tuple[int, int]]:

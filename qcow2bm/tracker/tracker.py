@@ -8,17 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import RLock
+from threading import Event, RLock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write
-from qcow2bm.errors import CommitError, StateError
+from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.storage.base import WritableStorage
+from qcow2bm.store.edit import Draft
 from qcow2bm.store.live import PIECE_BYTES, Changes, LiveBitmap, LiveStore
 from qcow2bm.tracker.gate import Gate
 from qcow2bm.tracker.rate import Rate
-from qcow2bm.tracker.spread import Tracked, recorder_for, spread
+from qcow2bm.tracker.recorder import Recorder
+from qcow2bm.tracker.spread import Recording, Tracked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 State = Literal["tracking", "stopped", "abandoned", "failed"]
 
+_GUESS_BYTES_PER_SECOND = 50 << 20  # as long as nothing was measured
+_PROGRESS = 0.95  # a round is of use if it leaves no more than this part of what was left
+_IDLE_ROUNDS = 4
 _BATCH_PIECES = 1024  # flushed before a deadline is looked at again
 
 
@@ -55,6 +61,15 @@ class Pending(NamedTuple):
     seconds: float
 
 
+class Convergence(NamedTuple):
+    """Whether a stop fits now, how long one would take, and after how many rounds and seconds."""
+
+    is_reached: bool
+    seconds: float
+    rounds: int
+    elapsed: float
+
+
 class Tracker:
     """Records writes to a disk in bitmaps of its image, which are in_use meanwhile.
 
@@ -74,21 +89,22 @@ class Tracker:
         self,
         storage: WritableStorage,
         store: LiveStore,
-        bitmaps: Iterable[LiveBitmap],
         virtual_size: int,
         *,
         on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``bitmaps`` are in_use on disk already; ``on_end`` is called once tracking has ended."""
+        """Tracks the bitmaps of the ``store``; ``on_end`` is called once tracking has ended."""
         self._storage = storage
         self._store = store
         self._clock = clock
-        self._tracked = [Tracked.of(bitmap) for bitmap in bitmaps]
-        self._recorder = recorder_for(self._tracked, virtual_size)
+        self._virtual_size = virtual_size
+        self._now = Recording.of(map(Tracked.of, store.bitmaps), virtual_size)
+        self._recorder = Recorder(virtual_size, self._now.granularity, self._now.bits)
         self._gate = Gate()
         self._io = RLock()  # one flush, stop or rotation at a time
         self._state: State = "tracking"
+        self._cause: BaseException | None = None  # of its failure
         self._flushing = Rate()
         self._barrier_seconds = 0.0
         self._on_end = on_end
@@ -121,7 +137,7 @@ class Tracker:
     @property
     def names(self) -> list[str]:
         """The names of the bitmaps that are tracked."""
-        return [bitmap.live.name for bitmap in self._tracked]
+        return [bitmap.live.name for bitmap in self._now.tracked]
 
     def mark_many(self, ranges: NDArray[np.int64]) -> None:
         """`mark` for many ranges at once: (start, length) in guest bytes, int64[n, 2].
@@ -147,10 +163,10 @@ class Tracker:
         """What is not stored yet. Raises `StateError` once tracking has ended."""
         with self._io:
             self._require_tracking()
-            spread(self._recorder, self._tracked)
-            pieces = sum(bitmap.bits.touched.count(1) for bitmap in self._tracked)
+            self._now.spread()
+            pieces = sum(bitmap.bits.touched.count(1) for bitmap in self._now.tracked)
             size = pieces * PIECE_BYTES
-            seconds = size / (self._flushing.per_second or float("inf"))
+            seconds = size / (self._flushing.per_second or _GUESS_BYTES_PER_SECOND)
             return Pending(size, pieces, seconds + 2 * self._barrier_seconds)
 
     def flush(self, max_bytes: int | None = None, deadline: float | None = None) -> FlushReport:
@@ -182,26 +198,19 @@ class Tracker:
 
     def _flush_once(self, limit: int) -> FlushReport:
         begun = self._clock()
-        spread(self._recorder, self._tracked)
+        self._now.spread()
         taken = self._take(limit)
         steps = self._write(taken, lambda: self._store.store(_changes(taken)))
         pieces = sum(len(changes) for _, changes in taken)
         plan = Plan(tuple(steps))
         return FlushReport(plan.length, pieces, plan.barriers, self._clock() - begun)
 
-    def _take(self, limit: int | None) -> list[tuple[Tracked, Changes]]:
+    def _take(self, limit: int) -> list[tuple[Tracked, Changes]]:
         """Copies of the pieces to store, which count as stored from now on."""
         taken: list[tuple[Tracked, Changes]] = []
-        for bitmap in self._tracked:
-            octets, touched = bitmap.bits
-            changes: dict[int, bytes] = {}
-            piece = touched.find(1)
-            while piece >= 0 and (limit is None or limit > 0):
-                touched[piece] = 0  # first: what is marked from now on counts anew
-                changes[piece] = bytes(octets[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES])
-                limit = None if limit is None else limit - 1
-                piece = touched.find(1, piece + 1)
-            taken.append((bitmap, changes))
+        for bitmap in self._now.tracked:
+            taken.append((bitmap, bitmap.take(limit)))
+            limit -= len(taken[-1][1])
         return taken
 
     def _write(
@@ -211,11 +220,11 @@ class Tracker:
         try:
             steps = make()
             self._execute(steps)
-        except BaseException:
+        except BaseException as error:
             for bitmap, changes in taken:
                 for piece in changes:
                     bitmap.bits.touched[piece] = 1  # INV-META
-            self._end("failed")
+            self._end("failed", error)
             raise
         return steps
 
@@ -253,20 +262,124 @@ class Tracker:
             self._require_tracking()
             begun = self._clock()
             with self._gate.empty():
-                self._recorder.close()
-                spread(self._recorder, self._tracked)
-                taken = self._take(None)
+                self._recorder.close("stopped")
+                self._now.spread()
+                taken = self._take(1 << 62)
                 steps = self._write(taken, lambda: self._store.store(_changes(taken)))
-            flags = self._store.end(bitmap.live for bitmap in self._tracked)
+            flags = self._store.end(bitmap.live for bitmap in self._now.tracked)
             try:
                 self._execute(flags, commit_point=0)
-            except BaseException:
-                self._end("failed")
+            except BaseException as error:
+                self._end("failed", error)
                 raise
             self._end("stopped")
             plan = Plan((*steps, *flags))
             pieces = sum(len(changes) for _, changes in taken)
             return StopReport(plan.length, pieces, plan.barriers, self._clock() - begun)
+
+    def converge(
+        self,
+        max_downtime: float,
+        timeout: float | None = None,
+        progress: Callable[[Pending], None] = lambda pending: None,
+    ) -> Convergence:
+        """Flushes again and again until a stop would take at most so many seconds.
+
+        It gives up when several rounds in a row leave no less to be written: bits are then set as
+        fast as they are stored, and a stop would take about `Convergence.seconds`.
+
+        Args:
+            max_downtime: how long a stop may take, in seconds.
+            timeout: give up after so many seconds.
+            progress: called with what is pending before every round.
+
+        Raises:
+            As `flush` does.
+        """
+        begun = self._clock()
+        least, rounds, idle = float("inf"), 0, 0
+        while True:
+            pending = self.pending
+            progress(pending)
+            is_reached = pending.seconds <= max_downtime
+            idle = 0 if pending.seconds < least * _PROGRESS else idle + 1
+            least = min(least, pending.seconds)
+            is_late = timeout is not None and self._clock() - begun >= timeout
+            if is_reached or is_late or idle >= _IDLE_ROUNDS:
+                return Convergence(is_reached, pending.seconds, rounds, self._clock() - begun)
+            self.flush()
+            rounds += 1
+
+    @contextmanager
+    def background(
+        self, interval: float, max_bytes_per_second: float | None = None
+    ) -> Iterator[None]:
+        """Flushes every ``interval`` seconds, in a thread of its own, while the block runs.
+
+        With ``max_bytes_per_second`` at most about so much bitmap data. If a flush fails,
+        tracking has ended, and the next call of anything says so with the error as its cause.
+        """
+        limit = None if max_bytes_per_second is None else int(max_bytes_per_second * interval)
+        is_over = Event()
+
+        def work() -> None:
+            while not is_over.wait(interval):
+                try:
+                    self.flush(limit)
+                except (CommitError, StateError):  # the tracker has ended, and says why
+                    return
+
+        thread = Thread(target=work, name="qcow2bm flush", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def rotate(self, name: str, new_name: str) -> None:
+        """Freezes a bitmap for a backup, and goes on in a fresh one: no write falls between.
+
+        ``name`` is then disabled and valid on disk, so that others can read it, and ``new_name``,
+        of the same granularity, is tracked in its place. Waits for writes that are inside
+        `writing`; who marks otherwise must not write meanwhile. If the process dies, both may be
+        in_use, or the frozen one is valid and the fresh one in_use.
+
+        Raises:
+            BitmapNotFoundError: no bitmap of that name is tracked.
+            BitmapExistsError, LimitError, ValueError: there cannot be one of the new name.
+            CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
+            StateError: tracking has ended before.
+        """
+        with self._io:
+            self._require_tracking()
+            frozen = self._find(name)
+            self._store.check_name(new_name)
+            fresh = frozen.live.fresh(new_name)
+            with self._gate.empty():
+                before, rest = self._now, [b for b in self._now.tracked if b is not frozen]
+                self._now = Recording.of((*rest, Tracked.of(fresh)), self._virtual_size)
+                self._recorder.replace(self._now.granularity, self._now.bits)
+            before.spread()
+            taken = [(frozen, frozen.take(1 << 62))]
+            self._write(taken, lambda: self._store.store(_changes(taken)))
+
+            def change(draft: Draft) -> None:
+                draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
+                draft.add(new_name, fresh.entry.granularity, enabled=True)
+                draft.find(new_name).flags |= FLAG_IN_USE
+
+            try:
+                self._store.recommit(change, [bitmap.live for bitmap in self._now.tracked])
+            except BaseException as error:
+                self._end("failed", error)
+                raise
+
+    def _find(self, name: str) -> Tracked:
+        for bitmap in self._now.tracked:
+            if bitmap.live.name == name:
+                return bitmap
+        raise BitmapNotFoundError(name, "is not tracked")
 
     def abandon(self) -> None:
         """Ends tracking at once: nothing is written, and the bitmaps stay in_use."""
@@ -274,14 +387,14 @@ class Tracker:
             if self._state == "tracking":
                 self._end("abandoned")
 
-    def _end(self, state: State) -> None:
-        self._recorder.close()
-        self._state = state
+    def _end(self, state: State, cause: BaseException | None = None) -> None:
+        self._recorder.close(state, cause)
+        self._state, self._cause = state, cause
         self._on_end()
 
     def _require_tracking(self) -> None:
         if self._state != "tracking":
-            raise StateError(self._state, "tracking", "the tracker")
+            raise StateError(self._state, "tracking", "the tracker") from self._cause
 
 
 def _changes(taken: Iterable[tuple[Tracked, Changes]]) -> Iterator[tuple[LiveBitmap, Changes]]:
