@@ -9,7 +9,7 @@ clusters. What must hold at any time is that everything a table leads to is coun
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qcow2bm.bits import plain
@@ -89,12 +89,7 @@ class LiveStore:
         self._header_problems = header_problems(self._file)
         self._directory = load_directory(self._file, self._header_problems)
         self._survey = survey(self._file, self._directory, self._header_problems)
-        self._cluster_size = size = self._file.cluster_size
-        taken = [(start // size, end // size) for start, end in self._survey.ranges]
-        extension = self._directory.extension
-        near = extension.bitmap_directory_offset // size if extension else 0
-        self._allocator = Allocator(self._file, taken, near, self._storage.capacity())
-        self._free: list[int] = []
+        self._cluster_size = self._file.cluster_size
 
     def begin(self, entries: Iterable[DirectoryEntry], others: Iterable[DirectoryEntry]) -> None:
         """Loads bitmaps and sets their in_use, and that of ``others``, for which there is room.
@@ -117,41 +112,51 @@ class LiveStore:
         return tuple(self._bitmaps)
 
     def _set_aside(self) -> list[Step]:
+        """Looks for the clusters that can be needed, in the image as it was loaded last."""
+        size = self._cluster_size
+        taken = [(start // size, end // size) for start, end in self._survey.ranges]
+        extension = self._directory.extension
+        near = extension.bitmap_directory_offset // size if extension else 0
+        self._allocator = Allocator(self._file, taken, near, self._storage.capacity())
         needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
         self._free, steps = self._allocator.set_aside(needed)
         self._free.reverse()  # the last is used first
         return steps
 
-    def recommit(self, change: Callable[[Draft], None], bitmaps: Iterable[LiveBitmap]) -> None:
-        """Changes the directory, atomically, while bitmaps are in_use by us.
+    def draft(self) -> Draft:
+        """The bitmaps as they are on disk, for `recommit`; ours can be used in it as any other."""
+        self._load()
+        return Draft(self._file, self._directory, {bitmap.name for bitmap in self._bitmaps})
 
-        What is in memory of the bitmaps that are in_use need not be stored. ``bitmaps`` are those
-        that are in_use afterwards; new ones among them get their entries and tables.
+    def recommit(self, draft: Draft, bitmaps: Iterable[LiveBitmap | str]) -> None:
+        """Makes the directory that of the draft, atomically, while bitmaps are in_use by us.
+
+        ``bitmaps`` are those that are in_use by us afterwards: those that were, new ones in memory,
+        and by name those to be loaded. What is in memory need not be stored.
 
         Raises:
             CommitError: a write or barrier failed.
-            And what ``change`` raises, and `plan_commit`; then nothing is changed.
+            And what `plan_commit` raises; then nothing is changed.
         """
+        bitmaps = list(bitmaps)
         self._load()
-        draft = Draft(self._file, self._directory, {bitmap.name for bitmap in self._bitmaps})
-        change(draft)
         capacity = self._storage.capacity()
         plan = plan_commit(self._file, self._directory, self._survey, draft, capacity)
         execute(plan, self._storage, self._file.file_size)
-        self._bitmaps = list(bitmaps)
         self._load()
         entries = {entry.name: entry for entry in self._directory.entries}
-        for bitmap in self._bitmaps:
+        self._bitmaps = []
+        for bitmap in bitmaps:
+            if isinstance(bitmap, str):
+                self._bitmaps.append(load_live(self._file, entries[bitmap]))
+                continue
             bitmap.entry = entries[bitmap.name]
             bitmap.words = read_words(self._file, bitmap.entry)
+            self._bitmaps.append(bitmap)
         steps = self._set_aside()
         if steps:
             plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
             execute(plan, self._storage, self._file.file_size)
-
-    def check_name(self, name: str) -> None:
-        """Raises what adding a bitmap of that name would, as far as the name goes."""
-        Draft(self._file, self._directory).require_free(name)
 
     def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
         """Clears in_use of bitmaps whose bits are stored: each by one write within a sector."""

@@ -74,6 +74,10 @@ class Recorder:
             self._granularity, self._bits = granularity, bits
             self._take_over(granularity, bits)
 
+    def locked(self) -> Lock:
+        """Inside ``with`` nothing is marked: for whoever changes bits that marks go to."""
+        return self._lock
+
     def close(self, state: str, cause: BaseException | None = None) -> None:
         """Lets all marks from now on raise; every mark that has returned is in the bits.
 
@@ -93,7 +97,9 @@ class Recorder:
 
         def mark(start: int, length: int) -> None:
             end = start + length
-            if start < 0 or length < 0 or end > size:
+            if not 0 <= start < end <= size:  # numbers of numpy may wrap
+                if 0 <= start == end <= size:
+                    return
                 refuse(start, length)
             with lock:
                 if end > size:  # closed meanwhile
@@ -105,8 +111,7 @@ class Recorder:
                         octets[place] |= bit
                         touched[first >> _PIECE_SHIFT] = 1
                     return
-            if length:
-                mark_range(start, end)
+            mark_range(start, end)
 
         def take_over(granularity: int, bits: Bits) -> None:
             nonlocal shift, octets, touched

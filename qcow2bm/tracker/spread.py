@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2bm.bits.algebra import Octets, coarsen
+from qcow2bm.bits import plain
+from qcow2bm.bits.algebra import Octets, coarsen, refine
+from qcow2bm.store.draft import Source
 from qcow2bm.store.live import PIECE_BYTES, Changes, LiveBitmap
 from qcow2bm.tracker.recorder import Bits
 from qcow2bm.units import ceil_div
@@ -27,6 +29,14 @@ class Tracked(NamedTuple):
     def of(cls, live: LiveBitmap) -> Tracked:
         """A bitmap of which everything is stored."""
         return cls(live, Bits.of(live.octets))
+
+    def copy(self) -> Tracked:
+        """The same bits once more."""
+        return Tracked(self.live, Bits.of(self.bits.octets[:]))
+
+    def add(self, octets: bytearray) -> None:
+        """Sets all bits that are set there; nobody marks meanwhile."""
+        _set(self.bits, 0, np.frombuffer(octets, np.uint8))
 
     def take(self, limit: int) -> Changes:
         """Copies of at most so many pieces to be stored, which count as stored from now on."""
@@ -55,7 +65,7 @@ class Recording(NamedTuple):
         nothing, so that whatever is marked for the first time gets to all of them.
         """
         bitmaps = tuple(tracked)
-        granularity = min((b.live.entry.granularity for b in bitmaps), default=virtual_size or 1)
+        granularity = min((b.live.entry.granularity for b in bitmaps), default=1 << 31)
         if len(bitmaps) == 1:
             return cls(granularity, bitmaps[0].bits, bitmaps)
         length = ceil_div(virtual_size, 8 * granularity)
@@ -85,19 +95,29 @@ def _runs(pieces: NDArray[np.int64]) -> list[tuple[int, int]]:
     return runs
 
 
-def _add(
-    bits: Bits,
-    source: Octets,
-    start: int,
-    stop: int,
-    factor: int,
-) -> None:
+def _add(bits: Bits, source: Octets, start: int, stop: int, factor: int) -> None:
     """Sets what bytes of finer bits come to, ``factor`` of them to a byte."""
     start -= start % factor
     coarse = coarsen(source[start : min(stop + -stop % factor, len(source))], factor)
-    first = start // factor
-    target = np.frombuffer(bits.octets, np.uint8)[first : first + len(coarse)]
-    new = np.flatnonzero(coarse & ~target)
+    _set(bits, start // factor, coarse)
+
+
+def _set(bits: Bits, first: int, octets: Octets) -> None:
+    """Sets bits from byte ``first`` on, and touches the pieces in which that changes something."""
+    target = np.frombuffer(bits.octets, np.uint8)[first : first + len(octets)]
+    new = np.flatnonzero(octets & ~target)
     if len(new):
-        target |= coarse
+        target |= octets
         np.frombuffer(bits.touched, np.uint8)[(first + new) // PIECE_BYTES] = 1
+
+
+def merge(bitmap: Tracked, source: Source, virtual_size: int) -> None:
+    """Sets all that is set in ``source``, of whatever granularity; nobody marks meanwhile."""
+    granularity = bitmap.live.entry.granularity
+    coarser = max(1, source.granularity // granularity)
+    finer = max(1, granularity // source.granularity)
+    length = ceil_div(ceil_div(virtual_size, granularity), 8)
+    bits = source.octets(0, ceil_div(length * finer, coarser))
+    octets = coarsen(bits, finer)[:length] if finer > 1 else refine(bits, coarser, length).copy()
+    plain.fill(octets.data, ceil_div(virtual_size, granularity), 8 * length, is_set=False)
+    _set(bitmap.bits, 0, octets)

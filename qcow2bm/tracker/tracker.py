@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qcow2bm.tracker.edit import TrackerEdit
+
 State = Literal["tracking", "stopped", "abandoned", "failed"]
 
 _GUESS_BYTES_PER_SECOND = 50 << 20  # as long as nothing was measured
@@ -347,33 +349,64 @@ class Tracker:
 
         Raises:
             BitmapNotFoundError: no bitmap of that name is tracked.
-            BitmapExistsError, LimitError, ValueError: there cannot be one of the new name.
+            BitmapExistsError, LimitError, ValueError: there cannot be one of the new name. Tracking
+                goes on.
             CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
             StateError: tracking has ended before.
         """
         with self._io:
             self._require_tracking()
             frozen = self._find(name)
-            self._store.check_name(new_name)
-            fresh = frozen.live.fresh(new_name)
+            draft = self._store.draft()
+            draft.add(new_name, frozen.live.entry.granularity, enabled=True)
+            draft.find(new_name).flags |= FLAG_IN_USE
+            draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
+            self._drop([frozen], [], [Tracked.of(frozen.live.fresh(new_name))])
+            self._recommit(draft, [])
+
+    def edit(self) -> TrackerEdit:
+        """Changes to the bitmaps of the image while they are tracked: ``with tracker.edit() as``.
+
+        They are committed together when the block ends; if it ends by an exception, nothing is
+        changed. Nothing is flushed meanwhile, but marking goes on.
+
+        Raises:
+            StateError: tracking has ended.
+        """
+        from qcow2bm.tracker.edit import TrackerEdit
+
+        return TrackerEdit(self)
+
+    def _drop(
+        self, stored: list[Tracked], dropped: list[Tracked], fresh: list[Tracked] | None = None
+    ) -> None:
+        """Marks from now on do not go to some bitmaps, of which the first are stored."""
+        with self._gate.empty():
+            before = self._now
+            kept = (b for b in before.tracked if b not in stored and b not in dropped)
+            self._track((*kept, *(fresh or ())))
+        before.spread()
+        taken = [(bitmap, bitmap.take(1 << 62)) for bitmap in stored]
+        self._write(taken, lambda: self._store.store(_changes(taken)))
+
+    def _track(self, bitmaps: Iterable[Tracked]) -> None:
+        self._now = Recording.of(bitmaps, self._virtual_size)
+        self._recorder.replace(self._now.granularity, self._now.bits)
+
+    def _recommit(self, draft: Draft, started: list[str]) -> None:
+        """Commits a draft, and begins to track the bitmaps ``started``, too."""
+        kept = self._now.tracked
+        try:
+            self._store.recommit(draft, [*(bitmap.live for bitmap in kept), *started])
+        except BaseException as error:
+            self._end("failed", error)
+            raise
+        if started:
+            loaded = self._store.bitmaps[len(kept) :]
             with self._gate.empty():
-                before, rest = self._now, [b for b in self._now.tracked if b is not frozen]
-                self._now = Recording.of((*rest, Tracked.of(fresh)), self._virtual_size)
-                self._recorder.replace(self._now.granularity, self._now.bits)
+                before = self._now
+                self._track((*kept, *map(Tracked.of, loaded)))
             before.spread()
-            taken = [(frozen, frozen.take(1 << 62))]
-            self._write(taken, lambda: self._store.store(_changes(taken)))
-
-            def change(draft: Draft) -> None:
-                draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
-                draft.add(new_name, fresh.entry.granularity, enabled=True)
-                draft.find(new_name).flags |= FLAG_IN_USE
-
-            try:
-                self._store.recommit(change, [bitmap.live for bitmap in self._now.tracked])
-            except BaseException as error:
-                self._end("failed", error)
-                raise
 
     def _find(self, name: str) -> Tracked:
         for bitmap in self._now.tracked:

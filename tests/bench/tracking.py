@@ -1,0 +1,299 @@
+"""How short a stop is after tracking, compared with QEMU's, and what marking costs.
+
+    .venv/bin/python tests/bench/tracking.py [--rounds 5] [--only WORD]
+
+A stop is compared with qemu-storage-daemon closing the same image, where it stores all persistent
+bitmaps: in turn (A B A B ...) after one round that is thrown away; medians are compared. Needs
+qemu-storage-daemon and qemu-img, and 2 GB in the folder for temporary files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support.qemu import Disk, StorageDaemon  # noqa: E402
+
+import qcow2bm  # noqa: E402
+from qcow2bm.store.draft import PackedSource  # noqa: E402
+from qcow2bm.tracker.tracker import StopReport, Tracker  # noqa: E402
+
+MIB, TIB = 1 << 20, 1 << 40
+SIZE = 16 * TIB
+K4, K64 = 4 << 10, 64 << 10
+MARKS = 200_000  # in a row, of different granules
+
+_FLAT = "stop, flat: 1 x 512 MiB / 1 x 32 MiB"
+_random = np.random.default_rng(1)
+
+
+class Bench:
+    """Prints a line for each measurement whose title has the word asked for."""
+
+    def __init__(self, folder: Path, rounds: int, only: str) -> None:
+        self.folder = folder
+        self.rounds = rounds
+        self._only = only
+
+    def wants(self, *titles: str) -> bool:
+        return any(self._only in title for title in titles)
+
+    def show(self, title: str, result: str, goal: str, is_met: bool) -> None:
+        if self.wants(title):
+            verdict = "met" if is_met else "MISSED"
+            print(f"{title:<50}{result:>34}  (goal: {goal}: {verdict})", flush=True)
+
+
+class Image:
+    """An image with bitmaps of which the same half of the bits is set, at random; seeded."""
+
+    def __init__(self, folder: Path, bitmaps: int, granularity: int, *, is_dense: bool) -> None:
+        self.disk = Disk.create(folder / f"{bitmaps}-{granularity}-{is_dense}.qcow2", SIZE)
+        self.granularity = granularity
+        granules = SIZE // granularity
+        self._bits = bits = _random.integers(0, 256 if is_dense else 1, granules // 8, np.uint8)
+        with qcow2bm.open(self.disk.path, "r+") as image, image.edit() as edit:
+            for number in range(bitmaps):
+                edit.add(f"b{number}", granularity)
+                edit._draft.merge(f"b{number}", PackedSource(bits, granularity, SIZE), "or")
+
+    def starts(self, count: int) -> NDArray[np.int64]:
+        """Guest offsets in so many granules that are clean, and count as dirty from now on."""
+        granules = 8 * len(self._bits)
+        places = np.unique(_random.integers(0, granules, 4 * count + 100))
+        is_clean = self._bits[places >> 3] >> (places & 7).astype(np.uint8) & 1 == 0
+        places = _random.permutation(places[is_clean])[:count]
+        assert len(places) == count
+        np.bitwise_or.at(self._bits, places >> 3, (1 << (places & 7)).astype(np.uint8))
+        return places * self.granularity
+
+    @contextmanager
+    def tracked(self) -> Iterator[Tracker]:
+        """A tracker of all the bitmaps, which are stored when the block ends."""
+        with qcow2bm.open(self.disk.path, "r+") as image, image.track() as tracker:
+            yield tracker
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def tracked_stop(image: Image) -> tuple[float, StopReport]:
+    """A stop with 100 new marks since the last flush."""
+    with image.tracked() as tracker:
+        for marks in (1000, 100):
+            tracker.flush()
+            for start in image.starts(marks).tolist():
+                tracker.mark(start, 4096)
+        os.sync()  # or the first barrier would wait for what others wrote
+        start_of_stop = time.perf_counter()
+        report = tracker.stop()
+        return time.perf_counter() - start_of_stop, report
+
+
+def qemu_stop(image: Image, daemon: StorageDaemon) -> float:
+    daemon.open(image.disk, read_only=False)
+    os.sync()
+    return seconds(daemon.close)
+
+
+def bench_stops(bench: Bench) -> None:
+    taken: dict[tuple[int, int], float] = {}
+    for bitmaps, granularity, goal in ((1, K64, 20), (4, K64, 30), (8, K64, 40), (1, K4, 0)):
+        size = SIZE // granularity // 8 // MIB
+        title = f"stop, {bitmaps} x {size} MiB / QEMU"
+        if not bench.wants(title, *([_FLAT] if bitmaps == 1 else [])):
+            continue
+        image = Image(bench.folder, bitmaps, granularity, is_dense=True)
+        ours, theirs = [], []
+        with StorageDaemon() as daemon:
+            for round_ in range(bench.rounds + 1):
+                stop, report = tracked_stop(image)
+                qemu = qemu_stop(image, daemon)
+                if round_:
+                    ours.append(stop)
+                    theirs.append(qemu)
+        a, b = median(ours), median(theirs)
+        taken[bitmaps, granularity] = a
+        result = f"{a * 1e3:8.1f} ms{b * 1e3:8.0f} ms {b / a:6.1f}x faster"
+        bench.show(title, result, f"{goal}x faster" if goal else "none", b / a >= goal)
+        pieces = f"{report.bytes_written:12,} bytes ({report.pieces} pieces)"
+        print(f"{'':>16}{pieces}, {report.barriers} barriers", flush=True)
+        image.disk.path.unlink()
+    if bench.wants(_FLAT):
+        ratio = taken[1, K4] / taken[1, K64]
+        bench.show(_FLAT, f"{ratio:.2f}x as long", "at most 2x", ratio <= 2)
+
+
+class Bare:
+    """What marking would cost with no lock, no pieces and nobody who flushes."""
+
+    def __init__(self) -> None:
+        self.size = SIZE
+        self.shift = K64.bit_length() - 1
+        self.octets = bytearray(SIZE // K64 // 8)
+
+    def mark(self, start: int, length: int) -> None:
+        end = start + length
+        if start < 0 or length < 0 or end > self.size:
+            raise ValueError(start)
+        first = start >> self.shift
+        self.octets[first >> 3] |= 1 << (first & 7)
+
+
+def marks_per_second(mark: Callable[[int, int], None], starts: list[int]) -> float:
+    start_of_all = time.perf_counter()
+    for start in starts:
+        mark(start, 4096)
+    return len(starts) / (time.perf_counter() - start_of_all)
+
+
+def bench_marking(bench: Bench) -> None:
+    titles = [
+        "mark, 1 bitmap",
+        "mark, 1 bitmap / bare bytearray",
+        "mark, 1 bitmap, dirty already / bare bytearray",
+        "mark, 8 bitmaps / 1 bitmap",
+        "mark_many of 1,000 / mark",
+    ]
+    if not bench.wants(*titles):
+        return
+    names = ("bare", "one", "again", "eight", "many")
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    one = Image(bench.folder, 1, K64, is_dense=False)
+    eight = Image(bench.folder, 8, K64, is_dense=False)
+    for _ in range(bench.rounds):
+        starts = one.starts(MARKS).tolist()
+        rates["bare"].append(marks_per_second(Bare().mark, starts))
+        with one.tracked() as tracker:
+            rates["one"].append(marks_per_second(tracker.mark, starts))
+            rates["again"].append(marks_per_second(tracker.mark, starts))
+            starts = one.starts(MARKS)
+            ranges = np.stack([starts, np.full_like(starts, 4096)], axis=1)
+            parts = np.split(ranges, MARKS // 1000)
+            begun = time.perf_counter()
+            for part in parts:
+                tracker.mark_many(part)
+            rates["many"].append(MARKS / (time.perf_counter() - begun))
+        with eight.tracked() as tracker:
+            starts = eight.starts(MARKS).tolist()
+            rates["eight"].append(marks_per_second(tracker.mark, starts))
+    bare, once, again, of_eight, many = (median(rates[name]) for name in names)
+    for title, rate, base, goal in zip(
+        titles,
+        (once, once, again, of_eight, many),
+        (1.0, bare, bare, once, once),
+        (1e6, 0.4, 0.4, 0.5, 4.0),
+        strict=True,
+    ):
+        ratio = "" if base == 1 else f" {rate / base:6.2f}x"
+        wanted = f"{goal / 1e6:.0f} M/s, idle machine" if base == 1 else f"{goal:g}x"
+        bench.show(title, f"{rate / 1e6:8.2f} M/s{ratio}", f"at least {wanted}", rate / base >= goal)
+    for image in (one, eight):
+        image.disk.path.unlink()
+
+
+def latencies(
+    tracker: Tracker, starts: list[int], pause: float, max_bytes: int | None
+) -> NDArray[np.int64]:
+    """How long each mark takes in nanoseconds while another thread does nothing but flush.
+
+    ``pause`` seconds pass between marks, as between writes of a guest: without, one mark in a
+    thousand hardly ever is the one that waits for the interpreter.
+    """
+    is_done = threading.Event()
+
+    def flush() -> None:
+        while not is_done.is_set():
+            tracker.flush(max_bytes)
+
+    taken = []
+    flusher = threading.Thread(target=flush)
+    flusher.start()
+    try:
+        for start in starts:
+            begun = time.perf_counter_ns()
+            tracker.mark(start, 4096)
+            taken.append(time.perf_counter_ns() - begun)
+            if pause:
+                time.sleep(pause)
+    finally:
+        is_done.set()
+        flusher.join()
+    return np.array(taken)
+
+
+def bench_latency(bench: Bench) -> None:
+    cases = (
+        ("in a row", MARKS, 0.0, None),
+        ("one each 0.2 ms", 20_000, 2e-4, None),
+        ("one each 0.2 ms, flush(1 MiB)", 20_000, 2e-4, MIB),
+    )
+    for bitmaps in (1, 8):
+        for how, count, pause, max_bytes in cases:
+            title = f"p99.9 of mark while flushing {bitmaps}, {how}"
+            if not bench.wants(title):
+                continue
+            image = Image(bench.folder, bitmaps, K64, is_dense=True)
+            with image.tracked() as tracker:
+                taken = latencies(tracker, image.starts(count).tolist(), pause, max_bytes) / 1e6
+            late, worst = float(np.quantile(taken, 0.999)), float(taken.max())
+            bench.show(title, f"{late:8.3f} ms, worst {worst:.1f} ms", "1 ms", late < 1)
+            image.disk.path.unlink()
+
+
+def bench_memory(bench: Bench) -> None:
+    for bitmaps in (1, 8):
+        for how, marks in (("1,000 marks a flush", 1000), ("all pieces dirty", MARKS)):
+            title = f"memory of {bitmaps}, {how}"
+            if not bench.wants(title):
+                continue
+            image = Image(bench.folder, bitmaps, K64, is_dense=True)
+            starts = image.starts(marks).tolist()
+            gc.collect()
+            tracemalloc.start()
+            with image.tracked() as tracker:
+                for start in starts:
+                    tracker.mark(start, 4096)
+                tracker.flush()
+                tracker.stop()
+                peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            one = SIZE // K64 // 8
+            limit = 1.15 * bitmaps * one + one + 8 * MIB
+            result = f"{peak / MIB:.0f} MiB of {limit / MIB:.0f} MiB"
+            bench.show(title, result, "1.15 x bits + one bitmap + 8 MiB", peak <= limit)
+            image.disk.path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), arguments.rounds, arguments.only)
+        for part in (bench_stops, bench_marking, bench_latency, bench_memory):
+            part(bench)
+
+
+if __name__ == "__main__":
+    main()
