@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 4096
 """How many bytes of bits are flushed together or not at all: far less than a cluster."""
 
-Changes = Mapping[int, bytes]
+Changes = Mapping[int, "Buffer"]
 """Pieces of a bitmap's bits by their number, as they are to be stored."""
 
 
@@ -192,16 +192,17 @@ class LiveStore:
         return steps
 
     def _piece(
-        self, bitmap: LiveBitmap, piece: int, content: bytes, new_entries: set[int]
+        self, bitmap: LiveBitmap, piece: int, content: Buffer, new_entries: set[int]
     ) -> list[Write]:
         size = self._cluster_size
         writes = []
-        start, stop = piece * PIECE_BYTES, piece * PIECE_BYTES + len(content)
+        view = memoryview(content)
+        start, stop = piece * PIECE_BYTES, piece * PIECE_BYTES + len(view)
         for number in range(start // size, (stop - 1) // size + 1):
             low, high = max(start, number * size), min(stop, number * size + size)
-            part = content[low - start : high - start]
+            part: Buffer = view[low - start : high - start]
             word = bitmap.words[number]
-            if word == ONES or (number in new_entries) or (word == ZEROES and not any(part)):
+            if word == ONES or (number in new_entries) or (word == ZEROES and _is_zero(part)):
                 continue
             what = "bitmap data"
             if word == ZEROES:
@@ -217,6 +218,11 @@ class LiveStore:
         cluster = self._free.pop()
         self._allocator.refcounts.change(cluster, 1, 0, 1)
         return cluster * self._cluster_size
+
+
+def _is_zero(part: Buffer) -> bool:
+    data = bytes(part)
+    return data.count(0) == len(data)
 
 
 def _flags_write(entry: DirectoryEntry, flags: int) -> Write:

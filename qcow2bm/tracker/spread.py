@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from qcow2bm.store.draft import Source
 from qcow2bm.store.live import PIECE_BYTES, Changes, LiveBitmap
 from qcow2bm.tracker.recorder import Bits
 from qcow2bm.units import ceil_div
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class Tracked(NamedTuple):
@@ -38,14 +41,19 @@ class Tracked(NamedTuple):
         """Sets all bits that are set there; nobody marks meanwhile."""
         _set(self.bits, 0, np.frombuffer(octets, np.uint8))
 
-    def take(self, limit: int) -> Changes:
-        """Copies of at most so many pieces to be stored, which count as stored from now on."""
+    def take(self, limit: int, *, is_quiet: bool = False) -> Changes:
+        """At most so many pieces to be stored, which count as stored from now on.
+
+        They are copies, unless ``is_quiet``: nobody marks any more.
+        """
         octets, touched = self.bits
-        changes: dict[int, bytes] = {}
+        view = memoryview(octets)
+        changes: dict[int, Buffer] = {}
         piece = touched.find(1)
         while piece >= 0 and len(changes) < limit:
             touched[piece] = 0  # before it is copied: what is marked meanwhile counts anew
-            changes[piece] = bytes(octets[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES])
+            part = view[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES]
+            changes[piece] = part if is_quiet else bytes(part)
             piece = touched.find(1, piece + 1)
         return changes
 

@@ -34,7 +34,7 @@ State = Literal["tracking", "stopped", "abandoned", "failed"]
 _GUESS_BYTES_PER_SECOND = 50 << 20  # as long as nothing was measured
 _PROGRESS = 0.95  # a round is of use if it leaves no more than this part of what was left
 _IDLE_ROUNDS = 4
-_BATCH_PIECES = 1024  # flushed before a deadline is looked at again
+_BATCH_PIECES = 2048  # copied, written and made durable at once
 
 
 class FlushReport(NamedTuple):
@@ -185,16 +185,16 @@ class Tracker:
         with self._io:
             self._require_tracking()
             begun = self._clock()
-            left = 1 << 62 if max_bytes is None else max(1, max_bytes // PIECE_BYTES)
-            batch = left if deadline is None else _BATCH_PIECES
+            left = self.pending.pieces  # what is marked meanwhile is for the next flush
+            if max_bytes is not None:
+                left = min(left, max(1, max_bytes // PIECE_BYTES))
             size = pieces = barriers = 0
-            while left:
-                done = self._flush_once(min(left, batch))
+            while left > 0:
+                done = self._flush_once(min(left, _BATCH_PIECES))
                 size, pieces = size + done.bytes_written, pieces + done.pieces
                 barriers += done.barriers
-                left -= done.pieces
-                is_late = deadline is None or self._clock() - begun >= deadline
-                if is_late or not done.pieces:
+                left -= _BATCH_PIECES
+                if deadline is not None and self._clock() - begun >= deadline:
                     break
             return FlushReport(size, pieces, barriers, self._clock() - begun)
 
@@ -207,11 +207,11 @@ class Tracker:
         plan = Plan(tuple(steps))
         return FlushReport(plan.length, pieces, plan.barriers, self._clock() - begun)
 
-    def _take(self, limit: int) -> list[tuple[Tracked, Changes]]:
+    def _take(self, limit: int, *, is_quiet: bool = False) -> list[tuple[Tracked, Changes]]:
         """Copies of the pieces to store, which count as stored from now on."""
         taken: list[tuple[Tracked, Changes]] = []
         for bitmap in self._now.tracked:
-            taken.append((bitmap, bitmap.take(limit)))
+            taken.append((bitmap, bitmap.take(limit, is_quiet=is_quiet)))
             limit -= len(taken[-1][1])
         return taken
 
@@ -266,7 +266,7 @@ class Tracker:
             with self._gate.empty():
                 self._recorder.close("stopped")
                 self._now.spread()
-                taken = self._take(1 << 62)
+                taken = self._take(1 << 62, is_quiet=True)
                 steps = self._write(taken, lambda: self._store.store(_changes(taken)))
             flags = self._store.end(bitmap.live for bitmap in self._now.tracked)
             try:

@@ -22,8 +22,9 @@ from tracker.recording import (
 import qcow2bm
 from qcow2bm.clusters.plan import Plan
 from qcow2bm.format.table import ENTRY_LENGTH
+from qcow2bm.units import ceil_div
 
-KiB, GiB = 1 << 10, 1 << 30
+KiB = 1 << 10
 PIECE = 4 * KiB
 CLUSTER = 64 * KiB
 FINE, COARSE = 64 * KiB, 256 * KiB
@@ -94,9 +95,11 @@ def piece(built: Built, cluster: int, number: int, bitmap: int = 0) -> Place:
 
 
 def table_sector(built: Built, entry: int) -> Place:
-    """The sector of the first bitmap's table that has an entry."""
-    place = built.offset("bitmap-table", 0, entry)
-    return place - place % 512, 512
+    """The sector of the first bitmap's table that has an entry, as far as the table goes."""
+    start = built.offset("bitmap-table", 0)
+    end = start + ENTRY_LENGTH * built.entries[0].bitmap_table_size
+    first = start + ENTRY_LENGTH * entry // 512 * 512
+    return first, min(512, end - first)
 
 
 # --- a stop --------------------------------------------------------------------------------------
@@ -150,13 +153,12 @@ def test_what_is_all_ones_is_never_written() -> None:
     built = dense()
     session = Session(built.data)
     session.tracker.mark(A_CLUSTER, A_CLUSTER)
-    written = [place for interval in session.stop().intervals for place in interval]
-    assert [place for place in written if place[0] in range(*_span(piece(built, 0, 0)))] == []
+    first, last = (piece(built, 0, number, bitmap=1) for number in (4, 7))
+    assert session.stop().intervals == [
+        [(first[0], last[0] + last[1] - first[0])],  # of the coarse one
+        [flags(built, 0), flags(built, 1)],
+    ]
     assert Audit(built.data).bitmaps[0].words[1] == ONES
-
-
-def _span(place: Place) -> Place:
-    return place[0], place[0] + CLUSTER
 
 
 def test_bits_shorter_than_a_piece_are_written_as_long_as_they_are() -> None:
@@ -164,8 +166,7 @@ def test_bits_shorter_than_a_piece_are_written_as_long_as_they_are() -> None:
     built = build_image(bits, size=2 * 8 * 512 * 512 + 512)  # two clusters of 512 bytes and a bit
     session = Session(built.data)
     session.tracker.mark(512, 1)
-    places = [place for place in session.stop().intervals[0]]
-    assert places == [(built.offset("bitmap-data", 0, 0), 3 * 512)]
+    assert session.stop().intervals[0] == [(built.offset("bitmap-data", 0, 0), 3 * 512)]
 
 
 def test_a_stop_that_allocates_has_one_barrier_more() -> None:
@@ -190,10 +191,7 @@ def test_only_the_sectors_of_a_table_that_changed_are_written() -> None:
     for entry in (3, 5, 130):
         session.tracker.mark(entry * covered, 1)
     _, tables, _ = session.stop().intervals
-    start = built.offset("bitmap-table", 0)
-    assert tables == [(start, 512), (start + 2 * 512, 512)]
-    assert start % 512 == 0
-    assert 512 // ENTRY_LENGTH == 64
+    assert tables == [table_sector(built, 3), table_sector(built, 130)]
 
 
 # --- a flush -------------------------------------------------------------------------------------
@@ -204,7 +202,7 @@ def test_a_flush_writes_once_what_a_stop_need_not_write_then() -> None:
     session = Session(built.data)
     session.tracker.mark(A_PIECE, 1)
     assert session.flush().intervals == [[piece(built, 0, 1), piece(built, 0, 0, bitmap=1)]]
-    session.tracker.mark(2 * A_CLUSTER, 1)
+    session.tracker.mark(2 * A_CLUSTER + FINE, 1)
     assert session.stop().intervals == [
         [piece(built, 2, 0), piece(built, 0, 8, bitmap=1)],
         [flags(built, 0), flags(built, 1)],
@@ -228,12 +226,11 @@ def test_a_flush_writes_no_more_than_it_may() -> None:
 
 @pytest.mark.parametrize("deadline", [0, 1e9])
 def test_a_flush_with_a_deadline_goes_on_until_then(deadline: float) -> None:
-    size = 10 * GiB  # at 512 bytes a bit, 640 pieces and then some
-    size *= 2
-    built = build_image(
-        Stored(b"long", [b"\x01"] * -(-size // (8 * CLUSTER * 512)), 9), cluster_bits=16, size=size
-    )
-    session = Session(built.data)
+    """It looks at the clock after every 4 MiB of bits."""
+    clusters = 80
+    size = clusters * 8 * CLUSTER * 512
+    bits = Stored(b"long", [b"\x01"] * clusters, 9)
+    session = Session(build_image(bits, cluster_bits=16, size=size).data)
     session.tracker.mark(0, size)
     pieces = session.tracker.pending.pieces
     costs = session.flush(deadline=deadline)
@@ -290,37 +287,27 @@ def test_refcount_structures_grow_before_anything_is_tracked(name: str) -> None:
     """However much is marked later, there is a place for it."""
     data = EDITS[name].image()
     before = Audit(data)
-    with RecordingStorageOf(data) as session:
-        begun = Audit(data)
-        assert [*begun._blocks()] != [*before._blocks()]
-        own = session.image.bitmaps["daily"].entry
-        session.tracker.mark(0, session.image.virtual_size // 2)
-        costs = [session.flush()]
-        session.tracker.mark(0, session.image.virtual_size)
-        costs.append(session.stop())
+    session = Session(data)
+    begun = Audit(data)
+    assert [*begun._blocks()] != [*before._blocks()]
+    session.tracker.mark(0, session.image.virtual_size // 2)
+    intervals = session.flush().intervals
+    session.tracker.mark(0, session.image.virtual_size)
+    *others, marks = session.stop().intervals
+    intervals += others
     audit = Audit(data)
     assert (audit.table_offset, audit.table_clusters) == (begun.table_offset, begun.table_clusters)
     assert [*audit._blocks()] == [*begun._blocks()]
     assert audit.miscounted == {}
-    (daily,) = (bitmap for bitmap in audit.bitmaps if bitmap.name == b"daily")
-    allowed = {offset // 512 for _, offset in audit._blocks()}
-    allowed |= {offset // 512 for offset in daily.data_offsets}
-    table_sectors = -(-ENTRY_LENGTH * len(daily.words) // 512)
-    allowed |= {daily.table_offset // 512 + n for n in range(table_sectors)}
-    for place in (place for cost in costs for part in cost.intervals[:-1] for place in part):
-        sectors = range(place[0] // 512, -(-sum(place) // 512))
-        assert set(sectors) <= allowed, place
-    assert (own.offset + 12, 4) in costs[-1].intervals[-1]
-
-
-class RecordingStorageOf(Session):
-    """A session that closes its image."""
-
-    def __enter__(self) -> RecordingStorageOf:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.image.close()
+    assert {length for _, length in marks} == {4}
+    # A cluster is a sector here.
+    expected = {offset // 512 for _, offset in audit._blocks()}
+    for bitmap in audit.bitmaps:
+        table_sectors = ceil_div(ENTRY_LENGTH * len(bitmap.words), 512)
+        expected |= {bitmap.table_offset // 512 + n for n in range(table_sectors)}
+        expected |= {offset // 512 for offset in bitmap.data_offsets}
+    for start, length in (place for places in intervals for place in places):
+        assert {*range(start // 512, ceil_div(start + length, 512))} <= expected
 
 
 def test_after_a_flush_of_all_a_stop_needs_no_cluster() -> None:
