@@ -303,7 +303,9 @@ class Tracker:
         while True:
             pending = self.pending
             progress(pending)
-            is_reached = pending.seconds <= max_downtime
+            # What nobody measured yet is a guess, on which nobody should stop a machine.
+            is_known = self._flushing.per_second is not None or not pending.pieces
+            is_reached = is_known and pending.seconds <= max_downtime
             idle = 0 if pending.seconds < least * _PROGRESS else idle + 1
             least = min(least, pending.seconds)
             is_late = timeout is not None and self._clock() - begun >= timeout
