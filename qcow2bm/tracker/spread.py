@@ -84,7 +84,7 @@ class Recording(NamedTuple):
         if any(bitmap.bits is self.bits for bitmap in self.tracked):
             return
         octets, flags = (np.frombuffer(array, np.uint8) for array in self.bits)
-        pieces = np.flatnonzero(flags)
+        pieces = np.flatnonzero(flags.copy())  # numpy minds if they change meanwhile
         flags[pieces] = 0  # before the bits are read: what comes in between shows in one of the two
         for first, stop in _runs(pieces):
             for bitmap in self.tracked:
@@ -106,7 +106,8 @@ def _runs(pieces: NDArray[np.int64]) -> list[tuple[int, int]]:
 def _add(bits: Bits, source: Octets, start: int, stop: int, factor: int) -> None:
     """Sets what bytes of finer bits come to, ``factor`` of them to a byte."""
     start -= start % factor
-    coarse = coarsen(source[start : min(stop + -stop % factor, len(source))], factor)
+    fine = source[start : min(stop + -stop % factor, len(source))]
+    coarse = coarsen(fine.copy(), factor)  # of bits that stay as they are
     _set(bits, start // factor, coarse)
 
 

@@ -330,7 +330,12 @@ class Tracker:
             while not is_over.wait(interval):
                 try:
                     self.flush(limit)
-                except (CommitError, StateError):  # the tracker has ended, and says why
+                except StateError:  # tracking has ended
+                    return
+                except BaseException as error:
+                    with self._io:
+                        if self._state == "tracking":
+                            self._end("failed", error)
                     return
 
         thread = Thread(target=work, name="qcow2bm flush", daemon=True)
