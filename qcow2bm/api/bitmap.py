@@ -181,7 +181,7 @@ class Bitmap:
         image._verify(self.entry)
         return judge(self.entry, image._directory, image._tables().distrust, problems)
 
-    def require_valid(self) -> None:
+    def _require_valid(self) -> None:
         """Returns if `status` is "valid"; raises as `count` does."""
         self._bits()
 

@@ -42,8 +42,9 @@ class Edit:
     def __enter__(self) -> Edit:
         if self._state != "not begun":
             raise StateError(self._state, "begun anew with Image.edit", "the edit")
-        if self._image._edit or self._generation != self._image._generation:
-            raise StateError("being edited or edited since", "asked for an edit afterwards")
+        self._image._require_idle()
+        if self._generation != self._image._generation:
+            raise StateError("edited since", "asked for an edit afterwards")
         self._image._edit = self
         self._state = "going on"
         return self

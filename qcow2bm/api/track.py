@@ -34,6 +34,7 @@ def begin(image: Image, names: Iterable[str] | None, others: str) -> Tracker:
     except CommitError:
         image._leave("in doubt after a failed commit", "opened again")
         raise
+    image._generation += 1  # what was read before is not so any more
     image._tracker = Tracker(storage, store, image.virtual_size, on_end=lambda: _end(image))
     return image._tracker
 
@@ -46,7 +47,7 @@ def _chosen(image: Image, names: Iterable[str] | None) -> list[Bitmap]:
         return bitmaps
     bitmaps = [image.bitmaps[name] for name in dict.fromkeys(names)]
     for bitmap in bitmaps:
-        bitmap.require_valid()
+        bitmap._require_valid()
         if not bitmap.auto:
             raise BitmapError(bitmap.name, "is disabled: enable it first")
     if not bitmaps:

@@ -8,7 +8,7 @@ the writes between two barriers any subset of sectors may be on the disk after a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,8 +91,16 @@ class Plan(NamedTuple):
         return isinstance(self.steps[number], Barrier)
 
 
-def execute(plan: Plan, storage: WritableStorage, size: int) -> None:
-    """Does what the plan says; ``size`` is the present length of the storage in bytes.
+def execute(
+    plan: Plan,
+    storage: WritableStorage,
+    size: int | None,
+    watch: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Does what the plan says.
+
+    ``size`` is the present length of the storage in bytes, None where it is to keep what it grew.
+    ``watch`` is called with every step once it is done.
 
     Raises:
         CommitError: a step failed. Nothing is undone and nothing tried again, except that a file
@@ -104,8 +112,10 @@ def execute(plan: Plan, storage: WritableStorage, size: int) -> None:
                 storage.write(step.offset, step.parts)
             else:
                 storage.barrier()
+            watch(step)
         except Exception as error:  # a storage of somebody else's may raise anything
-            if all(isinstance(s, Write) and s.is_fresh for s in plan.steps[: number + 1]):
+            done = plan.steps[: number + 1]
+            if size is not None and all(isinstance(s, Write) and s.is_fresh for s in done):
                 with suppress(Exception):
                     storage.truncate(size)
             action = "writing the" if isinstance(step, Write) else "making durable"

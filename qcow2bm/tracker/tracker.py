@@ -12,8 +12,8 @@ from threading import Event, RLock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
-from qcow2bm.clusters.plan import Barrier, Plan, Step, Write
-from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
+from qcow2bm.clusters.plan import Barrier, Plan, Step, execute
+from qcow2bm.errors import BitmapNotFoundError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.storage.base import WritableStorage
 from qcow2bm.store.edit import Draft
@@ -221,7 +221,7 @@ class Tracker:
         """Plans and does what is to be done with pieces; if that fails, they are not stored."""
         try:
             steps = make()
-            self._execute(steps)
+            self._execute(Plan(tuple(steps)))
         except BaseException as error:
             for bitmap, changes in taken:
                 for piece in changes:
@@ -230,25 +230,19 @@ class Tracker:
             raise
         return steps
 
-    def _execute(self, steps: list[Step], commit_point: int | None = None) -> None:
-        """Does the steps, and measures how fast that goes."""
-        plan = Plan(tuple(steps), commit_point)
-        begun = self._clock()
-        for number, step in enumerate(steps):
-            try:
-                if isinstance(step, Write):
-                    self._storage.write(step.offset, step.parts)
-                    continue
-                before = self._clock()
-                self._storage.barrier()
-                self._barrier_seconds = max(self._barrier_seconds / 2, self._clock() - before)
-            except Exception as error:
-                action = "making durable" if isinstance(step, Barrier) else "writing the"
-                reason = getattr(error, "reason", str(error))
-                raise CommitError(
-                    self._storage.name, f"{action} {step.what}", plan.outcome(number), reason
-                ) from error
-        self._flushing.add(plan.length, self._clock() - begun)
+    def _execute(self, plan: Plan) -> None:
+        """Does what the plan says, and measures how fast that goes."""
+        begun = before = self._clock()
+
+        def watch(step: Step) -> None:
+            nonlocal before
+            now = self._clock()
+            if isinstance(step, Barrier):
+                self._barrier_seconds = max(self._barrier_seconds / 2, now - before)
+            before = now
+
+        execute(plan, self._storage, None, watch)
+        self._flushing.add(plan.length, before - begun)
 
     def stop(self) -> StopReport:
         """Stores what is left and makes the bitmaps valid: the short pause of a migration.
@@ -270,7 +264,7 @@ class Tracker:
                 steps = self._write(taken, lambda: self._store.store(_changes(taken)))
             flags = self._store.end(bitmap.live for bitmap in self._now.tracked)
             try:
-                self._execute(flags, commit_point=0)
+                self._execute(Plan(tuple(flags), commit_point=0))
             except BaseException as error:
                 self._end("failed", error)
                 raise
