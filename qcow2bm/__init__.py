@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from qcow2bm.problems import Problem
     from qcow2bm.storage.base import Storage, WritableStorage
     from qcow2bm.store.load import Totals
+    from qcow2bm.tracker.group import TrackerGroup
+    from qcow2bm.tracker.tracker import Convergence, FlushReport, Pending, StopReport, Tracker
 
 __all__ = [
     "Barrier",
@@ -55,20 +57,26 @@ __all__ = [
     "BitmapStaleError",
     "ChangedWhileReadingError",
     "CommitError",
+    "Convergence",
     "Edit",
+    "FlushReport",
     "FormatError",
     "Image",
     "ImageLockedError",
     "LimitError",
+    "Pending",
     "Plan",
     "Problem",
     "Qcow2BmError",
     "ReadOnlyImageError",
     "ShortReadError",
     "StateError",
+    "StopReport",
     "Storage",
     "StorageError",
     "Totals",
+    "Tracker",
+    "TrackerGroup",
     "UnsupportedError",
     "WritableStorage",
     "Write",
@@ -77,6 +85,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Convergence": "qcow2bm.tracker.tracker",
+    "FlushReport": "qcow2bm.tracker.tracker",
+    "Pending": "qcow2bm.tracker.tracker",
+    "StopReport": "qcow2bm.tracker.tracker",
+    "Tracker": "qcow2bm.tracker.tracker",
+    "TrackerGroup": "qcow2bm.tracker.group",
     "Barrier": "qcow2bm.clusters.plan",
     "Bitmap": "qcow2bm.api.bitmap",
     "Edit": "qcow2bm.api.edit",

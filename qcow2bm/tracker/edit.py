@@ -1,6 +1,6 @@
 """Changing the bitmaps of an image while it is tracked.
 
-*Spec*: spec/tracking.md, "Edits".
+*Spec*: spec/tracking.md, "Rotation and edits".
 """
 
 from __future__ import annotations

@@ -41,20 +41,23 @@ class Tracked(NamedTuple):
         """Sets all bits that are set there; nobody marks meanwhile."""
         _set(self.bits, 0, np.frombuffer(octets, np.uint8))
 
-    def take(self, limit: int, *, is_quiet: bool = False) -> Changes:
-        """At most so many pieces to be stored, which count as stored from now on.
+    def due(self) -> NDArray[np.int64]:
+        """The numbers of the pieces that are to be stored, ascending."""
+        # A copy, because numpy minds if it changes meanwhile.
+        return np.flatnonzero(np.frombuffer(bytes(self.bits.touched), np.uint8))
+
+    def take(self, pieces: Iterable[int], *, is_quiet: bool = False) -> Changes:
+        """These pieces as they are to be stored; they count as stored from now on.
 
         They are copies, unless ``is_quiet``: nobody marks any more.
         """
         octets, touched = self.bits
         view = memoryview(octets)
         changes: dict[int, Buffer] = {}
-        piece = touched.find(1)
-        while piece >= 0 and len(changes) < limit:
+        for piece in pieces:
             touched[piece] = 0  # before it is copied: what is marked meanwhile counts anew
             part = view[piece * PIECE_BYTES : (piece + 1) * PIECE_BYTES]
             changes[piece] = part if is_quiet else bytes(part)
-            piece = touched.find(1, piece + 1)
         return changes
 
 
@@ -86,10 +89,29 @@ class Recording(NamedTuple):
         octets, flags = (np.frombuffer(array, np.uint8) for array in self.bits)
         pieces = np.flatnonzero(flags.copy())  # numpy minds if they change meanwhile
         flags[pieces] = 0  # before the bits are read: what comes in between shows in one of the two
-        for first, stop in _runs(pieces):
-            for bitmap in self.tracked:
-                factor = bitmap.live.entry.granularity // self.granularity
+        whole = pieces[: np.searchsorted(pieces, len(octets) // PIECE_BYTES)]
+        for bitmap in self.tracked:
+            factor = bitmap.live.entry.granularity // self.granularity
+            rest = pieces
+            if factor == 1:
+                _add_pieces(bitmap.bits, octets, whole)
+                rest = pieces[len(whole) :]
+            for first, stop in _runs(rest):
                 _add(bitmap.bits, octets, first * PIECE_BYTES, stop * PIECE_BYTES, factor)
+
+
+def _add_pieces(bits: Bits, source: Octets, pieces: NDArray[np.int64]) -> None:
+    """Sets what whole pieces of bits of the same granularity have, many at a time."""
+    stop = len(source) // PIECE_BYTES * PIECE_BYTES
+    fine = source[:stop].reshape(-1, PIECE_BYTES)
+    target = np.frombuffer(bits.octets, np.uint8)[:stop].reshape(-1, PIECE_BYTES)
+    touched = np.frombuffer(bits.touched, np.uint8)
+    for start in range(0, len(pieces), 256):
+        some = pieces[start : start + 256]
+        copy = fine[some]  # of bits that stay as they are
+        is_new = (copy & ~target[some]).any(axis=1)
+        target[some[is_new]] |= copy[is_new]
+        touched[some[is_new]] = 1
 
 
 def _runs(pieces: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Event, RLock, Thread
@@ -17,7 +18,7 @@ from qcow2bm.errors import BitmapNotFoundError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.storage.base import WritableStorage
 from qcow2bm.store.edit import Draft
-from qcow2bm.store.live import PIECE_BYTES, Changes, LiveBitmap, LiveStore
+from qcow2bm.store.live import PIECE_BYTES, Changes, LiveStore
 from qcow2bm.tracker.gate import Gate
 from qcow2bm.tracker.rate import Rate
 from qcow2bm.tracker.recorder import Recorder
@@ -109,6 +110,7 @@ class Tracker:
         self._cause: BaseException | None = None  # of its failure
         self._flushing = Rate()
         self._barrier_seconds = 0.0
+        self._last_piece = ("", -1)  # of a flush that left some behind
         self._on_end = on_end
         self.mark = self._recorder.mark
 
@@ -185,50 +187,64 @@ class Tracker:
         with self._io:
             self._require_tracking()
             begun = self._clock()
-            left = self.pending.pieces  # what is marked meanwhile is for the next flush
-            if max_bytes is not None:
-                left = min(left, max(1, max_bytes // PIECE_BYTES))
+            self._now.spread()
+            left = 1 << 62 if max_bytes is None else max(1, max_bytes // PIECE_BYTES)
             size = pieces = barriers = 0
-            while left > 0:
-                done = self._flush_once(min(left, _BATCH_PIECES))
-                size, pieces = size + done.bytes_written, pieces + done.pieces
-                barriers += done.barriers
-                left -= _BATCH_PIECES
+            for batch in self._batches(left):
+                taken = [(bitmap, bitmap.take(numbers)) for bitmap, numbers in batch]
+                plan = self._store_pieces(taken)
+                size, barriers = size + plan.length, barriers + plan.barriers
+                pieces += sum(len(numbers) for _, numbers in batch)
                 if deadline is not None and self._clock() - begun >= deadline:
                     break
             return FlushReport(size, pieces, barriers, self._clock() - begun)
 
-    def _flush_once(self, limit: int) -> FlushReport:
-        begun = self._clock()
-        self._now.spread()
-        taken = self._take(limit)
-        steps = self._write(taken, lambda: self._store.store(_changes(taken)))
-        pieces = sum(len(changes) for _, changes in taken)
-        plan = Plan(tuple(steps))
-        return FlushReport(plan.length, pieces, plan.barriers, self._clock() - begun)
+    def _batches(self, limit: int) -> Iterator[list[tuple[Tracked, list[int]]]]:
+        """The pieces that are due now, each once, as many at a time as are stored together.
 
-    def _take(self, limit: int, *, is_quiet: bool = False) -> list[tuple[Tracked, Changes]]:
-        """Copies of the pieces to store, which count as stored from now on."""
-        taken: list[tuple[Tracked, Changes]] = []
-        for bitmap in self._now.tracked:
-            taken.append((bitmap, bitmap.take(limit, is_quiet=is_quiet)))
-            limit -= len(taken[-1][1])
-        return taken
+        They begin behind the last one of the flush before, so that pieces that are touched again
+        and again keep no others from being stored.
+        """
+        tracked = list(self._now.tracked)
+        due = [(bitmap, bitmap.due().tolist()) for bitmap in tracked]
+        name, last = self._last_piece
+        place = next((n for n, bitmap in enumerate(tracked) if bitmap.live.name == name), None)
+        if place is not None:
+            bitmap, numbers = due[place]
+            cut = bisect_right(numbers, last)
+            due = [
+                (bitmap, numbers[cut:]),
+                *due[place + 1 :],
+                *due[:place],
+                (bitmap, numbers[:cut]),
+            ]
+        batch: list[tuple[Tracked, list[int]]] = []
+        room = min(limit, _BATCH_PIECES)
+        for bitmap, numbers in due:
+            while numbers and limit:
+                part, numbers = numbers[:room], numbers[room:]
+                batch.append((bitmap, part))
+                room, limit = room - len(part), limit - len(part)
+                if not room:
+                    self._last_piece = bitmap.live.name, part[-1]
+                    yield batch
+                    batch, room = [], min(limit, _BATCH_PIECES)
+        if batch:
+            yield batch
 
-    def _write(
-        self, taken: list[tuple[Tracked, Changes]], make: Callable[[], list[Step]]
-    ) -> list[Step]:
-        """Plans and does what is to be done with pieces; if that fails, they are not stored."""
+    def _store_pieces(self, taken: list[tuple[Tracked, Changes]]) -> Plan:
+        """Stores pieces and returns how; if that fails, they are not stored, and all is over."""
         try:
-            steps = make()
-            self._execute(Plan(tuple(steps)))
+            changes = ((bitmap.live, changes) for bitmap, changes in taken)
+            plan = Plan(tuple(self._store.store(changes)))
+            self._execute(plan)
         except BaseException as error:
-            for bitmap, changes in taken:
-                for piece in changes:
+            for bitmap, pieces in taken:
+                for piece in pieces:
                     bitmap.bits.touched[piece] = 1  # INV-META
             self._end("failed", error)
             raise
-        return steps
+        return plan
 
     def _execute(self, plan: Plan) -> None:
         """Does what the plan says, and measures how fast that goes."""
@@ -260,8 +276,8 @@ class Tracker:
             with self._gate.empty():
                 self._recorder.close("stopped")
                 self._now.spread()
-                taken = self._take(1 << 62, is_quiet=True)
-                steps = self._write(taken, lambda: self._store.store(_changes(taken)))
+                taken = [(b, b.take(b.due().tolist(), is_quiet=True)) for b in self._now.tracked]
+                stored = self._store_pieces(taken)
             flags = self._store.end(bitmap.live for bitmap in self._now.tracked)
             try:
                 self._execute(Plan(tuple(flags), commit_point=0))
@@ -269,7 +285,7 @@ class Tracker:
                 self._end("failed", error)
                 raise
             self._end("stopped")
-            plan = Plan((*steps, *flags))
+            plan = Plan((*stored.steps, *flags))
             pieces = sum(len(changes) for _, changes in taken)
             return StopReport(plan.length, pieces, plan.barriers, self._clock() - begun)
 
@@ -387,8 +403,9 @@ class Tracker:
             kept = (b for b in before.tracked if b not in stored and b not in dropped)
             self._track((*kept, *(fresh or ())))
         before.spread()
-        taken = [(bitmap, bitmap.take(1 << 62)) for bitmap in stored]
-        self._write(taken, lambda: self._store.store(_changes(taken)))
+        taken = [(bitmap, bitmap.take(bitmap.due().tolist())) for bitmap in stored]
+        if stored:
+            self._store_pieces(taken)
 
     def _track(self, bitmaps: Iterable[Tracked]) -> None:
         self._now = Recording.of(bitmaps, self._virtual_size)
@@ -429,7 +446,3 @@ class Tracker:
     def _require_tracking(self) -> None:
         if self._state != "tracking":
             raise StateError(self._state, "tracking", "the tracker") from self._cause
-
-
-def _changes(taken: Iterable[tuple[Tracked, Changes]]) -> Iterator[tuple[LiveBitmap, Changes]]:
-    return ((bitmap.live, changes) for bitmap, changes in taken)

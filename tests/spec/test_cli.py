@@ -70,7 +70,10 @@ def failed(done: Done) -> bool:
 def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
-    assert (of["--output"], of["-U, --force-share"]) == ("all", "dump, map")
+    assert (of["--output"], of["-U, --force-share"]) == (
+        "dump, map, edits",
+        "dump, map",
+    )
     assert {of["--dry-run"], of["--wait"], of["--no-lock"]} == {"edits"}
 
 

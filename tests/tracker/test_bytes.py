@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.audit import Audit
 from support.faulty import EDITS
-from support.images import ONES, ZEROES, Built, Stored, build_image
+from support.images import ONES, Built, Stored, build_image
 from tracker.recording import (
     Place,
     RecordingStorage,
@@ -226,8 +226,8 @@ def test_a_flush_writes_no_more_than_it_may() -> None:
 
 @pytest.mark.parametrize("deadline", [0, 1e9])
 def test_a_flush_with_a_deadline_goes_on_until_then(deadline: float) -> None:
-    """It looks at the clock after every 4 MiB of bits."""
-    clusters = 80
+    """It looks at the clock after some megabytes of bits."""
+    clusters = 300
     size = clusters * 8 * CLUSTER * 512
     bits = Stored(b"long", [b"\x01"] * clusters, 9)
     session = Session(build_image(bits, cluster_bits=16, size=size).data)

@@ -1,0 +1,235 @@
+"""The command ``demo``: how short a stop gets by tracking, on an image made for it.
+
+*Spec*: spec/cli.md, "Demo".
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from threading import Event, Thread
+from typing import NamedTuple
+
+from qcow2bm.api import open
+from qcow2bm.cli.console import fail
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.plan import Barrier, Plan, Write, coalesce, execute
+from qcow2bm.errors import StateError, StorageError
+from qcow2bm.format.directory import FIELD_OFFSETS
+from qcow2bm.format.extensions import HeaderExtensions, build_extensions
+from qcow2bm.format.header import Header, build_header
+from qcow2bm.format.refcounts import build_refcount_block, build_refcount_table
+from qcow2bm.storage.file import FileStorage
+from qcow2bm.store.live import load_live
+from qcow2bm.tracker.tracker import Tracker
+from qcow2bm.units import format_size
+
+_DISK_BYTES = 16 << 40
+_GRANULARITY = 64 << 10
+_BITMAP_BYTES = _DISK_BYTES // _GRANULARITY // 8
+_ROOM_BYTES = _BITMAP_BYTES + (4 << 20)
+_CLUSTER_BITS = 16
+_WRITE_BYTES = 4 << 10
+_WRITES_PER_SECOND = 1000
+_FLUSH_SECONDS = 0.1
+_PAUSES = 5
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Makes an image in a temporary folder, and stops it in two ways; the exit status."""
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="qcow2bm-demo-")
+    except OSError as error:
+        return fail("demo", f"no temporary folder: {error.strerror}")
+    with temporary as folder:
+        free = shutil.disk_usage(folder).free
+        if free < _ROOM_BYTES:
+            room = f"{format_size(_ROOM_BYTES)} of room, and there are {format_size(free)}"
+            return fail(os.path.dirname(folder), f"the demo needs {room}; set TMPDIR")
+        _demonstrate(Path(folder, "demo.qcow2"), arguments.seconds)
+    return 0
+
+
+def _demonstrate(path: Path, seconds: float) -> None:
+    disk, bitmap = format_size(_DISK_BYTES), format_size(_BITMAP_BYTES)
+    print(f"A disk of {disk}, its bitmap of {bitmap} half dirty: {path}", flush=True)
+    _make_image(path)
+    print(
+        f"A guest makes {_WRITES_PER_SECOND:,} random writes a second. "
+        f"Meanwhile what changes in the bitmap is flushed every {_FLUSH_SECONDS} s.",
+        flush=True,
+    )
+    tracked, everything = [], []  # in turn: what else the machine does meets both alike
+    for number in range(_PAUSES):
+        tracked.append(_tracked_stop(path, min(seconds, 0.25) if number else seconds, not number))
+        everything.append(_stop_that_stores_everything(path))
+    _compare(_Stop.median(tracked), _Stop.median(everything))
+
+
+def _compare(tracked: _Stop, everything: _Stop) -> None:
+    print(f"The guest pauses, and the bitmap is made valid (median of {_PAUSES}):\n")
+    print(f"{'':18}{_HEADINGS}")
+    print(f"store everything  {everything}\ntracked           {tracked}\n")
+    print(
+        f"{everything.bytes_written / tracked.bytes_written:.0f} times fewer bytes, "
+        f"{everything.seconds / tracked.seconds:.0f} times faster"
+    )
+
+
+class _Stop(NamedTuple):
+    """What a stop wrote, and how long it took."""
+
+    bytes_written: int
+    barriers: int
+    seconds: float
+
+    @classmethod
+    def median(cls, stops: list[_Stop]) -> _Stop:
+        """The one that took neither long nor short."""
+        return sorted(stops, key=lambda stop: stop.seconds)[len(stops) // 2]
+
+    def __str__(self) -> str:
+        return f"{self.bytes_written:>12,}{self.barriers:>10}{self.seconds * 1e3:>14.1f}"
+
+
+_HEADINGS = f"{'bytes':>12}{'barriers':>10}{'milliseconds':>14}"
+
+
+def _make_image(path: Path) -> None:
+    """An empty disk, and a bitmap of which half the bits are set in every cluster."""
+    cluster = 1 << _CLUSTER_BITS
+    l1_size = _DISK_BYTES // (cluster * cluster // 8)
+    used = 3 + l1_size * 8 // cluster
+    header = Header(
+        version=3,
+        backing_file_offset=0,
+        backing_file_size=0,
+        cluster_bits=_CLUSTER_BITS,
+        size=_DISK_BYTES,
+        crypt_method=0,
+        l1_size=l1_size,
+        l1_table_offset=3 * cluster,
+        refcount_table_offset=cluster,
+        refcount_table_clusters=1,
+        nb_snapshots=0,
+        snapshots_offset=0,
+        header_length=112,
+        compression_type=0,
+        padding=bytes(7),
+    )
+    parts = (
+        build_header(header) + build_extensions(HeaderExtensions((), bytes(8))),
+        build_refcount_table(array("Q", [2 * cluster])),
+        build_refcount_block(array("H", [1] * used), header.refcount_order),
+    )
+    try:
+        path.write_bytes(b"".join(part.ljust(cluster, b"\0") for part in parts))
+        os.truncate(path, used * cluster)
+    except OSError as error:
+        raise StorageError.from_os(error, str(path), 0, 0, "writing") from error
+    with open(path, "r+") as image, image.edit() as edit:
+        edit.add("daily", _GRANULARITY)
+        length = 256 << 20
+        edit.set_many("daily", [(n, length) for n in range(0, _DISK_BYTES, 2 * length)])
+
+
+def _tracked_stop(path: Path, seconds: float, is_shown: bool) -> _Stop:
+    """A stop after writes were tracked for some time."""
+    with open(path, "r+") as image, image.track() as tracker:
+        with _guest(tracker) as guest:
+
+            def status() -> str:
+                pending = format_size(tracker.pending.bytes)
+                return f"{guest.writes:,} writes, a stop now would store {pending}"
+
+            with tracker.background(_FLUSH_SECONDS):
+                if is_shown:
+                    _show(status, seconds)
+                else:
+                    time.sleep(seconds)
+            time.sleep(_FLUSH_SECONDS)  # the pause comes when most has changed since a flush
+        begun = time.perf_counter()
+        report = tracker.stop()
+        return _Stop(report.bytes_written, report.barriers, time.perf_counter() - begun)
+
+
+class _Guest:
+    """Writes at random places, as far as its tracker can tell.
+
+    Attributes:
+        writes: how many there were so far.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.writes = 0
+        self._tracker = tracker
+
+    def run(self, is_paused: Event) -> None:
+        """Goes on until it is paused, or the tracker, which says why, has failed."""
+        random, begun = Random(), time.monotonic()
+        with suppress(StateError):
+            while not is_paused.wait(0.01):
+                while self.writes < (time.monotonic() - begun) * _WRITES_PER_SECOND:
+                    start = random.randrange(0, _DISK_BYTES, _WRITE_BYTES)
+                    with self._tracker.writing(start, _WRITE_BYTES):
+                        self.writes += 1  # where others write data
+
+
+@contextmanager
+def _guest(tracker: Tracker) -> Iterator[_Guest]:
+    """A guest that runs while the block does."""
+    guest, is_paused = _Guest(tracker), Event()
+    thread = Thread(target=guest.run, args=(is_paused,))
+    thread.start()
+    try:
+        yield guest
+    finally:
+        is_paused.set()
+        thread.join()
+
+
+def _show(status: Callable[[], str], seconds: float) -> None:
+    """Shows how it goes each second: in a bar where tqdm is installed, else in lines."""
+    steps = math.ceil(seconds)
+    try:
+        progress = import_module("tqdm").tqdm(total=steps, unit="s")
+    except ImportError:
+        progress = nullcontext()
+    with progress as bar:
+        for step in range(steps):
+            time.sleep(seconds / steps)
+            if bar is None:
+                print(f"{seconds * (step + 1) / steps:5.0f} s  {status()}", flush=True)
+            else:
+                bar.set_postfix_str(status(), refresh=False)
+                bar.update()
+
+
+def _stop_that_stores_everything(path: Path) -> _Stop:
+    """What a stop takes that does not know what is stored already: only the writing of it."""
+    with open(path) as image:
+        (entry,) = image.directory
+    with closing(FileStorage(path, writable=True)) as storage:
+        bitmap = load_live(ClusterFile(storage, force_share=True), entry)
+        size = 1 << _CLUSTER_BITS
+        data = [
+            Write(offset, (bitmap.octets[number * size : (number + 1) * size],), "bitmap data")
+            for number, offset in enumerate(bitmap.words)
+        ]
+        flags = entry.flags.to_bytes(4, "big")
+        place = entry.offset + FIELD_OFFSETS["flags"]
+        end = Write(place, (flags,), "flags of the bitmap"), Barrier("a valid bitmap")
+        plan = Plan((*coalesce(data), Barrier("bitmap data"), *end))
+        begun = time.perf_counter()
+        execute(plan, storage, storage.size())
+        return _Stop(plan.length, plan.barriers, time.perf_counter() - begun)

@@ -1,0 +1,34 @@
+"""Entries of the L1 and L2 tables, which lead from guest offsets to host offsets."""
+
+from __future__ import annotations
+
+from construct import BitsInteger, BitStruct
+
+from qcow2bm.format.schema import bit_masks
+
+L1_ENTRY_LENGTH = 8
+L2_ENTRY_LENGTH = 8  # twice that with extended L2 entries: `SUBCLUSTERS` follow each
+SUBCLUSTERS_PER_CLUSTER = 32
+
+L1_ENTRY = BitStruct(
+    "copied" / BitsInteger(1),
+    "reserved_high" / BitsInteger(7),
+    "offset" / BitsInteger(47),
+    "reserved_low" / BitsInteger(9),
+)
+L2_ENTRY = BitStruct(
+    "copied" / BitsInteger(1),
+    "compressed" / BitsInteger(1),
+    "reserved_high" / BitsInteger(6),
+    "offset" / BitsInteger(47),
+    "reserved_low" / BitsInteger(8),
+    "zero" / BitsInteger(1),
+)
+SUBCLUSTERS = BitStruct(
+    "zero" / BitsInteger(SUBCLUSTERS_PER_CLUSTER),
+    "allocated" / BitsInteger(SUBCLUSTERS_PER_CLUSTER),
+)
+
+L1_MASKS = bit_masks(L1_ENTRY)
+L2_MASKS = bit_masks(L2_ENTRY)
+"""The mask of each field of an entry, as a big-endian integer of 64 bits sees it."""

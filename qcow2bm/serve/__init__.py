@@ -1,0 +1,1 @@
+"""Serving a disk to others while its bitmaps are tracked."""

@@ -1,0 +1,52 @@
+"""Hearing that the process is to end, in a program that handles signals itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from threading import Thread
+
+_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
+
+class EndSignals:
+    """Calls a function once, in a thread of its own, when the process is asked to end.
+
+    Python runs its handlers of signals in the main thread, which may be waiting inside the
+    program that embeds it. So a thread waits for the byte that the handler in C writes.
+    """
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        """Replaces what handled the signals; only in the main thread."""
+        self._call = call
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, _nothing) for number in _SIGNALS}
+        self._thread = Thread(target=self._wait, name="qcow2bm signals", daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        while received := os.read(self._reader, 1):
+            if received[0] in _SIGNALS:
+                self._call()
+                return
+
+    def close(self) -> None:
+        """Waits for a call that goes on; after that there is none. Only in the main thread.
+
+        Where the program's own handlers were not Python's they cannot be put back; the signals
+        do nothing then.
+        """
+        signal.set_wakeup_fd(self._old_descriptor)
+        for number, handler in self._old.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        os.close(self._writer)
+        self._thread.join()
+        os.close(self._reader)
+
+
+def _nothing(*_: object) -> None:
+    """Does what is to be done in the thread instead."""
