@@ -18,17 +18,10 @@ if TYPE_CHECKING:
 
 def begin(image: Image, names: Iterable[str] | None, others: str) -> Tracker:
     """See `Image.track`; the image is open for writing, and nothing else goes on."""
-    if others not in ("refuse", "mark-in-use"):
-        raise ValueError(f'others is {others!r}, must be "refuse" or "mark-in-use"')
     storage = image._writable
     assert storage is not None
     store = LiveStore(storage)
-    chosen = _chosen(image, names)
-    left_out = [b for b in _recording(image) if b.index not in {c.index for c in chosen}]
-    if left_out and others == "refuse":
-        listed = ", ".join(f'"{escape(bitmap.name)}"' for bitmap in left_out[:5])
-        reason = f'would miss writes: track it, disable it, or give others="mark-in-use" ({listed})'
-        raise BitmapError(left_out[0].name, reason)
+    chosen, left_out = choose(image, names, others)
     try:
         store.begin((b.entry for b in chosen), (b.entry for b in left_out))
     except CommitError:
@@ -39,20 +32,37 @@ def begin(image: Image, names: Iterable[str] | None, others: str) -> Tracker:
     return image._tracker
 
 
-def _chosen(image: Image, names: Iterable[str] | None) -> list[Bitmap]:
+def choose(
+    image: Image, names: Iterable[str] | None, others: str
+) -> tuple[list[Bitmap], list[Bitmap]]:
+    """The bitmaps to track, and those that will miss writes; see `Image.track`.
+
+    Raises:
+        BitmapError: a bitmap is not there, not valid, disabled, or must not be left out.
+        ValueError: there are no names, or ``others`` is something else.
+    """
+    if others not in ("refuse", "mark-in-use"):
+        raise ValueError(f'others is {others!r}, must be "refuse" or "mark-in-use"')
+    recording = _recording(image)
     if names is None:
-        bitmaps = _recording(image)
-        if not bitmaps:
+        chosen = recording
+        if not chosen:
             raise BitmapError("", "is not there: no bitmap of the image is valid and enabled")
-        return bitmaps
-    bitmaps = [image.bitmaps[name] for name in dict.fromkeys(names)]
-    for bitmap in bitmaps:
+    else:
+        chosen = [image.bitmaps[name] for name in dict.fromkeys(names)]
+        if not chosen:
+            raise ValueError("there are no names")
+    for bitmap in chosen:
         bitmap._require_valid()
         if not bitmap.auto:
             raise BitmapError(bitmap.name, "is disabled: enable it first")
-    if not bitmaps:
-        raise ValueError("there are no names")
-    return bitmaps
+    indexes = {bitmap.index for bitmap in chosen}
+    left_out = [bitmap for bitmap in recording if bitmap.index not in indexes]
+    if left_out and others == "refuse":
+        listed = ", ".join(f'"{escape(bitmap.name)}"' for bitmap in left_out[:5])
+        reason = f'would miss writes: track it, disable it, or give others="mark-in-use" ({listed})'
+        raise BitmapError(left_out[0].name, reason)
+    return chosen, left_out
 
 
 def _recording(image: Image) -> list[Bitmap]:

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from qcow2bm.api import Image
 from qcow2bm.api import open as open_image
+from qcow2bm.api.track import choose
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.plain_map import require_plain_map
-from qcow2bm.errors import BitmapError, StorageError, UnsupportedError
+from qcow2bm.errors import StorageError, UnsupportedError
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE
 from qcow2bm.serve.data_file import DataFile
 from qcow2bm.storage.base import Storage, read_exactly
@@ -40,24 +40,7 @@ def check(
         opened.callback(data_file.close)
         with data_file.read_lock(), storage.read_lock():
             require_servable(storage, data_file)
-        _require_bitmaps(opened.enter_context(open_image(storage)), names, others)
-
-
-def _require_bitmaps(image: Image, names: Iterable[str] | None, others: Others) -> None:
-    """Raises what `qcow2bm.Image.track` would, which begins to write at once."""
-    bitmaps = [image.bitmap(entry.index) for entry in image.directory]
-    recording = [bitmap for bitmap in bitmaps if bitmap.auto and bitmap.status == "valid"]
-    if names is None and not recording:
-        raise BitmapError("", "is not there: no bitmap of the image is valid and enabled")
-    chosen = recording if names is None else [image.bitmaps[name] for name in names]
-    for bitmap in chosen:
-        bitmap.count()  # raises unless it is valid
-        if not bitmap.auto:
-            raise BitmapError(bitmap.name, "is disabled: enable it first")
-    left_out = {bitmap.name for bitmap in recording} - {bitmap.name for bitmap in chosen}
-    if left_out and others == "refuse":
-        reason = "would miss writes: track it, disable it, or give others=mark-in-use"
-        raise BitmapError(min(left_out), reason)
+        choose(opened.enter_context(open_image(storage)), names, others)
 
 
 def require_servable(image: Storage, data: Storage) -> int:

@@ -111,6 +111,7 @@ def test_as_the_help_says(disk: RawDisk) -> None:
     assert as_qemu_reads(disk) == bytes(5000) + b"\7" * 9000 + bytes(SIZE - 14000)
 
 
+@pytest.mark.spec("TRACK-21")
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("flush_interval", ["0", "0.01"])
 def test_a_server_that_is_ended_leaves_valid_bitmaps(
@@ -207,6 +208,7 @@ def test_nbdcopy_over_several_connections(disk: RawDisk, tmp_path: Path) -> None
     assert disk.image.extents("daily") == [(0, SIZE)]
 
 
+@pytest.mark.spec("TRACK-21")
 def test_a_client_that_stays_connected_does_not_keep_it_from_storing(disk: RawDisk) -> None:
     with (
         serving(disk) as server,
@@ -233,6 +235,7 @@ def test_a_client_that_stays_connected_does_not_keep_it_from_storing(disk: RawDi
     assert disk.image.extents("daily") == [(MiB, 4096)]
 
 
+@pytest.mark.spec("TRACK-21")
 @pytest.mark.parametrize("background", [False, True])
 def test_after_a_kill_the_bitmaps_are_in_use(disk: RawDisk, background: bool) -> None:
     with serving(disk, "flush-interval=0.01", background=background) as server:
@@ -316,6 +319,7 @@ def another_length(change: int) -> Callable[[Path], RawDisk]:
     return make
 
 
+@pytest.mark.spec("TRACK-18")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

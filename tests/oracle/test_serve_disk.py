@@ -48,6 +48,7 @@ def test_reads_give_what_was_written(raw: RawDisk) -> None:
     assert raw.image.extents("daily") == [(0, 65536)]
 
 
+@pytest.mark.spec("TRACK-20")
 @pytest.mark.parametrize(
     "write",
     [
@@ -164,6 +165,7 @@ def test_data_that_is_not_durable_does_not_cost_the_bitmaps(
     assert raw.image.extents("daily") == [(0, 65536)]
 
 
+@pytest.mark.spec("TRACK-19")
 def test_a_check_leaves_everything_as_it_is(raw: RawDisk) -> None:
     before = raw.image.path.read_bytes(), raw.data.read_bytes()
     check(raw.image.path, raw.data)

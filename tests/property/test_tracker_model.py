@@ -222,6 +222,8 @@ def run(examples: int, steps: int) -> None:
     )
 
 
+@pytest.mark.spec("TRACK-8")
+@pytest.mark.spec("TRACK-1")
 def test_any_sequence() -> None:
     run(30, 25)
 

@@ -75,6 +75,7 @@ def test_bits_behind_the_disk_are_not_loaded(word: int | bytes) -> None:
 # --- beginning -----------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("TRACK-1")
 def test_begin_sets_in_use_and_nothing_else() -> None:
     built = small()
     before = bytes(built.data)

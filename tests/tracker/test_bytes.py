@@ -105,6 +105,8 @@ def table_sector(built: Built, entry: int) -> Place:
 # --- a stop --------------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("TRACK-9")
+@pytest.mark.spec("TRACK-11")
 def test_a_stop_writes_the_pieces_that_changed_and_the_flags() -> None:
     built = dense()
     session = Session(built.data)
@@ -131,6 +133,7 @@ def test_with_nothing_left_a_stop_writes_the_flags() -> None:
     assert session.stop().intervals == [[flags(built, 0), flags(built, 1)]]
 
 
+@pytest.mark.spec("TRACK-5")
 def test_writing_where_it_is_dirty_costs_nothing() -> None:
     built = dense()
     session = Session(built.data)
@@ -169,6 +172,7 @@ def test_bits_shorter_than_a_piece_are_written_as_long_as_they_are() -> None:
     assert session.stop().intervals[0] == [(built.offset("bitmap-data", 0, 0), 3 * 512)]
 
 
+@pytest.mark.spec("TRACK-11")
 def test_a_stop_that_allocates_has_one_barrier_more() -> None:
     built = sparse()
     session = Session(built.data)
@@ -256,6 +260,7 @@ def test_what_stood_in_free_clusters_does_not_show(cluster_bits: int) -> None:
     assert audit.miscounted == {}
 
 
+@pytest.mark.spec("TRACK-9")
 @pytest.mark.parametrize("cluster_bits", [9, 12, 16])
 def test_counted_and_whole_before_a_table_leads_there(cluster_bits: int) -> None:
     """With a barrier between: of what is not durable any part may be on the disk."""
@@ -282,6 +287,7 @@ def test_all_pieces_of_a_new_cluster_are_written_with_it() -> None:
 # --- refcount structures -------------------------------------------------------------------------
 
 
+@pytest.mark.spec("TRACK-10")
 @pytest.mark.parametrize("name", ["refcount block", "refcount table"])
 def test_refcount_structures_grow_before_anything_is_tracked(name: str) -> None:
     """However much is marked later, there is a place for it."""
@@ -310,6 +316,7 @@ def test_refcount_structures_grow_before_anything_is_tracked(name: str) -> None:
         assert {*range(start // 512, ceil_div(start + length, 512))} <= expected
 
 
+@pytest.mark.spec("TRACK-10")
 def test_after_a_flush_of_all_a_stop_needs_no_cluster() -> None:
     random = Random("clusters")
     built = sparse(9, garbage=0)

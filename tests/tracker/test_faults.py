@@ -171,6 +171,7 @@ def test_a_write_fails(name: str, share: float) -> None:
             assert storage.effects[-1] in ("write", "truncate")
 
 
+@pytest.mark.spec("TRACK-12")
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_barrier_fails_and_nothing_is_written_afterwards(name: str) -> None:
     """Whatever of what was written is lost."""
@@ -223,6 +224,8 @@ def is_in_use(data: bytearray) -> bool:
     return any(bitmap.flags & FLAG_IN_USE for bitmap in Audit(data).bitmaps)
 
 
+@pytest.mark.spec("TRACK-7")
+@pytest.mark.spec("TRACK-12")
 def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:
     """INV-META: what is not known to be durable is not stored."""
     failures = Counter[str]()

@@ -98,6 +98,7 @@ def test_an_image_open_for_reading_is_not_tracked() -> None:
         opened.track()
 
 
+@pytest.mark.spec("TRACK-3")
 def test_one_thing_at_a_time() -> None:
     with qcow2bm.open(image(), "r+") as opened:
         with opened.edit(), pytest.raises(StateError):
@@ -140,6 +141,7 @@ def test_bitmaps_from_before_are_outdated() -> None:
         assert opened.bitmaps["daily"].count() == 512
 
 
+@pytest.mark.spec("TRACK-2")
 def test_all_that_record_are_tracked_and_no_others() -> None:
     data = image()
     with qcow2bm.open(data, "r+") as opened:
@@ -152,6 +154,7 @@ def test_all_that_record_are_tracked_and_no_others() -> None:
     assert flags(data) == {"daily": FLAG_AUTO, "weekly": FLAG_AUTO, "crashed": both, "disabled": 0}
 
 
+@pytest.mark.spec("TRACK-2")
 def test_others_are_lost_if_the_caller_says_so() -> None:
     """Durably before anything is marked, and for good."""
     data = image()
@@ -214,6 +217,7 @@ def test_after_the_end_nothing_is_marked(end: str) -> None:
         assert data == before
 
 
+@pytest.mark.spec("TRACK-4")
 @pytest.mark.parametrize(
     ("start", "length"),
     [
@@ -239,6 +243,7 @@ def test_what_is_not_on_the_disk_is_refused(start: int, length: int) -> None:
         assert opened.bitmaps["daily"].count() == 0
 
 
+@pytest.mark.spec("TRACK-4")
 @pytest.mark.parametrize("start", [0, 1, 100, 511, 512, COVERED, SIZE - 1, SIZE])
 def test_nothing_is_marked_by_nothing(start: int) -> None:
     with qcow2bm.open(image(DAILY, WEEKLY), "r+") as opened:
@@ -330,6 +335,7 @@ def test_a_tracker_is_not_pickled() -> None:
         pickle.dumps(opened.track())
 
 
+@pytest.mark.spec("TRACK-1")
 def test_closing_the_image_leaves_in_use() -> None:
     """Nobody stopped: so the bitmaps are not to be believed, and nothing can be written."""
     data = image(DAILY)
