@@ -156,7 +156,8 @@ class Tracker:
     def writing(self, start: int, length: int) -> Iterator[None]:
         """Around a write of the guest: marks it first, and lets `stop` wait until it is done.
 
-        Raises as `mark` does, before the block begins.
+        Raises as `mark` does, before the block begins. Inside it, nothing that waits for writes may
+        be called, nor `writing` again.
         """
         with self._gate.passage():
             self.mark(start, length)
