@@ -317,8 +317,9 @@ class Tracker:
             # What nobody measured yet is a guess, on which nobody should stop a machine.
             is_known = self._flushing.per_second is not None or not pending.pieces
             is_reached = is_known and pending.seconds <= max_downtime
-            idle = 0 if pending.seconds < least * _PROGRESS else idle + 1
-            least = min(least, pending.seconds)
+            if is_known:
+                idle = 0 if pending.seconds < least * _PROGRESS else idle + 1
+                least = min(least, pending.seconds)
             is_late = timeout is not None and self._clock() - begun >= timeout
             if is_reached or is_late or idle >= _IDLE_ROUNDS:
                 return Convergence(is_reached, pending.seconds, rounds, self._clock() - begun)

@@ -6,6 +6,7 @@ import errno
 import math
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -108,6 +109,52 @@ def test_the_timeout() -> None:
     tracker.mark(0, SIZE)
     result = tracker.converge(0.01, timeout=0)
     assert (result.is_reached, result.rounds) == (False, 0)
+
+
+@pytest.mark.spec("TRACK-15")
+@pytest.mark.parametrize("q", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("seed", range(3))
+def test_rounds_shrink_as_the_model_says(q: float, seed: int) -> None:
+    """Every round leaves at most q times the pieces of the one before, but for chance."""
+    disk, tracker, seen = written_at_random(q, seed)
+    result = tracker.converge(0.02, progress=seen.append)
+    assert result.is_reached
+    counts = [pending.pieces for pending in seen]
+    for before, after in pairwise(counts):
+        expected = q * before
+        assert after <= expected + 4 * math.sqrt(expected) + 2
+    assert disk.now < 2 * 64 * PIECE_BYTES / _RATE / (1 - q)
+
+
+@pytest.mark.spec("TRACK-15")
+@pytest.mark.parametrize("seed", range(3))
+def test_rounds_do_not_shrink_where_the_model_says_so(seed: int) -> None:
+    _, tracker, seen = written_at_random(20, seed)
+    result = tracker.converge(0.02, progress=seen.append)
+    assert not result.is_reached
+    assert min(pending.pieces for pending in seen[1:]) > 32  # of 64
+
+
+_RATE = 1 << 20  # bytes per second that the storage takes
+
+
+def written_at_random(q: float, seed: int) -> tuple[Disk, Tracker, list[Pending]]:
+    """A disk whose storage is busy while m = q * F / 4096 random bits are marked per second."""
+    random = np.random.default_rng(seed)
+    disk = Disk(image(), _RATE, 0.0001)
+    tracker = disk.tracker()
+    done = [0.0]
+
+    def mark() -> None:
+        count = random.poisson(q * _RATE / PIECE_BYTES * (disk.now - done[0]))
+        done[0] = disk.now
+        starts = random.integers(0, SIZE // 512, count) * 512
+        tracker.mark_many(np.stack((starts, np.ones(count, np.int64)), axis=1))
+
+    for piece in range(64):  # all are touched, and hardly anything is set
+        tracker.mark(piece * 8 * PIECE_BYTES * 512, 1)
+    disk.during = mark
+    return disk, tracker, []
 
 
 @pytest.mark.parametrize("seed", range(3))
