@@ -222,10 +222,14 @@ class CommitError(Qcow2BmError):
 
     ``outcome`` says what the image then has: "old", all bitmaps as before; "new", all as after;
     "unknown", one of the two, which only reading the storage itself can tell. In no case is a
-    bitmap anything else (INV-ATOMIC), and nothing was undone or tried again.
+    bitmap anything else (INV-ATOMIC), and nothing was undone or tried again. ``consequence`` is
+    what the message says of that, where it was no edit that failed.
     """
 
-    def __init__(self, path: str, step: str, outcome: Outcome, reason: str) -> None:
+    def __init__(
+        self, path: str, step: str, outcome: Outcome, reason: str, consequence: str = ""
+    ) -> None:
         self.path, self.step, self.outcome, self.reason = path, step, outcome, reason
-        message = f"{escape(path)}: {step} failed: {reason}; {_OUTCOMES[outcome]}"
-        super().__init__(message, path, step, outcome, reason)
+        self.consequence = consequence or _OUTCOMES[outcome]
+        message = f"{escape(path)}: {step} failed: {reason}; {self.consequence}"
+        super().__init__(message, path, step, outcome, reason, consequence)

@@ -169,6 +169,8 @@ class Image:
 
     def close(self) -> None:
         """Closes what `open` opened. May be called twice."""
+        if self._tracker:
+            self._tracker.abandon()  # without the locks nothing may be written
         self._leave("closed", "open")
         self._opened.close()
 

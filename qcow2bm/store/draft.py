@@ -29,8 +29,10 @@ Content = int | bytes | bytearray
 """Of one cluster of bitmap data: `ZEROES`, `ONES`, or its bytes."""
 
 _CHUNK_BYTES = 1 << 20  # of bits worked on at once
-_MAX_FACTOR = 1 << 22  # between QEMU's finest granularity and its coarsest
 _DENSE_RANGES = 4096  # in one cluster: from so many on, a mask is the cheaper way
+
+MAX_FACTOR = 1 << 22
+"""Between QEMU's finest granularity and its coarsest."""
 
 MANY_RANGES = 64
 """From so many on, loading numpy is the cheaper way."""
@@ -256,8 +258,8 @@ class DraftBits:
         """
         coarser = max(1, source.granularity // self.granularity)
         finer = max(1, self.granularity // source.granularity)
-        if coarser * finer > _MAX_FACTOR:
-            raise LimitError("the ratio of the granularities", coarser * finer, _MAX_FACTOR)
+        if coarser * finer > MAX_FACTOR:
+            raise LimitError("the ratio of the granularities", coarser * finer, MAX_FACTOR)
         for first, count in self._chunks(coarser):
             start, length = first * self._cluster_size, count * self._cluster_size
             value = source.constant(start * finer // coarser, ceil_div(length * finer, coarser))

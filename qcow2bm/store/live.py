@@ -19,7 +19,14 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
 from qcow2bm.clusters.problems import header_problems
-from qcow2bm.format.directory import FIELD_OFFSETS, FLAG_IN_USE, DirectoryEntry
+from qcow2bm.errors import CommitError
+from qcow2bm.format.directory import (
+    FIELD_OFFSETS,
+    FLAG_AUTO,
+    FLAG_IN_USE,
+    TYPE_DIRTY_TRACKING,
+    DirectoryEntry,
+)
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.storage.base import WritableStorage
 from qcow2bm.store.commit import plan_commit
@@ -59,10 +66,15 @@ class LiveBitmap:
         """The name; bytes that are not UTF-8 are kept as surrogates."""
         return self.entry.name or ""
 
-    def fresh(self, name: str) -> LiveBitmap:
-        """Another one of the same granularity, clean, not stored anywhere yet."""
-        entry = self.entry._replace(name_bytes=name.encode("utf-8", "surrogateescape"))
-        return LiveBitmap(entry, array("Q"), bytearray(len(self.octets)))
+    @classmethod
+    def unplaced(cls, name: str, granularity: int, octets: bytearray) -> LiveBitmap:
+        """One that `LiveStore.recommit` will find on disk; it cannot be stored before."""
+        key = name.encode("utf-8", "surrogateescape")
+        bits = granularity.bit_length() - 1
+        flags = FLAG_AUTO | FLAG_IN_USE
+        size = len(key), 0, b"", key, bytes(-len(key) % 8)
+        entry = DirectoryEntry(0, 0, 0, 0, flags, TYPE_DIRTY_TRACKING, bits, *size)
+        return cls(entry, array("Q"), octets)
 
 
 class LiveStore:
@@ -89,7 +101,7 @@ class LiveStore:
         self._header_problems = header_problems(self._file)
         self._directory = load_directory(self._file, self._header_problems)
         self._survey = survey(self._file, self._directory, self._header_problems)
-        self._cluster_size = self._file.cluster_size
+        self.cluster_size = self._file.cluster_size
 
     def begin(self, entries: Iterable[DirectoryEntry], others: Iterable[DirectoryEntry]) -> None:
         """Loads bitmaps and sets their in_use, and that of ``others``, for which there is room.
@@ -101,9 +113,10 @@ class LiveStore:
         self._bitmaps = [load_live(self._file, entry) for entry in entries]
         steps: list[Step] = HeaderDraft(self._file).clear_unknown_autoclear()
         steps += self._set_aside()
+        begun = len(steps)  # from here on bitmaps may be in_use, whatever fails
         steps += [self.set_in_use(bitmap, is_set=True) for bitmap in self._bitmaps]
         steps += [_flags_write(entry, entry.flags | FLAG_IN_USE) for entry in others]
-        plan = Plan((*steps, Barrier("in_use of the tracked bitmaps")))
+        plan = Plan((*steps, Barrier("in_use of the tracked bitmaps")), begun)
         execute(plan, self._storage, self._file.file_size)
 
     @property
@@ -113,7 +126,7 @@ class LiveStore:
 
     def _set_aside(self) -> list[Step]:
         """Looks for the clusters that can be needed, in the image as it was loaded last."""
-        size = self._cluster_size
+        size = self.cluster_size
         taken = [(start // size, end // size) for start, end in self._survey.ranges]
         extension = self._directory.extension
         near = extension.bitmap_directory_offset // size if extension else 0
@@ -128,35 +141,38 @@ class LiveStore:
         self._load()
         return Draft(self._file, self._directory, {bitmap.name for bitmap in self._bitmaps})
 
-    def recommit(self, draft: Draft, bitmaps: Iterable[LiveBitmap | str]) -> None:
+    def check(self, draft: Draft) -> None:
+        """Raises what `recommit` would before it writes: there is no room, say."""
+        capacity = self._storage.capacity()
+        plan_commit(self._file, self._directory, self._survey, draft, capacity)
+
+    def recommit(self, draft: Draft, bitmaps: Iterable[LiveBitmap]) -> None:
         """Makes the directory that of the draft, atomically, while bitmaps are in_use by us.
 
-        ``bitmaps`` are those that are in_use by us afterwards: those that were, new ones in memory,
-        and by name those to be loaded. What is in memory need not be stored.
+        ``bitmaps`` are those that are in_use by us afterwards. What is in memory of them need not
+        be stored, but what is stored must be in memory.
 
         Raises:
             CommitError: a write or barrier failed.
             And what `plan_commit` raises; then nothing is changed.
         """
-        bitmaps = list(bitmaps)
         self._load()
         capacity = self._storage.capacity()
         plan = plan_commit(self._file, self._directory, self._survey, draft, capacity)
         execute(plan, self._storage, self._file.file_size)
         self._load()
         entries = {entry.name: entry for entry in self._directory.entries}
-        self._bitmaps = []
-        for bitmap in bitmaps:
-            if isinstance(bitmap, str):
-                self._bitmaps.append(load_live(self._file, entries[bitmap]))
-                continue
+        self._bitmaps = list(bitmaps)
+        for bitmap in self._bitmaps:
             bitmap.entry = entries[bitmap.name]
             bitmap.words = read_words(self._file, bitmap.entry)
-            self._bitmaps.append(bitmap)
         steps = self._set_aside()
         if steps:
             plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
-            execute(plan, self._storage, self._file.file_size)
+            try:
+                execute(plan, self._storage, self._file.file_size)
+            except CommitError as error:
+                raise CommitError(error.path, error.step, "new", error.reason) from error
 
     def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
         """Clears in_use of bitmaps whose bits are stored: each by one write within a sector."""
@@ -194,7 +210,7 @@ class LiveStore:
     def _piece(
         self, bitmap: LiveBitmap, piece: int, content: Buffer, new_entries: set[int]
     ) -> list[Write]:
-        size = self._cluster_size
+        size = self.cluster_size
         writes = []
         view = memoryview(content)
         start, stop = piece * PIECE_BYTES, piece * PIECE_BYTES + len(view)
@@ -217,7 +233,7 @@ class LiveStore:
     def _take_cluster(self) -> int:
         cluster = self._free.pop()
         self._allocator.refcounts.change(cluster, 1, 0, 1)
-        return cluster * self._cluster_size
+        return cluster * self.cluster_size
 
 
 def _is_zero(part: Buffer) -> bool:
@@ -226,6 +242,8 @@ def _is_zero(part: Buffer) -> bool:
 
 
 def _flags_write(entry: DirectoryEntry, flags: int) -> Write:
+    if not entry.offset:
+        raise ValueError("the bitmap has no place on disk yet")
     place = entry.offset + FIELD_OFFSETS["flags"]
     return Write(place, (flags.to_bytes(4, "big"),), "flags of a bitmap")
 

@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qcow2bm.errors import BitmapError
+from qcow2bm.errors import BitmapError, LimitError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
-from qcow2bm.store.draft import PackedSource, Source
+from qcow2bm.store.draft import MAX_FACTOR, DraftBits, PackedSource, Source
+from qcow2bm.store.live import LiveBitmap
 from qcow2bm.tracker.spread import Tracked, merge
 
 if TYPE_CHECKING:
     from qcow2bm.bits.algebra import Op
+    from qcow2bm.store.edit import Draft
     from qcow2bm.tracker.tracker import Tracker
 
 
@@ -24,24 +27,30 @@ class TrackerEdit:
     """What can be done with the bitmaps of a disk that is being written to.
 
     Made by `Tracker.edit`. The names mean the same as in `qcow2bm.Edit`, which says what they
-    raise. Bitmaps that record writes are tracked from the end of the block on.
+    raise. Bitmaps that record writes are tracked from the end of the block on, from the moment in
+    which those that are removed or disabled end. Merging is done then, too, in the order in
+    which it was asked for. Once a bitmap is removed or disabled, nothing more can be done with it
+    in this edit.
     """
 
     def __init__(self, tracker: Tracker) -> None:
+        """See `Tracker.edit`."""
         self._tracker = tracker
-        self._left: list[Tracked] = []  # which are stored and then left alone
-        self._dropped: list[Tracked] = []  # which are not even stored
-        self._started: list[str] = []
-        self._merged: list[tuple[Tracked, Tracked]] = []  # each with a copy that has more
+        self._is_used = False
+        self._open_draft: Draft | None = None
+        self._stored: list[Tracked] = []  # which are ended, and stored
+        self._dropped: list[Tracked] = []  # which are ended, and gone
+        self._begun: dict[str, Tracked] = {}
+        self._merges: list[tuple[str, Tracked | DraftBits, Tracked | DraftBits, Op]] = []
 
     def __enter__(self) -> TrackerEdit:
-        self._tracker._io.acquire()
-        try:
-            self._tracker._require_tracking()
-            self._draft = self._tracker._store.draft()
-        except BaseException:
-            self._tracker._io.release()
-            raise
+        if self._is_used:
+            raise StateError("finished", "begun anew with Tracker.edit", "the edit")
+        with ExitStack() as held:
+            held.enter_context(self._tracker._exclusive())
+            self._is_used = True
+            self._open_draft = self._tracker._store.draft()
+            self._held = held.pop_all()
         return self
 
     def __exit__(
@@ -51,88 +60,113 @@ class TrackerEdit:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if kind is None:
-                self._commit()
+            with self._held:
+                if kind is None:
+                    self._tracker._require_tracking()
+                    self._tracker._store.check(self._draft)
+                    with self._tracker._fatal():
+                        self._commit()
         finally:
-            self._tracker._io.release()
+            self._open_draft = None
+
+    @property
+    def _draft(self) -> Draft:
+        if self._open_draft is None:
+            raise StateError("not going on", "inside its with block", "the edit")
+        return self._open_draft
 
     def _commit(self) -> None:
         tracker = self._tracker
-        with tracker._recorder.locked():
-            for bitmap, copy in self._merged:
-                bitmap.add(copy.bits.octets)
-        if self._left or self._dropped:
-            tracker._drop(self._left, self._dropped)
-        tracker._recommit(self._draft, self._started)
+        for name, bitmap in self._begun.items():
+            bitmap.live.octets[:] = self._stored_octets(name)
+        tracker._switch([*self._stored, *self._dropped], list(self._begun.values()))
+        for name, target, source, op in self._merges:
+            self._merge(name, target, source, op)
+        tracker._store_pieces([(bitmap, bitmap.due().tolist()) for bitmap in self._stored])
+        tracker._recommit(self._draft)
 
-    def _tracked(self, name: str) -> Tracked | None:
-        """The bitmap if it is tracked, and goes on being so."""
-        ending = [*self._left, *self._dropped]
+    def _merge(
+        self, name: str, target: Tracked | DraftBits, source: Tracked | DraftBits, op: Op
+    ) -> None:
+        """One of the merges: everything marked before the commit is in memory by now."""
+        tracker = self._tracker
+        bits: Source
+        if isinstance(source, Tracked):
+            octets = np.frombuffer(bytes(source.bits.octets), np.uint8)
+            bits = PackedSource(octets, source.live.entry.granularity, tracker._virtual_size)
+        else:
+            bits = source
+        if isinstance(target, DraftBits):
+            target.combine(op, bits)
+            return
+        if name in self._begun:
+            self._draft.bits(name).combine("or", bits)  # what the commit puts on disk
+        with tracker._recorder.locked():
+            merge(target, bits, tracker._virtual_size)
+
+    def _stored_octets(self, name: str) -> bytes:
+        """All bits that the commit will find in the draft of a bitmap, in whole clusters."""
+        length = len(self._begun[name].live.octets)
+        return self._draft.bits(name).octets(0, length).tobytes()
+
+    def _known(self, name: str) -> Tracked | None:
+        """The bitmap if it is tracked or will be; raises for one that this edit has ended."""
+        if name in self._begun:
+            return self._begun[name]
         for bitmap in self._tracker._now.tracked:
-            if bitmap.live.name == name and bitmap not in ending:
+            if bitmap.live.name == name:
+                if bitmap in self._stored or bitmap in self._dropped:
+                    raise BitmapError(name, "was ended by this edit: go on in another one")
                 return bitmap
         return None
+
+    def _begin(self, name: str) -> None:
+        bits = self._draft.bits(name)
+        length = bits.clusters * self._tracker._store.cluster_size
+        live = LiveBitmap.unplaced(name, bits.granularity, bytearray(length))
+        self._draft.find(name).flags |= FLAG_AUTO | FLAG_IN_USE
+        self._begun[name] = Tracked.of(live)
 
     def add(self, name: str, granularity: int | None = None, enabled: bool = True) -> None:
         """Adds a clean bitmap; it is tracked if it is ``enabled``."""
         self._draft.add(name, granularity, enabled=enabled)
         if enabled:
-            self._start(name)
-
-    def _start(self, name: str) -> None:
-        self._draft.find(name).flags |= FLAG_AUTO | FLAG_IN_USE
-        self._started.append(name)
+            self._begin(name)
 
     def remove(self, name: str) -> None:
         """Removes a bitmap, tracked or not."""
-        tracked = self._tracked(name)
+        tracked = self._known(name)
         self._draft.remove(name)
-        if tracked:
+        if not self._begun.pop(name, None) and tracked:
             self._dropped.append(tracked)
-        if name in self._started:
-            self._started.remove(name)
 
     def enable(self, name: str) -> None:
         """Tracks a bitmap that was disabled."""
-        if not self._tracked(name) and name not in self._started:
-            self._draft.bits(name)  # raises unless it can be loaded
-            self._start(name)
+        if not self._known(name):
+            self._begin(name)
 
     def disable(self, name: str) -> None:
         """Tracks a bitmap no more; it is stored, and valid."""
-        tracked = self._tracked(name)
+        tracked = self._known(name)
         self._draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
-        if tracked:
-            self._left.append(tracked)
-        if name in self._started:
-            self._started.remove(name)
+        if not self._begun.pop(name, None) and tracked:
+            self._stored.append(tracked)
 
     def merge(self, target: str, source: str, op: Op = "or") -> None:
         """Combines what ``target`` records with what ``source`` does.
 
         What is tracked only ever gets more, so such a target takes "or" only.
         """
-        bits = self._source(source)
-        tracked = self._tracked(target)
-        if not tracked:
-            self._draft.merge(target, bits, op)
-            return
-        if op != "or":
+        into, origin = self._known(target), self._known(source)
+        if into and op != "or":
             raise BitmapError(target, f'is tracked, so that nothing can be taken from it by "{op}"')
-        copy = self._copy(tracked)
-        merge(copy, bits, self._tracker._virtual_size)
-        self._merged.append((tracked, copy))
+        step = target, into or self._draft.bits(target), origin or self._draft.bits(source), op
+        sizes = [self._granularity(bits) for bits in step[1:3]]
+        if max(sizes) // min(sizes) > MAX_FACTOR:
+            ratio = max(sizes) // min(sizes)
+            raise LimitError("the ratio of the granularities", ratio, MAX_FACTOR)
+        self._merges.append(step)
 
-    def _source(self, name: str) -> Source:
-        tracked = self._tracked(name)
-        if not tracked:
-            return self._draft.bits(name)
-        octets = np.frombuffer(self._copy(tracked).bits.octets, np.uint8)
-        return PackedSource(octets, tracked.live.entry.granularity, self._tracker._virtual_size)
-
-    def _copy(self, tracked: Tracked) -> Tracked:
-        """What a tracked bitmap has now, with what was merged into it in this edit."""
-        for bitmap, copy in reversed(self._merged):
-            if bitmap is tracked:
-                return copy.copy()
-        return tracked.copy()
+    @staticmethod
+    def _granularity(bits: Tracked | DraftBits) -> int:
+        return bits.live.entry.granularity if isinstance(bits, Tracked) else bits.granularity

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from qcow2bm.errors import Qcow2BmError
 from qcow2bm.tracker.tracker import Convergence, StopReport, Tracker
 
 _Result = TypeVar("_Result")
@@ -27,19 +26,19 @@ class TrackerGroup:
 
     def converge(
         self, max_downtime: float, timeout: float | None = None
-    ) -> dict[str, Convergence | Qcow2BmError]:
+    ) -> dict[str, Convergence | Exception]:
         """`Tracker.converge` of every disk: they stop at once, so each may take all the time."""
         return self._all(lambda tracker: tracker.converge(max_downtime, timeout))
 
-    def stop(self) -> dict[str, StopReport | Qcow2BmError]:
+    def stop(self) -> dict[str, StopReport | Exception]:
         """`Tracker.stop` of every disk: for each its report, or the error it failed with."""
         return self._all(lambda tracker: tracker.stop())
 
-    def _all(self, work: Callable[[Tracker], _Result]) -> dict[str, _Result | Qcow2BmError]:
-        def attempt(tracker: Tracker) -> _Result | Qcow2BmError:
+    def _all(self, work: Callable[[Tracker], _Result]) -> dict[str, _Result | Exception]:
+        def attempt(tracker: Tracker) -> _Result | Exception:
             try:
                 return work(tracker)
-            except Qcow2BmError as error:
+            except Exception as error:
                 return error
 
         with ThreadPoolExecutor(max(1, len(self._trackers))) as pool:

@@ -161,6 +161,8 @@ class Recorder:
         import numpy as np
 
         ranges = np.asarray(ranges)
+        if not ranges.size:
+            return
         if ranges.ndim != 2 or ranges.shape[1] != 2 or ranges.dtype.kind not in "iu":
             shape = f"{ranges.dtype}{list(ranges.shape)}"
             raise ValueError(f"ranges are {shape}, must be int64[n, 2]")
@@ -190,7 +192,10 @@ class Recorder:
             octets, touched = (np.frombuffer(array, np.uint8) for array in self._bits)
             places, masks = bits >> 3, (1 << (bits & 7)).astype(np.uint8)
             is_new = (octets[places] & masks) == 0
-            places = places[is_new]
+            places, pieces = places[is_new], places[is_new] >> _PIECE_SHIFT - 3
+            # Before as well: if a signal ends it in between, a bit that is set must not pass for
+            # one that is stored. After, because a flush may have begun with the piece meanwhile.
+            touched[pieces] = 1
             np.bitwise_or.at(octets, places, masks[is_new])
-            touched[places >> _PIECE_SHIFT - 3] = 1
+            touched[pieces] = 1
             return is_short

@@ -33,14 +33,6 @@ class Tracked(NamedTuple):
         """A bitmap of which everything is stored."""
         return cls(live, Bits.of(live.octets))
 
-    def copy(self) -> Tracked:
-        """The same bits once more."""
-        return Tracked(self.live, Bits.of(self.bits.octets[:]))
-
-    def add(self, octets: bytearray) -> None:
-        """Sets all bits that are set there; nobody marks meanwhile."""
-        _set(self.bits, 0, np.frombuffer(octets, np.uint8))
-
     def due(self) -> NDArray[np.int64]:
         """The numbers of the pieces that are to be stored, ascending."""
         # A copy, because numpy minds if it changes meanwhile.
@@ -69,25 +61,40 @@ class Recording(NamedTuple):
     tracked: tuple[Tracked, ...]
 
     @classmethod
-    def of(cls, tracked: Iterable[Tracked], virtual_size: int) -> Recording:
+    def of(
+        cls, tracked: Iterable[Tracked], virtual_size: int, *, is_beside: bool = False
+    ) -> Recording:
         """In the bitmap itself if there is one, else beside them at the finest granularity.
 
         Recording once costs the same for any number of bitmaps. Beside them it begins with
-        nothing, so that whatever is marked for the first time gets to all of them.
+        nothing, so that whatever is marked for the first time gets to all of them. With
+        ``is_beside`` it is beside one, too: something is still to be spread to that.
         """
         bitmaps = tuple(tracked)
         granularity = min((b.live.entry.granularity for b in bitmaps), default=1 << 31)
-        if len(bitmaps) == 1:
+        if len(bitmaps) == 1 and not is_beside:
             return cls(granularity, bitmaps[0].bits, bitmaps)
         length = ceil_div(virtual_size, 8 * granularity)
         return cls(granularity, Bits.of(bytearray(length)), bitmaps)
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether marks do not go into a bitmap itself."""
+        return all(bitmap.bits is not self.bits for bitmap in self.tracked)
+
     def spread(self) -> None:
         """Brings what was marked since the last time to all bitmaps; touches what it changes."""
-        if any(bitmap.bits is self.bits for bitmap in self.tracked):
+        if not self.is_beside:
             return
         octets, flags = (np.frombuffer(array, np.uint8) for array in self.bits)
         pieces = np.flatnonzero(flags.copy())  # numpy minds if they change meanwhile
+        try:
+            self._spread(octets, flags, pieces)
+        except BaseException:
+            flags[pieces] = 1  # once more does no harm
+            raise
+
+    def _spread(self, octets: Octets, flags: Octets, pieces: NDArray[np.int64]) -> None:
         flags[pieces] = 0  # before the bits are read: what comes in between shows in one of the two
         whole = pieces[: np.searchsorted(pieces, len(octets) // PIECE_BYTES)]
         for bitmap in self.tracked:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, RLock, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from qcow2bm.clusters.plan import Barrier, Plan, Step, execute
-from qcow2bm.errors import BitmapNotFoundError, StateError
+from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.storage.base import WritableStorage
 from qcow2bm.store.edit import Draft
-from qcow2bm.store.live import PIECE_BYTES, Changes, LiveStore
+from qcow2bm.store.live import PIECE_BYTES, LiveBitmap, LiveStore
 from qcow2bm.tracker.gate import Gate
 from qcow2bm.tracker.rate import Rate
 from qcow2bm.tracker.recorder import Recorder
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 State = Literal["tracking", "stopped", "abandoned", "failed"]
 
+_LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
+_UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look with qcow2bm dump"
 _GUESS_BYTES_PER_SECOND = 50 << 20  # as long as nothing was measured
 _PROGRESS = 0.95  # a round is of use if it leaves no more than this part of what was left
 _IDLE_ROUNDS = 4
@@ -106,6 +108,7 @@ class Tracker:
         self._recorder = Recorder(virtual_size, self._now.granularity, self._now.bits)
         self._gate = Gate()
         self._io = RLock()  # one flush, stop or rotation at a time
+        self._is_busy = False
         self._state: State = "tracking"
         self._cause: BaseException | None = None  # of its failure
         self._flushing = Rate()
@@ -123,12 +126,10 @@ class Tracker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._state != "tracking":
-            return
-        if kind is None:
-            self.stop()
-        else:
+        if kind is not None:
             self.abandon()
+        elif self._state in ("tracking", "failed"):
+            self.stop()  # which says so if tracking has failed
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Tracker cannot be pickled")
@@ -156,8 +157,8 @@ class Tracker:
     def writing(self, start: int, length: int) -> Iterator[None]:
         """Around a write of the guest: marks it first, and lets `stop` wait until it is done.
 
-        Raises as `mark` does, before the block begins. Inside it, nothing that waits for writes may
-        be called, nor `writing` again.
+        Raises as `mark` does, before the block begins. Inside it, whatever may have to wait for
+        writes raises `StateError`: `pending`, `flush`, `stop`, `rotate` and `edit`.
         """
         with self._gate.passage():
             self.mark(start, length)
@@ -166,8 +167,7 @@ class Tracker:
     @property
     def pending(self) -> Pending:
         """What is not stored yet. Raises `StateError` once tracking has ended."""
-        with self._io:
-            self._require_tracking()
+        with self._exclusive():
             self._now.spread()
             pieces = sum(bitmap.bits.touched.count(1) for bitmap in self._now.tracked)
             size = pieces * PIECE_BYTES
@@ -185,15 +185,13 @@ class Tracker:
             CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
             StateError: tracking has ended before.
         """
-        with self._io:
-            self._require_tracking()
+        with self._exclusive():
             begun = self._clock()
             self._now.spread()
             left = 1 << 62 if max_bytes is None else max(1, max_bytes // PIECE_BYTES)
             size = pieces = barriers = 0
             for batch in self._batches(left):
-                taken = [(bitmap, bitmap.take(numbers)) for bitmap, numbers in batch]
-                plan = self._store_pieces(taken)
+                plan = self._store_pieces(batch)
                 size, barriers = size + plan.length, barriers + plan.barriers
                 pieces += sum(len(numbers) for _, numbers in batch)
                 if deadline is not None and self._clock() - begun >= deadline:
@@ -233,19 +231,45 @@ class Tracker:
         if batch:
             yield batch
 
-    def _store_pieces(self, taken: list[tuple[Tracked, Changes]]) -> Plan:
+    def _store_pieces(
+        self, batch: list[tuple[Tracked, list[int]]], *, is_quiet: bool = False
+    ) -> Plan:
         """Stores pieces and returns how; if that fails, they are not stored, and all is over."""
+        with self._fatal():
+            try:
+                taken = [(b.live, b.take(numbers, is_quiet=is_quiet)) for b, numbers in batch]
+                plan = Plan(tuple(self._store.store(taken)))
+                self._execute(plan)
+            except BaseException:
+                for bitmap, numbers in batch:
+                    for piece in numbers:
+                        bitmap.bits.touched[piece] = 1  # INV-META
+                raise
+            return plan
+
+    @contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """Ends tracking if what is done inside does not come to its end."""
         try:
-            changes = ((bitmap.live, changes) for bitmap, changes in taken)
-            plan = Plan(tuple(self._store.store(changes)))
-            self._execute(plan)
+            yield
         except BaseException as error:
-            for bitmap, pieces in taken:
-                for piece in pieces:
-                    bitmap.bits.touched[piece] = 1  # INV-META
-            self._end("failed", error)
+            if self._state == "tracking":
+                self._end("failed", error)
             raise
-        return plan
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One thing at a time, while tracking goes on."""
+        self._gate.require_outside()
+        with self._io:
+            self._require_tracking()
+            if self._is_busy:  # with an edit, by this same thread
+                raise StateError("being edited", "left alone until that is done", "the tracker")
+            self._is_busy = True
+            try:
+                yield
+            finally:
+                self._is_busy = False
 
     def _execute(self, plan: Plan) -> None:
         """Does what the plan says, and measures how fast that goes."""
@@ -258,7 +282,11 @@ class Tracker:
                 self._barrier_seconds = max(self._barrier_seconds / 2, now - before)
             before = now
 
-        execute(plan, self._storage, None, watch)
+        try:
+            execute(plan, self._storage, None, watch)
+        except CommitError as error:
+            text = _UNKNOWN if error.outcome == "unknown" else _LOST
+            raise CommitError(error.path, error.step, error.outcome, error.reason, text) from error
         self._flushing.add(plan.length, before - begun)
 
     def stop(self) -> StopReport:
@@ -271,23 +299,18 @@ class Tracker:
                 outcome is "unknown", the bitmaps stay in_use.
             StateError: tracking has ended before.
         """
-        with self._io:
-            self._require_tracking()
+        with self._exclusive(), self._fatal():
             begun = self._clock()
             with self._gate.empty():
                 self._recorder.close("stopped")
                 self._now.spread()
-                taken = [(b, b.take(b.due().tolist(), is_quiet=True)) for b in self._now.tracked]
-                stored = self._store_pieces(taken)
+                due = [(bitmap, bitmap.due().tolist()) for bitmap in self._now.tracked]
+                stored = self._store_pieces(due, is_quiet=True)
             flags = self._store.end(bitmap.live for bitmap in self._now.tracked)
-            try:
-                self._execute(Plan(tuple(flags), commit_point=0))
-            except BaseException as error:
-                self._end("failed", error)
-                raise
+            self._execute(Plan(tuple(flags), commit_point=0))
             self._end("stopped")
             plan = Plan((*stored.steps, *flags))
-            pieces = sum(len(changes) for _, changes in taken)
+            pieces = sum(len(numbers) for _, numbers in due)
             return StopReport(plan.length, pieces, plan.barriers, self._clock() - begun)
 
     def converge(
@@ -373,15 +396,20 @@ class Tracker:
             CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
             StateError: tracking has ended before.
         """
-        with self._io:
-            self._require_tracking()
+        with self._exclusive():
             frozen = self._find(name)
+            granularity = frozen.live.entry.granularity
             draft = self._store.draft()
-            draft.add(new_name, frozen.live.entry.granularity, enabled=True)
+            draft.add(new_name, granularity, enabled=True)
             draft.find(new_name).flags |= FLAG_IN_USE
             draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
-            self._drop([frozen], [], [Tracked.of(frozen.live.fresh(new_name))])
-            self._recommit(draft, [])
+            octets = bytearray(len(frozen.live.octets))
+            fresh = Tracked.of(LiveBitmap.unplaced(new_name, granularity, octets))
+            self._store.check(draft)
+            with self._fatal():
+                self._switch([frozen], [fresh])
+                self._store_pieces([(frozen, frozen.due().tolist())])
+                self._recommit(draft)
 
     def edit(self) -> TrackerEdit:
         """Changes to the bitmaps of the image while they are tracked: ``with tracker.edit() as``.
@@ -396,37 +424,20 @@ class Tracker:
 
         return TrackerEdit(self)
 
-    def _drop(
-        self, stored: list[Tracked], dropped: list[Tracked], fresh: list[Tracked] | None = None
-    ) -> None:
-        """Marks from now on do not go to some bitmaps, of which the first are stored."""
+    def _switch(self, ended: list[Tracked], begun: list[Tracked]) -> None:
+        """Lets marks from now on go to other bitmaps; the old ones have all of those before."""
         with self._gate.empty():
             before = self._now
-            kept = (b for b in before.tracked if b not in stored and b not in dropped)
-            self._track((*kept, *(fresh or ())))
+            kept = [bitmap for bitmap in before.tracked if bitmap not in ended]
+            # What is beside them is spread afterwards, so no mark may go into them by then.
+            is_beside = before.is_beside and bool(kept)
+            now = Recording.of((*kept, *begun), self._virtual_size, is_beside=is_beside)
+            self._now = now
+            self._recorder.replace(now.granularity, now.bits)
         before.spread()
-        taken = [(bitmap, bitmap.take(bitmap.due().tolist())) for bitmap in stored]
-        if stored:
-            self._store_pieces(taken)
 
-    def _track(self, bitmaps: Iterable[Tracked]) -> None:
-        self._now = Recording.of(bitmaps, self._virtual_size)
-        self._recorder.replace(self._now.granularity, self._now.bits)
-
-    def _recommit(self, draft: Draft, started: list[str]) -> None:
-        """Commits a draft, and begins to track the bitmaps ``started``, too."""
-        kept = self._now.tracked
-        try:
-            self._store.recommit(draft, [*(bitmap.live for bitmap in kept), *started])
-        except BaseException as error:
-            self._end("failed", error)
-            raise
-        if started:
-            loaded = self._store.bitmaps[len(kept) :]
-            with self._gate.empty():
-                before = self._now
-                self._track((*kept, *map(Tracked.of, loaded)))
-            before.spread()
+    def _recommit(self, draft: Draft) -> None:
+        self._store.recommit(draft, [bitmap.live for bitmap in self._now.tracked])
 
     def _find(self, name: str) -> Tracked:
         for bitmap in self._now.tracked:
