@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from qcow2bm.bits.algebra import Op
     from qcow2bm.store.edit import Draft
     from qcow2bm.tracker.tracker import Tracker
+
+
+class _Merge(NamedTuple):
+    """What is merged into, on disk by the commit, and in memory; and what."""
+
+    stored: DraftBits | None
+    tracked: Tracked | None
+    source: Tracked | DraftBits
+    op: Op
 
 
 class TrackerEdit:
@@ -41,7 +50,7 @@ class TrackerEdit:
         self._stored: list[Tracked] = []  # which are ended, and stored
         self._dropped: list[Tracked] = []  # which are ended, and gone
         self._begun: dict[str, Tracked] = {}
-        self._merges: list[tuple[str, Tracked | DraftBits, Tracked | DraftBits, Op]] = []
+        self._merges: list[_Merge] = []
 
     def __enter__(self) -> TrackerEdit:
         if self._is_used:
@@ -80,29 +89,26 @@ class TrackerEdit:
         for name, bitmap in self._begun.items():
             bitmap.live.octets[:] = self._stored_octets(name)
         tracker._switch([*self._stored, *self._dropped], list(self._begun.values()))
-        for name, target, source, op in self._merges:
-            self._merge(name, target, source, op)
+        for step in self._merges:
+            self._merge(step)
         tracker._store_pieces([(bitmap, bitmap.due().tolist()) for bitmap in self._stored])
         tracker._recommit(self._draft)
 
-    def _merge(
-        self, name: str, target: Tracked | DraftBits, source: Tracked | DraftBits, op: Op
-    ) -> None:
+    def _merge(self, step: _Merge) -> None:
         """One of the merges: everything marked before the commit is in memory by now."""
         tracker = self._tracker
         bits: Source
-        if isinstance(source, Tracked):
-            octets = np.frombuffer(bytes(source.bits.octets), np.uint8)
-            bits = PackedSource(octets, source.live.entry.granularity, tracker._virtual_size)
+        if isinstance(step.source, Tracked):
+            octets = np.frombuffer(bytes(step.source.bits.octets), np.uint8)
+            granularity = step.source.live.entry.granularity
+            bits = PackedSource(octets, granularity, tracker._virtual_size)
         else:
-            bits = source
-        if isinstance(target, DraftBits):
-            target.combine(op, bits)
-            return
-        if name in self._begun:
-            self._draft.bits(name).combine("or", bits)  # what the commit puts on disk
-        with tracker._recorder.locked():
-            merge(target, bits, tracker._virtual_size)
+            bits = step.source
+        if step.stored:
+            step.stored.combine(step.op, bits)
+        if step.tracked:
+            with tracker._recorder.locked():
+                merge(step.tracked, bits, tracker._virtual_size)
 
     def _stored_octets(self, name: str) -> bytes:
         """All bits that the commit will find in the draft of a bitmap, in whole clusters."""
@@ -160,13 +166,18 @@ class TrackerEdit:
         into, origin = self._known(target), self._known(source)
         if into and op != "or":
             raise BitmapError(target, f'is tracked, so that nothing can be taken from it by "{op}"')
-        step = target, into or self._draft.bits(target), origin or self._draft.bits(source), op
-        sizes = [self._granularity(bits) for bits in step[1:3]]
+        # What begins in this edit is in the draft until the end, and may be disabled again.
+        stored = self._draft.bits(target) if not into or target in self._begun else None
+        taken = origin if origin and source not in self._begun else self._draft.bits(source)
+        sizes = [_granularity(into or stored), _granularity(taken)]
         if max(sizes) // min(sizes) > MAX_FACTOR:
             ratio = max(sizes) // min(sizes)
             raise LimitError("the ratio of the granularities", ratio, MAX_FACTOR)
-        self._merges.append(step)
+        self._merges.append(_Merge(stored, into, taken, op))
 
-    @staticmethod
-    def _granularity(bits: Tracked | DraftBits) -> int:
-        return bits.live.entry.granularity if isinstance(bits, Tracked) else bits.granularity
+
+def _granularity(bits: Tracked | DraftBits | None) -> int:
+    if isinstance(bits, Tracked):
+        return bits.live.entry.granularity
+    assert bits is not None
+    return bits.granularity

@@ -127,6 +127,27 @@ def test_nothing_else_is_done_inside_an_edit() -> None:
     assert dirty(data, "a") == {5}
 
 
+@pytest.mark.parametrize("names", [(b"a",), (b"a", b"b")])
+def test_what_begins_and_ends_in_one_edit_has_what_was_merged(names: tuple[bytes, ...]) -> None:
+    data = image(*names)
+    with qcow2bm.open(data, "r+") as opened, opened.track() as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        with tracker.edit() as edit:
+            edit.add("new", GRANULE)
+            edit.merge("new", "a")
+            edit.add("next", GRANULE)
+            edit.merge("next", "new")
+            edit.disable("new")
+            edit.add("gone", GRANULE)
+            edit.merge("gone", "a")
+            edit.remove("gone")
+            edit.add("gone", GRANULE)
+        tracker.mark(7 * GRANULE, 1)
+    assert dirty(data, "new") == {5}
+    assert dirty(data, "next") == {5, 7}
+    assert dirty(data, "gone") == {7}
+
+
 def test_what_an_edit_has_ended_is_left_alone_by_it() -> None:
     with qcow2bm.open(image(b"a"), "r+") as opened, opened.track() as tracker:
         with tracker.edit() as edit:
