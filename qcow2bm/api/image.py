@@ -311,6 +311,7 @@ class Image:
         names: Iterable[str] | None = None,
         *,
         others: Literal["refuse", "mark-in-use"] = "refuse",
+        reserve: bool = False,
     ) -> Tracker:
         """Begins to record writes to the disk in bitmaps, which are in_use when this returns.
 
@@ -322,6 +323,8 @@ class Image:
             others: what to do with other `auto` bitmaps that are valid, which will miss writes:
                 refuse to begin, or mark them in_use. That loses them, and makes QEMU refuse to
                 resize the image and to migrate its bitmaps until they are removed.
+            reserve: store all clusters of the bitmaps from the beginning, also those that are all
+                zeros, so that no stop ever needs a third barrier for new ones.
 
         Raises:
             ReadOnlyImageError: the image is open for reading only.
@@ -336,7 +339,7 @@ class Image:
         if not self._writable:
             raise ReadOnlyImageError()
         self._require_idle()
-        return begin(self, names, others)
+        return begin(self, names, others, reserve=reserve)
 
     def _problems_of(self, index: int) -> list[Problem]:
         self._tables()  # asks whether the image is still what it was

@@ -16,17 +16,25 @@ if TYPE_CHECKING:
     from qcow2bm.api.image import Image
 
 
-def begin(image: Image, names: Iterable[str] | None, others: str) -> Tracker:
+_NOT_BEGUN = (
+    "tracking did not begin, and bitmaps may have become in use, which cannot be undone: look with "
+    "qcow2bm dump"
+)
+
+
+def begin(image: Image, names: Iterable[str] | None, others: str, *, reserve: bool) -> Tracker:
     """See `Image.track`; the image is open for writing, and nothing else goes on."""
     storage = image._writable
     assert storage is not None
     store = LiveStore(storage)
     chosen, left_out = choose(image, names, others)
     try:
-        store.begin((b.entry for b in chosen), (b.entry for b in left_out))
-    except CommitError:
+        store.begin((b.entry for b in chosen), (b.entry for b in left_out), reserve=reserve)
+    except CommitError as error:
         image._leave("in doubt after a failed commit", "opened again")
-        raise
+        raise CommitError(
+            error.path, error.step, error.outcome, error.reason, _NOT_BEGUN
+        ) from error
     image._generation += 1  # what was read before is not so any more
     image._tracker = Tracker(storage, store, image.virtual_size, on_end=lambda: _end(image))
     return image._tracker

@@ -93,6 +93,7 @@ class LiveStore:
         """
         self._storage = storage
         self._bitmaps: list[LiveBitmap] = []
+        self._reserves = False
         self._load()
         require_editable(self._file, self._directory, self._survey, self._header_problems)
 
@@ -103,8 +104,16 @@ class LiveStore:
         self._survey = survey(self._file, self._directory, self._header_problems)
         self.cluster_size = self._file.cluster_size
 
-    def begin(self, entries: Iterable[DirectoryEntry], others: Iterable[DirectoryEntry]) -> None:
+    def begin(
+        self,
+        entries: Iterable[DirectoryEntry],
+        others: Iterable[DirectoryEntry],
+        *,
+        reserve: bool = False,
+    ) -> None:
         """Loads bitmaps and sets their in_use, and that of ``others``, for which there is room.
+
+        With ``reserve`` all their clusters are stored from now on, also those that are all zeros.
 
         Raises:
             CommitError: a write or barrier failed.
@@ -118,6 +127,34 @@ class LiveStore:
         steps += [_flags_write(entry, entry.flags | FLAG_IN_USE) for entry in others]
         plan = Plan((*steps, Barrier("in_use of the tracked bitmaps")), begun)
         execute(plan, self._storage, self._file.file_size)
+        self._reserves = reserve
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Gives every cluster that has none its place, where that is wanted."""
+        zeroes = [] if not self._reserves else self._bitmaps
+        data: list[Write] = []
+        tables: list[Write] = []
+        for bitmap in zeroes:
+            numbers = {number for number, word in enumerate(bitmap.words) if word == ZEROES}
+            for number in numbers:
+                bitmap.words[number] = self._take_cluster()
+                start = number * self.cluster_size
+                content = bytes(bitmap.octets[start : start + self.cluster_size])
+                what = "bitmap data in new clusters"
+                data.append(Write(bitmap.words[number], (content,), what))
+            tables += _table_writes(bitmap, numbers)
+        if data:
+            execute(Plan(tuple(self._in_order(data, tables))), self._storage, None)
+
+    def _in_order(self, data: list[Write], tables: list[Write]) -> list[Step]:
+        """Data and refcounts before the table entries that lead there."""
+        counts = self._allocator.refcounts.take_count_writes("refcounts of new clusters")
+        data.sort(key=lambda write: write.offset)
+        steps: list[Step] = [*coalesce(data), *coalesce(counts), Barrier("bitmap data")]
+        if tables:
+            steps += [*coalesce(tables), Barrier("bitmap table entries")]
+        return steps
 
     @property
     def bitmaps(self) -> tuple[LiveBitmap, ...]:
@@ -173,6 +210,7 @@ class LiveStore:
                 execute(plan, self._storage, self._file.file_size)
             except CommitError as error:
                 raise CommitError(error.path, error.step, "new", error.reason) from error
+        self._reserve()
 
     def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
         """Clears in_use of bitmaps whose bits are stored: each by one write within a sector."""
@@ -200,12 +238,7 @@ class LiveStore:
             tables += _table_writes(bitmap, new_entries)
         if not data:
             return []
-        counts = self._allocator.refcounts.take_count_writes("refcounts of new clusters")
-        data.sort(key=lambda write: write.offset)
-        steps: list[Step] = [*coalesce(data), *coalesce(counts), Barrier("bitmap data")]
-        if tables:
-            steps += [*coalesce(tables), Barrier("bitmap table entries")]
-        return steps
+        return self._in_order(data, tables)
 
     def _piece(
         self, bitmap: LiveBitmap, piece: int, content: Buffer, new_entries: set[int]

@@ -251,3 +251,19 @@ def test_a_block_whose_tracking_has_failed_does_not_end_quietly() -> None:
 
     with qcow2bm.open(storage, "r+") as opened, pytest.raises(qcow2bm.StateError, match="failed"):
         work()
+
+
+@pytest.mark.spec("TRACK-10")
+def test_with_clusters_reserved_no_stop_needs_new_ones() -> None:
+    data = image(b"a", b"b")
+    with qcow2bm.open(data, "r+") as opened:
+        tracker = opened.track(reserve=True)
+        tracker.mark(5 * GRANULE, 1)
+        assert tracker.stop().barriers == 2
+        assert opened.bitmaps["a"].clusters == (0, 0, 4)
+        tracker = opened.track(reserve=True)
+        tracker.rotate("a", "c")
+        tracker.mark(7 * GRANULE, 1)
+        assert tracker.stop().barriers == 2
+        assert opened.problems == ()
+    assert (dirty(data, "a"), dirty(data, "b"), dirty(data, "c")) == ({5}, {5, 7}, {7})
