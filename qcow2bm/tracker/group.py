@@ -35,6 +35,9 @@ class TrackerGroup:
         return self._all(lambda tracker: tracker.stop())
 
     def _all(self, work: Callable[[Tracker], _Result]) -> dict[str, _Result | Exception]:
+        for tracker in self._trackers.values():
+            tracker._require_free()
+
         def attempt(tracker: Tracker) -> _Result | Exception:
             try:
                 return work(tracker)

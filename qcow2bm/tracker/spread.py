@@ -117,8 +117,8 @@ def _add_pieces(bits: Bits, source: Octets, pieces: NDArray[np.int64]) -> None:
         some = pieces[start : start + 256]
         copy = fine[some]  # of bits that stay as they are
         is_new = (copy & ~target[some]).any(axis=1)
+        touched[some[is_new]] = 1  # first: an interrupt must leave no bit that counts as stored
         target[some[is_new]] |= copy[is_new]
-        touched[some[is_new]] = 1
 
 
 def _runs(pieces: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -145,8 +145,9 @@ def _set(bits: Bits, first: int, octets: Octets) -> None:
     target = np.frombuffer(bits.octets, np.uint8)[first : first + len(octets)]
     new = np.flatnonzero(octets & ~target)
     if len(new):
-        target |= octets
+        # First: an interrupt must leave no bit that counts as stored.
         np.frombuffer(bits.touched, np.uint8)[(first + new) // PIECE_BYTES] = 1
+        target |= octets
 
 
 def merge(bitmap: Tracked, source: Source, virtual_size: int) -> None:

@@ -9,7 +9,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event, RLock, Thread
+from threading import Event, Lock, Thread, get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
@@ -107,8 +107,8 @@ class Tracker:
         self._now = Recording.of(map(Tracked.of, store.bitmaps), virtual_size)
         self._recorder = Recorder(virtual_size, self._now.granularity, self._now.bits)
         self._gate = Gate()
-        self._io = RLock()  # one flush, stop or rotation at a time
-        self._is_busy = False
+        self._io = Lock()  # one flush, stop or rotation at a time
+        self._busy_thread: int | None = None
         self._state: State = "tracking"
         self._cause: BaseException | None = None  # of its failure
         self._flushing = Rate()
@@ -260,16 +260,20 @@ class Tracker:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One thing at a time, while tracking goes on."""
-        self._gate.require_outside()
+        self._require_free()
         with self._io:
             self._require_tracking()
-            if self._is_busy:  # with an edit, by this same thread
-                raise StateError("being edited", "left alone until that is done", "the tracker")
-            self._is_busy = True
             try:
+                self._busy_thread = get_ident()
                 yield
             finally:
-                self._is_busy = False
+                self._busy_thread = None
+
+    def _require_free(self) -> None:
+        """Raises `StateError` in a thread that would wait for itself."""
+        self._gate.require_outside()
+        if self._busy_thread == get_ident():
+            raise StateError("being edited", "left alone until that is done", "the tracker")
 
     def _execute(self, plan: Plan) -> None:
         """Does what the plan says, and measures how fast that goes."""
@@ -358,6 +362,7 @@ class Tracker:
         With ``max_bytes_per_second`` at most about so much bitmap data. If a flush fails,
         tracking has ended, and the next call of anything says so with the error as its cause.
         """
+        self._require_free()
         limit = None if max_bytes_per_second is None else int(max_bytes_per_second * interval)
         is_over = Event()
 
@@ -447,6 +452,7 @@ class Tracker:
 
     def abandon(self) -> None:
         """Ends tracking at once: nothing is written, and the bitmaps stay in_use."""
+        self._require_free()
         with self._io:
             if self._state == "tracking":
                 self._end("abandoned")

@@ -174,6 +174,25 @@ def test_inside_a_write_nothing_is_waited_for() -> None:
         tracker.flush()
 
 
+def test_a_write_may_end_in_another_thread() -> None:
+    with qcow2bm.open(image(b"a"), "r+") as opened, opened.track() as tracker:
+        writing = tracker.writing(0, 1)
+        writing.__enter__()
+        thread = threading.Thread(target=writing.__exit__, args=(None, None, None))
+        thread.start()
+        thread.join()
+        assert tracker.flush().pieces == 1
+
+
+def test_a_group_does_not_wait_for_its_own_thread() -> None:
+    with qcow2bm.open(image(b"a"), "r+") as opened, opened.track() as tracker:
+        group = qcow2bm.TrackerGroup({"disk": tracker})
+        with tracker.writing(0, 1), pytest.raises(qcow2bm.StateError, match="inside a write"):
+            group.stop()
+        with tracker.edit(), pytest.raises(qcow2bm.StateError, match="being edited"):
+            group.stop()
+
+
 def edit_again(tracker: Tracker) -> None:
     with tracker.edit():
         pytest.fail("was let in")
