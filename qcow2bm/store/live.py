@@ -203,14 +203,14 @@ class LiveStore:
         for bitmap in self._bitmaps:
             bitmap.entry = entries[bitmap.name]
             bitmap.words = read_words(self._file, bitmap.entry)
-        steps = self._set_aside()
-        if steps:
-            plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
-            try:
+        try:
+            steps = self._set_aside()
+            if steps:
+                plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
                 execute(plan, self._storage, self._file.file_size)
-            except CommitError as error:
-                raise CommitError(error.path, error.step, "new", error.reason) from error
-        self._reserve()
+            self._reserve()
+        except CommitError as error:  # the commit itself is done
+            raise CommitError(error.path, error.step, "new", error.reason) from error
 
     def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
         """Clears in_use of bitmaps whose bits are stored: each by one write within a sector."""

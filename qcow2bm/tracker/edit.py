@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
 
 class _Merge(NamedTuple):
-    """What is merged into, on disk by the commit, and in memory; and what."""
+    """What is merged, and into what: in memory, or on disk by the commit."""
 
-    stored: DraftBits | None
-    tracked: Tracked | None
+    target: Tracked | DraftBits
     source: Tracked | DraftBits
     op: Op
 
@@ -86,11 +85,12 @@ class TrackerEdit:
 
     def _commit(self) -> None:
         tracker = self._tracker
-        for name, bitmap in self._begun.items():
-            bitmap.live.octets[:] = self._stored_octets(name)
         tracker._switch([*self._stored, *self._dropped], list(self._begun.values()))
         for step in self._merges:
             self._merge(step)
+        for name, bitmap in self._begun.items():  # in memory is all that will be on disk
+            with tracker._recorder.locked():
+                merge(bitmap, self._draft.bits(name), tracker._virtual_size)
         tracker._store_pieces([(bitmap, bitmap.due().tolist()) for bitmap in self._stored])
         tracker._recommit(self._draft)
 
@@ -104,16 +104,11 @@ class TrackerEdit:
             bits = PackedSource(octets, granularity, tracker._virtual_size)
         else:
             bits = step.source
-        if step.stored:
-            step.stored.combine(step.op, bits)
-        if step.tracked:
+        if isinstance(step.target, DraftBits):
+            step.target.combine(step.op, bits)
+        else:
             with tracker._recorder.locked():
-                merge(step.tracked, bits, tracker._virtual_size)
-
-    def _stored_octets(self, name: str) -> bytes:
-        """All bits that the commit will find in the draft of a bitmap, in whole clusters."""
-        length = len(self._begun[name].live.octets)
-        return self._draft.bits(name).octets(0, length).tobytes()
+                merge(step.target, bits, tracker._virtual_size)
 
     def _known(self, name: str) -> Tracked | None:
         """The bitmap if it is tracked or will be; raises for one that this edit has ended."""
@@ -135,9 +130,13 @@ class TrackerEdit:
 
     def add(self, name: str, granularity: int | None = None, enabled: bool = True) -> None:
         """Adds a clean bitmap; it is tracked if it is ``enabled``."""
-        self._draft.add(name, granularity, enabled=enabled)
+        self._draft.add(name, granularity, enabled=False)
         if enabled:
-            self._begin(name)
+            try:
+                self._begin(name)
+            except BaseException:
+                self._draft.remove(name)
+                raise
 
     def remove(self, name: str) -> None:
         """Removes a bitmap, tracked or not."""
@@ -166,18 +165,17 @@ class TrackerEdit:
         into, origin = self._known(target), self._known(source)
         if into and op != "or":
             raise BitmapError(target, f'is tracked, so that nothing can be taken from it by "{op}"')
-        # What begins in this edit is in the draft until the end, and may be disabled again.
-        stored = self._draft.bits(target) if not into or target in self._begun else None
-        taken = origin if origin and source not in self._begun else self._draft.bits(source)
-        sizes = [_granularity(into or stored), _granularity(taken)]
+        step = _Merge(self._bits(target, into), self._bits(source, origin), op)
+        sizes = [_granularity(step.target), _granularity(step.source)]
         if max(sizes) // min(sizes) > MAX_FACTOR:
             ratio = max(sizes) // min(sizes)
             raise LimitError("the ratio of the granularities", ratio, MAX_FACTOR)
-        self._merges.append(_Merge(stored, into, taken, op))
+        self._merges.append(step)
+
+    def _bits(self, name: str, tracked: Tracked | None) -> Tracked | DraftBits:
+        """Where its bits are: what begins in this edit is in the draft until the end."""
+        return self._draft.bits(name) if not tracked or name in self._begun else tracked
 
 
-def _granularity(bits: Tracked | DraftBits | None) -> int:
-    if isinstance(bits, Tracked):
-        return bits.live.entry.granularity
-    assert bits is not None
-    return bits.granularity
+def _granularity(bits: Tracked | DraftBits) -> int:
+    return bits.live.entry.granularity if isinstance(bits, Tracked) else bits.granularity

@@ -158,7 +158,7 @@ class Tracker:
         """Around a write of the guest: marks it first, and lets `stop` wait until it is done.
 
         Raises as `mark` does, before the block begins. Inside it, whatever may have to wait for
-        writes raises `StateError`: `pending`, `flush`, `stop`, `rotate` and `edit`.
+        writes raises `StateError`: `pending`, `flush`, `stop`, `abandon`, `rotate`, `edit`.
         """
         with self._gate.passage():
             self.mark(start, length)
@@ -398,7 +398,9 @@ class Tracker:
             BitmapNotFoundError: no bitmap of that name is tracked.
             BitmapExistsError, LimitError, ValueError: there cannot be one of the new name. Tracking
                 goes on.
-            CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
+            CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use,
+                but for the frozen one if the commit was done.
+            StorageError: there is no room, or reading failed.
             StateError: tracking has ended before.
         """
         with self._exclusive():
@@ -442,7 +444,10 @@ class Tracker:
         before.spread()
 
     def _recommit(self, draft: Draft) -> None:
-        self._store.recommit(draft, [bitmap.live for bitmap in self._now.tracked])
+        try:
+            self._store.recommit(draft, [bitmap.live for bitmap in self._now.tracked])
+        except CommitError as error:
+            raise CommitError(error.path, error.step, error.outcome, error.reason, _LOST) from error
 
     def _find(self, name: str) -> Tracked:
         for bitmap in self._now.tracked:
@@ -451,7 +456,13 @@ class Tracker:
         raise BitmapNotFoundError(name, "is not tracked")
 
     def abandon(self) -> None:
-        """Ends tracking at once: nothing is written, and the bitmaps stay in_use."""
+        """Ends tracking: nothing more is written, and the bitmaps stay in_use.
+
+        Waits for a flush or an edit that another thread is at.
+
+        Raises:
+            StateError: inside `writing` or `edit`.
+        """
         self._require_free()
         with self._io:
             if self._state == "tracking":

@@ -148,6 +148,24 @@ def test_what_begins_and_ends_in_one_edit_has_what_was_merged(names: tuple[bytes
     assert dirty(data, "gone") == {7}
 
 
+@pytest.mark.parametrize("names", [(b"a",), (b"a", b"b")])
+def test_what_is_merged_into_before_it_begins(names: tuple[bytes, ...]) -> None:
+    """Whatever is flushed later must not take it away again."""
+    data = image(*names)
+    with qcow2bm.open(data, "r+") as opened, opened.track() as tracker:
+        tracker.mark(5 * GRANULE, 1)
+        with tracker.edit() as edit:
+            edit.merge("off", "a")
+            edit.enable("off")
+            edit.add("new", GRANULE, enabled=False)
+            edit.merge("new", "off")
+            edit.enable("new")
+            edit.disable("new")
+            edit.enable("new")
+        tracker.mark(7 * GRANULE, 1)
+    assert (dirty(data, "off"), dirty(data, "new")) == ({5, 7}, {5, 7})
+
+
 def test_what_an_edit_has_ended_is_left_alone_by_it() -> None:
     with qcow2bm.open(image(b"a"), "r+") as opened, opened.track() as tracker:
         with tracker.edit() as edit:
