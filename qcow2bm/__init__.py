@@ -40,13 +40,16 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedError,
     )
+    from qcow2bm.migration.evidence import Fate
     from qcow2bm.problems import Problem
     from qcow2bm.storage.base import Storage, WritableStorage
     from qcow2bm.store.load import Totals
     from qcow2bm.tracker.group import TrackerGroup
+    from qcow2bm.tracker.handover import Activation
     from qcow2bm.tracker.tracker import Convergence, FlushReport, Pending, StopReport, Tracker
 
 __all__ = [
+    "Activation",
     "Barrier",
     "Bitmap",
     "BitmapBrokenError",
@@ -59,6 +62,7 @@ __all__ = [
     "CommitError",
     "Convergence",
     "Edit",
+    "Fate",
     "FlushReport",
     "FormatError",
     "Image",
@@ -85,6 +89,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Activation": "qcow2bm.tracker.handover",
+    "Fate": "qcow2bm.migration.evidence",
     "Convergence": "qcow2bm.tracker.tracker",
     "FlushReport": "qcow2bm.tracker.tracker",
     "Pending": "qcow2bm.tracker.tracker",

@@ -19,6 +19,7 @@ from qcow2bm.format.features import Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.base import Storage, WritableStorage
+from qcow2bm.storage.held import HeldStorage
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.store.directory import load_directory, verify_directory, verify_entry
 from qcow2bm.store.entries import why_not_found
@@ -119,9 +120,9 @@ class Image:
     ) -> None:
         """See `open`; ``writable`` is the storage once more if it is to be edited."""
         self.name = storage.name
-        self._storage = storage
+        self._writable = HeldStorage(writable) if writable else None
+        self._storage: Storage = self._writable or storage
         self._force_share = force_share
-        self._writable = writable
         self._edit: Edit | None = None
         self._tracker: Tracker | None = None
         self._generation = 0
@@ -129,8 +130,9 @@ class Image:
         if is_owner:
             self._opened.callback(storage.close)
         try:
-            if writable:
-                self._opened.enter_context(writable.write_lock(lock_timeout))
+            if self._writable:
+                self._opened.callback(self._writable.release)
+                self._writable.acquire(lock_timeout)
             self._load()
         except BaseException:
             self.close()
@@ -312,6 +314,7 @@ class Image:
         *,
         others: Literal["refuse", "mark-in-use"] = "refuse",
         reserve: bool = False,
+        generation: bool | None = None,
     ) -> Tracker:
         """Begins to record writes to the disk in bitmaps, which are in_use when this returns.
 
@@ -325,6 +328,9 @@ class Image:
                 resize the image and to migrate its bitmaps until they are removed.
             reserve: store all clusters of the bitmaps from the beginning, also those that are all
                 zeros, so that no stop ever needs a third barrier for new ones.
+            generation: True to record in the header, from now on, who wrote to the image last,
+                which tells more after a migration; False to end that. It uses an autoclear bit
+                that is not registered with the format, see spec/lifecycle.md.
 
         Raises:
             ReadOnlyImageError: the image is open for reading only.
@@ -339,7 +345,7 @@ class Image:
         if not self._writable:
             raise ReadOnlyImageError()
         self._require_idle()
-        return begin(self, names, others, reserve=reserve)
+        return begin(self, names, others, reserve=reserve, generation=generation)
 
     def _problems_of(self, index: int) -> list[Problem]:
         self._tables()  # asks whether the image is still what it was

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qcow2bm.errors import BitmapError, CommitError, Qcow2BmError
+from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.store.live import LiveStore
 from qcow2bm.store.status import VALID
 from qcow2bm.tracker.tracker import Tracker
@@ -22,14 +23,27 @@ _NOT_BEGUN = (
 )
 
 
-def begin(image: Image, names: Iterable[str] | None, others: str, *, reserve: bool) -> Tracker:
+def begin(
+    image: Image,
+    names: Iterable[str] | None,
+    others: str,
+    *,
+    reserve: bool,
+    generation: bool | None,
+) -> Tracker:
     """See `Image.track`; the image is open for writing, and nothing else goes on."""
     storage = image._writable
     assert storage is not None
+    remove_sentinels(image)
     store = LiveStore(storage)
     chosen, left_out = choose(image, names, others)
     try:
-        store.begin((b.entry for b in chosen), (b.entry for b in left_out), reserve=reserve)
+        store.begin(
+            (b.entry for b in chosen),
+            (b.entry for b in left_out),
+            reserve=reserve,
+            generation=generation,
+        )
     except CommitError as error:
         image._leave("in doubt after a failed commit", "opened again")
         raise CommitError(
@@ -38,6 +52,15 @@ def begin(image: Image, names: Iterable[str] | None, others: str, *, reserve: bo
     image._generation += 1  # what was read before is not so any more
     image._tracker = Tracker(storage, store, image.virtual_size, on_end=lambda: _end(image))
     return image._tracker
+
+
+def remove_sentinels(image: Image) -> None:
+    """Removes what hand-overs left behind, which would keep QEMU from some things."""
+    names = [name for name in image.bitmaps if is_sentinel(name)]
+    if names and image.is_consistent:
+        with image.edit() as edit:
+            for name in names:
+                edit.remove(name)
 
 
 def choose(
@@ -83,6 +106,9 @@ def _end(image: Image) -> None:
     image._tracker = None
     image._file.close()
     image._generation += 1
+    if image._writable and not image._writable.is_held:
+        image._leave("in other hands", "opened again")
+        return
     try:
         image._load()
     except Qcow2BmError:

@@ -10,8 +10,8 @@ from functools import cached_property
 
 from qcow2bm.errors import ChangedWhileReadingError, FormatError, LimitError, StateError
 from qcow2bm.format import extensions, features
-from qcow2bm.format.extensions import HeaderExtension
-from qcow2bm.format.features import Feature, FeatureNames
+from qcow2bm.format.extensions import Generation, HeaderExtension
+from qcow2bm.format.features import AUTOCLEAR_GENERATION, KNOWN_AUTOCLEAR, Feature, FeatureNames
 from qcow2bm.format.header import FIELD_OFFSETS, V3_LENGTH, parse_header
 from qcow2bm.storage.base import Storage, read_bytes, read_exactly
 from qcow2bm.units import align_up
@@ -99,6 +99,20 @@ class ClusterFile:
             raise ValueError(f"kind is {kind!r}, must be one of {features.KINDS}")
         mask: int = getattr(self.header, f"{kind}_features")
         return features.features(kind, mask, self.feature_names)
+
+    @cached_property
+    def generation(self) -> Generation | None:
+        """Who wrote last, if that is recorded; see spec/lifecycle.md."""
+        found = self.find(extensions.GENERATION)
+        is_set = self.header.autoclear_features & AUTOCLEAR_GENERATION
+        if not is_set or not found or len(found.data) != extensions.GENERATION_LENGTH:
+            return None
+        return extensions.parse_generation(found.data)
+
+    @property
+    def known_autoclear(self) -> int:
+        """The autoclear bits that a writer here keeps true; it has to clear all others."""
+        return KNOWN_AUTOCLEAR | (AUTOCLEAR_GENERATION if self.generation else 0)
 
     def find(self, type: int) -> HeaderExtension | None:
         """The last header extension of a type, which is the one QEMU goes by."""

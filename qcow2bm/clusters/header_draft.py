@@ -8,6 +8,7 @@ of the header extensions, and is not the name of the backing file, is free for p
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,13 +25,21 @@ from qcow2bm.errors import LimitError, UnsupportedError
 from qcow2bm.format.extensions import (
     BITMAPS,
     BITMAPS_LENGTH,
+    FEATURE_NAMES,
+    GENERATION,
     HEAD_LENGTH,
     PADDING,
+    Generation,
     HeaderExtension,
     HeaderExtensions,
     build_extensions,
+    build_generation,
 )
-from qcow2bm.format.features import AUTOCLEAR_BITMAPS, KNOWN_AUTOCLEAR
+from qcow2bm.format.features import (
+    AUTOCLEAR_BITMAPS,
+    AUTOCLEAR_GENERATION,
+    with_generation_name,
+)
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.units import align_up
 
@@ -57,6 +66,9 @@ class HeaderDraft:
 
     Every method plans one change on top of those planned before, so their steps must be done in
     the order in which they were asked for.
+
+    Attributes:
+        generation: what the header will say of it; None where it is not recorded.
     """
 
     def __init__(self, file: ClusterFile) -> None:
@@ -66,6 +78,8 @@ class HeaderDraft:
         self._extensions = list(file.area.extensions)
         self._has_end = len(file.area.end) == HEAD_LENGTH
         self._name_size = file.header.backing_file_size if self._name_offset else 0
+        self._known_autoclear = file.known_autoclear
+        self.generation = file.generation
 
     @property
     def _name_offset(self) -> int:
@@ -77,9 +91,9 @@ class HeaderDraft:
     def _set_number(self, offset: int, value: int) -> None:
         self._data[offset : offset + 8] = value.to_bytes(8, "big")
 
-    def _set_autoclear(self, *, is_set: bool) -> None:
-        bits = self._number(_AUTOCLEAR) & ~AUTOCLEAR_BITMAPS
-        self._set_number(_AUTOCLEAR, bits | (AUTOCLEAR_BITMAPS if is_set else 0))
+    def _set_autoclear(self, bit: int = AUTOCLEAR_BITMAPS, *, is_set: bool) -> None:
+        bits = self._number(_AUTOCLEAR) & ~bit
+        self._set_number(_AUTOCLEAR, bits | (bit if is_set else 0))
 
     def _write(self, start: int, stop: int, what: str) -> Write:
         return Write(start, (bytes(self._data[start:stop]),), what)
@@ -107,19 +121,66 @@ class HeaderDraft:
     def clear_unknown_autoclear(self) -> list[Step]:
         """Clears the autoclear bits of features unknown here, which a change makes untrue."""
         bits = self._number(_AUTOCLEAR)
-        if not bits & ~KNOWN_AUTOCLEAR:
+        if not bits & ~self._known_autoclear:
             return []
-        self._set_number(_AUTOCLEAR, bits & KNOWN_AUTOCLEAR)
+        self._set_number(_AUTOCLEAR, bits & self._known_autoclear)
         write = self._write(_AUTOCLEAR, _AUTOCLEAR + 8, "autoclear bits of unknown features")
         return [write, Barrier("their clearing")]
 
-    def _payload_offset(self, extensions: Sequence[HeaderExtension]) -> int:
-        place = self._start
-        for extension in extensions:
-            if extension.type == BITMAPS:
-                return place + HEAD_LENGTH
-            place += extension.size
-        raise ValueError("there is no bitmaps extension")
+    def renew_generation(self) -> tuple[Write, ...]:
+        """Says that somebody else writes now, where that is recorded.
+
+        The write must be durable before, or together with, the first change that counts. If it
+        is torn, that is another token, too.
+        """
+        if not self.generation:
+            return ()
+        self.generation = _next(self.generation)
+        payload = build_generation(self.generation)
+        place = self._payload_offset(self._extensions, GENERATION)
+        self._data[place : place + len(payload)] = payload
+        self._extensions = [
+            e._replace(data=payload) if e.type == GENERATION else e for e in self._extensions
+        ]
+        return (Write(place, (payload,), "token of the generation"),)
+
+    def begin_generation(self) -> list[Step]:
+        """Makes the generation recorded from now on; the steps end with a barrier, if any.
+
+        Raises:
+            LimitError: the first cluster has no room for it.
+            UnsupportedError: the header is laid out in a way that cannot be changed safely.
+        """
+        if self.generation:
+            return []
+        self.generation = _next(Generation(b"", 0))
+        mine = HeaderExtension(GENERATION, build_generation(self.generation), b"")
+        names = next((e.data for e in self._extensions if e.type == FEATURE_NAMES), b"")
+        names = with_generation_name(names)
+        named = HeaderExtension(FEATURE_NAMES, names, bytes(-len(names) % 8))
+        others = [e for e in self._extensions if e.type not in (FEATURE_NAMES, GENERATION)]
+        steps = self._rewrite(self._straight([*others, named, mine]))
+        self._set_autoclear(AUTOCLEAR_GENERATION, is_set=True)
+        self._known_autoclear |= AUTOCLEAR_GENERATION
+        what = "autoclear bit of the generation"
+        return [*steps, self._write(_AUTOCLEAR, _AUTOCLEAR + 8, what), Barrier(what)]
+
+    def end_generation(self) -> list[Step]:
+        """Lets the generation be recorded no more; raises as `begin_generation` does."""
+        if not self.generation:
+            return []
+        self.generation = None
+        self._set_autoclear(AUTOCLEAR_GENERATION, is_set=False)
+        what = "autoclear bit of the generation"
+        cleared: list[Step] = [self._write(_AUTOCLEAR, _AUTOCLEAR + 8, what), Barrier(what)]
+        others = [e for e in self._extensions if e.type != GENERATION]
+        return cleared + self._rewrite(self._straight(others))
+
+    def _payload_offset(self, extensions: Sequence[HeaderExtension], type: int = BITMAPS) -> int:
+        """Where the data of the one extension of that type begin."""
+        area = HeaderExtensions(tuple(extensions), b"")
+        places = zip(extensions, area.offsets(self._start), strict=True)
+        return next(place for extension, place in places if extension.type == type) + HEAD_LENGTH
 
     def straighten(self) -> list[Step]:
         """Moves the bitmaps extension to where its payload lies within one sector.
@@ -132,12 +193,16 @@ class HeaderDraft:
         """
         if is_in_one_sector(self._payload_offset(self._extensions), BITMAPS_LENGTH):
             return []
-        others = [e for e in self._extensions if e.type not in (BITMAPS, PADDING)]
-        (mine,) = (e for e in self._extensions if e.type == BITMAPS)
+        return self._rewrite(self._straight(self._extensions))
+
+    def _straight(self, extensions: Sequence[HeaderExtension]) -> list[HeaderExtension]:
+        """An order in which the payload of the bitmaps extension lies within one sector."""
+        others = [e for e in extensions if e.type not in (BITMAPS, PADDING)]
+        mine = [e for e in extensions if e.type == BITMAPS]
         for number in range(len(others), -1, -1):
-            order = [*others[:number], mine, *others[number:]]
-            if is_in_one_sector(self._payload_offset(order), BITMAPS_LENGTH):
-                return self._rewrite(order)
+            order = [*others[:number], *mine, *others[number:]]
+            if not mine or is_in_one_sector(self._payload_offset(order), BITMAPS_LENGTH):
+                return order
         raise UnsupportedError("a bitmaps extension that has no place within one sector")
 
     def replace(self, payload: bytes) -> Switch:
@@ -322,3 +387,7 @@ class HeaderDraft:
         write = self._write(_BACKING_OFFSET, _BACKING_OFFSET + 8, place)
         moved: list[Step] = [write, Barrier(place)]
         return stretch + moved if list_first else moved + stretch
+
+
+def _next(generation: Generation) -> Generation:
+    return Generation(secrets.token_bytes(16), (generation.counter + 1) % (1 << 64))

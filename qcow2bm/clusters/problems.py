@@ -185,9 +185,7 @@ def _features(file: ClusterFile) -> Iterator[Problem]:
             "header.incompatible_features.extended-l2",
             "has extended L2 entries, which need clusters of 16 KiB or more",
         )
-    names = [
-        _named(f) for f in file.features("autoclear") if not features.KNOWN_AUTOCLEAR >> f.bit & 1
-    ]
+    names = [_named(f) for f in file.features("autoclear") if not file.known_autoclear >> f.bit & 1]
     if names:
         yield _at("header.autoclear_features.unknown", f"has unknown bits set: {', '.join(names)}")
     if (

@@ -16,6 +16,8 @@ FEATURE_NAMES = 0x6803F857
 BITMAPS = 0x23852875
 CRYPTO = 0x0537BE77
 DATA_FILE = 0x44415441
+GENERATION = 0x51424D47
+"""This library's own: who wrote to the image last, see spec/lifecycle.md."""
 PADDING = 0x51424D50
 """This library's own: data without meaning, there only while an interrupted change waits."""
 
@@ -25,6 +27,7 @@ NAMES = {
     BITMAPS: "bitmaps",
     CRYPTO: "crypto header",
     DATA_FILE: "external data file name",
+    GENERATION: "generation of qcow2bm",
     PADDING: "padding of qcow2bm",
 }
 
@@ -41,12 +44,14 @@ _BITMAPS = Struct(
     "bitmap_directory_offset" / Int64ub,
 )
 _CRYPTO = Struct("offset" / Int64ub, "length" / Int64ub)
+_GENERATION = Struct("token" / Bytes(16), "counter" / Int64ub)
 
 # Into the largest cluster go 262,144 empty ones; construct would need seconds for them.
 _READ_HEAD = flat_struct(_HEAD)
 HEAD_LENGTH = _READ_HEAD.size
 BITMAPS_LENGTH = _BITMAPS.sizeof()
 CRYPTO_LENGTH = _CRYPTO.sizeof()
+GENERATION_LENGTH = _GENERATION.sizeof()
 
 
 class HeaderExtension(NamedTuple):
@@ -98,6 +103,17 @@ class BitmapsExtension(NamedTuple):
     reserved: int
     bitmap_directory_size: int
     bitmap_directory_offset: int
+
+
+class Generation(NamedTuple):
+    """The data of the generation extension, 24 bytes.
+
+    ``token`` is drawn anew by every writer that knows it, and never comes again; ``counter`` says
+    how often, for people to look at.
+    """
+
+    token: bytes
+    counter: int
 
 
 class CryptoHeader(NamedTuple):
@@ -198,3 +214,25 @@ def build_crypto_header(header: CryptoHeader) -> bytes:
         FormatError: a value does not fit its field.
     """
     return build(_CRYPTO, header._asdict(), "crypto header extension")
+
+
+def parse_generation(data: bytes, offset: int = 0) -> Generation:
+    """The generation in the 24 bytes of its extension; ``offset`` is their host offset.
+
+    Raises:
+        FormatError: ``data`` has another length.
+    """
+    if len(data) != GENERATION_LENGTH:
+        reason = f"is {len(data)}, must be {GENERATION_LENGTH}"
+        raise FormatError("generation extension", "length", offset - 4, reason)
+    fields = parse(_GENERATION, data, "generation extension", offset)
+    return Generation(fields.token, fields.counter)
+
+
+def build_generation(generation: Generation) -> bytes:
+    """The 24 bytes of data of the generation extension.
+
+    Raises:
+        FormatError: a value does not fit its field.
+    """
+    return build(_GENERATION, generation._asdict(), "generation extension")

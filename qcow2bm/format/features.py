@@ -17,6 +17,10 @@ INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_RAW_DATA_FILE = 1 << 1
 
+AUTOCLEAR_GENERATION = 1 << 63
+"""This library's own, see spec/lifecycle.md; means something only with its header extension."""
+GENERATION_NAME = "qcow2bm generation"
+
 KNOWN_INCOMPATIBLE = 0b11111
 KNOWN_AUTOCLEAR = 0b11
 
@@ -81,6 +85,15 @@ def build_feature_names(names: FeatureNames) -> bytes:
     """
     entries = [entry._asdict() for entry in names.entries]
     return build(_TABLE, {"entries": entries, "rest": names.rest}, "feature name table")
+
+
+def with_generation_name(data: bytes) -> bytes:
+    """The data of a feature name table with the name of this library's own bit in it."""
+    names = parse_feature_names(data)
+    bit = AUTOCLEAR_GENERATION.bit_length() - 1
+    own = FeatureName(KINDS.index("autoclear"), bit, GENERATION_NAME.encode().ljust(46, b"\0"))
+    others = tuple(e for e in names.entries if (e.kind, e.bit) != (own.kind, own.bit))
+    return build_feature_names(FeatureNames((*others, own), names.rest))
 
 
 def features(kind: str, mask: int, names: FeatureNames) -> tuple[Feature, ...]:

@@ -90,6 +90,13 @@ class WritableStorage(Storage, Protocol):
         """
         ...
 
+    def refresh(self) -> None:
+        """Forgets all that is cached here, so that what another host wrote is read from now on.
+
+        Called with the lock held, before the first read, after the image was in other hands.
+        """
+        ...
+
 
 def read_exactly(storage: Storage, offset: int, buffer: memoryview) -> None:
     """Fills ``buffer`` from byte ``offset`` on.

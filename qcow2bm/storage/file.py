@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from qcow2bm.errors import StateError, StorageError, UnsupportedError
+from qcow2bm.storage.direct import DirectFile
 from qcow2bm.storage.locks import READER, WRITER, held_locks
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class FileStorage:
         self._locking = locking
         self._lock_timeout = lock_timeout
         self._is_write_locked = False
+        self._direct: DirectFile | None = None  # once a block device was in other hands
         self._owner = os.getpid()
         try:
             # Looked at before it is opened: opening a FIFO or a tape has effects of its own.
@@ -104,6 +106,8 @@ class FileStorage:
         done = 0
         descriptor = self._open_descriptor()
         try:
+            if self._direct:
+                return self._direct.read_into(offset, buffer)
             while done < len(buffer):
                 # One read call returns at most 2 GiB on Linux, and may return less.
                 count = _pread_into(descriptor, buffer[done:], offset + done)
@@ -171,6 +175,13 @@ class FileStorage:
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Writes all ``parts``, one behind the other, from byte ``offset`` on."""
         descriptor = self._own_descriptor()
+        if self._direct:
+            try:
+                self._direct.write(offset, parts)
+            except OSError as error:
+                length = sum(memoryview(part).nbytes for part in parts)
+                raise StorageError.from_os(error, self.name, offset, length, "writing") from error
+            return
         left = [memoryview(part).cast("B") for part in parts]
         left.reverse()  # what comes next is at the end
         while left:
@@ -191,10 +202,34 @@ class FileStorage:
 
     def barrier(self) -> None:
         """Returns once everything written so far is on the disk."""
+        descriptor = self._own_descriptor()
         try:
-            os.fdatasync(self._own_descriptor())
+            if self._direct:
+                self._direct.barrier()
+            else:
+                os.fdatasync(descriptor)
         except OSError as error:
             raise StorageError.from_os(error, self.name, 0, 0, "writing") from error
+
+    @property
+    def excludes_other_hosts(self) -> bool:
+        """Whether the locks keep other hosts away: those of a block device nobody else sees."""
+        return self._locking and self.capacity() is None
+
+    def refresh(self) -> None:
+        """Drops the pages of the file that this host has cached.
+
+        Nothing says whether all of them went. Of a regular file other hosts have the same, or
+        locking has made sure of it; a block device is read and written past the cache from now on.
+        """
+        descriptor = self._own_descriptor()
+        try:
+            os.fdatasync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if self.capacity() is not None and not self._direct:
+                self._direct = DirectFile(self.name)
+        except OSError as error:
+            raise StorageError.from_os(error, self.name, 0, 0) from error
 
     def truncate(self, size: int) -> None:
         """Shortens a regular file; a block device stays as it is."""
@@ -217,6 +252,8 @@ class FileStorage:
     def close(self) -> None:
         """Closes the file. May be called twice."""
         self._file.close()
+        if self._direct:
+            self._direct.close()
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -82,6 +82,10 @@ class MemoryStorage:
         self._open_bytearray()
         return nullcontext()
 
+    def refresh(self) -> None:
+        """Nothing of memory is cached."""
+        self._open_bytearray()
+
     def change_token(self) -> object:
         """Nobody tells when memory changes."""
         return None

@@ -65,6 +65,7 @@ def plan_commit(
     prepared = header.clear_unknown_autoclear()
     if draft.bitmaps and extension and directory.is_consistent:
         prepared += header.straighten()
+    renewed = header.renew_generation()  # where it is now: nothing moves before this is written
     fresh: tuple[Write, ...] = ()
     if draft.bitmaps:
         new = _place(file, draft, tables, allocator)
@@ -86,7 +87,8 @@ def plan_commit(
     counted = allocator.refcounts.take_count_writes("refcounts of new clusters")
     allocator.free(_freed(file, directory, draft, tables))
     lowered = allocator.refcounts.take_count_writes("refcounts of freed clusters")
-    return _ordered(prepared, (*fresh, *switch.before, *counted), switch, lowered)
+    written = (*fresh, *switch.before, *counted, *renewed)
+    return _ordered(prepared, written, switch, lowered)
 
 
 def _has_changes(directory: BitmapDirectory, draft: Draft) -> bool:

@@ -82,6 +82,10 @@ class LiveStore:
 
     Refcount blocks for all clusters that can still be needed are made at the beginning, and the
     clusters set aside, so that nothing has to be searched or to grow later.
+
+    Attributes:
+        file, directory, survey: the image as it was read last.
+        token: that of the generation which `end` wrote, None where none is recorded.
     """
 
     def __init__(self, storage: WritableStorage) -> None:
@@ -94,15 +98,20 @@ class LiveStore:
         self._storage = storage
         self._bitmaps: list[LiveBitmap] = []
         self._reserves = False
+        self.token: bytes | None = None
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the image afresh; raises as the constructor does."""
         self._load()
-        require_editable(self._file, self._directory, self._survey, self._header_problems)
+        require_editable(self.file, self.directory, self.survey, self._header_problems)
 
     def _load(self) -> None:
-        self._file = ClusterFile(self._storage, force_share=False)
-        self._header_problems = header_problems(self._file)
-        self._directory = load_directory(self._file, self._header_problems)
-        self._survey = survey(self._file, self._directory, self._header_problems)
-        self.cluster_size = self._file.cluster_size
+        self.file = ClusterFile(self._storage, force_share=False)
+        self._header_problems = header_problems(self.file)
+        self.directory = load_directory(self.file, self._header_problems)
+        self.survey = survey(self.file, self.directory, self._header_problems)
+        self.cluster_size = self.file.cluster_size
 
     def begin(
         self,
@@ -110,23 +119,32 @@ class LiveStore:
         others: Iterable[DirectoryEntry],
         *,
         reserve: bool = False,
+        generation: bool | None = None,
     ) -> None:
         """Loads bitmaps and sets their in_use, and that of ``others``, for which there is room.
 
         With ``reserve`` all their clusters are stored from now on, also those that are all zeros.
+        ``generation`` says whether it is recorded from now on; None leaves that as it is.
 
         Raises:
             CommitError: a write or barrier failed.
             LimitError, StorageError: there is no room for what these bitmaps can need.
         """
-        self._bitmaps = [load_live(self._file, entry) for entry in entries]
-        steps: list[Step] = HeaderDraft(self._file).clear_unknown_autoclear()
+        entries, others = list(entries), list(others)
+        self._bitmaps = [load_live(self.file, entry) for entry in entries]
+        header = HeaderDraft(self.file)
+        steps: list[Step] = header.clear_unknown_autoclear()
+        if generation is not None:
+            steps += header.begin_generation() if generation else header.end_generation()
+        steps += header.renew_generation()
         steps += self._set_aside()
         begun = len(steps)  # from here on bitmaps may be in_use, whatever fails
         steps += [self.set_in_use(bitmap, is_set=True) for bitmap in self._bitmaps]
         steps += [_flags_write(entry, entry.flags | FLAG_IN_USE) for entry in others]
         plan = Plan((*steps, Barrier("in_use of the tracked bitmaps")), begun)
-        execute(plan, self._storage, self._file.file_size)
+        execute(plan, self._storage, self.file.file_size)
+        if self.file.generation or header.generation:
+            self._load()
         self._reserves = reserve
         self._reserve()
 
@@ -164,10 +182,10 @@ class LiveStore:
     def _set_aside(self) -> list[Step]:
         """Looks for the clusters that can be needed, in the image as it was loaded last."""
         size = self.cluster_size
-        taken = [(start // size, end // size) for start, end in self._survey.ranges]
-        extension = self._directory.extension
+        taken = [(start // size, end // size) for start, end in self.survey.ranges]
+        extension = self.directory.extension
         near = extension.bitmap_directory_offset // size if extension else 0
-        self._allocator = Allocator(self._file, taken, near, self._storage.capacity())
+        self._allocator = Allocator(self.file, taken, near, self._storage.capacity())
         needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
         self._free, steps = self._allocator.set_aside(needed)
         self._free.reverse()  # the last is used first
@@ -176,12 +194,12 @@ class LiveStore:
     def draft(self) -> Draft:
         """The bitmaps as they are on disk, for `recommit`; ours can be used in it as any other."""
         self._load()
-        return Draft(self._file, self._directory, {bitmap.name for bitmap in self._bitmaps})
+        return Draft(self.file, self.directory, {bitmap.name for bitmap in self._bitmaps})
 
     def check(self, draft: Draft) -> None:
         """Raises what `recommit` would before it writes: there is no room, say."""
         capacity = self._storage.capacity()
-        plan_commit(self._file, self._directory, self._survey, draft, capacity)
+        plan_commit(self.file, self.directory, self.survey, draft, capacity)
 
     def recommit(self, draft: Draft, bitmaps: Iterable[LiveBitmap]) -> None:
         """Makes the directory that of the draft, atomically, while bitmaps are in_use by us.
@@ -195,27 +213,34 @@ class LiveStore:
         """
         self._load()
         capacity = self._storage.capacity()
-        plan = plan_commit(self._file, self._directory, self._survey, draft, capacity)
-        execute(plan, self._storage, self._file.file_size)
+        plan = plan_commit(self.file, self.directory, self.survey, draft, capacity)
+        execute(plan, self._storage, self.file.file_size)
         self._load()
-        entries = {entry.name: entry for entry in self._directory.entries}
+        entries = {entry.name: entry for entry in self.directory.entries}
         self._bitmaps = list(bitmaps)
         for bitmap in self._bitmaps:
             bitmap.entry = entries[bitmap.name]
-            bitmap.words = read_words(self._file, bitmap.entry)
+            bitmap.words = read_words(self.file, bitmap.entry)
         try:
             steps = self._set_aside()
             if steps:
                 plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
-                execute(plan, self._storage, self._file.file_size)
+                execute(plan, self._storage, self.file.file_size)
             self._reserve()
         except CommitError as error:  # the commit itself is done
             raise CommitError(error.path, error.step, "new", error.reason) from error
 
     def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
-        """Clears in_use of bitmaps whose bits are stored: each by one write within a sector."""
-        flags = [self.set_in_use(bitmap, is_set=False) for bitmap in bitmaps]
-        return [*flags, Barrier("valid bitmaps")]
+        """Clears in_use of bitmaps whose bits are stored: each by one write within a sector.
+
+        The generation, where it is recorded, is renewed in the same step.
+        """
+        steps: list[Step] = [self.set_in_use(bitmap, is_set=False) for bitmap in bitmaps]
+        if self.file.generation:
+            header = HeaderDraft(self.file)
+            steps += header.renew_generation()
+            self.token = header.generation.token if header.generation else None
+        return [*steps, Barrier("valid bitmaps")]
 
     @staticmethod
     def set_in_use(bitmap: LiveBitmap, *, is_set: bool) -> Write:

@@ -55,7 +55,7 @@ class TrackerEdit:
         if self._is_used:
             raise StateError("finished", "begun anew with Tracker.edit", "the edit")
         with ExitStack() as held:
-            held.enter_context(self._tracker._exclusive())
+            held.enter_context(self._tracker._exclusive("edit"))
             self._is_used = True
             self._open_draft = self._tracker._store.draft()
             self._held = held.pop_all()
@@ -70,7 +70,7 @@ class TrackerEdit:
         try:
             with self._held:
                 if kind is None:
-                    self._tracker._require_tracking()
+                    self._tracker._require("edit")
                     self._tracker._store.check(self._draft)
                     with self._tracker._fatal():
                         self._commit()

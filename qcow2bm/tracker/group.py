@@ -1,15 +1,20 @@
-"""The trackers of all disks of one machine, stopped together.
+"""The trackers of all disks of one machine, stopped or given away together.
 
 *Spec*: spec/tracking.md, "Several disks".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from qcow2bm.tracker.tracker import Convergence, StopReport, Tracker
+
+if TYPE_CHECKING:
+    from qcow2bm.migration.evidence import Policy
+    from qcow2bm.storage.identity import FilePath
+    from qcow2bm.tracker.handover import Activation
 
 _Result = TypeVar("_Result")
 
@@ -28,22 +33,67 @@ class TrackerGroup:
         self, max_downtime: float, timeout: float | None = None
     ) -> dict[str, Convergence | Exception]:
         """`Tracker.converge` of every disk: they stop at once, so each may take all the time."""
-        return self._all(lambda tracker: tracker.converge(max_downtime, timeout))
+        return self._all(lambda _, tracker: tracker.converge(max_downtime, timeout))
 
     def stop(self) -> dict[str, StopReport | Exception]:
         """`Tracker.stop` of every disk: for each its report, or the error it failed with."""
-        return self._all(lambda tracker: tracker.stop())
+        return self._all(lambda _, tracker: tracker.stop())
 
-    def _all(self, work: Callable[[Tracker], _Result]) -> dict[str, _Result | Exception]:
+    def begin_migration(
+        self, *, carried: Mapping[str, Iterable[str]] | None = None, sentinel: bool = True
+    ) -> dict[str, Exception | None]:
+        """`Tracker.begin_migration` of every disk; ``carried`` are names by disk."""
+        names = carried or {}
+        return self._all(
+            lambda disk, tracker: tracker.begin_migration(
+                carried=names.get(disk, ()), sentinel=sentinel
+            )
+        )
+
+    def cancel_migration(self) -> dict[str, Exception | None]:
+        """`Tracker.cancel_migration` of every disk."""
+        return self._all(lambda _, tracker: tracker.cancel_migration())
+
+    def inactivate(
+        self, *, data_files: Mapping[str, FilePath] | None = None
+    ) -> dict[str, StopReport | Exception]:
+        """`Tracker.inactivate` of every disk; if one of them fails, `activate` takes back others.
+
+        ``data_files`` are the paths of external data files by disk.
+        """
+        paths = data_files or {}
+        return self._all(lambda disk, tracker: tracker.inactivate(data_file=paths.get(disk)))
+
+    def activate(
+        self,
+        policy: Policy = "drop",
+        *,
+        other_side_has_stopped: bool = False,
+        lock_timeout: float = 0,
+    ) -> dict[str, Activation | Exception]:
+        """`Tracker.activate` of every disk that was given away; the others are not in the result.
+
+        The machine can go on only if all of them are "unchanged".
+        """
+        return self._all(
+            lambda _, tracker: tracker.activate(
+                policy, other_side_has_stopped=other_side_has_stopped, lock_timeout=lock_timeout
+            ),
+            [disk for disk, tracker in self._trackers.items() if tracker.state == "inactive"],
+        )
+
+    def _all(
+        self, work: Callable[[str, Tracker], _Result], disks: Iterable[str] | None = None
+    ) -> dict[str, _Result | Exception]:
+        chosen = list(self._trackers if disks is None else disks)
         for tracker in self._trackers.values():
             tracker._require_free()
 
-        def attempt(tracker: Tracker) -> _Result | Exception:
+        def attempt(disk: str) -> _Result | Exception:
             try:
-                return work(tracker)
+                return work(disk, self._trackers[disk])
             except Exception as error:
                 return error
 
-        with ThreadPoolExecutor(max(1, len(self._trackers))) as pool:
-            results = pool.map(attempt, self._trackers.values())
-            return dict(zip(self._trackers, results, strict=True))
+        with ThreadPoolExecutor(max(1, len(chosen))) as pool:
+            return dict(zip(chosen, pool.map(attempt, chosen), strict=True))

@@ -74,6 +74,13 @@ class Recorder:
             self._granularity, self._bits = granularity, bits
             self._take_over(granularity, bits)
 
+    def reopen(self, virtual_size: int, granularity: int, bits: Bits) -> None:
+        """After `close`: lets marks in again, of a disk that may have another size."""
+        with self._lock:
+            self._size, self._is_closed = virtual_size, False
+            self._granularity, self._bits = granularity, bits
+            self._take_over(granularity, bits, virtual_size)
+
     def locked(self) -> Lock:
         """Inside ``with`` nothing is marked: for whoever changes bits that marks go to."""
         return self._lock
@@ -90,7 +97,7 @@ class Recorder:
 
     def _closures(
         self,
-    ) -> tuple[Callable[[int, int], None], Callable[[int, Bits], None], Callable[[], None]]:
+    ) -> tuple[Callable[[int, int], None], Callable[..., None], Callable[[], None]]:
         size, shift = self._size, self._granularity.bit_length() - 1
         lock, (octets, touched) = self._lock, self._bits
         mark_range, refuse = self._mark_range, self._refuse
@@ -113,10 +120,11 @@ class Recorder:
                     return
             mark_range(start, end)
 
-        def take_over(granularity: int, bits: Bits) -> None:
-            nonlocal shift, octets, touched
+        def take_over(granularity: int, bits: Bits, new_size: int | None = None) -> None:
+            nonlocal shift, octets, touched, size
             shift = granularity.bit_length() - 1
             octets, touched = bits
+            size = size if new_size is None else new_size
 
         def refuse_all() -> None:
             nonlocal size

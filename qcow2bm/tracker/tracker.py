@@ -5,18 +5,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Event, Lock, Thread, get_ident
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from threading import Lock, Thread, get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from qcow2bm.clusters.plan import Barrier, Plan, Step, execute
-from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
+from qcow2bm.errors import (
+    BitmapNotFoundError,
+    CommitError,
+    LimitError,
+    StateError,
+    StorageError,
+)
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.migration.lifecycle import TRANSITIONS, Event, State, after
+from qcow2bm.storage.held import HeldStorage
+from qcow2bm.storage.identity import FilePath, identify
 from qcow2bm.store.edit import Draft
 from qcow2bm.store.live import PIECE_BYTES, LiveBitmap, LiveStore
 from qcow2bm.tracker.gate import Gate
@@ -28,9 +37,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qcow2bm.migration.evidence import Policy
     from qcow2bm.tracker.edit import TrackerEdit
-
-State = Literal["tracking", "stopped", "abandoned", "failed"]
+    from qcow2bm.tracker.handover import Activation, Migration
 
 _LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
 _UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look with qcow2bm dump"
@@ -92,7 +101,7 @@ class Tracker:
 
     def __init__(
         self,
-        storage: WritableStorage,
+        storage: HeldStorage,
         store: LiveStore,
         virtual_size: int,
         *,
@@ -115,6 +124,7 @@ class Tracker:
         self._barrier_seconds = 0.0
         self._last_piece = ("", -1)  # of a flush that left some behind
         self._on_end = on_end
+        self._migration: Migration | None = None  # from its beginning until it is over
         self.mark = self._recorder.mark
 
     def __enter__(self) -> Tracker:
@@ -126,9 +136,9 @@ class Tracker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        if kind is not None or self._state == "inactive":
             self.abandon()
-        elif self._state in ("tracking", "failed"):
+        elif self._state not in ("stopped", "abandoned"):
             self.stop()  # which says so if tracking has failed
 
     def __reduce__(self) -> NoReturn:
@@ -136,7 +146,10 @@ class Tracker:
 
     @property
     def state(self) -> State:
-        """Whether it goes on, or how it ended: "failed" if a write or a barrier did."""
+        """Whether it goes on, or how it ended: "failed" if a write or a barrier did.
+
+        While it is "inactive", the image is in other hands: nothing is written to it.
+        """
         return self._state
 
     @property
@@ -253,16 +266,16 @@ class Tracker:
         try:
             yield
         except BaseException as error:
-            if self._state == "tracking":
+            if "fail" in TRANSITIONS[self._state]:
                 self._end("failed", error)
             raise
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One thing at a time, while tracking goes on."""
+    def _exclusive(self, event: Event = "flush") -> Iterator[None]:
+        """One thing at a time, if the state allows it."""
         self._require_free()
         with self._io:
-            self._require_tracking()
+            self._require(event)
             try:
                 self._busy_thread = get_ident()
                 yield
@@ -303,19 +316,31 @@ class Tracker:
                 outcome is "unknown", the bitmaps stay in_use.
             StateError: tracking has ended before.
         """
-        with self._exclusive(), self._fatal():
-            begun = self._clock()
-            with self._gate.empty():
-                self._recorder.close("stopped")
-                self._now.spread()
-                due = [(bitmap, bitmap.due().tolist()) for bitmap in self._now.tracked]
-                stored = self._store_pieces(due, is_quiet=True)
-            flags = self._store.end(bitmap.live for bitmap in self._now.tracked)
-            self._execute(Plan(tuple(flags), commit_point=0))
-            self._end("stopped")
-            plan = Plan((*stored.steps, *flags))
-            pieces = sum(len(numbers) for _, numbers in due)
-            return StopReport(plan.length, pieces, plan.barriers, self._clock() - begun)
+        with self._exclusive("stop"):
+            with suppress(LimitError, StorageError):  # then the sentinel stays behind, in_use
+                self._cancel()
+            with self._fatal():
+                report = self._store_all("stopped")
+                self._end("stopped")
+                return report
+
+    def _store_all(self, state: State) -> StopReport:
+        """Lets nothing be marked any more, and stores all bitmaps but those that are carried."""
+        begun = self._clock()
+        carried, others = frozenset[str](), list[LiveBitmap]()
+        if self._migration:
+            carried, others = self._migration.carried, self._migration.lives
+        with self._gate.empty():
+            self._recorder.close(state)
+            self._now.spread()
+            stored = [b for b in self._now.tracked if b.live.name not in carried]
+            due = [(bitmap, bitmap.due().tolist()) for bitmap in stored]
+            data = self._store_pieces(due, is_quiet=True)
+        end = self._store.end([*(bitmap.live for bitmap in stored), *others])
+        self._execute(Plan(tuple(end), commit_point=0))
+        plan = Plan((*data.steps, *end))
+        pieces = sum(len(numbers) for _, numbers in due)
+        return StopReport(plan.length, pieces, plan.barriers, self._clock() - begun)
 
     def converge(
         self,
@@ -364,7 +389,7 @@ class Tracker:
         """
         self._require_free()
         limit = None if max_bytes_per_second is None else int(max_bytes_per_second * interval)
-        is_over = Event()
+        is_over = threading.Event()
 
         def work() -> None:
             while not is_over.wait(interval):
@@ -374,7 +399,7 @@ class Tracker:
                     return
                 except BaseException as error:
                     with self._io:
-                        if self._state == "tracking":
+                        if "fail" in TRANSITIONS[self._state]:
                             self._end("failed", error)
                     return
 
@@ -403,7 +428,7 @@ class Tracker:
             StorageError: there is no room, or reading failed.
             StateError: tracking has ended before.
         """
-        with self._exclusive():
+        with self._exclusive("edit"):
             frozen = self._find(name)
             granularity = frozen.live.entry.granularity
             draft = self._store.draft()
@@ -431,6 +456,124 @@ class Tracker:
 
         return TrackerEdit(self)
 
+    def begin_migration(self, *, carried: Iterable[str] = (), sentinel: bool = True) -> None:
+        """Prepares for `inactivate` while the guest runs, so that the stop is short.
+
+        Marking and flushing go on, but the bitmaps are not changed otherwise. What is said here
+        holds until `cancel_migration`, or until the image was taken back or tracking has ended.
+
+        Args:
+            carried: the names of the bitmaps that the migration itself carries to the other side:
+                they are not stored here, and stay in_use on disk.
+            sentinel: whether to add a bitmap that tells afterwards whether the disk was written
+                to. Without it an `activate` can never know.
+
+        Raises:
+            BitmapNotFoundError: one of the names is not tracked.
+            LimitError, StorageError: there is no room for the sentinel; nothing is changed.
+            CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
+            StateError: a migration was begun before, or tracking has ended.
+        """
+        from qcow2bm.tracker import handover
+
+        with self._exclusive("begin_migration"):
+            self._migration = handover.begin(self, carried, with_sentinel=sentinel)
+            self._state = after(self._state, "begin_migration")
+
+    def cancel_migration(self) -> None:
+        """After a migration was cancelled, or failed, before `inactivate`: as if it never began.
+
+        Raises:
+            LimitError, StorageError: there is no room to take the sentinel out; nothing is changed.
+            CommitError: a write or barrier failed. Tracking has ended, and the bitmaps stay in_use.
+            StateError: no migration was begun.
+        """
+        with self._exclusive("cancel_migration"):
+            self._cancel()
+            self._state = after(self._state, "cancel_migration")
+
+    def _cancel(self) -> None:
+        from qcow2bm.tracker import handover
+
+        if self._migration:
+            handover.cancel(self, self._migration)
+            self._migration = None
+
+    def inactivate(self, *, data_file: FilePath | None = None) -> StopReport:
+        """Stores what is left, makes the bitmaps valid, and lets the image go.
+
+        Waits for writes that are inside `writing`. When it returns, others can open the image;
+        nothing is written to it any more, and marks raise, until `activate`. The bitmaps stay in
+        memory. What `begin_migration` does is done first where that was not called.
+
+        Args:
+            data_file: the path of the external data file, if the image has one. Without it an
+                `activate` cannot know whether that was written to.
+
+        Raises:
+            As `stop` and `begin_migration` do.
+            StorageError: the data file cannot be looked at; nothing is changed.
+        """
+        from qcow2bm.tracker import handover
+
+        with self._exclusive("inactivate"):
+            if data_file is not None:
+                identify(data_file)  # a wrong path is found out before anything is done
+            if self._migration is None:
+                self._migration = handover.begin(self, (), with_sentinel=True)
+                self._state = after(self._state, "begin_migration")
+            with self._fatal():
+                report = handover.inactivate(self, self._migration, data_file)
+            self._state = after(self._state, "inactivate")
+            return report
+
+    def activate(
+        self,
+        policy: Policy = "drop",
+        *,
+        other_side_has_stopped: bool = False,
+        lock_timeout: float = 0,
+    ) -> Activation:
+        """Takes the image back after `inactivate`, and finds out what became of it.
+
+        If the disk is unchanged, the bitmaps go on with what they have in memory. If not, or if
+        that is not known, what the image has is loaded where it is sound; the rest is dropped,
+        and stays in_use on disk. Tracking goes on with what there is then.
+
+        Args:
+            policy: "drop", or "merge" to keep `carried` bitmaps of a changed disk, with what the
+                sentinel says was written. That is sound if all who wrote keep bitmaps.
+            other_side_has_stopped: the caller's word that no other host uses the image. Needed
+                where locks do not tell: on block devices, and without locking.
+            lock_timeout: how many seconds to wait while somebody else uses the image.
+
+        Raises:
+            ImageLockedError: somebody uses the image.
+            FormatError, UnsupportedError: the image cannot be edited as it is now.
+            StorageError: reading failed, there is no room, or another file is in its place.
+            CommitError: a write or barrier failed.
+            StateError: the image was not given away, or ``other_side_has_stopped`` is needed.
+
+            The image stays in other hands then, and this can be tried again, unless the outcome
+            of a `CommitError` is not "old": then tracking has ended.
+        """
+        from qcow2bm.tracker import handover
+
+        if policy not in ("drop", "merge"):
+            raise ValueError(f'policy is {policy!r}, must be "drop" or "merge"')
+        with self._exclusive("activate"):
+            assert self._migration
+            activation = handover.activate(
+                self,
+                self._migration,
+                policy,
+                other_side_has_stopped=other_side_has_stopped,
+                lock_timeout=lock_timeout,
+            )
+            self._migration = None
+            self._state = after(self._state, "activate")
+            return activation
+
     def _switch(self, ended: list[Tracked], begun: list[Tracked]) -> None:
         """Lets marks from now on go to other bitmaps; the old ones have all of those before."""
         with self._gate.empty():
@@ -443,9 +586,10 @@ class Tracker:
             self._recorder.replace(now.granularity, now.bits)
         before.spread()
 
-    def _recommit(self, draft: Draft) -> None:
+    def _recommit(self, draft: Draft, *others: LiveBitmap) -> None:
+        lives = [*(bitmap.live for bitmap in self._now.tracked), *others]
         try:
-            self._store.recommit(draft, [bitmap.live for bitmap in self._now.tracked])
+            self._store.recommit(draft, lives)
         except CommitError as error:
             raise CommitError(error.path, error.step, error.outcome, error.reason, _LOST) from error
 
@@ -465,14 +609,18 @@ class Tracker:
         """
         self._require_free()
         with self._io:
-            if self._state == "tracking":
-                self._end("abandoned")
+            state = after(self._state, "abandon")
+            if state != self._state:
+                self._end(state)
 
     def _end(self, state: State, cause: BaseException | None = None) -> None:
         self._recorder.close(state, cause)
         self._state, self._cause = state, cause
         self._on_end()
 
-    def _require_tracking(self) -> None:
-        if self._state != "tracking":
-            raise StateError(self._state, "tracking", "the tracker") from self._cause
+    def _require(self, event: Event) -> None:
+        """Raises `StateError`, from what ended tracking, if the state does not allow it."""
+        try:
+            after(self._state, event)
+        except StateError as error:
+            raise error from self._cause

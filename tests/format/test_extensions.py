@@ -26,6 +26,7 @@ KNOWN = {
     0x23852875: "bitmaps",
     0x0537BE77: "crypto header",
     0x44415441: "external data file name",
+    0x51424D47: "generation of qcow2bm",
     0x51424D50: "padding of qcow2bm",
 }
 END_MARKER = bytes(8)

@@ -23,6 +23,7 @@ FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("header.md", "Feature name table"): features._ENTRY,
     ("header.md", "Header extensions"): extensions.EXTENSION,
     ("header.md", "Crypto header"): extensions._CRYPTO,
+    ("lifecycle.md", "Generation"): extensions._GENERATION,
     ("bitmaps.md", "Bitmaps extension"): extensions._BITMAPS,
     ("bitmaps.md", "Bitmap directory"): directory.ENTRY,
     ("refcounts.md", "Snapshot table"): snapshots.SNAPSHOT,

@@ -89,6 +89,7 @@ CODECS = {
     "header": Codec(header.parse_header, header.build_header),
     "header extensions": Codec(extensions.parse_extensions, extensions.build_extensions),
     "feature name table": Codec(features.parse_feature_names, features.build_feature_names),
+    "generation": Codec(extensions.parse_generation, extensions.build_generation),
     "crypto header": Codec(extensions.parse_crypto_header, extensions.build_crypto_header),
     "bitmaps extension": Codec(
         extensions.parse_bitmaps_extension, extensions.build_bitmaps_extension

@@ -172,6 +172,9 @@ class FaultyStorage:
         self._enter("capacity")
         return None
 
+    def refresh(self) -> None:
+        self._enter("refresh")
+
     @contextmanager
     def write_lock(self, timeout: float) -> Iterator[None]:
         self._enter("write_lock")

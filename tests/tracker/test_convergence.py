@@ -15,6 +15,7 @@ from support.faulty import Fault, FaultyStorage
 from support.images import Stored, build_image
 
 import qcow2bm
+from qcow2bm.storage.held import HeldStorage
 from qcow2bm.store.live import PIECE_BYTES, LiveStore
 from qcow2bm.tracker.group import TrackerGroup
 from qcow2bm.tracker.tracker import Pending, Tracker
@@ -51,9 +52,11 @@ class Disk:
         self.storage.barrier = timed_barrier  # type: ignore[method-assign]
 
     def tracker(self) -> Tracker:
-        store = LiveStore(self.storage)
-        store.begin(store._directory.entries, ())
-        return Tracker(self.storage, store, SIZE, clock=lambda: self.now)
+        held = HeldStorage(self.storage)
+        held.acquire(0)
+        store = LiveStore(held)
+        store.begin(store.directory.entries, ())
+        return Tracker(held, store, SIZE, clock=lambda: self.now)
 
 
 @pytest.mark.spec("TRACK-15")

@@ -17,6 +17,7 @@ from tracker.recording import Octets, Place, RecordingStorage, cover, stored_bit
 
 import qcow2bm
 from qcow2bm.errors import StateError
+from qcow2bm.storage.held import HeldStorage
 from qcow2bm.store.live import LiveStore
 from qcow2bm.tracker.tracker import Tracker
 
@@ -312,7 +313,9 @@ def test_many_threads_stop_and_one_does(mix: str) -> None:
 def test_a_flush_stores_what_was_marked_before_it_whatever_is_marked_meanwhile() -> None:
     """Or pieces that change all the time would keep others from ever being stored."""
     storage = RecordingStorage(image("alike"))
-    store = LiveStore(storage)
+    held = HeldStorage(storage)
+    held.acquire(0)
+    store = LiveStore(held)
     with qcow2bm.open(bytes(storage.data)) as opened:
         store.begin(opened.directory, [])
     pieces = iter(range(PIECE_COVERS, SIZE, PIECE_COVERS))
@@ -323,7 +326,7 @@ def test_a_flush_stores_what_was_marked_before_it_whatever_is_marked_meanwhile()
         return 0.0
 
     is_flushing = False
-    tracker = Tracker(storage, store, SIZE, clock=clock)
+    tracker = Tracker(held, store, SIZE, clock=clock)
     tracker.mark(0, 1)
     is_flushing = True
     tracker.flush()

@@ -1,0 +1,1 @@
+"""What becomes of bitmaps when the disk goes to another host, and perhaps comes back."""

@@ -1,0 +1,72 @@
+"""What may happen to a tracker when, and what it is afterwards.
+
+*Spec*: spec/lifecycle.md, "States".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from qcow2bm.errors import StateError
+
+State = Literal["tracking", "migrating", "inactive", "stopped", "abandoned", "failed"]
+Event = Literal[
+    "mark",
+    "flush",
+    "edit",
+    "begin_migration",
+    "cancel_migration",
+    "inactivate",
+    "activate",
+    "stop",
+    "abandon",
+    "fail",
+]
+
+TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
+    "tracking": {
+        "mark": "tracking",
+        "flush": "tracking",
+        "edit": "tracking",
+        "begin_migration": "migrating",
+        "inactivate": "inactive",
+        "stop": "stopped",
+        "abandon": "abandoned",
+        "fail": "failed",
+    },
+    "migrating": {
+        "mark": "migrating",
+        "flush": "migrating",
+        "cancel_migration": "tracking",
+        "inactivate": "inactive",
+        "stop": "stopped",
+        "abandon": "abandoned",
+        "fail": "failed",
+    },
+    "inactive": {
+        "activate": "tracking",
+        "abandon": "abandoned",
+        "fail": "failed",
+    },
+    "stopped": {"abandon": "stopped"},
+    "abandoned": {"abandon": "abandoned"},
+    "failed": {"abandon": "failed"},
+}
+"""By state the events that are allowed there, and the state each leads to if all goes well.
+
+`flush` stands for all that stores or looks at what is to be stored, `edit` for what changes the
+set of bitmaps. `fail` is a write or a barrier that failed.
+"""
+
+
+def after(state: State, event: Event) -> State:
+    """The state an event leads to.
+
+    Raises:
+        StateError: it is not allowed in this state.
+    """
+    if event not in TRANSITIONS[state]:
+        allowed = " or ".join(other for other, events in TRANSITIONS.items() if event in events)
+        raise StateError(state, allowed, "the tracker")
+    return TRANSITIONS[state][event]

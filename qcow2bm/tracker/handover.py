@@ -1,0 +1,251 @@
+"""Giving the image to another host, and taking it back.
+
+*Spec*: spec/lifecycle.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from qcow2bm.errors import CommitError, StateError, StorageError
+from qcow2bm.format.directory import FLAG_IN_USE, DirectoryEntry
+from qcow2bm.migration.evidence import Definition, Facts, Fate, Left, Outcome, decide, judge
+from qcow2bm.migration.sentinel import Sentinel, is_sentinel
+from qcow2bm.storage.identity import FileIdentity, FilePath, identify
+from qcow2bm.store.live import LiveBitmap, load_live
+from qcow2bm.tracker.recorder import Bits
+from qcow2bm.tracker.spread import Recording, Tracked
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qcow2bm.migration.evidence import Policy
+    from qcow2bm.tracker.tracker import StopReport, Tracker
+
+
+class Activation(NamedTuple):
+    """What was found when an image was taken back.
+
+    Attributes:
+        outcome: whether the disk is as it was given away. Unless it is "unchanged", a guest that
+            was running before must not go on with it: it would not know what was written.
+        reason: why that is the answer.
+        bitmaps: what became of each bitmap.
+        changed: what may have been written meanwhile, int64[n, 2] of (start, length) in guest
+            bytes; None if that is not known. With "unchanged" it is the one range in which a write
+            could not have been seen; it is dirty in all bitmaps.
+    """
+
+    outcome: Outcome
+    reason: str
+    bitmaps: dict[str, Fate]
+    changed: NDArray[np.int64] | None
+
+
+class Migration(NamedTuple):
+    """What holds for one migration alone, from its beginning until it is cancelled or taken back.
+
+    Attributes:
+        carried: the names of the bitmaps that it carries, which are not stored here.
+        sentinel: the bitmap that will tell of writes, in_use by us so far.
+        left: the image as it was given away; None before that.
+        data_file: the path of the external data file, if the caller gave it.
+        change_token: that of the storage then; None where it has none.
+    """
+
+    carried: frozenset[str]
+    sentinel: tuple[Sentinel, LiveBitmap] | None
+    left: Left | None = None
+    data_file: FilePath | None = None
+    change_token: object = None
+
+    @property
+    def lives(self) -> list[LiveBitmap]:
+        """The bitmap of the sentinel, if there is one."""
+        return [self.sentinel[1]] if self.sentinel else []
+
+
+def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> Migration:
+    """Makes the sentinel; see `Tracker.begin_migration`."""
+    names = frozenset(carried)
+    for name in names:
+        tracker._find(name)
+    if not with_sentinel:
+        return Migration(names, None)
+    store = tracker._store
+    draft = store.draft()
+    sentinel = Sentinel.fresh(tracker._virtual_size, store.cluster_size)
+    draft.add(sentinel.name, sentinel.granularity, enabled=True)
+    draft.fill(sentinel.name, [sentinel.canary], is_set=True)
+    draft.find(sentinel.name).flags |= FLAG_IN_USE
+    length = draft.bits(sentinel.name).clusters * store.cluster_size
+    octets = sentinel.octets(length)
+    live = LiveBitmap.unplaced(sentinel.name, sentinel.granularity, octets)
+    store.check(draft)
+    with tracker._fatal():
+        tracker._recommit(draft, live)
+    return Migration(names, (sentinel, live))
+
+
+def cancel(tracker: Tracker, migration: Migration) -> None:
+    """Removes the sentinel; see `Tracker.cancel_migration`."""
+    if not migration.sentinel:
+        return
+    sentinel, _ = migration.sentinel
+    draft = tracker._store.draft()
+    draft.remove(sentinel.name)
+    tracker._store.check(draft)
+    with tracker._fatal():
+        tracker._recommit(draft)
+
+
+def inactivate(tracker: Tracker, migration: Migration, data_file: FilePath | None) -> StopReport:
+    """Stores everything and lets the image go; see `Tracker.inactivate`."""
+    report = tracker._store_all("inactive")
+    file = tracker._store.file
+    facts = Facts(
+        Definition.of(file),
+        tracker._store.token,
+        _identity(data_file),
+        True,
+        {b.live.name: b.live.entry for b in tracker._now.tracked},
+    )
+    sentinel = migration.sentinel[0] if migration.sentinel else None
+    tracker._migration = migration._replace(
+        left=Left(facts, sentinel),
+        data_file=data_file,
+        change_token=tracker._storage.change_token(),
+    )
+    tracker._storage.release()
+    return report
+
+
+def _identity(path: FilePath | None) -> FileIdentity | None:
+    """Who the external data file is; None where that cannot be said."""
+    with suppress(StorageError):
+        return None if path is None else identify(path)
+    return None
+
+
+def activate(
+    tracker: Tracker,
+    migration: Migration,
+    policy: Policy,
+    *,
+    other_side_has_stopped: bool,
+    lock_timeout: float,
+) -> Activation:
+    """Takes the image back; see `Tracker.activate`."""
+    storage = tracker._storage
+    if not storage.excludes_other_hosts and not other_side_has_stopped:
+        raise StateError(
+            "on storage whose locks other hosts do not see",
+            "activated with other_side_has_stopped=True, once that is so",
+            "the image",
+        )
+    storage.acquire(lock_timeout)
+    try:
+        storage.refresh()
+        tracker._store.reload()
+        comeback = _Comeback(tracker, migration, policy)
+        tracker._store.check(comeback.draft)
+    except BaseException:
+        storage.release()
+        raise
+    try:
+        tracker._store.recommit(comeback.draft, [b.live for b in comeback.tracked])
+    except BaseException as error:
+        if isinstance(error, CommitError) and error.outcome == "old":
+            storage.release()  # nothing of it counts: it can be tried again
+        else:
+            tracker._end("failed", error)
+        raise
+    comeback.go_on()
+    return comeback.activation
+
+
+class _Comeback:
+    """What becomes of the bitmaps, decided but not yet done.
+
+    Attributes:
+        draft: the bitmaps of the image as they are to be now.
+        tracked: those that are tracked from now on.
+        activation: what the caller is told.
+    """
+
+    def __init__(self, tracker: Tracker, migration: Migration, policy: Policy) -> None:
+        assert migration.left
+        self._tracker = tracker
+        store = tracker._store
+        entries = {entry.name: entry for entry in store.directory.entries if entry.name}
+        numbers = {found.bitmap_index for found in store.survey.problems if found.breaks_bitmap}
+        numbers |= {found.bitmap_index for found in store.directory.problems if found.breaks_bitmap}
+        found = Facts(
+            Definition.of(store.file),
+            store.file.generation.token if store.file.generation else None,
+            _identity(migration.data_file),
+            store.directory.is_consistent,
+            entries,
+            {name for name, entry in entries.items() if entry.index in numbers},
+        )
+        verdict = judge(migration.left, found, self._sentinel_octets(migration.left, found))
+        fates = decide(migration.left, found, verdict, policy)
+        self.activation = Activation(verdict.outcome, verdict.reason, fates, verdict.changed)
+        ours = {bitmap.live.name: bitmap for bitmap in tracker._now.tracked}
+        is_untouched = self._is_untouched(migration, found)
+        self.tracked = []
+        for name, fate in fates.items():
+            if fate.kind == "kept":
+                bitmap = ours[name]
+                self.tracked.append(bitmap if is_untouched else self._united(bitmap, entries[name]))
+            elif fate.kind == "reloaded":
+                self.tracked.append(Tracked.of(load_live(store.file, entries[name])))
+        self._has_kept = any(fate.kind == "kept" for fate in fates.values())
+        self.draft = store.draft()
+        if found.is_consistent:
+            for name in filter(is_sentinel, entries):
+                self.draft.remove(name)
+        for bitmap in self.tracked:
+            key = bitmap.live.name.encode("utf-8", "surrogateescape")
+            self.draft.bitmaps[key].flags |= FLAG_IN_USE
+
+    def _sentinel_octets(self, left: Left, found: Facts) -> NDArray[np.uint8] | None:
+        sentinel = left.sentinel
+        entry = found.entries.get(sentinel.name) if sentinel else None
+        if entry is None or entry.name in found.broken:
+            return None
+        return np.frombuffer(load_live(self._tracker._store.file, entry).octets, np.uint8)
+
+    def _is_untouched(self, migration: Migration, found: Facts) -> bool:
+        """Whether nobody wrote to the image at all, so that ours are stored there as they were."""
+        assert migration.left
+        token = self._tracker._storage.change_token()
+        ours = migration.left.facts.entries
+        is_same = all(found.entries.get(name) == entry for name, entry in ours.items())
+        return token is not None and token == migration.change_token and is_same
+
+    def _united(self, bitmap: Tracked, entry: DirectoryEntry) -> Tracked:
+        """What we have in memory, and what the image has; all of it has to be stored again.
+
+        Somebody may have merged other bitmaps into it, or cleared it and stored it anew.
+        """
+        octets = np.frombuffer(bitmap.bits.octets, np.uint8)
+        if not entry.in_use:
+            octets = octets | np.frombuffer(
+                load_live(self._tracker._store.file, entry).octets, np.uint8
+            )
+        live = LiveBitmap(bitmap.live.entry, bitmap.live.words, bytearray(octets))
+        return Tracked(live, Bits(live.octets, bytearray(b"\x01" * len(bitmap.bits.touched))))
+
+    def go_on(self) -> None:
+        """Lets marks in again."""
+        tracker = self._tracker
+        size = tracker._virtual_size = tracker._store.file.virtual_size
+        tracker._now = Recording.of(self.tracked, size)
+        tracker._recorder.reopen(size, tracker._now.granularity, tracker._now.bits)
+        if self._has_kept and self.activation.changed is not None:
+            tracker._recorder.mark_many(self.activation.changed)
