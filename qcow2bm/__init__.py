@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from qcow2bm.store.load import Totals
     from qcow2bm.tracker.group import TrackerGroup
     from qcow2bm.tracker.handover import Activation
-    from qcow2bm.tracker.tracker import Convergence, FlushReport, Pending, StopReport, Tracker
+    from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
+    from qcow2bm.tracker.tracker import Tracker
 
 __all__ = [
     "Activation",
@@ -91,10 +92,10 @@ __all__ = [
 _HOMES = {
     "Activation": "qcow2bm.tracker.handover",
     "Fate": "qcow2bm.migration.evidence",
-    "Convergence": "qcow2bm.tracker.tracker",
-    "FlushReport": "qcow2bm.tracker.tracker",
-    "Pending": "qcow2bm.tracker.tracker",
-    "StopReport": "qcow2bm.tracker.tracker",
+    "Convergence": "qcow2bm.tracker.reports",
+    "FlushReport": "qcow2bm.tracker.reports",
+    "Pending": "qcow2bm.tracker.reports",
+    "StopReport": "qcow2bm.tracker.reports",
     "Tracker": "qcow2bm.tracker.tracker",
     "TrackerGroup": "qcow2bm.tracker.group",
     "Barrier": "qcow2bm.clusters.plan",

@@ -117,7 +117,7 @@ def judge(left: Left, found: Facts, octets: NDArray[np.uint8] | None) -> Verdict
     before = left.facts
     if field := before.definition.difference(found.definition):
         return Verdict("changed", f"the header has another {field}")
-    if not found.is_consistent and left.facts.is_consistent:
+    if before.is_consistent and not found.is_consistent:
         return Verdict("changed", "a program wrote that does not know bitmaps: autoclear is off")
     if found.data_file != before.data_file:
         return Verdict("changed", "the external data file was written to")

@@ -98,6 +98,7 @@ class LiveStore:
         self._storage = storage
         self._bitmaps: list[LiveBitmap] = []
         self._reserves = False
+        self._records_generation = False
         self.token: bytes | None = None
         self.reload()
 
@@ -145,8 +146,21 @@ class LiveStore:
         execute(plan, self._storage, self.file.file_size)
         if self.file.generation or header.generation:
             self._load()
-        self._reserves = reserve
+        self._reserves, self._records_generation = reserve, bool(generation)
         self._reserve()
+
+    def restore_generation(self) -> None:
+        """Records the generation again where that was wanted, and others have ended it.
+
+        Raises:
+            CommitError: a write or barrier failed.
+            LimitError, UnsupportedError: others left no room in the header.
+        """
+        if self._records_generation and not self.file.generation:
+            header = HeaderDraft(self.file)
+            steps = [*header.clear_unknown_autoclear(), *header.begin_generation()]
+            execute(Plan(tuple(steps)), self._storage, None)
+            self._load()
 
     def _reserve(self) -> None:
         """Gives every cluster that has none its place, where that is wanted."""
@@ -236,6 +250,7 @@ class LiveStore:
         The generation, where it is recorded, is renewed in the same step.
         """
         steps: list[Step] = [self.set_in_use(bitmap, is_set=False) for bitmap in bitmaps]
+        self.token = None
         if self.file.generation:
             header = HeaderDraft(self.file)
             steps += header.renew_generation()

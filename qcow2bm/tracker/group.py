@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from qcow2bm.tracker.tracker import Convergence, StopReport, Tracker
+from qcow2bm.tracker.reports import Convergence, StopReport
+from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
     from qcow2bm.migration.evidence import Policy

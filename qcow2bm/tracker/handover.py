@@ -17,14 +17,14 @@ from qcow2bm.migration.evidence import Definition, Facts, Fate, Left, Outcome, d
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
 from qcow2bm.storage.identity import FileIdentity, FilePath, identify
 from qcow2bm.store.live import LiveBitmap, load_live
-from qcow2bm.tracker.recorder import Bits
 from qcow2bm.tracker.spread import Recording, Tracked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qcow2bm.migration.evidence import Policy
-    from qcow2bm.tracker.tracker import StopReport, Tracker
+    from qcow2bm.tracker.reports import StopReport
+    from qcow2bm.tracker.tracker import Tracker
 
 
 class Activation(NamedTuple):
@@ -74,9 +74,10 @@ def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> M
     names = frozenset(carried)
     for name in names:
         tracker._find(name)
-    if not with_sentinel:
-        return Migration(names, None)
     store = tracker._store
+    is_stale = store.directory.extension and not store.directory.is_consistent
+    if not with_sentinel or is_stale:
+        return Migration(names, None)
     draft = store.draft()
     sentinel = Sentinel.fresh(tracker._virtual_size, store.cluster_size)
     draft.add(sentinel.name, sentinel.granularity, enabled=True)
@@ -111,7 +112,7 @@ def inactivate(tracker: Tracker, migration: Migration, data_file: FilePath | Non
         Definition.of(file),
         tracker._store.token,
         _identity(data_file),
-        True,
+        tracker._store.directory.is_consistent,
         {b.live.name: b.live.entry for b in tracker._now.tracked},
     )
     sentinel = migration.sentinel[0] if migration.sentinel else None
@@ -152,6 +153,7 @@ def activate(
         storage.refresh()
         tracker._store.reload()
         comeback = _Comeback(tracker, migration, policy)
+        tracker._store.restore_generation()
         tracker._store.check(comeback.draft)
     except BaseException:
         storage.release()
@@ -200,8 +202,9 @@ class _Comeback:
         self.tracked = []
         for name, fate in fates.items():
             if fate.kind == "kept":
-                bitmap = ours[name]
-                self.tracked.append(bitmap if is_untouched else self._united(bitmap, entries[name]))
+                if not is_untouched:
+                    self._unite(ours[name], entries[name])
+                self.tracked.append(ours[name])
             elif fate.kind == "reloaded":
                 self.tracked.append(Tracked.of(load_live(store.file, entries[name])))
         self._has_kept = any(fate.kind == "kept" for fate in fates.values())
@@ -228,18 +231,15 @@ class _Comeback:
         is_same = all(found.entries.get(name) == entry for name, entry in ours.items())
         return token is not None and token == migration.change_token and is_same
 
-    def _united(self, bitmap: Tracked, entry: DirectoryEntry) -> Tracked:
-        """What we have in memory, and what the image has; all of it has to be stored again.
+    def _unite(self, bitmap: Tracked, entry: DirectoryEntry) -> None:
+        """Adds what the image has to what we have in memory; all of it has to be stored again.
 
         Somebody may have merged other bitmaps into it, or cleared it and stored it anew.
         """
-        octets = np.frombuffer(bitmap.bits.octets, np.uint8)
+        octets, touched = (np.frombuffer(array, np.uint8) for array in bitmap.bits)
+        touched[:] = 1
         if not entry.in_use:
-            octets = octets | np.frombuffer(
-                load_live(self._tracker._store.file, entry).octets, np.uint8
-            )
-        live = LiveBitmap(bitmap.live.entry, bitmap.live.words, bytearray(octets))
-        return Tracked(live, Bits(live.octets, bytearray(b"\x01" * len(bitmap.bits.touched))))
+            octets |= np.frombuffer(load_live(self._tracker._store.file, entry).octets, np.uint8)
 
     def go_on(self) -> None:
         """Lets marks in again."""

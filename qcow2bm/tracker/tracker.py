@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock, Thread, get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qcow2bm.clusters.plan import Barrier, Plan, Step, execute
 from qcow2bm.errors import (
@@ -28,9 +27,11 @@ from qcow2bm.storage.held import HeldStorage
 from qcow2bm.storage.identity import FilePath, identify
 from qcow2bm.store.edit import Draft
 from qcow2bm.store.live import PIECE_BYTES, LiveBitmap, LiveStore
+from qcow2bm.tracker.batches import Batch, Batches
 from qcow2bm.tracker.gate import Gate
 from qcow2bm.tracker.rate import Rate
 from qcow2bm.tracker.recorder import Recorder
+from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
 from qcow2bm.tracker.spread import Recording, Tracked
 
 if TYPE_CHECKING:
@@ -46,42 +47,6 @@ _UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: loo
 _GUESS_BYTES_PER_SECOND = 50 << 20  # as long as nothing was measured
 _PROGRESS = 0.95  # a round is of use if it leaves no more than this part of what was left
 _IDLE_ROUNDS = 4
-_BATCH_PIECES = 2048  # copied, written and made durable at once
-
-
-class FlushReport(NamedTuple):
-    """What one flush wrote: bytes of everything, pieces of bitmaps, barriers, and how long."""
-
-    bytes_written: int
-    pieces: int
-    barriers: int
-    seconds: float
-
-
-class StopReport(NamedTuple):
-    """What a stop wrote; the bitmaps are valid on disk."""
-
-    bytes_written: int
-    pieces: int
-    barriers: int
-    seconds: float
-
-
-class Pending(NamedTuple):
-    """What a stop would have to write of bitmap data now, and an estimate of how long it takes."""
-
-    bytes: int
-    pieces: int
-    seconds: float
-
-
-class Convergence(NamedTuple):
-    """Whether a stop fits now, how long one would take, and after how many rounds and seconds."""
-
-    is_reached: bool
-    seconds: float
-    rounds: int
-    elapsed: float
 
 
 class Tracker:
@@ -122,7 +87,7 @@ class Tracker:
         self._cause: BaseException | None = None  # of its failure
         self._flushing = Rate()
         self._barrier_seconds = 0.0
-        self._last_piece = ("", -1)  # of a flush that left some behind
+        self._batches = Batches()
         self._on_end = on_end
         self._migration: Migration | None = None  # from its beginning until it is over
         self.mark = self._recorder.mark
@@ -203,7 +168,7 @@ class Tracker:
             self._now.spread()
             left = 1 << 62 if max_bytes is None else max(1, max_bytes // PIECE_BYTES)
             size = pieces = barriers = 0
-            for batch in self._batches(left):
+            for batch in self._batches.due(self._now.tracked, left):
                 plan = self._store_pieces(batch)
                 size, barriers = size + plan.length, barriers + plan.barriers
                 pieces += sum(len(numbers) for _, numbers in batch)
@@ -211,42 +176,7 @@ class Tracker:
                     break
             return FlushReport(size, pieces, barriers, self._clock() - begun)
 
-    def _batches(self, limit: int) -> Iterator[list[tuple[Tracked, list[int]]]]:
-        """The pieces that are due now, each once, as many at a time as are stored together.
-
-        They begin behind the last one of the flush before, so that pieces that are touched again
-        and again keep no others from being stored.
-        """
-        tracked = list(self._now.tracked)
-        due = [(bitmap, bitmap.due().tolist()) for bitmap in tracked]
-        name, last = self._last_piece
-        place = next((n for n, bitmap in enumerate(tracked) if bitmap.live.name == name), None)
-        if place is not None:
-            bitmap, numbers = due[place]
-            cut = bisect_right(numbers, last)
-            due = [
-                (bitmap, numbers[cut:]),
-                *due[place + 1 :],
-                *due[:place],
-                (bitmap, numbers[:cut]),
-            ]
-        batch: list[tuple[Tracked, list[int]]] = []
-        room = min(limit, _BATCH_PIECES)
-        for bitmap, numbers in due:
-            while numbers and limit:
-                part, numbers = numbers[:room], numbers[room:]
-                batch.append((bitmap, part))
-                room, limit = room - len(part), limit - len(part)
-                if not room:
-                    self._last_piece = bitmap.live.name, part[-1]
-                    yield batch
-                    batch, room = [], min(limit, _BATCH_PIECES)
-        if batch:
-            yield batch
-
-    def _store_pieces(
-        self, batch: list[tuple[Tracked, list[int]]], *, is_quiet: bool = False
-    ) -> Plan:
+    def _store_pieces(self, batch: Batch, *, is_quiet: bool = False) -> Plan:
         """Stores pieces and returns how; if that fails, they are not stored, and all is over."""
         with self._fatal():
             try:
@@ -466,7 +396,7 @@ class Tracker:
             carried: the names of the bitmaps that the migration itself carries to the other side:
                 they are not stored here, and stay in_use on disk.
             sentinel: whether to add a bitmap that tells afterwards whether the disk was written
-                to. Without it an `activate` can never know.
+                to. Without it an `activate` can never know. Beside stale bitmaps there is none.
 
         Raises:
             BitmapNotFoundError: one of the names is not tracked.

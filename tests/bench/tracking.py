@@ -33,7 +33,8 @@ from support.qemu import Disk, StorageDaemon  # noqa: E402
 
 import qcow2bm  # noqa: E402
 from qcow2bm.store.draft import PackedSource  # noqa: E402
-from qcow2bm.tracker.tracker import StopReport, Tracker  # noqa: E402
+from qcow2bm.tracker.reports import StopReport  # noqa: E402
+from qcow2bm.tracker.tracker import Tracker  # noqa: E402
 
 MIB, TIB = 1 << 20, 1 << 40
 SIZE = 16 * TIB
@@ -142,6 +143,64 @@ def bench_stops(bench: Bench) -> None:
     if bench.wants(_FLAT):
         ratio = taken[1, K4] / taken[1, K64]
         bench.show(_FLAT, f"{ratio:.2f}x as long", "at most 2x", ratio <= 2)
+
+
+def given_and_taken_back(image: Image, daemon: StorageDaemon | None) -> tuple[float, float, float]:
+    """Seconds of the stop, of taking back, and of storing what that makes due once more.
+
+    With a daemon, that opens the image for writing and closes it in between.
+    """
+    with image.tracked() as tracker:
+        for start in image.starts(1000).tolist():
+            tracker.mark(start, 4096)
+        tracker.flush()
+        tracker.begin_migration()
+        for start in image.starts(100).tolist():
+            tracker.mark(start, 4096)
+        os.sync()
+        stop = seconds(tracker.inactivate)
+        if daemon:
+            qemu_stop(image, daemon)
+        begun = time.perf_counter()
+        activation = tracker.activate()
+        back = time.perf_counter() - begun
+        assert activation.outcome == "unchanged", activation
+        return stop, back, seconds(tracker.flush)
+
+
+def bench_handover(bench: Bench) -> None:
+    title = "inactivate + activate, 8 x 32 MiB / QEMU"
+    between = "the same, opened by QEMU in between / QEMU"
+    if not bench.wants(title, between):
+        return
+    image = Image(bench.folder, 8, K64, is_dense=True)
+    taken: dict[str, list[tuple[float, float, float]]] = {title: [], between: []}
+    theirs = []
+    with StorageDaemon() as daemon:
+        for round_ in range(bench.rounds + 1):
+            found = {
+                title: given_and_taken_back(image, None),
+                between: given_and_taken_back(image, daemon),
+            }
+            stop = qemu_stop(image, daemon)
+            load = seconds(lambda: daemon.open(image.disk, read_only=False))
+            daemon.close()
+            if round_:
+                theirs.append((stop, load))
+                for name, times in found.items():
+                    taken[name].append(times)
+    qemu_stop_time, qemu_load = (median(column) for column in zip(*theirs, strict=True))
+    qemu = qemu_stop_time + qemu_load
+    for name, rows in taken.items():
+        stop, back, again = (median(column) for column in zip(*rows, strict=True))
+        ratio = qemu / (stop + back)
+        result = f"{(stop + back) * 1e3:.1f} ms {qemu * 1e3:.0f} ms {ratio:.1f}x faster"
+        bench.show(name, result, "faster", ratio > 1)
+        ours = f"inactivate {stop * 1e3:.1f} ms, activate {back * 1e3:.1f} ms"
+        print(f"{'':>16}{ours}, flush afterwards {again * 1e3:.0f} ms")
+        theirs_too = f"store {qemu_stop_time * 1e3:.0f} ms, load {qemu_load * 1e3:.0f} ms"
+        print(f"{'':>16}QEMU: {theirs_too}", flush=True)
+    image.disk.path.unlink()
 
 
 class Bare:
@@ -302,7 +361,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.rounds, arguments.only)
-        for part in (bench_stops, bench_marking, bench_latency, bench_memory):
+        for part in (bench_stops, bench_handover, bench_marking, bench_latency, bench_memory):
             part(bench)
 
 

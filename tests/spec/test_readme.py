@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,15 +55,35 @@ def test_output_is_what_the_commands_print(request: pytest.FixtureRequest, folde
     assert README.read_text(encoding="utf-8") == now
 
 
+def blocks(kind: str, heading: str) -> list[str]:
+    """The fenced blocks of a kind in a section of the README."""
+    section = README.read_text("utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_migration_example_runs_on_both_sides(folder: Path) -> None:
+    (example,), (output,) = blocks("python", "Migration"), blocks("text", "Migration")
+    (folder / "migrate.py").write_text(example, "utf-8")
+    shutil.copyfile(folder / "tests/data/three.qcow2", folder / "vm.qcow2")
+    done = subprocess.run(
+        [sys.executable, "migrate.py", "vm.qcow2"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (output, "")
+
+
 def test_the_python_example_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    example = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert example
-    assert len(example[1].splitlines()) <= 24
+    (example,) = blocks("python", "Python in 20 lines")
+    assert len(example.splitlines()) <= 24
     shutil.copyfile(folder / "tests/data/three.qcow2", folder / "vm.qcow2")
     monkeypatch.chdir(folder)
-    exec(compile(example[1], "README.md", "exec"), {})
+    exec(compile(example, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "1173504 bytes are dirty" in printed
     assert "inconsistent" in printed

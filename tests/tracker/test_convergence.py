@@ -18,7 +18,8 @@ import qcow2bm
 from qcow2bm.storage.held import HeldStorage
 from qcow2bm.store.live import PIECE_BYTES, LiveStore
 from qcow2bm.tracker.group import TrackerGroup
-from qcow2bm.tracker.tracker import Pending, Tracker
+from qcow2bm.tracker.reports import Pending
+from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

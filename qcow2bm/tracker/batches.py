@@ -1,0 +1,55 @@
+"""In which order pieces are stored, and how many at a time.
+
+*Spec*: spec/tracking.md, "Flushing".
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
+from qcow2bm.tracker.spread import Tracked
+
+BATCH_PIECES = 2048  # copied, written and made durable at once
+
+Batch = list[tuple[Tracked, list[int]]]
+"""Bitmaps, and the numbers of their pieces, ascending."""
+
+
+class Batches:
+    """Hands out the pieces that are due, and begins each time behind the last one of before.
+
+    So pieces that are touched again and again keep no others from being stored.
+    """
+
+    def __init__(self) -> None:
+        self._last = ("", -1)  # the bitmap and the piece that came last
+
+    def due(self, tracked: Iterable[Tracked], limit: int) -> Iterator[Batch]:
+        """The pieces that are due now, each once, but at most ``limit`` of them."""
+        bitmaps = list(tracked)
+        due = [(bitmap, bitmap.due().tolist()) for bitmap in bitmaps]
+        name, last = self._last
+        place = next((n for n, bitmap in enumerate(bitmaps) if bitmap.live.name == name), None)
+        if place is not None:
+            bitmap, numbers = due[place]
+            cut = bisect_right(numbers, last)
+            due = [
+                (bitmap, numbers[cut:]),
+                *due[place + 1 :],
+                *due[:place],
+                (bitmap, numbers[:cut]),
+            ]
+        batch: Batch = []
+        room = min(limit, BATCH_PIECES)
+        for bitmap, numbers in due:
+            while numbers and limit:
+                part, numbers = numbers[:room], numbers[room:]
+                batch.append((bitmap, part))
+                room, limit = room - len(part), limit - len(part)
+                if not room:
+                    self._last = bitmap.live.name, part[-1]
+                    yield batch
+                    batch, room = [], min(limit, BATCH_PIECES)
+        if batch:
+            yield batch

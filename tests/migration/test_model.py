@@ -1,0 +1,274 @@
+"""Everything that can happen around a migration, in every order: no bitmap is ever silently wrong.
+
+Breadth first through all states of the `World`, each only once, with the library's own code. After
+each event, and after a loss of power at any point of it, the image is looked at as a reader does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import count
+from random import Random
+from typing import Any
+from uuid import UUID
+
+import pytest
+from migration.world import (
+    AUTOCLEAR,
+    BY_B,
+    CANARY,
+    GRANULE,
+    Dirty,
+    Options,
+    Seen,
+    World,
+    in_memory,
+    look,
+    plain_name,
+    touched,
+)
+from support.crash import intervals
+
+from qcow2bm.clusters.plan import Plan
+from qcow2bm.migration import sentinel
+from qcow2bm.tracker.tracker import Tracker
+
+ALL = [
+    Options(generation, is_watched, carried, policy)
+    for generation in (False, True)
+    for is_watched in (False, True)
+    for carried in ((), ("fine",), ("fine", "coarse"))
+    for policy in ("drop", "merge")
+    if carried or policy == "drop"
+]
+SOME = [
+    (Options(False, False, ("fine",), "merge"), 4),
+    (Options(False, True, ("fine", "coarse"), "merge"), 4),
+    (Options(True, True, (), "drop"), 3),
+]
+"""Each with how deep it is gone into."""
+
+FIRST = ("A writes", "A inactivates")
+
+
+@pytest.fixture(autouse=True)
+def predictable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random names and tokens, other ones each time."""
+    numbers = count(1)
+    monkeypatch.setattr(sentinel, "uuid4", lambda: UUID(int=next(numbers)))
+    monkeypatch.setattr("secrets.token_bytes", lambda size: next(numbers).to_bytes(size, "big"))
+
+
+class Explorer:
+    """Goes through the states, and counts them.
+
+    ``most`` are so many states after a loss of power within one event; None for all.
+    """
+
+    def __init__(self, options: Options, most: int | None) -> None:
+        self.options = options
+        self.most = most
+        self.random = Random(str(options))
+        self.seen: set[object] = set()
+        self.crashes = 0
+        self.events = Counter[str]()
+        self.verdicts = Counter[str]()
+
+    def run(self, first: Sequence[str], depth: int) -> None:
+        """All states that so many events can lead to, after those that come first."""
+        world = World(self.options)
+        for name in first:
+            dict(world.events())[name](world)
+        level = [world]
+        self.seen.add(key_of(world))
+        for _ in range(depth):
+            level = [new for world in level for new in self._step(world)]
+
+    def _step(self, world: World) -> Iterator[World]:
+        for name, happen in list(world.events()):
+            new = world.copy()
+            new.activation = None
+            new.a_host.log, new.b_host.log = list(new.a_host.unsynced), list(new.b_host.unsynced)
+            new.path += (name,)
+            self.events[name] += 1
+            try:
+                happen(new)
+                self._check(new, name)
+                yield from self._new([new])
+                yield from self._crashes(world, new, bytes(world.disk.data))
+            except Exception as error:
+                raise AssertionError(f"{self.options}: {', '.join(new.path)}: {error}") from error
+
+    def _new(self, worlds: list[World]) -> Iterator[World]:
+        for world in worlds:
+            key = key_of(world)
+            if key not in self.seen:
+                self.seen.add(key)
+                yield world
+
+    def _crashes(self, world: World, new: World, before: bytes) -> Iterator[World]:
+        """The worlds that a loss of power of a host leaves, within the event or after it."""
+        # What a clearing takes away may be gone or not.
+        written = {name: world.written[name] & new.written[name] for name in new.written}
+        alike = set()
+        for host, log in (("A", new.a_host.log), ("B", new.b_host.log)):
+            for interval in intervals(before, Plan(tuple(log))):
+                choices = interval.choices(self.random)
+                if self.most is not None and len(choices) > self.most:
+                    choices = self.random.sample(choices, self.most)
+                for data in {bytes(interval.image(choice)): None for choice in choices}:
+                    self.crashes += 1
+                    bitmaps = look(data)
+                    require_no_wrong(bitmaps, written)
+                    facts = host, frozenset(bitmaps.items()), data[AUTOCLEAR]
+                    if facts not in alike:
+                        alike.add(facts)
+                        crashed = world.after_power_loss(host, data)
+                        crashed.written = dict(written)
+                        yield from self._new([crashed])
+
+    def _check(self, world: World, name: str) -> None:
+        if name == "A activates" and is_undetectable(world):
+            self.verdicts["undetected"] += 1
+            return
+        require_no_wrong(look(bytes(world.disk.data)), world.written)
+        for tracker in (world.a, world.b):
+            if isinstance(tracker, Tracker) and tracker.state in ("tracking", "migrating"):
+                for bitmap, seen in in_memory(tracker).items():
+                    if missing := seen.misses(world.written.get(bitmap, frozenset())):
+                        raise AssertionError(f"{bitmap} in memory misses {set(missing)}")
+        if name == "A activates" and world.activation:
+            self.verdicts[world.activation.outcome] += 1
+            require_right(world)
+            world.since = frozenset()
+
+
+def is_undetectable(world: World) -> bool:
+    """Whether somebody made the sentinel look untouched; nothing can be asked of what follows.
+
+    Bitmaps were cleared, and then its canary was set again by a write to that range. Only the
+    generation can tell.
+    """
+    found = world.activation
+    if not found or found.outcome != "unchanged":
+        return False
+    if world.since >= {"cleared", "wrote the canary"}:
+        assert not world.options.generation, "the generation tells"
+        world.a = None  # nobody goes on with it
+        return True
+    return False
+
+
+def require_no_wrong(bitmaps: dict[str, Seen], written: dict[str, Dirty]) -> None:
+    """No bitmap is valid although it misses something that was written."""
+    for name, seen in bitmaps.items():
+        missing = seen.misses(written.get(name, frozenset()))
+        if seen.status == "valid" and missing:
+            raise AssertionError(f"{name} is valid, but misses {set(missing)}")
+
+
+def require_right(world: World) -> None:
+    """What `activate` says is what happened, as far as it could be known."""
+    since, found, options = world.since, world.activation, world.options
+    assert found
+    fates = {name: fate.kind for name, fate in found.bitmaps.items()}
+    if not world.had_sentinel:
+        assert found.outcome in ("unknown", "changed"), f"{found}"
+        return
+    undetectable = since <= {"raw", "restored", "rolled back"}
+    if undetectable:
+        assert found.outcome == "unchanged", f"undetectable, but {found}"
+        assert set(fates.values()) <= {"kept"}, f"lost for nothing: {found}"
+        return
+    if since & {"rolled back", "rolled back to the start"}:
+        return
+    is_seen = since & {"wrote", "cleared", "unaware", "tracked"}
+    if is_seen:
+        assert found.outcome == "changed", f"{set(since)}, but {found}"
+    opened = {"opened", "cleared one", "merged", "received"}
+    by_qemu = since <= opened | {"reopened", "wrote", "wrote the canary"}
+    if by_qemu and not is_seen:
+        knows = options.generation and since & opened
+        assert found.outcome == ("changed" if knows else "unchanged"), f"{set(since)}: {found}"
+    if by_qemu and found.changed is not None:
+        ranges = [range(start, start + length) for start, length in found.changed.tolist()]
+        wanted = {CANARY, BY_B} if "wrote" in since else {CANARY}
+        assert all(any(g * GRANULE in part for part in ranges) for g in wanted), f"{found}"
+    if by_qemu:
+        for name, kind in fates.items():
+            is_carried = name in options.carried
+            is_lost = is_carried and found.outcome == "changed" and "received" not in since
+            if is_lost and options.policy == "merge":
+                is_lost = set(options.carried) != set(fates)
+            assert (kind == "dropped") == is_lost, f"{name} is {kind} after {set(since)}: {found}"
+
+
+def key_of(world: World) -> object:
+    """What tells states apart: everything but what is only different by name or place."""
+    a, b = world.a, world.b
+    left = a._migration.left if a and a._migration else None
+    own = left.sentinel.name if left and left.sentinel else ""
+    data = bytes(world.disk.data)
+    bitmaps = look(data)
+    facts: list[object] = [
+        frozenset((plain_name(name, own), seen) for name, seen in bitmaps.items()),
+        data[AUTOCLEAR],
+        frozenset(world.written.items()),
+        world.since,
+        world.disk.user,
+        _of_tracker(a),
+        _of_tracker(b) if isinstance(b, Tracker) else _of_qemu(b, own),
+        world.a_host.is_stale,
+        world.b_host.is_stale,
+        bool(world.a_host.unsynced),
+        bool(world.b_host.unsynced),
+    ]
+    if left and a and a._migration:
+        facts.append(a._migration.change_token == world.a_host.change_token())
+        then = look(world.hand_over[0])
+        facts.append(frozenset((plain_name(name, own), seen) for name, seen in then.items()))
+    return tuple(facts)
+
+
+def _of_tracker(tracker: Tracker | None) -> object:
+    if tracker is None:
+        return None
+    migration = tracker._migration
+    return (
+        tracker.state,
+        frozenset(in_memory(tracker).items()),
+        touched(tracker),
+        migration.carried if migration else None,
+    )
+
+
+def _of_qemu(qemu: Any, own: str) -> object:
+    if qemu is None:
+        return None
+    bits = frozenset((plain_name(name, own), value) for name, value in qemu.bits.items())
+    return bits, qemu.reopens
+
+
+def explore(options: Options, depth: int, most: int | None) -> None:
+    """Goes through all states up to a depth, and says how many those were."""
+    explorer = Explorer(options, most)
+    explorer.run(FIRST, depth)
+    assert explorer.verdicts["unchanged"], "the exploration saw too little"
+    assert explorer.verdicts["changed"], "the exploration saw too little"
+    print(
+        f"{options}: {len(FIRST)} + {depth} events deep: {len(explorer.seen)} states, "
+        f"{sum(explorer.events.values())} events, {explorer.crashes} losses of power, "
+        f"{dict(explorer.verdicts)}"
+    )
+
+
+@pytest.mark.parametrize(("options", "depth"), SOME, ids=str)
+def test_no_order_of_events_makes_a_bitmap_silently_wrong(options: Options, depth: int) -> None:
+    explore(options, depth, most=3)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("options", ALL, ids=str)
+def test_no_longer_order_of_events_does_either(options: Options) -> None:
+    explore(options, 5, most=8)

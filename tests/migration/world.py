@@ -1,0 +1,637 @@
+"""Two hosts with a page cache each, one image that both can use, and all that can happen to it.
+
+Host A has the tracker, the library's own code. On host B there may be a program that keeps bitmaps
+as QEMU does, or a tracker, too. Besides, there are programs that know nothing of bitmaps, and
+storage that goes back to an earlier state. A ghost set knows which granules were really written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from support.images import Stored, build_image
+
+import qcow2bm
+from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, execute
+from qcow2bm.errors import ImageLockedError
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.migration.sentinel import PREFIX, is_sentinel
+from qcow2bm.storage.held import HeldStorage
+from qcow2bm.store.commit import plan_commit
+from qcow2bm.store.edit import Draft
+from qcow2bm.store.live import LiveStore, load_live
+from qcow2bm.tracker.gate import Gate
+from qcow2bm.tracker.handover import Activation
+from qcow2bm.tracker.recorder import Recorder
+from qcow2bm.tracker.tracker import Tracker
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from qcow2bm.migration.evidence import Policy
+
+SECTOR = 512
+GRANULE = 512
+GRANULES = 4
+SIZE = GRANULE * GRANULES
+CANARY = GRANULES - 1
+"""The granule whose writes a sentinel cannot see."""
+
+BY_A, BY_B, BY_STRANGERS = 0, 1, 2
+"""Which granule each writes, so that a missing bit tells whose write it is."""
+
+Dirty = frozenset[int]
+Snapshot = tuple[bytes, dict[str, Dirty]]
+AUTOCLEAR = slice(FIELD_OFFSETS["autoclear_features"], FIELD_OFFSETS["autoclear_features"] + 8)
+"""Where the header has the autoclear bits."""
+
+
+class Disk:
+    """The image as it is durable, and seen by every host that has not cached it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = bytearray(data)
+        self.writes = 0
+        self.user: str | None = None  # who holds the lock
+
+
+class Host:
+    """A storage as one host sees it: what it has read stays as it was until it is refreshed."""
+
+    def __init__(self, name: str, disk: Disk, *, is_watched: bool) -> None:
+        self.name = name
+        self.disk = disk
+        self.is_watched = is_watched
+        self.cache: dict[int, bytes] = {}
+        self.unsynced: list[Step] = []
+        self.log: list[Step] = []  # since somebody emptied it
+
+    def size(self) -> int:
+        ends = [s.offset + s.length for s in self.unsynced if isinstance(s, Write)]
+        return max([len(self.disk.data), *ends])
+
+    def _sector(self, number: int) -> bytes:
+        if number not in self.cache:
+            part = bytes(self.disk.data[number * SECTOR : (number + 1) * SECTOR])
+            self.cache[number] = part.ljust(SECTOR, b"\0")
+        return self.cache[number]
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        stop = min(offset + len(buffer), self.size())
+        for number in range(offset // SECTOR, -(-stop // SECTOR)):
+            low, high = max(offset, number * SECTOR), min(stop, (number + 1) * SECTOR)
+            part = self._sector(number)[low - number * SECTOR : high - number * SECTOR]
+            buffer[low - offset : high - offset] = part
+        return max(0, stop - offset)
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        assert self.disk.user == self.name, "INV-INACTIVE: a write without the lock"
+        data = b"".join(parts)
+        self.disk.writes += 1
+        step = Write(offset, (data,), "something")
+        self.unsynced.append(step)
+        self.log.append(step)
+        for number in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
+            low, high = number * SECTOR, (number + 1) * SECTOR
+            sector = bytearray(self._sector(number))
+            start, stop = max(low, offset), min(high, offset + len(data))
+            sector[start - low : stop - low] = data[start - offset : stop - offset]
+            self.cache[number] = bytes(sector)
+
+    def barrier(self) -> None:
+        assert self.disk.user == self.name, "INV-INACTIVE: a barrier without the lock"
+        self.write_back()
+        self.log.append(Barrier("all"))
+
+    def write_back(self) -> None:
+        """Whole sectors, as they are cached here."""
+        for step in self.unsynced:
+            if isinstance(step, Write):
+                for number in range(
+                    step.offset // SECTOR, -(-(step.offset + step.length) // SECTOR)
+                ):
+                    start = number * SECTOR
+                    self.disk.data.extend(bytes(max(0, start + SECTOR - len(self.disk.data))))
+                    self.disk.data[start : start + SECTOR] = self.cache[number]
+        self.unsynced.clear()
+
+    def refresh(self) -> None:
+        self.write_back()
+        self.cache.clear()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether anything that is cached is not what is on the disk."""
+        return any(
+            part != bytes(self.disk.data[n * SECTOR : (n + 1) * SECTOR]).ljust(SECTOR, b"\0")
+            for n, part in self.cache.items()
+        )
+
+    def truncate(self, size: int) -> None:
+        raise AssertionError("nothing here fails")
+
+    def capacity(self) -> int | None:
+        return None
+
+    def change_token(self) -> object:
+        return self.disk.writes if self.is_watched else None
+
+    def read_lock(self) -> _Lock:
+        return _Lock(self, is_shared=True)
+
+    def write_lock(self, timeout: float) -> _Lock:
+        return _Lock(self, is_shared=False)
+
+    def close(self) -> None:
+        pass
+
+
+class _Lock:
+    """A context manager that can be copied."""
+
+    def __init__(self, host: Host, *, is_shared: bool) -> None:
+        self._host, self._is_shared = host, is_shared
+
+    def __enter__(self) -> None:
+        if self._is_shared:
+            return
+        if self._host.disk.user:
+            raise ImageLockedError(self._host.name, "is in use", "writing")
+        self._host.disk.user = self._host.name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._is_shared:
+            self._host.disk.user = None
+
+
+class Bits(NamedTuple):
+    """A bitmap in the memory of QEMU."""
+
+    dirty: Dirty
+    granularity: int
+    flags: int
+
+
+Loaded = dict[str, Bits]
+
+
+class Qemu:
+    """A program on host B that keeps bitmaps as QEMU does.
+
+    It sets in_use of all it loads, keeps their bits in memory, and stores all of them in new
+    clusters at its end. It does not know the generation: opening for writing clears that bit,
+    without a barrier; reopening an image that was read-only leaves it.
+    """
+
+    def __init__(self, host: Host, *, reopens: bool, received: dict[str, Dirty]) -> None:
+        self.held = HeldStorage(host)
+        self.held.acquire(0)
+        self.held.refresh()
+        self.reopens = reopens
+        store = LiveStore(self.held)
+        self.bits: Loaded = {}
+        if not reopens:
+            known = store.file.header.autoclear_features & 3
+            self.held.write(AUTOCLEAR.start, [known.to_bytes(8, "big")])
+        if not store.directory.is_consistent:
+            return
+        for entry in store.directory.entries:
+            name = entry.name or ""
+            if entry.in_use and name not in received:
+                continue
+            dirty = received.get(name) or _dirty(load_live(store.file, entry).octets)
+            self.bits[name] = Bits(dirty, entry.granularity, entry.flags & ~FLAG_IN_USE)
+            place = entry.offset + 12
+            self.held.write(place, [(entry.flags | FLAG_IN_USE).to_bytes(4, "big")])
+        if self.bits:
+            self.held.barrier()
+
+    def write(self, granule: int) -> None:
+        for name, (dirty, granularity, flags) in self.bits.items():
+            if flags & FLAG_AUTO:
+                new = granule * GRANULE // granularity
+                self.bits[name] = Bits(dirty | {new}, granularity, flags)
+
+    def close(self) -> None:
+        store = LiveStore(self.held)
+        draft = Draft(store.file, store.directory, set(self.bits))
+        if self.bits:
+            for name, (dirty, granularity, flags) in self.bits.items():
+                draft.remove(name)
+                draft.add(name, granularity, enabled=bool(flags & FLAG_AUTO))
+                draft.fill(name, [(n * granularity, granularity) for n in dirty], is_set=True)
+            store.file.__dict__["generation"] = None  # it knows of none, and changes none
+            plan = plan_commit(store.file, store.directory, store.survey, draft, None)
+            keeps = store.file.header.autoclear_features & 1 << 63
+            execute(_without_clearing(plan) if keeps else plan, self.held, None)
+        self.held.barrier()
+        self.held.release()
+
+
+def _without_clearing(plan: Plan) -> Plan:
+    """Without the steps that clear bits unknown to the planner."""
+    steps = list(plan.steps)
+    if isinstance(steps[0], Write) and "unknown features" in steps[0].what:
+        del steps[:2]
+    return Plan(tuple(steps))
+
+
+def _dirty(octets: bytes | bytearray) -> Dirty:
+    number = int.from_bytes(octets, "little")
+    return frozenset(bit for bit in range(number.bit_length()) if number >> bit & 1)
+
+
+class Seen(NamedTuple):
+    """A bitmap as a reader of the image sees it."""
+
+    status: str
+    is_auto: bool
+    granularity: int
+    dirty: Dirty
+
+    def misses(self, written: Dirty) -> Dirty:
+        """The granules of those written that it does not have."""
+        return frozenset(g for g in written if g * GRANULE // self.granularity not in self.dirty)
+
+
+@lru_cache(1 << 16)
+def look(data: bytes) -> dict[str, Seen]:
+    """All bitmaps of an image by name."""
+    with qcow2bm.open(data) as image:
+        return {
+            name: Seen(
+                bitmap.status,
+                bitmap.auto,
+                bitmap.granularity,
+                _dirty(bitmap.stale_bits().tobytes()) if bitmap.status != "broken" else frozenset(),
+            )
+            for name, bitmap in image.bitmaps.items()
+        }
+
+
+class Options(NamedTuple):
+    """What is the same in a whole exploration."""
+
+    generation: bool
+    is_watched: bool
+    carried: tuple[str, ...]
+    policy: Policy
+
+
+class World:
+    """Everything there is at one time, and what may happen next.
+
+    Attributes:
+        written: by bitmap the granules that were written since it was last cleared.
+        since: what others did to the image since the tracker let it go.
+        start, hand_over: the storage as it was then, to which it can go back.
+        activation: what the last `activate` found; None if another event was the last.
+        path: the events that led here.
+        had_sentinel: whether there was one then: beside stale bitmaps there is none.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        fine = Stored(b"fine", granularity_bits=9)
+        coarse = Stored(b"coarse", granularity_bits=10)
+        self.disk = Disk(bytes(build_image(fine, coarse, size=SIZE, cluster_bits=9).data))
+        self.a_host, self.b_host = self._hosts()
+        self.a: Tracker | None = None
+        self.b: Qemu | Tracker | None = None
+        self.b_wrote = False
+        self.written: dict[str, Dirty] = {"fine": frozenset(), "coarse": frozenset()}
+        self.since: frozenset[str] = frozenset()
+        self.activation: Activation | None = None
+        self.had_sentinel = False
+        self.path: tuple[str, ...] = ()
+        self.start = self.hand_over = self._snapshot()
+        self._track_a()
+
+    def _hosts(self) -> tuple[Host, Host]:
+        watched = self.options.is_watched
+        return (
+            Host("A", self.disk, is_watched=watched),
+            Host("B", self.disk, is_watched=watched),
+        )
+
+    def _snapshot(self) -> Snapshot:
+        return bytes(self.disk.data), dict(self.written)
+
+    def copy(self) -> World:
+        """The same once more, independent of this one."""
+        memo: dict[int, Any] = {}
+        new = World.__new__(World)
+        new.__dict__.update(self.__dict__)
+        new.disk = deepcopy(self.disk, memo)
+        new.a_host, new.b_host = deepcopy(self.a_host, memo), deepcopy(self.b_host, memo)
+        new.a = _copy_of(self.a, memo) if self.a else None
+        b = self.b
+        new.b = _copy_of(b, memo) if isinstance(b, Tracker) else deepcopy(b, memo)
+        new.written = dict(self.written)
+        return new
+
+    # --- what can happen -------------------------------------------------------------------
+
+    def events(self) -> Iterator[tuple[str, Callable[[World], None]]]:
+        """What can happen now: a name, and what does it to a world."""
+        state = self.a.state if self.a else None
+        yield from self._events_of_a(state)
+        if self.b:
+            yield "B writes", lambda w: w._write_b(BY_B)
+            yield "B writes the canary", lambda w: w._write_b(CANARY)
+            yield "B closes", World._close_b
+            yield "B is killed", World._kill_b
+        elif not self.disk.user:
+            yield "B opens", lambda w: w._open_b()
+            if self.options.generation:  # without, it is no different
+                yield "B reopens", lambda w: w._open_b(reopens=True)
+            yield "B tracks", World._track_b
+            if state == "inactive" and self.options.carried and not self.since:
+                yield "B opens and receives", lambda w: w._open_b(receives=True)
+            if state == "inactive":
+                yield from self._events_of_others()
+
+    def _events_of_others(self) -> Iterator[tuple[str, Callable[[World], None]]]:
+        for what, name, happen in (
+            ("unaware", "unaware program writes", World._write_unaware),
+            ("cleared", "all is cleared", World._clear_all),
+            ("cleared one", "fine is cleared", World._clear_fine),
+            ("merged", "others are merged into fine", World._merge_into_fine),
+            ("restored", "cleared and restored", World._clear_and_restore),
+            ("raw", "raw write", World._write_raw),
+            ("rolled back to the start", "rollback to the start", World._roll_back_to_the_start),
+            ("rolled back", "rollback to the hand-over", World._roll_back),
+        ):
+            if what not in self.since:  # once more makes no difference
+                yield name, happen
+
+    def _events_of_a(self, state: str | None) -> Iterator[tuple[str, Callable[[World], None]]]:
+        if state is None:
+            if not self.disk.user:
+                yield "A starts", World._track_a
+            return
+        assert self.a
+        if state in ("tracking", "migrating"):
+            yield "A writes", World._write_a
+            yield "A flushes", lambda w: w._of_a.flush() and None
+            yield "A inactivates", World._inactivate
+            yield "A stops", World._stop_a
+        if state == "tracking":
+            yield "A begins", lambda w: w._begin()
+        if state == "migrating":
+            yield "A cancels", lambda w: w._of_a.cancel_migration()
+        if state == "inactive":
+            yield "A activates", World._activate
+        yield "A is killed", World._kill_a
+
+    @property
+    def _of_a(self) -> Tracker:
+        assert self.a
+        return self.a
+
+    def _is_elsewhere(self) -> bool:
+        return self.a is not None and self.a.state == "inactive"
+
+    def _note(self, what: str) -> None:
+        if self._is_elsewhere():
+            self.since |= {what}
+
+    def _wrote(self, granule: int) -> None:
+        for name in self.written:
+            self.written[name] |= {granule}
+
+    def _track_a(self) -> None:
+        self.a = _track(self.a_host, self.options.generation)
+        if self.a is None:
+            self.a_host.disk.user = None
+        self.since = frozenset()
+
+    def _write_a(self) -> None:
+        with self._of_a.writing(BY_A * GRANULE, 1):
+            self._wrote(BY_A)
+
+    def _begin(self) -> None:
+        names = set(self._of_a.names)
+        self._of_a.begin_migration(carried=[n for n in self.options.carried if n in names])
+
+    def _inactivate(self) -> None:
+        if self._of_a.state == "tracking":
+            self._begin()
+        self._of_a.inactivate()
+        self.since = frozenset()
+        self.hand_over = self._snapshot()
+
+    def _activate(self) -> None:
+        if self.b:
+            before = self.disk.writes
+            try:
+                self._of_a.activate()
+            except ImageLockedError:
+                assert self._of_a.state == "inactive"
+                assert self.disk.writes == before
+                return
+            raise AssertionError("the image is in use")
+        migration = self._of_a._migration
+        self.had_sentinel = migration is not None and migration.sentinel is not None
+        self.activation = self._of_a.activate(self.options.policy)
+        for name, fate in self.activation.bitmaps.items():
+            if fate.kind == "kept":  # whatever others took from it
+                self.written[name] |= self.hand_over[1][name]
+
+    def _stop_a(self) -> None:
+        self._of_a.stop()
+        self._kill_a()
+
+    def _kill_a(self) -> None:
+        if self._of_a._storage.is_held:
+            self.a_host.write_back()  # the system does that, though the process is gone
+            self.disk.user = None
+        self.a, self.since = None, frozenset()
+
+    def _open_b(self, *, reopens: bool = False, receives: bool = False) -> None:
+        received = {}
+        if receives:
+            received = {
+                bitmap.live.name: _dirty(bitmap.live.octets) for bitmap in self._of_a._now.tracked
+            }
+            received = {n: d for n, d in received.items() if n in self.options.carried}
+        self.b = Qemu(self.b_host, reopens=reopens, received=received)
+        self._note("received" if receives else "reopened" if reopens else "opened")
+
+    def _track_b(self) -> None:
+        self.b = _track(self.b_host, None)
+        if self.b is None:
+            self.disk.user = None
+        self._note("tracked")
+
+    def _write_b(self, granule: int) -> None:
+        if isinstance(self.b, Tracker):
+            self.b.mark(granule * GRANULE, 1)
+        else:
+            assert self.b
+            self.b.write(granule)
+        self._wrote(granule)
+        self._note("wrote" if granule != CANARY else "wrote the canary")
+
+    def _close_b(self) -> None:
+        if isinstance(self.b, Tracker):
+            self.b.stop()
+            self.disk.user = None
+        else:
+            assert self.b
+            self.b.close()
+        self.b = None
+
+    def _kill_b(self) -> None:
+        self.b_host.write_back()
+        self.disk.user = None
+        self.b = None
+        self._note("died")
+
+    def _write_unaware(self) -> None:
+        self.disk.data[AUTOCLEAR] = bytes(8)
+        self.disk.writes += 1
+        self._wrote(BY_STRANGERS)
+        self._note("unaware")
+
+    def _clear_all(self) -> None:
+        with self._edited() as bits:
+            for name in bits:
+                self._clear(bits, name)
+        self._note("cleared")
+
+    def _clear_fine(self) -> None:
+        with self._edited() as bits:
+            self._clear(bits, "fine")
+        self._note("opened")
+        self._note("cleared one")
+
+    def _clear(self, bits: Loaded, name: str) -> None:
+        if name in bits:
+            bits[name] = bits[name]._replace(dirty=frozenset())
+            if name in self.written:
+                self.written[name] = frozenset()
+
+    def _merge_into_fine(self) -> None:
+        with self._edited() as bits:
+            if "fine" in bits:
+                bits["fine"] = bits["fine"]._replace(dirty=bits["fine"].dirty | {BY_STRANGERS})
+                self.written["fine"] |= {BY_STRANGERS}
+        self._note("opened")
+        self._note("merged")
+
+    @contextmanager
+    def _edited(self) -> Iterator[Loaded]:
+        """The bitmaps as QEMU has loaded them, to be changed by hand."""
+        b = Qemu(self.b_host, reopens=False, received={})
+        yield b.bits
+        b.close()
+
+    def _clear_and_restore(self) -> None:
+        self.disk.writes += 1
+        self._note("restored")
+
+    def _write_raw(self) -> None:
+        self.disk.writes += 1
+        self._note("raw")
+
+    def _roll_back(self) -> None:
+        self._go_back(self.hand_over)
+        self.since = frozenset({"rolled back"})
+
+    def _roll_back_to_the_start(self) -> None:
+        self._go_back(self.start)
+        self.since = frozenset({"rolled back to the start"})
+
+    def _go_back(self, snapshot: Snapshot) -> None:
+        data, written = snapshot
+        self.disk.data[:] = data
+        self.disk.writes += 1
+        self.written = dict(written)
+
+    # --- what a crash leaves ---------------------------------------------------------------
+
+    def after_power_loss(self, host: str, data: bytes | bytearray) -> World:
+        """The world when that host has lost power, and this is what is on the disk then."""
+        new = self.copy()
+        new.disk.data[:] = data
+        new.disk.user = None
+        new.path += (f"{host} loses power",)
+        new.disk.writes += 1
+        if host == "A":
+            new.a, new.since = None, frozenset()
+            new.a_host = Host("A", new.disk, is_watched=new.options.is_watched)
+        else:
+            new.b = None
+            new.b_host = Host("B", new.disk, is_watched=new.options.is_watched)
+            new._note("died")
+        return new
+
+
+def _track(host: Host, generation: bool | None) -> Tracker | None:
+    """A tracker of whatever records writes; None if there is nothing."""
+    host.refresh()
+    image = qcow2bm.open(host, "r+")
+    try:
+        tracker = image.track(generation=generation)
+    except qcow2bm.BitmapError:
+        image._opened.pop_all()
+        return None
+    tracker._on_end = _nothing  # the Image stays behind
+    return tracker
+
+
+def _nothing() -> None:
+    pass
+
+
+def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
+    """A copy with locks of its own; nobody is inside."""
+    new = Tracker.__new__(Tracker)
+    special = {"_recorder", "_gate", "_io", "mark", "_on_end", "_clock"}
+    for name, value in vars(tracker).items():
+        if name not in special:
+            setattr(new, name, deepcopy(value, memo))
+    new._gate, new._io = Gate(), Lock()
+    new._on_end, new._clock = tracker._on_end, tracker._clock
+    new._recorder = Recorder(new._virtual_size, new._now.granularity, new._now.bits)
+    if tracker.state not in ("tracking", "migrating"):
+        new._recorder.close(tracker.state)
+    new.mark = new._recorder.mark
+    return new
+
+
+def in_memory(tracker: Tracker) -> dict[str, Seen]:
+    """The bitmaps as a tracker has them: all that was marked is in them."""
+    tracker._now.spread()
+    return {
+        bitmap.live.name: Seen(
+            "tracked", True, bitmap.live.entry.granularity, _dirty(bitmap.live.octets)
+        )
+        for bitmap in tracker._now.tracked
+    }
+
+
+def touched(tracker: Tracker) -> tuple[tuple[int, ...], ...]:
+    """Which pieces are to be stored."""
+    return tuple(tuple(np.flatnonzero(b.bits.touched).tolist()) for b in tracker._now.tracked)
+
+
+def plain_name(name: str, sentinel: str) -> str:
+    """The name, without what is different in each path."""
+    if is_sentinel(name):
+        return "its sentinel" if name == sentinel else "another sentinel"
+    return name.replace(PREFIX, "")
