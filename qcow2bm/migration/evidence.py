@@ -174,7 +174,9 @@ def _fate_of_ours(
 ) -> Fate:
     name = before.name or ""
     now = found.entries.get(name)
-    if not found.is_consistent or now is None:
+    if not found.is_consistent:
+        return Fate("dropped", "is stale: a program wrote that does not know bitmaps")
+    if now is None:
         return Fate("dropped", "is not in the image any more")
     if name in found.broken:
         return Fate("dropped", "is broken in the image")
