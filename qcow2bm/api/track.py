@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qcow2bm.errors import BitmapError, CommitError, Qcow2BmError
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.store.live import LiveStore
-from qcow2bm.store.status import VALID
+from qcow2bm.store.status import BROKEN, VALID
 from qcow2bm.tracker.tracker import Tracker
 from qcow2bm.units import escape
 
@@ -34,9 +34,12 @@ def begin(
     """See `Image.track`; the image is open for writing, and nothing else goes on."""
     storage = image._writable
     assert storage is not None
-    remove_sentinels(image)
     store = LiveStore(storage)
+    names = None if names is None else list(names)
     chosen, left_out = choose(image, names, others)
+    if remove_sentinels(image):
+        store.reload()
+        chosen, left_out = choose(image, names, others)
     try:
         store.begin(
             (b.entry for b in chosen),
@@ -54,13 +57,15 @@ def begin(
     return image._tracker
 
 
-def remove_sentinels(image: Image) -> None:
+def remove_sentinels(image: Image) -> bool:
     """Removes what hand-overs left behind, which would keep QEMU from some things."""
     names = [name for name in image.bitmaps if is_sentinel(name)]
-    if names and image.is_consistent:
-        with image.edit() as edit:
-            for name in names:
-                edit.remove(name)
+    if not names or not image.is_consistent:
+        return False
+    with image.edit() as edit:
+        for name in names:
+            edit.remove(name)
+    return True
 
 
 def choose(
@@ -84,22 +89,37 @@ def choose(
         if not chosen:
             raise ValueError("there are no names")
     for bitmap in chosen:
+        if is_sentinel(bitmap.name):
+            raise BitmapError(bitmap.name, "is a sentinel that was left behind: leave it out")
         bitmap._require_valid()
         if not bitmap.auto:
             raise BitmapError(bitmap.name, "is disabled: enable it first")
     indexes = {bitmap.index for bitmap in chosen}
     left_out = [bitmap for bitmap in recording if bitmap.index not in indexes]
+    left_out += _recording(image, BROKEN)
     if left_out and others == "refuse":
         listed = ", ".join(f'"{escape(bitmap.name)}"' for bitmap in left_out[:5])
-        reason = f'would miss writes: track it, disable it, or give others="mark-in-use" ({listed})'
-        raise BitmapError(left_out[0].name, reason)
+        first = left_out[0]
+        cure = "track it, disable it" if first.status == VALID else "fit it to the disk, remove it"
+        reason = f'would miss writes: {cure}, or give others="mark-in-use" ({listed})'
+        raise BitmapError(first.name, reason)
     return chosen, left_out
 
 
-def _recording(image: Image) -> list[Bitmap]:
-    """The bitmaps that are to record all writes, and have missed none."""
+def _recording(image: Image, status: str = VALID) -> list[Bitmap]:
+    """The bitmaps that are to record all writes, and have missed none.
+
+    Those that are broken here do not fit the disk, and would be valid once they are made to fit.
+    """
     bitmaps = (image.bitmap(entry.index) for entry in image.directory)
-    return [bitmap for bitmap in bitmaps if bitmap.auto and bitmap.status == VALID]
+    return [
+        bitmap
+        for bitmap in bitmaps
+        if bitmap.auto
+        and not bitmap.in_use
+        and bitmap.status == status
+        and not is_sentinel(bitmap.name)
+    ]
 
 
 def _end(image: Image) -> None:

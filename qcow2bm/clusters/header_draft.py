@@ -29,6 +29,7 @@ from qcow2bm.format.extensions import (
     GENERATION,
     HEAD_LENGTH,
     PADDING,
+    TOKEN_LENGTH,
     Generation,
     HeaderExtension,
     HeaderExtensions,
@@ -127,15 +128,15 @@ class HeaderDraft:
         write = self._write(_AUTOCLEAR, _AUTOCLEAR + 8, "autoclear bits of unknown features")
         return [write, Barrier("their clearing")]
 
-    def renew_generation(self) -> tuple[Write, ...]:
-        """Says that somebody else writes now, where that is recorded.
+    def renew_generation(self, token: bytes | None = None) -> tuple[Write, ...]:
+        """Says that somebody else writes now, where that is recorded: by a fresh token or this one.
 
         The write must be durable before, or together with, the first change that counts. If it
         is torn, that is another token, too.
         """
         if not self.generation:
             return ()
-        self.generation = _next(self.generation)
+        self.generation = _next(self.generation, token)
         payload = build_generation(self.generation)
         place = self._payload_offset(self._extensions, GENERATION)
         self._data[place : place + len(payload)] = payload
@@ -155,8 +156,8 @@ class HeaderDraft:
             return []
         self.generation = _next(Generation(b"", 0))
         mine = HeaderExtension(GENERATION, build_generation(self.generation), b"")
-        names = next((e.data for e in self._extensions if e.type == FEATURE_NAMES), b"")
-        names = with_generation_name(names)
+        tables = [e.data for e in self._extensions if e.type == FEATURE_NAMES]
+        names = with_generation_name(tables[-1] if tables else b"")
         named = HeaderExtension(FEATURE_NAMES, names, bytes(-len(names) % 8))
         others = [e for e in self._extensions if e.type not in (FEATURE_NAMES, GENERATION)]
         steps = self._rewrite(self._straight([*others, named, mine]))
@@ -177,10 +178,10 @@ class HeaderDraft:
         return cleared + self._rewrite(self._straight(others))
 
     def _payload_offset(self, extensions: Sequence[HeaderExtension], type: int = BITMAPS) -> int:
-        """Where the data of the one extension of that type begin."""
-        area = HeaderExtensions(tuple(extensions), b"")
-        places = zip(extensions, area.offsets(self._start), strict=True)
-        return next(place for extension, place in places if extension.type == type) + HEAD_LENGTH
+        """Where the data of the last extension of that type begin, which is the one that counts."""
+        offsets = HeaderExtensions(tuple(extensions), b"").offsets(self._start)
+        places = zip(extensions, offsets, strict=True)
+        return [place for extension, place in places if extension.type == type][-1] + HEAD_LENGTH
 
     def straighten(self) -> list[Step]:
         """Moves the bitmaps extension to where its payload lies within one sector.
@@ -389,5 +390,10 @@ class HeaderDraft:
         return stretch + moved if list_first else moved + stretch
 
 
-def _next(generation: Generation) -> Generation:
-    return Generation(secrets.token_bytes(16), (generation.counter + 1) % (1 << 64))
+def _next(generation: Generation, token: bytes | None = None) -> Generation:
+    return Generation(token or fresh_token(), (generation.counter + 1) % (1 << 64))
+
+
+def fresh_token() -> bytes:
+    """A token of the generation that was never used before."""
+    return secrets.token_bytes(TOKEN_LENGTH)

@@ -44,7 +44,8 @@ _BITMAPS = Struct(
     "bitmap_directory_offset" / Int64ub,
 )
 _CRYPTO = Struct("offset" / Int64ub, "length" / Int64ub)
-_GENERATION = Struct("token" / Bytes(16), "counter" / Int64ub)
+TOKEN_LENGTH = 16
+_GENERATION = Struct("token" / Bytes(TOKEN_LENGTH), "counter" / Int64ub)
 
 # Into the largest cluster go 262,144 empty ones; construct would need seconds for them.
 _READ_HEAD = flat_struct(_HEAD)

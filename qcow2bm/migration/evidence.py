@@ -128,7 +128,9 @@ def judge(left: Left, found: Facts, octets: NDArray[np.uint8] | None) -> Verdict
     lack = left.sentinel.why_no_evidence(found.entries.get(left.sentinel.name))
     written = None if lack or octets is None else left.sentinel.written(octets)
     if written is None:
-        return Verdict("changed", lack or "bitmaps were cleared, the sentinel's canary too")
+        broken = "the sentinel is broken"
+        cleared = "bitmaps were cleared, the sentinel's canary too"
+        return Verdict("changed", lack or (broken if octets is None else cleared))
     if written.tolist() != [list(left.sentinel.canary)]:
         return Verdict("changed", "the sentinel has ranges that were written", written)
     if before.token is not None and before.token != found.token:

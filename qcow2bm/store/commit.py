@@ -37,8 +37,11 @@ def plan_commit(
     survey: Survey,
     draft: Draft,
     capacity: int | None,
+    token: bytes | None = None,
 ) -> Plan:
     """How the bitmaps of an image become those of the draft; nothing is written.
+
+    ``token`` is the next one of the generation, where that is recorded; by default a fresh one.
 
     *Guarantees*: after a loss of power at any point of it each bitmap is as before or as after,
     all of them alike, and clusters can only leak (INV-ATOMIC, INV-HEADER, INV-REFCOUNT).
@@ -65,7 +68,9 @@ def plan_commit(
     prepared = header.clear_unknown_autoclear()
     if draft.bitmaps and extension and directory.is_consistent:
         prepared += header.straighten()
-    renewed = header.renew_generation()  # where it is now: nothing moves before this is written
+    renewed = header.renew_generation(
+        token
+    )  # where it is now: nothing moves before this is written
     fresh: tuple[Write, ...] = ()
     if draft.bitmaps:
         new = _place(file, draft, tables, allocator)

@@ -19,7 +19,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
 from qcow2bm.clusters.problems import header_problems
-from qcow2bm.errors import CommitError
+from qcow2bm.errors import CommitError, LimitError, UnsupportedError
 from qcow2bm.format.directory import (
     FIELD_OFFSETS,
     FLAG_AUTO,
@@ -152,13 +152,17 @@ class LiveStore:
     def restore_generation(self) -> None:
         """Records the generation again where that was wanted, and others have ended it.
 
+        It stays ended if they left no room for it in the header.
+
         Raises:
             CommitError: a write or barrier failed.
-            LimitError, UnsupportedError: others left no room in the header.
         """
         if self._records_generation and not self.file.generation:
             header = HeaderDraft(self.file)
-            steps = [*header.clear_unknown_autoclear(), *header.begin_generation()]
+            try:
+                steps = [*header.clear_unknown_autoclear(), *header.begin_generation()]
+            except (LimitError, UnsupportedError):
+                return
             execute(Plan(tuple(steps)), self._storage, None)
             self._load()
 
@@ -210,24 +214,29 @@ class LiveStore:
         self._load()
         return Draft(self.file, self.directory, {bitmap.name for bitmap in self._bitmaps})
 
-    def check(self, draft: Draft) -> None:
-        """Raises what `recommit` would before it writes: there is no room, say."""
+    def plan(self, draft: Draft, token: bytes | None = None) -> Plan:
+        """How the directory becomes that of the draft; raises what `plan_commit` does.
+
+        ``token`` is the next one of the generation, where that is recorded; by default a fresh one.
+        """
         capacity = self._storage.capacity()
-        plan_commit(self.file, self.directory, self.survey, draft, capacity)
+        return plan_commit(self.file, self.directory, self.survey, draft, capacity, token)
 
     def recommit(self, draft: Draft, bitmaps: Iterable[LiveBitmap]) -> None:
-        """Makes the directory that of the draft, atomically, while bitmaps are in_use by us.
+        """`commit` of the draft on top of what was stored meanwhile; raises what `plan` does."""
+        self._load()
+        self.commit(self.plan(draft), bitmaps)
+
+    def commit(self, plan: Plan, bitmaps: Iterable[LiveBitmap]) -> None:
+        """Does what a `plan` says, atomically, while bitmaps are in_use by us.
 
         ``bitmaps`` are those that are in_use by us afterwards. What is in memory of them need not
         be stored, but what is stored must be in memory.
 
         Raises:
             CommitError: a write or barrier failed.
-            And what `plan_commit` raises; then nothing is changed.
+            StorageError: reading failed, or there is no room for what bitmaps can need.
         """
-        self._load()
-        capacity = self._storage.capacity()
-        plan = plan_commit(self.file, self.directory, self.survey, draft, capacity)
         execute(plan, self._storage, self.file.file_size)
         self._load()
         entries = {entry.name: entry for entry in self.directory.entries}

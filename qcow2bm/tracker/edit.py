@@ -71,7 +71,7 @@ class TrackerEdit:
             with self._held:
                 if kind is None:
                     self._tracker._require("edit")
-                    self._tracker._store.check(self._draft)
+                    self._tracker._store.plan(self._draft)  # raises what can be known before
                     with self._tracker._fatal():
                         self._commit()
         finally:

@@ -43,8 +43,12 @@ class TrackerGroup:
     def begin_migration(
         self, *, carried: Mapping[str, Iterable[str]] | None = None, sentinel: bool = True
     ) -> dict[str, Exception | None]:
-        """`Tracker.begin_migration` of every disk; ``carried`` are names by disk."""
-        names = carried or {}
+        """`Tracker.begin_migration` of every disk; ``carried`` are names by disk.
+
+        Raises:
+            ValueError: there is no disk of such a name.
+        """
+        names = self._known(carried)
         return self._all(
             lambda disk, tracker: tracker.begin_migration(
                 carried=names.get(disk, ()), sentinel=sentinel
@@ -61,8 +65,11 @@ class TrackerGroup:
         """`Tracker.inactivate` of every disk; if one of them fails, `activate` takes back others.
 
         ``data_files`` are the paths of external data files by disk.
+
+        Raises:
+            ValueError: there is no disk of such a name.
         """
-        paths = data_files or {}
+        paths = self._known(data_files)
         return self._all(lambda disk, tracker: tracker.inactivate(data_file=paths.get(disk)))
 
     def activate(
@@ -82,6 +89,12 @@ class TrackerGroup:
             ),
             [disk for disk, tracker in self._trackers.items() if tracker.state == "inactive"],
         )
+
+    def _known(self, by_disk: Mapping[str, _Result] | None) -> Mapping[str, _Result]:
+        unknown = set(by_disk or {}) - set(self._trackers)
+        if unknown:
+            raise ValueError(f"there is no disk {sorted(unknown)[0]!r}")
+        return by_disk or {}
 
     def _all(
         self, work: Callable[[str, Tracker], _Result], disks: Iterable[str] | None = None

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.header_draft import fresh_token
 from qcow2bm.errors import CommitError, StateError, StorageError
 from qcow2bm.format.directory import FLAG_IN_USE, DirectoryEntry
 from qcow2bm.migration.evidence import Definition, Facts, Fate, Left, Outcome, decide, judge
+from qcow2bm.migration.lifecycle import after
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
 from qcow2bm.storage.identity import FileIdentity, FilePath, identify
 from qcow2bm.store.live import LiveBitmap, load_live
@@ -55,6 +58,8 @@ class Migration(NamedTuple):
         left: the image as it was given away; None before that.
         data_file: the path of the external data file, if the caller gave it.
         change_token: that of the storage then; None where it has none.
+        next_token: what becomes of the generation, where it is recorded, when it is taken back:
+            the same if that has to be tried again, so that we know it for our own.
     """
 
     carried: frozenset[str]
@@ -62,6 +67,7 @@ class Migration(NamedTuple):
     left: Left | None = None
     data_file: FilePath | None = None
     change_token: object = None
+    next_token: bytes = b""
 
     @property
     def lives(self) -> list[LiveBitmap]:
@@ -86,7 +92,7 @@ def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> M
     length = draft.bits(sentinel.name).clusters * store.cluster_size
     octets = sentinel.octets(length)
     live = LiveBitmap.unplaced(sentinel.name, sentinel.granularity, octets)
-    store.check(draft)
+    store.plan(draft)  # raises what can be known before
     with tracker._fatal():
         tracker._recommit(draft, live)
     return Migration(names, (sentinel, live))
@@ -99,7 +105,7 @@ def cancel(tracker: Tracker, migration: Migration) -> None:
     sentinel, _ = migration.sentinel
     draft = tracker._store.draft()
     draft.remove(sentinel.name)
-    tracker._store.check(draft)
+    tracker._store.plan(draft)  # raises what can be known before
     with tracker._fatal():
         tracker._recommit(draft)
 
@@ -120,6 +126,7 @@ def inactivate(tracker: Tracker, migration: Migration, data_file: FilePath | Non
         left=Left(facts, sentinel),
         data_file=data_file,
         change_token=tracker._storage.change_token(),
+        next_token=fresh_token(),
     )
     tracker._storage.release()
     return report
@@ -151,23 +158,33 @@ def activate(
     storage.acquire(lock_timeout)
     try:
         storage.refresh()
-        tracker._store.reload()
+        store = tracker._store
+        store.reload()
         comeback = _Comeback(tracker, migration, policy)
-        tracker._store.restore_generation()
-        tracker._store.check(comeback.draft)
+        store.plan(comeback.draft)  # raises what can be known before anything is written
+        store.restore_generation()
+        plan = store.plan(comeback.draft, migration.next_token)
     except BaseException:
         storage.release()
         raise
     try:
-        tracker._store.recommit(comeback.draft, [b.live for b in comeback.tracked])
+        store.commit(plan, [bitmap.live for bitmap in comeback.tracked])
+        comeback.go_on()
     except BaseException as error:
-        if isinstance(error, CommitError) and error.outcome == "old":
-            storage.release()  # nothing of it counts: it can be tried again
+        is_old = isinstance(error, CommitError) and error.outcome == "old"
+        if is_old:
+            storage.release()
         else:
             tracker._end("failed", error)
+        if isinstance(error, CommitError):
+            text = _STILL_AWAY if is_old else _LOST
+            raise CommitError(error.path, error.step, error.outcome, error.reason, text) from error
         raise
-    comeback.go_on()
     return comeback.activation
+
+
+_STILL_AWAY = "nothing of it counts, and the image is inactive still: activate it again, or abandon"
+_LOST = "tracking has ended, and the bitmaps stay in use: take full backups"
 
 
 class _Comeback:
@@ -183,12 +200,12 @@ class _Comeback:
         assert migration.left
         self._tracker = tracker
         store = tracker._store
-        entries = {entry.name: entry for entry in store.directory.entries if entry.name}
+        entries = {e.name: e for e in store.directory.entries if e.name is not None}
         numbers = {found.bitmap_index for found in store.survey.problems if found.breaks_bitmap}
         numbers |= {found.bitmap_index for found in store.directory.problems if found.breaks_bitmap}
         found = Facts(
             Definition.of(store.file),
-            store.file.generation.token if store.file.generation else None,
+            _token(store.file, migration),
             _identity(migration.data_file),
             store.directory.is_consistent,
             entries,
@@ -212,9 +229,12 @@ class _Comeback:
         if found.is_consistent:
             for name in filter(is_sentinel, entries):
                 self.draft.remove(name)
-        for bitmap in self.tracked:
-            key = bitmap.live.name.encode("utf-8", "surrogateescape")
-            self.draft.bitmaps[key].flags |= FLAG_IN_USE
+        # Those that do not fit the disk are not tracked, and miss what is written from now on.
+        names = {bitmap.live.name for bitmap in self.tracked}
+        names |= {name for name in found.broken if entries[name].auto}
+        for bitmap in self.draft.bitmaps.values():
+            if bitmap.name_bytes.decode("utf-8", "surrogateescape") in names:
+                bitmap.flags |= FLAG_IN_USE
 
     def _sentinel_octets(self, left: Left, found: Facts) -> NDArray[np.uint8] | None:
         sentinel = left.sentinel
@@ -242,10 +262,19 @@ class _Comeback:
             octets |= np.frombuffer(load_live(self._tracker._store.file, entry).octets, np.uint8)
 
     def go_on(self) -> None:
-        """Lets marks in again."""
+        """Lets marks in again, all of it being committed."""
         tracker = self._tracker
         size = tracker._virtual_size = tracker._store.file.virtual_size
         tracker._now = Recording.of(self.tracked, size)
         tracker._recorder.reopen(size, tracker._now.granularity, tracker._now.bits)
         if self._has_kept and self.activation.changed is not None:
             tracker._recorder.mark_many(self.activation.changed)
+        tracker._migration = None
+        tracker._state = after(tracker._state, "activate")
+
+
+def _token(file: ClusterFile, migration: Migration) -> bytes | None:
+    """That of the generation; what we ourselves made of it counts as what it was."""
+    assert migration.left
+    found = file.generation.token if file.generation else None
+    return migration.left.facts.token if found == migration.next_token else found

@@ -105,9 +105,11 @@ class Recorder:
         def mark(start: int, length: int) -> None:
             end = start + length
             if not 0 <= start < end <= size:  # numbers of numpy may wrap
-                if 0 <= start == end <= size:
+                with lock:  # it may just have been opened again
+                    if not 0 <= start <= end <= size:
+                        refuse(start, length)
+                if start == end:
                     return
-                refuse(start, length)
             with lock:
                 if end > size:  # closed meanwhile
                     refuse(start, length)

@@ -147,7 +147,7 @@ class Tracker:
         """What is not stored yet. Raises `StateError` once tracking has ended."""
         with self._exclusive():
             self._now.spread()
-            pieces = sum(bitmap.bits.touched.count(1) for bitmap in self._now.tracked)
+            pieces = sum(bitmap.bits.touched.count(1) for bitmap in self._stored_here())
             size = pieces * PIECE_BYTES
             seconds = size / (self._flushing.per_second or _GUESS_BYTES_PER_SECOND)
             return Pending(size, pieces, seconds + 2 * self._barrier_seconds)
@@ -168,7 +168,7 @@ class Tracker:
             self._now.spread()
             left = 1 << 62 if max_bytes is None else max(1, max_bytes // PIECE_BYTES)
             size = pieces = barriers = 0
-            for batch in self._batches.due(self._now.tracked, left):
+            for batch in self._batches.due(self._stored_here(), left):
                 plan = self._store_pieces(batch)
                 size, barriers = size + plan.length, barriers + plan.barriers
                 pieces += sum(len(numbers) for _, numbers in batch)
@@ -249,21 +249,25 @@ class Tracker:
         with self._exclusive("stop"):
             with suppress(LimitError, StorageError):  # then the sentinel stays behind, in_use
                 self._cancel()
+            self._migration = None
             with self._fatal():
                 report = self._store_all("stopped")
                 self._end("stopped")
                 return report
 
+    def _stored_here(self) -> list[Tracked]:
+        """The bitmaps that are tracked, but for those which a migration carries."""
+        carried = self._migration.carried if self._migration else ()
+        return [bitmap for bitmap in self._now.tracked if bitmap.live.name not in carried]
+
     def _store_all(self, state: State) -> StopReport:
         """Lets nothing be marked any more, and stores all bitmaps but those that are carried."""
         begun = self._clock()
-        carried, others = frozenset[str](), list[LiveBitmap]()
-        if self._migration:
-            carried, others = self._migration.carried, self._migration.lives
+        others = self._migration.lives if self._migration else []
+        stored = self._stored_here()
         with self._gate.empty():
             self._recorder.close(state)
             self._now.spread()
-            stored = [b for b in self._now.tracked if b.live.name not in carried]
             due = [(bitmap, bitmap.due().tolist()) for bitmap in stored]
             data = self._store_pieces(due, is_quiet=True)
         end = self._store.end([*(bitmap.live for bitmap in stored), *others])
@@ -325,8 +329,9 @@ class Tracker:
             while not is_over.wait(interval):
                 try:
                     self.flush(limit)
-                except StateError:  # tracking has ended
-                    return
+                except StateError:
+                    if "activate" not in TRANSITIONS[self._state]:  # tracking has ended
+                        return
                 except BaseException as error:
                     with self._io:
                         if "fail" in TRANSITIONS[self._state]:
@@ -367,7 +372,7 @@ class Tracker:
             draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
             octets = bytearray(len(frozen.live.octets))
             fresh = Tracked.of(LiveBitmap.unplaced(new_name, granularity, octets))
-            self._store.check(draft)
+            self._store.plan(draft)  # raises what can be known before
             with self._fatal():
                 self._switch([frozen], [fresh])
                 self._store_pieces([(frozen, frozen.due().tolist())])
@@ -493,16 +498,13 @@ class Tracker:
             raise ValueError(f'policy is {policy!r}, must be "drop" or "merge"')
         with self._exclusive("activate"):
             assert self._migration
-            activation = handover.activate(
+            return handover.activate(
                 self,
                 self._migration,
                 policy,
                 other_side_has_stopped=other_side_has_stopped,
                 lock_timeout=lock_timeout,
             )
-            self._migration = None
-            self._state = after(self._state, "activate")
-            return activation
 
     def _switch(self, ended: list[Tracked], begun: list[Tracked]) -> None:
         """Lets marks from now on go to other bitmaps; the old ones have all of those before."""

@@ -368,8 +368,8 @@ class World:
         for what, name, happen in (
             ("unaware", "unaware program writes", World._write_unaware),
             ("cleared", "all is cleared", World._clear_all),
-            ("cleared one", "fine is cleared", World._clear_fine),
-            ("merged", "others are merged into fine", World._merge_into_fine),
+            ("cleared one", "coarse is cleared", World._clear_one),
+            ("merged", "others are merged into coarse", World._merge_into_one),
             ("restored", "cleared and restored", World._clear_and_restore),
             ("raw", "raw write", World._write_raw),
             ("rolled back to the start", "rollback to the start", World._roll_back_to_the_start),
@@ -475,7 +475,8 @@ class World:
         self.b = _track(self.b_host, None)
         if self.b is None:
             self.disk.user = None
-        self._note("tracked")
+        else:
+            self._note("tracked")
 
     def _write_b(self, granule: int) -> None:
         if isinstance(self.b, Tracker):
@@ -513,9 +514,9 @@ class World:
                 self._clear(bits, name)
         self._note("cleared")
 
-    def _clear_fine(self) -> None:
+    def _clear_one(self) -> None:
         with self._edited() as bits:
-            self._clear(bits, "fine")
+            self._clear(bits, "coarse")
         self._note("opened")
         self._note("cleared one")
 
@@ -525,11 +526,12 @@ class World:
             if name in self.written:
                 self.written[name] = frozenset()
 
-    def _merge_into_fine(self) -> None:
+    def _merge_into_one(self) -> None:
         with self._edited() as bits:
-            if "fine" in bits:
-                bits["fine"] = bits["fine"]._replace(dirty=bits["fine"].dirty | {BY_STRANGERS})
-                self.written["fine"] |= {BY_STRANGERS}
+            if "coarse" in bits:
+                dirty = bits["coarse"].dirty | {BY_STRANGERS // 2}
+                bits["coarse"] = bits["coarse"]._replace(dirty=dirty)
+                self.written["coarse"] |= {BY_STRANGERS}
         self._note("opened")
         self._note("merged")
 

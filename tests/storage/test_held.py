@@ -1,0 +1,315 @@
+"""A storage that is written to only while its lock is held, and what a file does about caches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.images import Stored, build_image
+
+import qcow2bm
+from qcow2bm.errors import ImageLockedError, StateError, StorageError
+from qcow2bm.storage.base import WritableStorage, read_bytes
+from qcow2bm.storage.file import FileStorage
+from qcow2bm.storage.held import HeldStorage
+from qcow2bm.storage.memory import MemoryStorage
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CONTENT = bytes(range(256)) * 4
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="writing is for Linux")
+
+
+class Logged(MemoryStorage):
+    """Lists what is asked of it; its lock can be refused, or fail when it is let go."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__(bytearray(CONTENT), "<logged>")
+        self.log: list[str] = []
+        self.error = error
+        self.release_error: BaseException | None = None
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        self.log.append("write")
+        super().write(offset, parts)
+
+    def barrier(self) -> None:
+        self.log.append("barrier")
+
+    def truncate(self, size: int) -> None:
+        self.log.append("truncate")
+        super().truncate(size)
+
+    def refresh(self) -> None:
+        self.log.append("refresh")
+
+    def close(self) -> None:
+        self.log.append("close")
+
+    @contextmanager
+    def _locked(self, timeout: float) -> Iterator[None]:
+        if self.error:
+            raise self.error
+        self.log.append(f"lock {timeout}")
+        try:
+            yield
+        finally:
+            self.log.append("unlock")
+            if self.release_error:
+                raise self.release_error
+
+    def write_lock(self, timeout: float) -> AbstractContextManager[None]:
+        return self._locked(timeout)
+
+
+WRITES: dict[str, Callable[[HeldStorage], object]] = {
+    "write": lambda held: held.write(0, [b"x"]),
+    "nothing": lambda held: held.write(0, []),
+    "barrier": lambda held: held.barrier(),
+    "truncate": lambda held: held.truncate(1),
+    "refresh": lambda held: held.refresh(),
+}
+
+
+@pytest.mark.spec("LIFE-2")
+@pytest.mark.parametrize("work", WRITES)
+def test_without_the_lock_nothing_is_written(work: str) -> None:
+    storage = Logged()
+    held = HeldStorage(storage)
+    with pytest.raises(StateError, match="storage is inactive"):
+        WRITES[work](held)
+    assert storage.log == []
+    held.acquire(0)
+    held.release()
+    with pytest.raises(StateError):
+        WRITES[work](held)
+    assert storage.log == ["lock 0", "unlock"]
+    assert read_bytes(held, 0, held.size()) == CONTENT
+
+
+@pytest.mark.parametrize("work", WRITES)
+def test_with_the_lock_it_is_the_storage_itself(work: str) -> None:
+    storage = Logged()
+    held = HeldStorage(storage)
+    held.acquire(2.5)
+    WRITES[work](held)
+    kind = "write" if work == "nothing" else work
+    assert storage.log == ["lock 2.5", kind]
+
+
+def test_it_knows_whether_the_lock_is_held() -> None:
+    held = HeldStorage(Logged())
+    states = [held.is_held]
+    steps: list[Callable[[], object]] = [lambda: held.acquire(0), held.release]
+    for step in (*steps, held.release, steps[0]):
+        step()
+        states.append(held.is_held)
+    held.close()
+    assert [*states, held.is_held] == [False, True, False, False, True, False]
+
+
+def test_the_lock_is_let_go_once() -> None:
+    storage = Logged()
+    held = HeldStorage(storage)
+    held.release()
+    held.acquire(0)
+    held.release()
+    held.release()
+    held.close()
+    assert storage.log == ["lock 0", "unlock", "close"]
+
+
+def test_to_close_it_lets_the_lock_go_first() -> None:
+    storage = Logged()
+    held = HeldStorage(storage)
+    held.acquire(0)
+    held.close()
+    assert storage.log == ["lock 0", "unlock", "close"]
+    with pytest.raises(StateError):
+        held.write(0, [b"x"])
+
+
+@pytest.mark.parametrize(
+    "error", [ImageLockedError("disk", "writes to it", "writing"), StorageError("disk", 0, 0, "no")]
+)
+def test_a_lock_that_is_refused_is_not_held(error: Exception) -> None:
+    storage = Logged(error)
+    held = HeldStorage(storage)
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            held.acquire(0)
+        assert not held.is_held
+        with pytest.raises(StateError):
+            held.barrier()
+    storage.error = None
+    held.acquire(0)
+    held.barrier()
+    assert storage.log == ["lock 0", "barrier"]
+
+
+def test_nobody_writes_even_if_the_lock_cannot_be_let_go() -> None:
+    storage = Logged()
+    held = HeldStorage(storage)
+    held.acquire(0)
+    storage.release_error = StorageError("disk", 0, 0, "cannot be unlocked")
+    with pytest.raises(StorageError):
+        held.release()
+    assert not held.is_held
+    with pytest.raises(StateError):
+        held.write(0, [b"x"])
+
+
+def test_while_the_lock_is_let_go_nobody_writes_any_more() -> None:
+    refused: list[bool] = []
+
+    class Late(Logged):
+        @contextmanager
+        def _locked(self, timeout: float) -> Iterator[None]:
+            yield
+            with suppress(StateError):
+                held.write(0, [b"late"])
+                refused.append(False)
+            refused.append(True)
+
+    held = HeldStorage(Late())
+    held.acquire(0)
+    held.release()
+    assert refused == [True]
+
+
+def test_reading_goes_on() -> None:
+    storage = MemoryStorage(bytearray(CONTENT))
+    held = HeldStorage(storage)
+    assert held.size() == len(CONTENT)
+    assert read_bytes(held, 5, 5) == CONTENT[5:10]
+    assert held.capacity() is None
+    assert held.change_token() is None
+    assert held.name == storage.name
+    with held.read_lock(), held.write_lock(0):
+        pass
+    assert isinstance(held, WritableStorage)
+
+
+@pytest.mark.spec("LIFE-5")
+@pytest.mark.parametrize("value", [None, True, False])
+def test_whether_others_are_kept_away_is_up_to_the_storage(value: bool | None) -> None:
+    storage = Logged()
+    if value is not None:
+        storage.excludes_other_hosts = value  # type: ignore[attr-defined]
+    assert HeldStorage(storage).excludes_other_hosts is (value is not False)
+
+
+# --- regular files ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@on_linux
+@pytest.mark.spec("LIFE-5")
+@pytest.mark.parametrize("locking", [True, False])
+def test_the_locks_of_a_file_keep_others_away(path: Path, locking: bool) -> None:
+    storage = FileStorage(path, writable=True, locking=locking)
+    assert storage.excludes_other_hosts is locking
+    assert HeldStorage(storage).excludes_other_hosts is locking
+    storage.close()
+
+
+@on_linux
+@pytest.mark.spec("LIFE-5")
+def test_those_of_a_device_do_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = FileStorage(path, writable=True)
+    monkeypatch.setattr(storage, "capacity", lambda: 1 << 30)
+    assert not storage.excludes_other_hosts
+    storage.close()
+
+
+@on_linux
+@pytest.mark.spec("LIFE-3")
+def test_what_is_cached_of_a_file_is_written_and_then_dropped(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[object, ...]] = []
+    real = os.posix_fadvise
+
+    def advise(*arguments: int) -> None:
+        calls.append(arguments)
+        real(*arguments)
+
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: calls.append((descriptor,)))
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    storage = FileStorage(path, writable=True)
+    storage.write(0, [b"new"])
+    storage.refresh()
+    descriptor = storage._file.fileno()
+    # Only what is clean is dropped.
+    assert calls == [(descriptor,), (descriptor, 0, 0, os.POSIX_FADV_DONTNEED)]
+    assert read_bytes(storage, 0, storage.size()) == b"new" + CONTENT[3:]
+    assert storage._direct is None  # a file stays one
+    storage.close()
+
+
+@on_linux
+@pytest.mark.parametrize("name", ["fdatasync", "posix_fadvise"])
+def test_a_cache_that_cannot_be_dropped(
+    path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    storage = FileStorage(path, writable=True)
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(StorageError, match="Input/output error") as raised:
+        storage.refresh()
+    assert raised.value.path == str(path)
+    monkeypatch.undo()
+    storage.refresh()
+    storage.close()
+    with pytest.raises(StateError):
+        storage.refresh()
+
+
+@on_linux
+@pytest.mark.spec("LIFE-3")
+@pytest.mark.spec("LIFE-4")
+def test_a_cache_that_cannot_be_dropped_leaves_the_image_in_other_hands(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(build_image(Stored(b"a")).data)
+
+    def fail(*arguments: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with qcow2bm.open(path, "r+") as image:
+        tracker = image.track()
+        tracker.inactivate()
+        before = path.read_bytes()
+        monkeypatch.setattr(os, "posix_fadvise", fail)
+        with pytest.raises(StorageError):
+            tracker.activate()
+        monkeypatch.undo()
+        assert tracker.state == "inactive"
+        assert path.read_bytes() == before
+        with qcow2bm.open(path, "r+"):  # the locks were let go
+            pass
+        assert tracker.activate().outcome == "unchanged"
+
+
+@on_linux
+def test_a_forked_process_refreshes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = FileStorage(path, writable=True)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(StateError, match="forked"):
+        storage.refresh()
+    monkeypatch.undo()
+    storage.close()

@@ -1,0 +1,119 @@
+"""What tells that a file was written to, without opening it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qcow2bm.errors import StorageError
+from qcow2bm.storage.identity import FileIdentity, identify
+
+CONTENT = b"what was there"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def later(path: Path, change: Callable[[], object]) -> FileIdentity:
+    """The identity after a change, once the file system's clock has moved on."""
+    before = identify(path)
+    for _ in range(500):
+        change()
+        if identify(path) != before:
+            break
+        time.sleep(0.002)
+    return identify(path)
+
+
+def test_it_is_what_the_system_says(path: Path) -> None:
+    now = path.stat()
+    assert identify(path) == (
+        now.st_dev,
+        now.st_ino,
+        len(CONTENT),
+        now.st_mtime_ns,
+        now.st_ctime_ns,
+    )
+
+
+@pytest.mark.parametrize("kind", [str, Path, os.fspath])
+def test_any_kind_of_path(path: Path, kind: Callable[[Path], str | Path]) -> None:
+    assert identify(kind(path)) == identify(path)
+
+
+def test_reading_changes_nothing(path: Path) -> None:
+    before = identify(path)
+    for _ in range(3):
+        assert path.read_bytes() == CONTENT
+        assert identify(path) == before
+
+
+def test_a_write_shows(path: Path) -> None:
+    before = identify(path)
+    now = later(path, lambda: path.write_bytes(CONTENT))
+    assert now != before
+    assert now[:3] == before[:3]
+
+
+def test_another_length_shows(path: Path) -> None:
+    before = identify(path)
+    os.truncate(path, 3)
+    assert identify(path).size == 3
+    assert identify(path) != before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere there is no time of the last change")
+def test_who_puts_back_the_time_of_the_last_write_shows(path: Path) -> None:
+    before = identify(path)
+
+    def change() -> None:
+        path.write_bytes(CONTENT)
+        os.utime(path, ns=(before.modified_ns, before.modified_ns))
+
+    now = later(path, change)
+    assert now[:4] == before[:4]
+    assert now.changed_ns > before.changed_ns
+
+
+def test_another_file_in_its_place_shows(path: Path) -> None:
+    before = identify(path)
+    other = path.with_name("other")
+    other.write_bytes(CONTENT)
+    os.utime(other, ns=(before.modified_ns, before.modified_ns))
+    other.replace(path)
+    assert identify(path).inode != before.inode
+
+
+def test_a_link_is_followed(path: Path) -> None:
+    link = path.with_name("link")
+    link.symlink_to(path)
+    assert identify(link) == identify(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no FIFOs")
+def test_it_is_never_opened(path: Path) -> None:
+    """A FIFO would wait for a writer, and a file may be closed to everybody."""
+    fifo = path.with_name("fifo")
+    os.mkfifo(fifo)
+    assert identify(fifo).size == 0
+    path.chmod(0)
+    assert identify(path).size == len(CONTENT)
+
+
+@pytest.mark.parametrize("name", ["none", "none/deeper", "a\0b", "x" * 5000])
+def test_what_cannot_be_looked_at(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StorageError) as raised:
+        identify(tmp_path / name)
+    assert raised.value.path == str(tmp_path / name)
+    assert str(raised.value).isprintable()
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
