@@ -41,6 +41,18 @@ def parse_size(text: str) -> int:
     return int(found[2]) << 10 * exponent
 
 
+def decode_name(data: bytes) -> str:
+    """A name as text; bytes that are not UTF-8 are kept as surrogates (PEP 383)."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def encode_name(name: str) -> bytes:
+    """A name as it is stored; raises TypeError for what is no text."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name is str, not {type(name).__name__}")
+    return name.encode("utf-8", "surrogateescape")
+
+
 def escape(text: str) -> str:
     r"""Text from an image or a file name, safe to print: ``\n``, ``\x1b``, ``\xff``, ``\"``.
 

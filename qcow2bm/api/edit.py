@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.bits.runs import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
 from qcow2bm.storage.base import WritableStorage
@@ -14,7 +15,6 @@ from qcow2bm.store.tables import survey
 
 if TYPE_CHECKING:
     from qcow2bm.api.image import Image
-    from qcow2bm.bits.algebra import Op
     from qcow2bm.store.edit import Draft, Ranges
 
 
@@ -227,7 +227,7 @@ class Edit:
             BitmapError: the disks differ in size.
             LimitError: the granularities are further apart than QEMU's can be.
         """
-        if op not in ("or", "and", "xor", "subtract"):
+        if op not in OPS:
             raise ValueError(f'op is {op!r}, must be "or", "and", "xor" or "subtract"')
         if isinstance(source, str):
             self._draft.merge(target, source, op)

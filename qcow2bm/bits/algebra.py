@@ -6,16 +6,14 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qcow2bm.bits.runs import Op
+
 Octets = NDArray[np.uint8]
 """Packed bits, uint8[n], least significant bit first."""
-
-Op = Literal["or", "and", "xor", "subtract"]
-OPS: Final[tuple[Op, ...]] = ("or", "and", "xor", "subtract")
 
 
 def combine(op: Op, target: Octets, dirty: Octets, clean: Octets | None) -> Octets:

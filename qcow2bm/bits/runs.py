@@ -1,11 +1,14 @@
-"""The vocabulary of bitmap table classification: kinds of cluster, and runs of them."""
+"""The vocabulary of bits: kinds of cluster, runs of them, and set operations."""
 
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 ALL_ZEROES = 0
 ALL_ONES = 1
 ALLOCATED = 2
 INVALID = 3  # reserved bits, a misaligned offset, or an offset together with bit 0
+
+Op = Literal["or", "and", "xor", "subtract"]
+OPS: Final[tuple[Op, ...]] = get_args(Op)
 
 
 class Run(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
 
 from qcow2bm.format.schema import build, field_offsets, flat_struct
-from qcow2bm.units import align_up
+from qcow2bm.units import align_up, decode_name
 
 FLAG_IN_USE = 1 << 0
 FLAG_AUTO = 1 << 1
@@ -82,7 +82,7 @@ class DirectoryEntry(NamedTuple):
         """The name; bytes that are not UTF-8 are kept as surrogates (PEP 383)."""
         if self.name_bytes is None:
             return None
-        return self.name_bytes.decode("utf-8", "surrogateescape")
+        return decode_name(self.name_bytes)
 
     @property
     def granularity(self) -> int:

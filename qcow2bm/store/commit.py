@@ -59,11 +59,8 @@ def plan_commit(
         for bitmap in draft.in_order
         if bitmap.bits and _has_new_table(bitmap)
     ]
-    size = file.cluster_size
-    taken = [(start // size, end // size) for start, end in survey.ranges]
     extension = directory.extension
-    near = extension.bitmap_directory_offset // size if extension else 0
-    allocator = Allocator(file, taken, near, capacity)
+    allocator = allocator_of(file, directory, survey, capacity)
     header = HeaderDraft(file)
     prepared = header.clear_unknown_autoclear()
     if draft.bitmaps and extension and directory.is_consistent:
@@ -94,6 +91,16 @@ def plan_commit(
     lowered = allocator.refcounts.take_count_writes("refcounts of freed clusters")
     written = (*fresh, *switch.before, *counted, *renewed)
     return _ordered(prepared, written, switch, lowered)
+
+
+def allocator_of(
+    file: ClusterFile, directory: BitmapDirectory, survey: Survey, capacity: int | None
+) -> Allocator:
+    """What finds free clusters in an image, near the bitmap directory and clear of what is used."""
+    size = file.cluster_size
+    taken = [(start // size, end // size) for start, end in survey.ranges]
+    near = directory.extension.bitmap_directory_offset // size if directory.extension else 0
+    return Allocator(file, taken, near, capacity)
 
 
 def _has_changes(directory: BitmapDirectory, draft: Draft) -> bool:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.bits.algebra import Octets, Op
+    from qcow2bm.bits.algebra import Octets
+    from qcow2bm.bits.runs import Op
 
 ZEROES, ONES = 0, 1
 """The contents of clusters that are not stored, which are also their table entries."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from qcow2bm.bits.ranges import checked, outside
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import (
     BitmapBrokenError,
@@ -32,13 +33,13 @@ from qcow2bm.store.entries import (
     why_not_found,
 )
 from qcow2bm.store.tables import read_words
-from qcow2bm.units import align_up, ceil_div
+from qcow2bm.units import align_up, ceil_div, decode_name, encode_name
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.bits.algebra import Op
+    from qcow2bm.bits.runs import Op
 
     Ranges = NDArray[np.int64] | Iterable[tuple[int, int]]
     """Guest bytes: (start, length), as int64[n, 2] where there are many."""
@@ -130,7 +131,7 @@ class Draft:
                 "is stale, so writes are missing from it: all that can be done is to drop all "
                 "bitmaps: remove --all (Edit.remove_all)",
             )
-        found = self.bitmaps.get(_encoded(name))
+        found = self.bitmaps.get(encode_name(name))
         if not found:
             raise BitmapNotFoundError(name, why_not_found(self.names))
         return found
@@ -138,7 +139,7 @@ class Draft:
     @property
     def names(self) -> list[str]:
         """The names of all bitmaps, in the order of the directory."""
-        return [_decoded(bitmap.name_bytes) for bitmap in self.in_order]
+        return [decode_name(bitmap.name_bytes) for bitmap in self.in_order]
 
     @property
     def in_order(self) -> list[DraftBitmap]:
@@ -181,7 +182,7 @@ class Draft:
         self.require_free(name)
         if len(self.bitmaps) >= MAX_BITMAPS:
             raise LimitError("the number of bitmaps", len(self.bitmaps) + 1, MAX_BITMAPS)
-        key = _encoded(name)
+        key = encode_name(name)
         bits = DraftBits(self._file, granularity, None)
         flags = FLAG_AUTO if enabled else 0
         granularity_bits = granularity.bit_length() - 1
@@ -205,7 +206,7 @@ class Draft:
 
     def require_free(self, name: str) -> None:
         """Raises what `add` does if QEMU, to which a NUL byte ends a name, finds one like it."""
-        key = _encoded(name)
+        key = encode_name(name)
         if not 0 < len(key) <= MAX_NAME_SIZE:
             raise ValueError(f"a name has 1 to {MAX_NAME_SIZE} bytes, not {len(key)}")
         if b"\0" in key:
@@ -261,7 +262,7 @@ class Draft:
             return
         self.require_free(new_name)
         del self.bitmaps[found.name_bytes]
-        found.name_bytes = _encoded(new_name)
+        found.name_bytes = encode_name(new_name)
         self.bitmaps[found.name_bytes] = found
 
     def copy(
@@ -325,17 +326,8 @@ class Draft:
         if hasattr(ranges, "dtype"):
             import numpy as np
 
-            pairs: NDArray[np.int64] = np.asarray(ranges)
-            if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind not in "iu":
-                raise ValueError(
-                    f"ranges are {pairs.dtype}{list(pairs.shape)}, must be int64[n, 2]"
-                )
-            bad = (pairs < 0).any(axis=1) | (pairs > size).any(axis=1)
-            bad |= pairs.astype(np.int64).sum(axis=1) > size  # neither is so large that it wraps
-            if bad.any():
-                start, length = pairs[bad][0].tolist()
-                raise _beyond(start, length, size)
-            starts, lengths = pairs.astype(np.int64).T
+            pairs = checked(cast("NDArray[np.int64]", ranges), size)
+            starts, lengths = pairs.T
             ends = starts + lengths
             rounded = np.empty(pairs.shape, np.int64)
             if is_set:
@@ -350,7 +342,7 @@ class Draft:
         listed = [(index(start), index(length)) for start, length in ranges]
         for start, length in listed:
             if not 0 <= start <= start + length <= size:
-                raise _beyond(start, length, size)
+                raise outside(start, length, size)
         if len(listed) >= MANY_RANGES:
             import numpy as np
 
@@ -396,17 +388,3 @@ class Draft:
         if size > MAX_DIRECTORY_SIZE:
             raise LimitError("the size of the bitmap directory", size, MAX_DIRECTORY_SIZE)
         return size
-
-
-def _encoded(name: str) -> bytes:
-    if not isinstance(name, str):
-        raise TypeError(f"a name is str, not {type(name).__name__}")
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _decoded(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _beyond(start: int, length: int, size: int) -> ValueError:
-    return ValueError(f"range {start}:{length} does not lie on the disk, which has {size} bytes")

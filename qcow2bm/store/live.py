@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from qcow2bm.bits import plain
 from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
-from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
@@ -29,13 +28,13 @@ from qcow2bm.format.directory import (
 )
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.storage.base import WritableStorage
-from qcow2bm.store.commit import plan_commit
+from qcow2bm.store.commit import allocator_of, plan_commit
 from qcow2bm.store.directory import load_directory
 from qcow2bm.store.draft import ONES, ZEROES
 from qcow2bm.store.edit import Draft
 from qcow2bm.store.editable import require_editable
 from qcow2bm.store.tables import read_words, survey, table_runs
-from qcow2bm.units import ceil_div
+from qcow2bm.units import ceil_div, encode_name
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -69,7 +68,7 @@ class LiveBitmap:
     @classmethod
     def unplaced(cls, name: str, granularity: int, octets: bytearray) -> LiveBitmap:
         """One that `LiveStore.recommit` will find on disk; it cannot be stored before."""
-        key = name.encode("utf-8", "surrogateescape")
+        key = encode_name(name)
         bits = granularity.bit_length() - 1
         flags = FLAG_AUTO | FLAG_IN_USE
         size = len(key), 0, b"", key, bytes(-len(key) % 8)
@@ -199,11 +198,8 @@ class LiveStore:
 
     def _set_aside(self) -> list[Step]:
         """Looks for the clusters that can be needed, in the image as it was loaded last."""
-        size = self.cluster_size
-        taken = [(start // size, end // size) for start, end in self.survey.ranges]
-        extension = self.directory.extension
-        near = extension.bitmap_directory_offset // size if extension else 0
-        self._allocator = Allocator(self.file, taken, near, self._storage.capacity())
+        capacity = self._storage.capacity()
+        self._allocator = allocator_of(self.file, self.directory, self.survey, capacity)
         needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
         self._free, steps = self._allocator.set_aside(needed)
         self._free.reverse()  # the last is used first

@@ -18,7 +18,7 @@ from qcow2bm.store.live import LiveBitmap
 from qcow2bm.tracker.spread import Tracked, merge
 
 if TYPE_CHECKING:
-    from qcow2bm.bits.algebra import Op
+    from qcow2bm.bits.runs import Op
     from qcow2bm.store.edit import Draft
     from qcow2bm.tracker.tracker import Tracker
 

@@ -21,6 +21,7 @@ from qcow2bm.migration.sentinel import Sentinel, is_sentinel
 from qcow2bm.storage.identity import FileIdentity, FilePath, identify
 from qcow2bm.store.live import LiveBitmap, load_live
 from qcow2bm.tracker.spread import Recording, Tracked
+from qcow2bm.units import decode_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -233,7 +234,7 @@ class _Comeback:
         names = {bitmap.live.name for bitmap in self.tracked}
         names |= {name for name in found.broken if entries[name].auto}
         for bitmap in self.draft.bitmaps.values():
-            if bitmap.name_bytes.decode("utf-8", "surrogateescape") in names:
+            if decode_name(bitmap.name_bytes) in names:
                 bitmap.flags |= FLAG_IN_USE
 
     def _sentinel_octets(self, left: Left, found: Facts) -> NDArray[np.uint8] | None:

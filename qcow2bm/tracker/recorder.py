@@ -10,6 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.bits import plain
+from qcow2bm.bits.ranges import checked, outside
 from qcow2bm.errors import StateError
 from qcow2bm.store.live import PIECE_BYTES
 from qcow2bm.units import ceil_div
@@ -57,16 +58,6 @@ class Recorder:
         self._cause: BaseException | None = None
         self._granularity = granularity
         self.mark, self._take_over, self._refuse_all = self._closures()
-
-    @property
-    def bits(self) -> Bits:
-        """Where marks go at present."""
-        return self._bits
-
-    @property
-    def granularity(self) -> int:
-        """What a bit of `bits` stands for, in guest bytes."""
-        return self._granularity
 
     def replace(self, granularity: int, bits: Bits) -> None:
         """Lets all marks from now on go elsewhere."""
@@ -137,7 +128,7 @@ class Recorder:
     def _refuse(self, start: int, length: int) -> None:
         if self._is_closed:
             raise StateError(self._state, "tracking", "the tracker") from self._cause
-        raise ValueError(f"range {start}:{length} is not on the disk of {self._size} bytes")
+        raise outside(start, length, self._size)
 
     def _mark_range(self, start: int, end: int) -> None:
         """Marks guest bytes that may lie in several pieces, some pieces under one lock."""
@@ -168,20 +159,9 @@ class Recorder:
 
     def mark_many(self, ranges: NDArray[np.int64]) -> None:
         """Marks (start, length) of int64[n, 2], all of them or none; see `qcow2bm.Tracker`."""
-        import numpy as np
-
-        ranges = np.asarray(ranges)
-        if not ranges.size:
-            return
-        if ranges.ndim != 2 or ranges.shape[1] != 2 or ranges.dtype.kind not in "iu":
-            shape = f"{ranges.dtype}{list(ranges.shape)}"
-            raise ValueError(f"ranges are {shape}, must be int64[n, 2]")
-        bad = (ranges < 0).any(axis=1) | (ranges > self._size).any(axis=1)
-        ranges = ranges.astype(np.int64, copy=False)
-        bad |= ranges.sum(axis=1) > self._size
-        if bad.any():
-            start, length = ranges[bad][0].tolist()
-            self._refuse(start, length)
+        if self._is_closed:
+            self._refuse(0, 0)
+        ranges = checked(ranges, self._size)
         ranges = ranges[ranges[:, 1] > 0]
         for start in range(0, len(ranges), _BATCH_RANGES):
             part = ranges[start : start + _BATCH_RANGES]

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.granules import OPERATORS
 
-from qcow2bm.bits.algebra import (
-    OPS,
-    Octets,
-    Op,
-    coarsen,
-    combine,
-    mask_of,
-    merged,
-    refine,
-)
+from qcow2bm.bits.algebra import Octets, coarsen, combine, mask_of, merged, refine
+from qcow2bm.bits.runs import OPS, Op
 
 ops = st.sampled_from(OPS)
 octets = st.one_of(

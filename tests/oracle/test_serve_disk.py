@@ -88,11 +88,11 @@ def test_a_write_is_marked_before_and_with_fua_durable_after(
 def test_nothing_is_written_beyond_the_disk(raw: RawDisk, start: int, length: int) -> None:
     before = raw.data.read_bytes()
     with serve(raw) as disk:
-        with pytest.raises(ValueError, match="is not on the disk"):
+        with pytest.raises(ValueError, match="does not lie on the disk"):
             disk.write(start, bytes(length))
-        with pytest.raises(ValueError, match="is not on the disk"):
+        with pytest.raises(ValueError, match="does not lie on the disk"):
             disk.zero(start, length)
-        with pytest.raises(ValueError, match="is not on the disk"):
+        with pytest.raises(ValueError, match="does not lie on the disk"):
             disk.trim(start, length)
     assert raw.data.read_bytes() == before
     assert raw.image.extents("daily") == []

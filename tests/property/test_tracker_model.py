@@ -121,9 +121,9 @@ class TrackedImage(RuleBasedStateMachine):
     @rule(start=START, beyond=st.integers(1, 1 << 40))
     def mark_what_is_not_on_the_disk(self, start: int, beyond: int) -> None:
         start %= self.size
-        with pytest.raises(ValueError, match="not on the disk"):
+        with pytest.raises(ValueError, match="does not lie on the disk"):
             self.tracker.mark(start, self.size - start + beyond)
-        with pytest.raises(ValueError, match="not on the disk"):
+        with pytest.raises(ValueError, match="does not lie on the disk"):
             self.tracker.mark_many(np.array([(start, 1), (start, self.size - start + beyond)]))
 
     @rule(limit=st.none() | st.integers(1, 20))

@@ -18,7 +18,7 @@ from support.granules import Granules
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
 
 import qcow2bm
-from qcow2bm.bits.algebra import OPS
+from qcow2bm.bits.runs import OPS
 from qcow2bm.errors import LimitError
 from qcow2bm.store.draft import DraftBits, PackedSource
 

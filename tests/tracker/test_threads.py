@@ -280,7 +280,7 @@ def test_an_exception_inside_a_write_lets_others_go_on() -> None:
         tracker = opened.track()
         with pytest.raises(ZeroDivisionError), tracker.writing(512, 512):
             raise ZeroDivisionError
-        with pytest.raises(ValueError, match="not on the disk"), tracker.writing(SIZE, 1):
+        with pytest.raises(ValueError, match="does not lie on the disk"), tracker.writing(SIZE, 1):
             raise AssertionError("this must not be reached")
         tracker.stop()  # waits for nobody
         assert opened.bitmaps["b0"].count() == 512

@@ -1,0 +1,37 @@
+"""Ranges of guest bytes as callers give them, and what can be wrong with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def outside(start: int, length: int, size: int) -> ValueError:
+    """The error for a range that is not on a disk of ``size`` bytes."""
+    return ValueError(f"range {start}:{length} does not lie on the disk, which has {size} bytes")
+
+
+def checked(ranges: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """The same ranges, int64[n, 2] of (start, length), of whatever type of integers they were.
+
+    Raises:
+        ValueError: they have another shape or type, or one is not on the disk of ``size`` bytes.
+    """
+    import numpy as np
+
+    ranges = np.asarray(ranges)
+    if not ranges.size:  # an empty list has one dimension only
+        return np.zeros((0, 2), np.int64)
+    if ranges.ndim != 2 or ranges.shape[1] != 2 or ranges.dtype.kind not in "iu":
+        shape = f"{ranges.dtype}{list(ranges.shape)}"
+        raise ValueError(f"ranges are {shape}, must be int64[n, 2]")
+    bad = (ranges < 0).any(axis=1) | (ranges > size).any(axis=1)
+    signed = ranges.astype(np.int64, copy=False)
+    bad |= signed.sum(axis=1) > size  # neither is so large that it wraps
+    if bad.any():
+        start, length = ranges[bad][0].tolist()
+        raise outside(start, length, size)
+    return signed
