@@ -62,10 +62,14 @@ class FileStorage:
             # Looked at before it is opened: opening a FIFO or a tape has effects of its own.
             self._require_disk(os.stat(self.name).st_mode)
             # Closes itself, with a warning, if whoever opened the image forgets to.
-            mode = "r+" if writable else "r"
-            self._file = io.FileIO(self.name, mode, opener=_open_without_waiting)
+            access = "r+" if writable else "r"
+            self._file = io.FileIO(self.name, access, opener=_open_without_waiting)
             try:
-                self._require_disk(os.fstat(self._file.fileno()).st_mode)
+                mode = os.fstat(self._file.fileno()).st_mode
+                self._require_disk(mode)
+                if stat.S_ISBLK(mode) and hasattr(os, "posix_fadvise"):
+                    # Another host may have written what is cached here.
+                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             except BaseException:
                 self._file.close()
                 raise

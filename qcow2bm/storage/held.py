@@ -35,9 +35,14 @@ class HeldStorage:
         return self._lock is not None
 
     def acquire(self, timeout: float) -> None:
-        """Takes the lock; raises what ``write_lock`` of the storage does."""
+        """Takes the lock; raises what ``write_lock`` of the storage does.
+
+        Where other hosts may have written without our knowing, what is cached here is forgotten.
+        """
         with ExitStack() as stack:
             stack.enter_context(self._storage.write_lock(timeout))
+            if not self.excludes_other_hosts:
+                self._storage.refresh()
             self._lock = stack.pop_all()
 
     def release(self) -> None:

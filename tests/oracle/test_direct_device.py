@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.qemu import ToolError, run_ok
+from support.hosts import Host, host
 
 from qcow2bm.storage.direct import DirectFile
 
@@ -22,44 +22,6 @@ SIZE = 64 * PAGE
 OLD = bytes(at * 7 + (at >> 8) & 255 for at in range(SIZE))
 HERE = 8 * PAGE + 1000  # what this host writes, and what the other one, both in one page
 THERE = 8 * PAGE + 3000
-
-
-class Host:
-    """A host: its device, and a buffered descriptor that keeps what is cached."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDWR)
-
-    def reopen(self) -> None:
-        os.close(self.descriptor)
-        self.descriptor = os.open(self.path, os.O_RDWR)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self.descriptor, length, offset)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Through the cache; on the disk when it returns."""
-        assert os.pwrite(self.descriptor, data, offset) == len(data)
-        os.fsync(self.descriptor)
-
-
-@contextmanager
-def host(path: Path, sector: int) -> Iterator[Host]:
-    """A host whose disk is in a file; skips where there can be no such device."""
-    command = ("losetup", "--find", "--show", "--sector-size", str(sector), path)
-    try:
-        device = Path(run_ok(*command).strip())
-    except (ToolError, FileNotFoundError) as error:
-        pytest.skip(f"no loop device: {error}")
-    try:
-        opened = Host(device)
-        try:
-            yield opened
-        finally:
-            os.close(opened.descriptor)
-    finally:
-        run_ok("losetup", "--detach", device)
 
 
 @pytest.fixture
