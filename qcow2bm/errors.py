@@ -18,7 +18,9 @@ The axis is whose fault it is and what the caller may do next::
     │  ├─ ShortReadError            fewer bytes than the file claimed to have
     │  ├─ ImageLockedError          another process uses the image
     │  └─ ChangedWhileReadingError  the image was modified under the reader
-    └─ CommitError               a commit failed; says whether the edit took effect
+    ├─ CommitError               a commit failed; says whether the edit took effect
+    └─ QmpError                  a running QEMU could not be asked
+       └─ QmpRefusedError           it answered that it will not do it
 
 Plain ``ValueError`` and ``TypeError`` are raised for bad arguments. Every error is built
 from typed attributes, survives pickle, and its message is one printable line.
@@ -233,3 +235,19 @@ class CommitError(Qcow2BmError):
         self.consequence = consequence or _OUTCOMES[outcome]
         message = f"{escape(path)}: {step} failed: {reason}; {self.consequence}"
         super().__init__(message, path, step, outcome, reason, consequence)
+
+
+class QmpError(Qcow2BmError):
+    """A QMP ``command`` failed for the ``reason`` given; without a command, connecting did.
+
+    Whether QEMU has done it is unknown, unless it says so: `QmpRefusedError`.
+    """
+
+    def __init__(self, command: str, reason: str) -> None:
+        self.command, self.reason = command, reason
+        what = f"the QMP command {command}" if command else "connecting to QMP"
+        super().__init__(f"{what} failed: {reason}", command, reason)
+
+
+class QmpRefusedError(QmpError):
+    """QEMU refused the ``command``, and did nothing; ``reason`` is what it said."""

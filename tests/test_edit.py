@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from support.audit import Audit
 from support.editing import edit as commit
@@ -221,8 +222,30 @@ USES: dict[str, Callable[[qcow2bm.Edit], object]] = {
     "reset_many": lambda edit: edit.reset_many("daily", []),
     "invert": lambda edit: edit.invert("daily"),
     "merge": lambda edit: edit.merge("daily", "weekly"),
+    "load": lambda edit: edit.load("new", 2 << 30, np.zeros(1, np.uint8)),
     "fit": lambda edit: edit.fit("daily"),
 }
+
+
+def test_bits_that_were_saved_are_loaded() -> None:
+    source = build_image(Stored(b"daily", (b"\x05",)), size=64 << 20).data
+    with qcow2bm.open(source) as opened:
+        saved = opened.bitmaps["daily"].packed()
+        digest = opened.bitmaps["daily"].sha256()
+    data = build_image(Stored(b"daily", flags=3), Stored(b"other"), size=64 << 20).data
+    with qcow2bm.open(data, "r+") as opened:
+        with opened.edit() as edit:
+            edit.load("daily", 65536, saved, enabled=False)  # in place of one that is in_use
+        assert opened.bitmaps["daily"].sha256() == digest
+        assert not opened.bitmaps["daily"].auto
+        with opened.edit() as edit:
+            with pytest.raises(qcow2bm.BitmapExistsError):
+                edit.load("other", 65536, saved)
+            with pytest.raises(ValueError, match="has 127 bytes of bits, must have 128"):
+                edit.load("third", 65536, saved[1:])
+            with pytest.raises(ValueError, match="granularity"):
+                edit.load("third", 100 << 10, saved[:82])
+            assert edit.names == ["other", "daily"]
 
 
 def test_every_public_method_is_among_the_uses() -> None:

@@ -12,8 +12,12 @@ from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
 from qcow2bm.storage.base import WritableStorage
 from qcow2bm.store.directory import verify_directory
 from qcow2bm.store.tables import survey
+from qcow2bm.units import ceil_div, escape
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from qcow2bm.api.image import Image
     from qcow2bm.store.edit import Draft, Ranges
 
@@ -243,6 +247,34 @@ class Edit:
         self._draft.find(target)
         packed = PackedSource(source.packed(), source.granularity, size)
         self._draft.merge(target, packed, op)
+
+    def load(
+        self, name: str, granularity: int, packed: NDArray[np.uint8], enabled: bool = True
+    ) -> None:
+        """Adds a bitmap with bits that were saved elsewhere.
+
+        One of that name that is in_use is replaced: its own bits are of no use any more. Whether
+        the disk was written to since the bits were saved, only the caller can know.
+
+        Args:
+            name: as in `add`.
+            granularity: as in `add`.
+            enabled: whether it is to record writes.
+            packed: uint8[ceil(bits / 8)], least significant bit first, as `Bitmap.packed` gives it.
+
+        Raises:
+            As `add` does.
+            ValueError: ``packed`` has another length than such a bitmap of this disk.
+        """
+        from qcow2bm.store.draft import PackedSource
+
+        size = self._image.virtual_size
+        length = ceil_div(ceil_div(size, granularity), 8)
+        if len(packed) != length:
+            reason = f"has {len(packed)} bytes of bits, must have {length} for a disk of {size}"
+            raise ValueError(f'bitmap "{escape(name)}" {reason} bytes')
+        self._draft.replace(name, granularity, enabled=enabled)
+        self._draft.merge(name, PackedSource(packed, granularity, size), "or")
 
     def fit(self, name: str) -> None:
         """Makes a bitmap fit the disk after a resize by a program that left it as it was.

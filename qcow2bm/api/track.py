@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from qcow2bm.errors import BitmapError, CommitError, Qcow2BmError
+from qcow2bm.errors import BitmapError, CommitError, LimitError, Qcow2BmError, StorageError
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.store.live import LiveStore
 from qcow2bm.store.status import BROKEN, VALID
@@ -37,9 +37,12 @@ def begin(
     store = LiveStore(storage)
     names = None if names is None else list(names)
     chosen, left_out = choose(image, names, others)
-    if remove_sentinels(image):
-        store.reload()
-        chosen, left_out = choose(image, names, others)
+    try:
+        if remove_sentinels(image):
+            store.reload()
+            chosen, left_out = choose(image, names, others)
+    except (LimitError, StorageError):  # there is no room; in_use nobody goes by them
+        left_out += _recording(image, VALID, is_sentinel)
     try:
         store.begin(
             (b.entry for b in chosen),
@@ -106,7 +109,11 @@ def choose(
     return chosen, left_out
 
 
-def _recording(image: Image, status: str = VALID) -> list[Bitmap]:
+def _recording(
+    image: Image,
+    status: str = VALID,
+    has_name: Callable[[str], bool] = lambda name: not is_sentinel(name),
+) -> list[Bitmap]:
     """The bitmaps that are to record all writes, and have missed none.
 
     Those that are broken here do not fit the disk, and would be valid once they are made to fit.
@@ -115,10 +122,7 @@ def _recording(image: Image, status: str = VALID) -> list[Bitmap]:
     return [
         bitmap
         for bitmap in bitmaps
-        if bitmap.auto
-        and not bitmap.in_use
-        and bitmap.status == status
-        and not is_sentinel(bitmap.name)
+        if bitmap.auto and not bitmap.in_use and bitmap.status == status and has_name(bitmap.name)
     ]
 
 

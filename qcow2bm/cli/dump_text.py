@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.cli.dump import Options, totals
+from qcow2bm.cli.facts import count, print_facts, size
 from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
 from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, KINDS
@@ -32,12 +33,12 @@ def print_dump(
     image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[Problem], options: Options
 ) -> None:
     """Writes the dump to standard output."""
-    _print_facts(_image_facts(image), indent="")
+    print_facts(_image_facts(image), indent="")
     for bitmap in bitmaps:
         name = bitmap.entry.name
         title = f'"{escape(name)}"' if name is not None else "(its name cannot be read)"
         print(f"\nbitmap {bitmap.index}: {title}")
-        _print_facts(_bitmap_facts(image, bitmap, options), indent="  ")
+        print_facts(_bitmap_facts(image, bitmap, options), indent="  ")
         if options.extents and bitmap.status == VALID:
             _print_extents(bitmap)
     print()
@@ -45,22 +46,8 @@ def print_dump(
     _print_problems(image, [p for p in problems if p.bitmap_index in (None, *shown)])
     others = sum(p.bitmap_index not in (None, *shown) for p in problems)
     if others:
-        print(f"{_count(others, 'problem')} more in other bitmaps")
+        print(f"{count(others, 'problem')} more in other bitmaps")
     _print_verdict(image, bitmaps, problems)
-
-
-def _print_facts(facts: Iterator[tuple[str, str]], indent: str) -> None:
-    for label, value in facts:
-        print(f"{indent}{label + ':':<{18 - len(indent)}}{value}")
-
-
-def _size(size_bytes: int) -> str:
-    spelled = format_size(size_bytes)
-    return spelled if size_bytes < 1024 else f"{spelled} ({size_bytes} bytes)"
-
-
-def _count(number: int, thing: str, things: str | None = None) -> str:
-    return f"{number} {thing if number == 1 else things or thing + 's'}"
 
 
 def _image_facts(image: Image) -> Iterator[tuple[str, str]]:
@@ -69,10 +56,10 @@ def _image_facts(image: Image) -> Iterator[tuple[str, str]]:
     yield (
         "format",
         f"qcow2 version {image.version}, clusters of {format_size(image.cluster_size)}, "
-        f"refcounts of {'unknown width' if width is None else _count(width, 'bit')}",
+        f"refcounts of {'unknown width' if width is None else count(width, 'bit')}",
     )
-    yield "virtual size", _size(image.virtual_size)
-    yield "file size", _size(image.file_size)
+    yield "virtual size", size(image.virtual_size)
+    yield "file size", size(image.file_size)
     if image.backing_file is not None:
         yield "backing file", f'"{escape(image.backing_file)}" (not opened)'
     for _, found in image.extensions:
@@ -89,8 +76,8 @@ def _image_facts(image: Image) -> Iterator[tuple[str, str]]:
         return
     yield (
         "bitmap directory",
-        f"{_count(extension.nb_bitmaps, 'bitmap')} in "
-        f"{_count(extension.bitmap_directory_size, 'byte')} at "
+        f"{count(extension.nb_bitmaps, 'bitmap')} in "
+        f"{count(extension.bitmap_directory_size, 'byte')} at "
         f"{extension.bitmap_directory_offset:#x}",
     )
     yield (
@@ -103,7 +90,7 @@ def _bitmap_facts(image: Image, bitmap: Bitmap, options: Options) -> Iterator[tu
     entry, status = bitmap.entry, bitmap.status
     yield "status", _MEANING[status]
     if entry.granularity_bits < GRANULARITY_BITS_LIMIT:
-        yield "granularity", _size(bitmap.granularity)
+        yield "granularity", size(bitmap.granularity)
     flags = [name for bit, name in FLAG_NAMES.items() if entry.flags & bit]
     unknown = entry.flags & ~KNOWN_FLAGS
     if unknown:
@@ -117,14 +104,14 @@ def _bitmap_facts(image: Image, bitmap: Bitmap, options: Options) -> Iterator[tu
         label = "dirty" if status == VALID else "dirty at least"
         yield (
             label,
-            f"{_size(counted.dirty_bytes)}, {percent:.1f} % of the disk, "
-            f"in {_count(counted.extents, 'extent')}",
+            f"{size(counted.dirty_bytes)}, {percent:.1f} % of the disk, "
+            f"in {count(counted.extents, 'extent')}",
         )
     if options.sha256 and status == VALID:
         yield "sha256", bitmap.sha256()
     yield (
         "table",
-        f"{_count(entry.bitmap_table_size, 'entry', 'entries')} at {entry.bitmap_table_offset:#x}",
+        f"{count(entry.bitmap_table_size, 'entry', 'entries')} at {entry.bitmap_table_offset:#x}",
     )
     clusters = bitmap.clusters
     if clusters:
@@ -149,7 +136,7 @@ def _print_problems(image: Image, problems: Sequence[Problem]) -> None:
     if not problems:
         print("no problems found (guest data and refcounts are not looked at)")
         return
-    print(f"{_count(len(problems), 'problem')}:")
+    print(f"{count(len(problems), 'problem')}:")
     for found in problems:
         name = None
         if found.bitmap_index is not None:
@@ -174,7 +161,7 @@ def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[P
     statuses = Counter(bitmap.status for bitmap in bitmaps)
     if statuses[VALID] < len(bitmaps):
         lost = ", ".join(f"{n} {status}" for status, n in statuses.items() if status != VALID)
-        usable = f"{statuses[VALID]} of {_count(len(bitmaps), 'bitmap')}"
+        usable = f"{statuses[VALID]} of {count(len(bitmaps), 'bitmap')}"
         print(f"usable for a backup: {usable} ({lost})")
     refused = [found for found in problems if found.severity == REFUSED]
     if not refused:

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Does one command; returns the exit status."""
     work = _WORK[arguments.command]
     try:
-        with _open(arguments) as image, image.edit(dry_run=arguments.dry_run) as edit:
+        with open_to_edit(arguments) as image, image.edit(dry_run=arguments.dry_run) as edit:
             work(arguments, image, edit)
             plan = edit.plan() if arguments.dry_run else Plan()
     except ValueError as error:
@@ -32,18 +32,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImageLockedError(error.path, error.held, "writing") from error
     except _OtherImageError as error:
         return fail(arguments.other, str(error))
-    if arguments.dry_run and arguments.output == "json":
-        _print_json(arguments.image, plan)
-    elif arguments.dry_run:
-        _print_text(plan)
+    if arguments.dry_run:
+        print_plan(arguments, plan)
     return 0
+
+
+def print_plan(arguments: argparse.Namespace, plan: Plan) -> None:
+    """What a dry run shows."""
+    if arguments.output == "json":
+        _print_json(arguments.image, plan)
+    else:
+        _print_text(plan)
 
 
 class _OtherImageError(Exception):
     """What is wrong with the image the sources of a merge are in."""
 
 
-def _open(arguments: argparse.Namespace) -> Image:
+def open_to_edit(arguments: argparse.Namespace) -> Image:
+    """The image a command edits, open for reading if it is a dry run; raises as `open` does."""
     if arguments.dry_run:
         return open(arguments.image, lock_timeout=arguments.wait)
     wait, locking = arguments.wait, not arguments.no_lock

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from qcow2bm import __version__
+from qcow2bm.bits.runs import OPS
 from qcow2bm.cli.console import say
 from qcow2bm.units import escape, parse_size
 
@@ -49,6 +51,62 @@ It serves the raw data file of an image made with data_file_raw=on and prealloca
 
 Further parameters: bitmaps=NAME,NAME...  bitmap=NAME  others=mark-in-use  flush-interval=SECONDS
 """
+
+_STREAM = "look at bitmaps in QEMU's migration stream, or put them into one"
+
+_STREAM_DUMP = "show the bitmaps in a migration stream"
+
+_STREAM_DUMP_EPILOG = """\
+FILE is what a VM sent that migrated with the capability dirty-bitmaps; - is standard input, which
+may be a pipe:
+
+  migrate "exec:qcow2bm stream dump --output=json - >bitmaps.json"
+
+exit status: 0 all bitmaps came; 1 no stream, or it could not be read; 2 it breaks off or breaks
+the rules, and only bitmaps that are complete are of use; 64 wrong usage
+"""
+
+_STREAM_WRITE = "write valid bitmaps of an image as a migration stream, which QEMU takes in"
+
+_STREAM_WRITE_EPILOG = """\
+Without NAME all valid bitmaps are written. A FILE that is there is not overwritten.
+
+The stream has bitmaps and nothing else. A VM that takes it in (-incoming, with the same machine
+type) gets neither memory nor device state: it boots cold, as after power on, with the bitmaps in
+memory. If it was running, it must be shut down before. The image it boots from must have no
+valid bitmap of the same name: QEMU would give up the disk.
+
+exit status: 0 done; 1 could not do it; 2 done, but the image has problems; 64 wrong usage
+"""
+
+_STREAM_RESTORE = "put the bitmaps of a migration stream into an image"
+
+_STREAM_RESTORE_EPILOG = """\
+All complete bitmaps of the node are added in one edit. Bitmaps of the same names that are in use
+are replaced; others must not be there.
+
+That they are true of the disk is proved by a sentinel in the image that was not touched, such as
+Tracker.begin_migration makes, or by you: --assert-unchanged. Otherwise they can be made all dirty.
+
+exit status: 0 done; 1 could not do it, all is as before unless it says otherwise; 2 done, but the
+stream has bitmaps that are not complete; 64 wrong usage
+"""
+
+_RESCUE = "keep the bitmaps of a running VM through a migration that fails"
+
+_RESCUE_EPILOG = """\
+SOCKET is the path of the VM's QMP socket, or HOST:PORT. It must be free: QEMU serves one at a time.
+
+exit status: 0 fine; 1 could not do it; 2 done, but a bitmap is lost, in doubt, or was left as it
+was; 64 wrong usage
+"""
+
+_RESCUES = {
+    "start": "after a migration that failed: have QEMU store its persistent bitmaps again",
+    "arm": "before a migration: add a sentinel that tells if another machine touches the disk",
+    "verdict": "after an armed migration that came back: say if another machine touched the disk",
+    "finish": "end in the image what rescue start could not end",
+}
 
 _DEMO = "show how short a stop gets by tracking, on an image made for it"
 
@@ -88,6 +146,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, commands = _parser()
     options, names = _split(sys.argv[1:] if argv is None else list(argv))
     arguments, unknown = parser.parse_known_args(options + [_NAME + name for name in names])
+    if "names" in arguments and not any(text.startswith("-") for text in unknown):
+        # argparse takes IMAGE and no names at all where an option stands between them.
+        arguments.names, unknown = arguments.names + unknown, []
     for key, value in vars(arguments).items():
         if isinstance(value, str):
             setattr(arguments, key, value.removeprefix(_NAME))
@@ -117,14 +178,16 @@ def _range(text: str) -> tuple[int, int | None]:
 # argparse does not take what follows -- as it stands: it drops a second --, for one. Marked with
 # a character no argument can have, what follows is a name and nothing else.
 _NAME = "\0"
+_OPTION_DASHES = re.compile("--[a-z-]+=--")
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """What may be options, and what comes behind --; a leading -- is behind the command."""
     if argv[:1] == ["--"]:
-        argv = [*argv[1:2], *argv[:1], *argv[2:]]
+        words = 2 if argv[1:2] in (["stream"], ["rescue"]) else 1
+        argv = [*argv[1 : 1 + words], *argv[:1], *argv[1 + words :]]
     place = argv.index("--") if "--" in argv else len(argv)
-    options = [f"--bitmap={_NAME}--" if a == "--bitmap=--" else a for a in argv[:place]]
+    options = [f"{a[:-2]}{_NAME}--" if _OPTION_DASHES.fullmatch(a) else a for a in argv[:place]]
     return options, argv[place + 1 :]
 
 
@@ -168,12 +231,144 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     map_.add_argument("--totals", action="store_true", help="only the sums")
     map_.add_argument("--dirty", action="store_true", help="only what is dirty")
     edits = _edit_commands(commands)
+    streams = _stream_commands(commands)
+    rescues = _rescue_commands(commands)
     demo = _plain_command(commands, "demo", _DEMO, "demo", _DEMO_EPILOG)
     demo.add_argument(
         "--seconds", metavar="N", type=_seconds, default=10, help="how long writes are tracked"
     )
     plugin = _plain_command(commands, "nbdkit-plugin", _PLUGIN, "nbdkit_plugin", _PLUGIN_EPILOG)
-    return parser, {"dump": dump, "map": map_, **edits, "demo": demo, "nbdkit-plugin": plugin}
+    made = {"dump": dump, "map": map_, **edits, **streams, **rescues}
+    return parser, {**made, "demo": demo, "nbdkit-plugin": plugin}
+
+
+def _stream_commands(
+    commands: argparse._SubParsersAction[_Parser],
+) -> dict[str, argparse.ArgumentParser]:
+    """The commands of the second word, by both words."""
+    stream = _plain_command(commands, "stream", _STREAM, "stream", _EPILOG)
+    actions = stream.add_subparsers(
+        dest="action", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+
+    dump = _plain_command(actions, "dump", _STREAM_DUMP, "stream", _STREAM_DUMP_EPILOG)
+    dump.add_argument("image", metavar="FILE", help="a migration stream, or -")
+    _add_output(dump)
+
+    write = _plain_command(actions, "write", _STREAM_WRITE, "stream", _STREAM_WRITE_EPILOG)
+    write.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")
+    write.add_argument("names", metavar="NAME", nargs="*", help="the bitmaps; by default all valid")
+    write.add_argument(
+        "--node-alias",
+        metavar="ALIAS",
+        type=_stream_name,
+        required=True,
+        help="what the receiver calls the disk: its node name, or the alias mapped to it",
+    )
+    form = write.add_mutually_exclusive_group(required=True)
+    form.add_argument(
+        "--machine",
+        metavar="TYPE",
+        type=_stream_name,
+        help="the receiver's machine type in full, such as pc-i440fx-7.2",
+    )
+    form.add_argument(
+        "--section-only", action="store_true", help="only the sections of the bitmaps"
+    )
+    write.add_argument(
+        "-o", dest="file", metavar="FILE", default="-", help="by default -, standard output"
+    )
+    _add_sharing(write)
+
+    restore = _plain_command(actions, "restore", _STREAM_RESTORE, "stream", _STREAM_RESTORE_EPILOG)
+    restore.add_argument("file", metavar="FILE", help="a migration stream, or -")
+    restore.add_argument("image", metavar="IMAGE", help="a qcow2 file or block device")
+    restore.add_argument("--node", metavar="ALIAS", type=_stream_name, help="whose bitmaps")
+    restore.add_argument(
+        "--map",
+        metavar="BITMAP-ALIAS=NAME",
+        type=_mapped_name,
+        action="append",
+        default=[],
+        help="give a bitmap of the stream another name",
+    )
+    evidence = restore.add_mutually_exclusive_group()
+    evidence.add_argument(
+        "--assert-unchanged",
+        dest="is_unchanged",
+        action="store_true",
+        help="you know that the disk was not written to since",
+    )
+    evidence.add_argument(
+        "--as-dirty-ranges-unknown",
+        dest="is_all_dirty",
+        action="store_true",
+        help="make the bitmaps all dirty",
+    )
+    _add_editing(restore)
+    made = {"stream dump": dump, "stream write": write, "stream restore": restore}
+    for command, parser in made.items():
+        parser.set_defaults(command=command)
+    return made
+
+
+def _rescue_commands(
+    commands: argparse._SubParsersAction[_Parser],
+) -> dict[str, argparse.ArgumentParser]:
+    """The commands of the second word, by both words."""
+    rescue = _plain_command(commands, "rescue", _RESCUE, "rescue", _RESCUE_EPILOG)
+    actions = rescue.add_subparsers(
+        dest="action", required=True, metavar="COMMAND", parser_class=_Parser
+    )
+    made = {
+        action: _plain_command(actions, action, summary, "rescue", _RESCUE_EPILOG)
+        for action, summary in _RESCUES.items()
+    }
+    for action, parser in made.items():
+        parser.set_defaults(command=f"rescue {action}")
+        if action == "finish":
+            parser.add_argument("image", metavar="IMAGE", help="what the VM ran on, when it is off")
+            _add_editing(parser)
+            continue
+        parser.add_argument(
+            "--qmp", dest="image", metavar="SOCKET", required=True, help="where the VM listens"
+        )
+        parser.add_argument(
+            "--node",
+            dest="nodes",
+            metavar="NODE",
+            action="append",
+            default=[],
+            help="a node or device of the VM; may be repeated; by default all that are concerned",
+        )
+        _add_output(parser)
+    made["start"].add_argument("--dry-run", action="store_true", help="only show what is there")
+    made["arm"].add_argument(
+        "--set", action="store_true", help="set the block-bitmap-mapping as well"
+    )
+    remedies = made["verdict"].add_mutually_exclusive_group()
+    for remedy, text in (("remove", "remove"), ("all-dirty", "make dirty all over")):
+        remedies.add_argument(
+            f"--{remedy}",
+            dest="remedy",
+            action="store_const",
+            const=remedy,
+            help=f"{text} bitmaps that may miss writes",
+        )
+    return {f"rescue {action}": parser for action, parser in made.items()}
+
+
+def _stream_name(text: str) -> str:
+    if not 1 <= len(os.fsencode(text.removeprefix(_NAME))) <= 255:
+        raise argparse.ArgumentTypeError("must have 1 to 255 bytes")
+    return text
+
+
+def _mapped_name(text: str) -> str:
+    alias, equals, name = text.partition("=")
+    if not alias or not equals or not name:
+        raise argparse.ArgumentTypeError("write BITMAP-ALIAS=NAME")
+    return text
 
 
 def _edit_commands(
@@ -202,9 +397,7 @@ def _edit_commands(
     made["merge"].add_argument(
         "--from", dest="other", metavar="OTHER_IMAGE", help="the image that has the sources"
     )
-    made["merge"].add_argument(
-        "--op", choices=("or", "and", "xor", "subtract"), default="or", help="by default: or"
-    )
+    made["merge"].add_argument("--op", choices=OPS, default="or", help="by default: or")
     return made
 
 
@@ -261,6 +454,11 @@ def _editing(
     """A command that changes bitmaps."""
     epilog = _EDIT_EPILOG + (_REMOVE_EPILOG if name == "remove" else "")
     parser = _command(commands, name, summary, "edit", epilog)
+    _add_editing(parser)
+    return parser
+
+
+def _add_editing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only show what would be written")
     parser.add_argument(
         "--output",
@@ -280,7 +478,6 @@ def _editing(
         action="store_true",
         help="write without locks, where there are none; if a VM uses the image, it is destroyed",
     )
-    return parser
 
 
 def _plain_command(
@@ -314,9 +511,18 @@ def _reading(
 ) -> argparse.ArgumentParser:
     """A command that reads an image."""
     parser = _command(commands, name, summary, name, _EPILOG)
+    _add_output(parser)
+    _add_sharing(parser)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", choices=("human", "json"), default="human", help="for people, or for programs"
     )
+
+
+def _add_sharing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-U",
         "--force-share",
@@ -324,4 +530,3 @@ def _reading(
         help="read it even while a VM is running on it",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no warnings on standard error")
-    return parser

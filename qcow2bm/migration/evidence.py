@@ -112,8 +112,15 @@ class Fate(NamedTuple):
     reason: str
 
 
-def judge(left: Left, found: Facts, octets: NDArray[np.uint8] | None) -> Verdict:
-    """Whether the disk is as it was; ``octets`` are the sentinel's bits, if they can be read."""
+class Witness(NamedTuple):
+    """The bits of sentinel and canary, uint8[n]; None for one that is not there, or broken."""
+
+    sentinel: NDArray[np.uint8] | None = None
+    canary: NDArray[np.uint8] | None = None
+
+
+def judge(left: Left, found: Facts, witness: Witness) -> Verdict:
+    """Whether the disk is as it was."""
     before = left.facts
     if field := before.definition.difference(found.definition):
         return Verdict("changed", f"the header has another {field}")
@@ -125,18 +132,21 @@ def judge(left: Left, found: Facts, octets: NDArray[np.uint8] | None) -> Verdict
         reason = "no sentinel was made, so nothing tells whether the disk was written to"
         is_renewed = before.token is not None and before.token != found.token
         return Verdict("changed", _OTHER_TOKEN) if is_renewed else Verdict("unknown", reason)
-    lack = left.sentinel.why_no_evidence(found.entries.get(left.sentinel.name))
-    written = None if lack or octets is None else left.sentinel.written(octets)
-    if written is None:
-        broken = "the sentinel is broken"
-        cleared = "bitmaps were cleared, the sentinel's canary too"
-        return Verdict("changed", lack or (broken if octets is None else cleared))
-    if written.tolist() != [list(left.sentinel.canary)]:
+    names = left.sentinel.name, left.sentinel.canary_name
+    lack = left.sentinel.why_no_evidence(*map(found.entries.get, names))
+    if lack:
+        return Verdict("changed", lack)
+    if witness.sentinel is None or witness.canary is None:
+        return Verdict("changed", "the sentinel is broken")
+    if not witness.canary[0] & 1:
+        return Verdict("changed", "bitmaps were cleared, the canary too")
+    written = left.sentinel.written(witness.sentinel)
+    if len(written):
         return Verdict("changed", "the sentinel has ranges that were written", written)
     if before.token is not None and before.token != found.token:
         return Verdict("changed", _OTHER_TOKEN, written)
     if _has_data_file(before) and before.data_file is None:
-        reason = "the data lie in an external data file, whose path was not given"
+        reason = "nothing tells whether the external data file was written to"
         return Verdict("unknown", reason)
     return Verdict("unchanged", "the sentinel was not touched", written)
 
@@ -184,7 +194,8 @@ def _fate_of_ours(
         return Fate("dropped", "is broken in the image")
     if not now.auto:
         return Fate("dropped", "was disabled")
-    is_as_left = not now.in_use or before.in_use
+    # If it is in_use, but another one, somebody took it over, and may have added to it.
+    is_as_left = not now.in_use or _is_same(before, now)
     if verdict.outcome == "unchanged" and is_as_left and now.granularity == before.granularity:
         return Fate("kept", "the disk is unchanged")
     if not now.in_use:

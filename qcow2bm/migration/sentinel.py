@@ -1,7 +1,7 @@
-"""A bitmap that tells whether anybody wrote to the disk while it was in other hands.
+"""Bitmaps that tell whether anybody wrote to the disk while it was in other hands.
 
-Every program that keeps bitmaps keeps this one, too. So what it has when the disk comes back is
-what was written by then.
+Every program that keeps bitmaps keeps these, too. So what the sentinel has when the disk comes
+back is what was written by then.
 
 *Spec*: spec/lifecycle.md, "Sentinel".
 """
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PREFIX = "qcow2bm-sentinel-"
-_NAME = re.compile(PREFIX + r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+CANARY_SUFFIX = "-canary"
+_NAME = re.compile(PREFIX + r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(" + CANARY_SUFFIX + r")?")
 
 _MAX_BYTES = 64 << 10  # of its bits: what QEMU has to load and to store
 _MIN_GRANULARITY, _MAX_GRANULARITY = 512, 2 << 30
 
 
 class Sentinel(NamedTuple):
-    """The sentinel of one hand-over.
+    """The sentinel of one hand-over, and its canary.
 
-    The last bit is set from the beginning. If it is found clear, somebody cleared bitmaps, and
-    the others tell nothing. Writes to what it covers cannot be seen, so that range counts as
-    written.
+    The sentinel records writes, and begins with nothing. The canary is disabled, and its first bit
+    is set: no write to the disk ever changes it, so if that bit is clear, or the canary gone,
+    somebody cleared or removed bitmaps, and the sentinel tells nothing.
     """
 
     name: str
@@ -48,46 +49,33 @@ class Sentinel(NamedTuple):
         return cls(f"{PREFIX}{uuid4()}", granularity, virtual_size)
 
     @property
-    def canary(self) -> tuple[int, int]:
-        """The range, (start, length) in guest bytes, whose bit is set from the beginning."""
-        start = (self.virtual_size - 1) // self.granularity * self.granularity
-        return start, self.virtual_size - start
+    def canary_name(self) -> str:
+        """The name of the canary, which has the same granularity."""
+        return self.name + CANARY_SUFFIX
 
-    def octets(self, length: int) -> bytearray:
-        """Its bits in so many bytes, as they are stored when the disk is given away."""
-        octets = bytearray(length)
-        bit = self.canary[0] // self.granularity
-        octets[bit // 8] = 1 << bit % 8
-        return octets
-
-    def why_no_evidence(self, entry: DirectoryEntry | None) -> str:
+    def why_no_evidence(self, entry: DirectoryEntry | None, canary: DirectoryEntry | None) -> str:
         """What keeps it from telling which ranges were written; nothing if it can."""
-        if entry is None:
-            return "the sentinel is gone"
-        if entry.in_use:
-            return "the sentinel is in_use: somebody opened the image for writing and did not end"
-        if not entry.auto:
-            return "the sentinel is disabled"
-        if entry.granularity != self.granularity:
-            return "the sentinel has another granularity"
+        for what, found, is_enabled in (("sentinel", entry, True), ("canary", canary, False)):
+            if found is None:
+                return f"the {what} is gone"
+            if found.in_use:
+                return f"the {what} is in_use: somebody opened the image to write and did not end"
+            if found.auto != is_enabled:
+                return f"the {what} was {'enabled' if found.auto else 'disabled'}"
+            if found.granularity != self.granularity:
+                return f"the {what} has another granularity"
         return ""
 
-    def written(self, octets: NDArray[np.uint8]) -> NDArray[np.int64] | None:
-        """What it says was written: int64[n, 2] of (start, length) in guest bytes.
-
-        The range of the canary is always in it. None if the canary is gone.
-        """
+    def written(self, octets: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """What its bits say was written: int64[n, 2] of (start, length) in guest bytes."""
         import numpy as np
 
         from qcow2bm.bits.extents import ExtentFinder
 
-        bit = self.canary[0] // self.granularity
-        if not octets[bit // 8] >> bit % 8 & 1:
-            return None
         finder = ExtentFinder(self.granularity, self.virtual_size)
         return np.concatenate([finder.bits(octets), finder.finish()])
 
 
 def is_sentinel(name: str | None) -> bool:
-    """Whether a bitmap of that name is a sentinel, of whatever hand-over."""
+    """Whether a bitmap of that name is a sentinel or a canary, of whatever hand-over."""
     return name is not None and _NAME.fullmatch(name) is not None

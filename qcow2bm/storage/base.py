@@ -62,6 +62,11 @@ class WritableStorage(Storage, Protocol):
     nothing is known of what was written since the last good one.
     """
 
+    @property
+    def excludes_other_hosts(self) -> bool:
+        """Whether `write_lock` keeps everybody away, on other hosts as well."""
+        ...
+
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Writes all ``parts``, one behind the other, from byte ``offset`` on.
 

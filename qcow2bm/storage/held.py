@@ -35,15 +35,21 @@ class HeldStorage:
         return self._lock is not None
 
     def acquire(self, timeout: float) -> None:
-        """Takes the lock; raises what ``write_lock`` of the storage does.
+        """Takes the lock, unless it is held; raises what ``write_lock`` of the storage does.
 
         Where other hosts may have written without our knowing, what is cached here is forgotten.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self._storage.write_lock(timeout))
+        if self._lock:
+            return
+        lock = ExitStack()
+        try:
+            lock.enter_context(self._storage.write_lock(timeout))
             if not self.excludes_other_hosts:
                 self._storage.refresh()
-            self._lock = stack.pop_all()
+        except BaseException:
+            lock.close()
+            raise
+        self._lock = lock
 
     def release(self) -> None:
         """Lets the lock go. May be called twice."""
@@ -58,7 +64,7 @@ class HeldStorage:
     @property
     def excludes_other_hosts(self) -> bool:
         """Whether the lock keeps everybody away, on other hosts too, as far as can be known."""
-        return bool(getattr(self._storage, "excludes_other_hosts", True))
+        return self._storage.excludes_other_hosts
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         """Writes; raises `StateError` while the lock is not held."""

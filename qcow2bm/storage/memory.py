@@ -82,6 +82,11 @@ class MemoryStorage:
         self._open_bytearray()
         return nullcontext()
 
+    @property
+    def excludes_other_hosts(self) -> bool:
+        """Memory is in no other host; who else uses it here, its owner knows."""
+        return True
+
     def refresh(self) -> None:
         """Nothing of memory is cached."""
         self._open_bytearray()

@@ -189,6 +189,14 @@ class Draft:
         place, self._next_place = self._next_place, self._next_place + 1
         self.bitmaps[key] = DraftBitmap(key, flags, granularity_bits, b"", None, place, bits)
 
+    def replace(self, name: str, granularity: int, *, enabled: bool) -> None:
+        """`add`, instead of one of that name that is in_use and not ours, if there is one."""
+        old = self.bitmaps.get(encode_name(name))
+        if old and old.is_in_use and name not in self._owned:
+            self._require_granularity(granularity)  # before anything is taken away
+            self.remove(name)
+        self.add(name, granularity, enabled=enabled)
+
     def _require_granularity(self, granularity: int) -> None:
         low, high = 1 << MIN_GRANULARITY_BITS, 1 << MAX_GRANULARITY_BITS
         granularity = index(granularity)

@@ -8,6 +8,7 @@ clusters. What must hold at any time is that everything a table leads to is coun
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
 from qcow2bm.clusters.problems import header_problems
-from qcow2bm.errors import CommitError, LimitError, UnsupportedError
+from qcow2bm.errors import CommitError, LimitError, StorageError, UnsupportedError
 from qcow2bm.format.directory import (
     FIELD_OFFSETS,
     FLAG_AUTO,
@@ -172,6 +173,7 @@ class LiveStore:
         tables: list[Write] = []
         for bitmap in zeroes:
             numbers = {number for number, word in enumerate(bitmap.words) if word == ZEROES}
+            numbers = set(sorted(numbers)[: len(self._free)])
             for number in numbers:
                 bitmap.words[number] = self._take_cluster()
                 start = number * self.cluster_size
@@ -196,14 +198,25 @@ class LiveStore:
         """The bitmaps that are in_use by us."""
         return tuple(self._bitmaps)
 
-    def _set_aside(self) -> list[Step]:
-        """Looks for the clusters that can be needed, in the image as it was loaded last."""
+    def _set_aside(self, *, is_all: bool = True) -> list[Step]:
+        """Looks for the clusters that can be needed, in the image as it was loaded last.
+
+        Unless ``is_all``, fewer will do: nobody has to end because a disk may become full some day.
+        """
         capacity = self._storage.capacity()
-        self._allocator = allocator_of(self.file, self.directory, self.survey, capacity)
         needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
-        self._free, steps = self._allocator.set_aside(needed)
-        self._free.reverse()  # the last is used first
-        return steps
+        while True:
+            self._allocator = allocator_of(self.file, self.directory, self.survey, capacity)
+            try:
+                self._free, steps = self._allocator.set_aside(needed)
+            except (LimitError, StorageError) as error:
+                is_full = not isinstance(error, StorageError) or error.errno == errno.ENOSPC
+                if is_all or not needed or not is_full:
+                    raise
+                needed //= 2
+            else:
+                self._free.reverse()  # the last is used first
+                return steps
 
     def draft(self) -> Draft:
         """The bitmaps as they are on disk, for `recommit`; ours can be used in it as any other."""
@@ -230,31 +243,37 @@ class LiveStore:
         be stored, but what is stored must be in memory.
 
         Raises:
-            CommitError: a write or barrier failed.
-            StorageError: reading failed, or there is no room for what bitmaps can need.
+            CommitError: a write, a barrier or, afterwards, reading failed.
         """
         execute(plan, self._storage, self.file.file_size)
+        try:
+            self._take_over(bitmaps)
+        except (CommitError, StorageError) as error:  # the commit itself is done
+            step = error.step if isinstance(error, CommitError) else "reading the new state"
+            raise CommitError(self._storage.name, step, "new", error.reason) from error
+
+    def _take_over(self, bitmaps: Iterable[LiveBitmap]) -> None:
+        """Goes on from what a commit has made of the image."""
         self._load()
         entries = {entry.name: entry for entry in self.directory.entries}
         self._bitmaps = list(bitmaps)
         for bitmap in self._bitmaps:
             bitmap.entry = entries[bitmap.name]
             bitmap.words = read_words(self.file, bitmap.entry)
-        try:
-            steps = self._set_aside()
-            if steps:
-                plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
-                execute(plan, self._storage, self.file.file_size)
-            self._reserve()
-        except CommitError as error:  # the commit itself is done
-            raise CommitError(error.path, error.step, "new", error.reason) from error
+        steps = self._set_aside(is_all=False)
+        if steps:
+            plan = Plan((*steps, Barrier("room for the tracked bitmaps")))
+            execute(plan, self._storage, self.file.file_size)
+        self._reserve()
 
     def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
         """Clears in_use of bitmaps whose bits are stored: each by one write within a sector.
 
-        The generation, where it is recorded, is renewed in the same step.
+        The generation, where it is recorded, is renewed in the same step. A bitmap that is no
+        longer ours is left alone: where its entry was may be anything.
         """
-        steps: list[Step] = [self.set_in_use(bitmap, is_set=False) for bitmap in bitmaps]
+        ours = [bitmap for bitmap in bitmaps if bitmap in self._bitmaps]
+        steps: list[Step] = [self.set_in_use(bitmap, is_set=False) for bitmap in ours]
         self.token = None
         if self.file.generation:
             header = HeaderDraft(self.file)
@@ -309,6 +328,9 @@ class LiveStore:
         return writes
 
     def _take_cluster(self) -> int:
+        if not self._free:
+            reason = "there is no room for a new cluster of a bitmap"
+            raise StorageError(self._storage.name, 0, 0, reason, errno.ENOSPC, "writing")
         cluster = self._free.pop()
         self._allocator.refcounts.change(cluster, 1, 0, 1)
         return cluster * self.cluster_size

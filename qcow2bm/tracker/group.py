@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from qcow2bm.errors import StateError
 from qcow2bm.tracker.reports import Convergence, StopReport
 from qcow2bm.tracker.tracker import Tracker
 
@@ -29,6 +30,7 @@ class TrackerGroup:
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
+        self._found: dict[str, Activation | Exception] = {}
 
     def converge(
         self, max_downtime: float, timeout: float | None = None
@@ -70,6 +72,7 @@ class TrackerGroup:
             ValueError: there is no disk of such a name.
         """
         paths = self._known(data_files)
+        self._found.clear()
         return self._all(lambda disk, tracker: tracker.inactivate(data_file=paths.get(disk)))
 
     def activate(
@@ -79,16 +82,29 @@ class TrackerGroup:
         other_side_has_stopped: bool = False,
         lock_timeout: float = 0,
     ) -> dict[str, Activation | Exception]:
-        """`Tracker.activate` of every disk that was given away; the others are not in the result.
+        """`Tracker.activate` of every disk that is inactive.
 
-        The machine can go on only if all of them are "unchanged".
+        The result has all disks: what was found of those that were taken back before, until they
+        are given away again, and "unchanged" for those that never were. The machine can go on only
+        if all of them are "unchanged".
         """
-        return self._all(
+        self._found |= self._all(
             lambda _, tracker: tracker.activate(
                 policy, other_side_has_stopped=other_side_has_stopped, lock_timeout=lock_timeout
             ),
             [disk for disk, tracker in self._trackers.items() if tracker.state == "inactive"],
         )
+        return {disk: self._verdict(disk, tracker) for disk, tracker in self._trackers.items()}
+
+    def _verdict(self, disk: str, tracker: Tracker) -> Activation | Exception:
+        from qcow2bm.tracker.handover import not_given_away
+
+        if disk in self._found:
+            return self._found[disk]
+        try:
+            return not_given_away(tracker)
+        except StateError as error:
+            return error
 
     def _known(self, by_disk: Mapping[str, _Result] | None) -> Mapping[str, _Result]:
         unknown = set(by_disk or {}) - set(self._trackers)

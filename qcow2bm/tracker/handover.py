@@ -15,8 +15,16 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import fresh_token
 from qcow2bm.errors import CommitError, StateError, StorageError
 from qcow2bm.format.directory import FLAG_IN_USE, DirectoryEntry
-from qcow2bm.migration.evidence import Definition, Facts, Fate, Left, Outcome, decide, judge
-from qcow2bm.migration.lifecycle import after
+from qcow2bm.migration.evidence import (
+    Definition,
+    Facts,
+    Fate,
+    Left,
+    Outcome,
+    Witness,
+    decide,
+    judge,
+)
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
 from qcow2bm.storage.identity import FileIdentity, FilePath, identify
 from qcow2bm.store.live import LiveBitmap, load_live
@@ -40,8 +48,7 @@ class Activation(NamedTuple):
         reason: why that is the answer.
         bitmaps: what became of each bitmap.
         changed: what may have been written meanwhile, int64[n, 2] of (start, length) in guest
-            bytes; None if that is not known. With "unchanged" it is the one range in which a write
-            could not have been seen; it is dirty in all bitmaps.
+            bytes; None if that is not known.
     """
 
     outcome: Outcome
@@ -55,7 +62,7 @@ class Migration(NamedTuple):
 
     Attributes:
         carried: the names of the bitmaps that it carries, which are not stored here.
-        sentinel: the bitmap that will tell of writes, in_use by us so far.
+        sentinel: what will tell of writes, and its bitmap, which is in_use by us so far.
         left: the image as it was given away; None before that.
         data_file: the path of the external data file, if the caller gave it.
         change_token: that of the storage then; None where it has none.
@@ -78,6 +85,8 @@ class Migration(NamedTuple):
 
 def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> Migration:
     """Makes the sentinel; see `Tracker.begin_migration`."""
+    if isinstance(carried, str):
+        raise TypeError("carried are names, not one name")
     names = frozenset(carried)
     for name in names:
         tracker._find(name)
@@ -87,12 +96,12 @@ def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> M
         return Migration(names, None)
     draft = store.draft()
     sentinel = Sentinel.fresh(tracker._virtual_size, store.cluster_size)
+    draft.add(sentinel.canary_name, sentinel.granularity, enabled=False)
+    draft.fill(sentinel.canary_name, [(0, 1)], is_set=True)
     draft.add(sentinel.name, sentinel.granularity, enabled=True)
-    draft.fill(sentinel.name, [sentinel.canary], is_set=True)
-    draft.find(sentinel.name).flags |= FLAG_IN_USE
+    draft.find(sentinel.name).flags |= FLAG_IN_USE  # the guest goes on writing
     length = draft.bits(sentinel.name).clusters * store.cluster_size
-    octets = sentinel.octets(length)
-    live = LiveBitmap.unplaced(sentinel.name, sentinel.granularity, octets)
+    live = LiveBitmap.unplaced(sentinel.name, sentinel.granularity, bytearray(length))
     store.plan(draft)  # raises what can be known before
     with tracker._fatal():
         tracker._recommit(draft, live)
@@ -106,6 +115,7 @@ def cancel(tracker: Tracker, migration: Migration) -> None:
     sentinel, _ = migration.sentinel
     draft = tracker._store.draft()
     draft.remove(sentinel.name)
+    draft.remove(sentinel.canary_name)
     tracker._store.plan(draft)  # raises what can be known before
     with tracker._fatal():
         tracker._recommit(draft)
@@ -156,8 +166,8 @@ def activate(
             "activated with other_side_has_stopped=True, once that is so",
             "the image",
         )
-    storage.acquire(lock_timeout)
     try:
+        storage.acquire(lock_timeout)
         storage.refresh()
         store = tracker._store
         store.reload()
@@ -212,7 +222,10 @@ class _Comeback:
             entries,
             {name for name, entry in entries.items() if entry.index in numbers},
         )
-        verdict = judge(migration.left, found, self._sentinel_octets(migration.left, found))
+        sentinel = migration.left.sentinel
+        witnesses = (sentinel.name, sentinel.canary_name) if sentinel else ()
+        witness = Witness(*(self._octets(found, name) for name in witnesses))
+        verdict = judge(migration.left, found, witness)
         fates = decide(migration.left, found, verdict, policy)
         self.activation = Activation(verdict.outcome, verdict.reason, fates, verdict.changed)
         ours = {bitmap.live.name: bitmap for bitmap in tracker._now.tracked}
@@ -237,10 +250,9 @@ class _Comeback:
             if decode_name(bitmap.name_bytes) in names:
                 bitmap.flags |= FLAG_IN_USE
 
-    def _sentinel_octets(self, left: Left, found: Facts) -> NDArray[np.uint8] | None:
-        sentinel = left.sentinel
-        entry = found.entries.get(sentinel.name) if sentinel else None
-        if entry is None or entry.name in found.broken:
+    def _octets(self, found: Facts, name: str) -> NDArray[np.uint8] | None:
+        entry = found.entries.get(name)
+        if entry is None or name in found.broken:
             return None
         return np.frombuffer(load_live(self._tracker._store.file, entry).octets, np.uint8)
 
@@ -255,12 +267,12 @@ class _Comeback:
     def _unite(self, bitmap: Tracked, entry: DirectoryEntry) -> None:
         """Adds what the image has to what we have in memory; all of it has to be stored again.
 
-        Somebody may have merged other bitmaps into it, or cleared it and stored it anew.
+        Somebody may have merged other bitmaps into it, or cleared it and stored it anew, even if
+        it is in_use again where it was before. Whatever is stored there, more is never wrong.
         """
         octets, touched = (np.frombuffer(array, np.uint8) for array in bitmap.bits)
         touched[:] = 1
-        if not entry.in_use:
-            octets |= np.frombuffer(load_live(self._tracker._store.file, entry).octets, np.uint8)
+        octets |= np.frombuffer(load_live(self._tracker._store.file, entry).octets, np.uint8)
 
     def go_on(self) -> None:
         """Lets marks in again, all of it being committed."""
@@ -271,7 +283,6 @@ class _Comeback:
         if self._has_kept and self.activation.changed is not None:
             tracker._recorder.mark_many(self.activation.changed)
         tracker._migration = None
-        tracker._state = after(tracker._state, "activate")
 
 
 def _token(file: ClusterFile, migration: Migration) -> bytes | None:
@@ -279,3 +290,10 @@ def _token(file: ClusterFile, migration: Migration) -> bytes | None:
     assert migration.left
     found = file.generation.token if file.generation else None
     return migration.left.facts.token if found == migration.next_token else found
+
+
+def not_given_away(tracker: Tracker) -> Activation:
+    """What there is to say of a disk that was never in other hands; `StateError` if it ended."""
+    tracker._require("flush")
+    fates = dict.fromkeys(tracker.names, Fate("kept", "the disk was not given away"))
+    return Activation("unchanged", "the disk was not given away", fates, np.zeros((0, 2), np.int64))

@@ -134,7 +134,7 @@ class Recorder:
         """Marks guest bytes that may lie in several pieces, some pieces under one lock."""
         while start < end:
             with self._lock:
-                if self._is_closed:
+                if self._is_closed or end > self._size:  # by now
                     self._refuse(start, end - start)
                 start = self._mark_pieces(start, end)
 

@@ -83,7 +83,7 @@ class Tracker:
         self._gate = Gate()
         self._io = Lock()  # one flush, stop or rotation at a time
         self._busy_thread: int | None = None
-        self._state: State = "tracking"
+        self._ended: State | None = None  # how, once it has
         self._cause: BaseException | None = None  # of its failure
         self._flushing = Rate()
         self._barrier_seconds = 0.0
@@ -101,9 +101,9 @@ class Tracker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None or self._state == "inactive":
+        if kind is not None or self.state == "inactive":
             self.abandon()
-        elif self._state not in ("stopped", "abandoned"):
+        elif self.state not in ("stopped", "abandoned"):
             self.stop()  # which says so if tracking has failed
 
     def __reduce__(self) -> NoReturn:
@@ -115,7 +115,11 @@ class Tracker:
 
         While it is "inactive", the image is in other hands: nothing is written to it.
         """
-        return self._state
+        if self._ended:
+            return self._ended
+        if not self._migration:
+            return "tracking"
+        return "inactive" if self._migration.left else "migrating"
 
     @property
     def names(self) -> list[str]:
@@ -196,7 +200,7 @@ class Tracker:
         try:
             yield
         except BaseException as error:
-            if "fail" in TRANSITIONS[self._state]:
+            if "fail" in TRANSITIONS[self.state]:
                 self._end("failed", error)
             raise
 
@@ -330,11 +334,11 @@ class Tracker:
                 try:
                     self.flush(limit)
                 except StateError:
-                    if "activate" not in TRANSITIONS[self._state]:  # tracking has ended
+                    if "activate" not in TRANSITIONS[self.state]:  # tracking has ended
                         return
                 except BaseException as error:
                     with self._io:
-                        if "fail" in TRANSITIONS[self._state]:
+                        if "fail" in TRANSITIONS[self.state]:
                             self._end("failed", error)
                     return
 
@@ -413,7 +417,6 @@ class Tracker:
 
         with self._exclusive("begin_migration"):
             self._migration = handover.begin(self, carried, with_sentinel=sentinel)
-            self._state = after(self._state, "begin_migration")
 
     def cancel_migration(self) -> None:
         """After a migration was cancelled, or failed, before `inactivate`: as if it never began.
@@ -425,14 +428,18 @@ class Tracker:
         """
         with self._exclusive("cancel_migration"):
             self._cancel()
-            self._state = after(self._state, "cancel_migration")
 
     def _cancel(self) -> None:
         from qcow2bm.tracker import handover
 
-        if self._migration:
-            handover.cancel(self, self._migration)
-            self._migration = None
+        if not self._migration:
+            return
+        migration, self._migration = self._migration, None  # first: an interrupt ends it, too
+        try:
+            handover.cancel(self, migration)
+        except (LimitError, StorageError):
+            self._migration = migration
+            raise
 
     def inactivate(self, *, data_file: FilePath | None = None) -> StopReport:
         """Stores what is left, makes the bitmaps valid, and lets the image go.
@@ -446,7 +453,8 @@ class Tracker:
                 `activate` cannot know whether that was written to.
 
         Raises:
-            As `stop` and `begin_migration` do.
+            As `stop` and `begin_migration` do: where there is no room for a sentinel, call that
+                with ``sentinel=False`` before.
             StorageError: the data file cannot be looked at; nothing is changed.
         """
         from qcow2bm.tracker import handover
@@ -456,11 +464,8 @@ class Tracker:
                 identify(data_file)  # a wrong path is found out before anything is done
             if self._migration is None:
                 self._migration = handover.begin(self, (), with_sentinel=True)
-                self._state = after(self._state, "begin_migration")
             with self._fatal():
-                report = handover.inactivate(self, self._migration, data_file)
-            self._state = after(self._state, "inactivate")
-            return report
+                return handover.inactivate(self, self._migration, data_file)
 
     def activate(
         self,
@@ -541,18 +546,17 @@ class Tracker:
         """
         self._require_free()
         with self._io:
-            state = after(self._state, "abandon")
-            if state != self._state:
-                self._end(state)
+            if not self._ended:
+                self._end(after(self.state, "abandon"))
 
     def _end(self, state: State, cause: BaseException | None = None) -> None:
         self._recorder.close(state, cause)
-        self._state, self._cause = state, cause
+        self._ended, self._cause, self._migration = state, cause, None
         self._on_end()
 
     def _require(self, event: Event) -> None:
         """Raises `StateError`, from what ended tracking, if the state does not allow it."""
         try:
-            after(self._state, event)
+            after(self.state, event)
         except StateError as error:
             raise error from self._cause

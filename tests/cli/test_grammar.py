@@ -49,6 +49,18 @@ def test_options_behind_the_dashes_are_names(folder: Path) -> None:
     assert run(["dump", "--", "vm.qcow2", "-q"], folder).status == 64
 
 
+@pytest.mark.spec("CLI-2")
+def test_options_may_stand_among_names(folder: Path) -> None:
+    expected = run(["clear", "--dry-run", "vm.qcow2", "--", "daily", "map", "-x"], folder)
+    assert expected.status == 0
+    for arguments in (
+        ["clear", "vm.qcow2", "--dry-run", "--", "daily", "map", "-x"],
+        ["clear", "vm.qcow2", "daily", "--dry-run", "map", "--", "-x"],
+    ):
+        assert run(arguments, folder) == expected
+    assert run(["clear", "vm.qcow2", "--dry-run", "daily", "-x"], folder).status == 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "prog"),
     [

@@ -17,7 +17,7 @@ import pytest
 from migration.world import (
     AUTOCLEAR,
     BY_B,
-    CANARY,
+    BY_B_LATER,
     GRANULE,
     Dirty,
     Options,
@@ -129,9 +129,6 @@ class Explorer:
                         yield from self._new([crashed])
 
     def _check(self, world: World, name: str) -> None:
-        if name == "A activates" and is_undetectable(world):
-            self.verdicts["undetected"] += 1
-            return
         require_no_wrong(look(bytes(world.disk.data)), world.written)
         for tracker in (world.a, world.b):
             if isinstance(tracker, Tracker) and tracker.state in ("tracking", "migrating"):
@@ -142,22 +139,6 @@ class Explorer:
             self.verdicts[world.activation.outcome] += 1
             require_right(world)
             world.since = frozenset()
-
-
-def is_undetectable(world: World) -> bool:
-    """Whether somebody made the sentinel look untouched; nothing can be asked of what follows.
-
-    Bitmaps were cleared, and then its canary was set again by a write to that range. Only the
-    generation can tell.
-    """
-    found = world.activation
-    if not found or found.outcome != "unchanged":
-        return False
-    if world.since >= {"cleared", "wrote the canary"}:
-        assert not world.options.generation, "the generation tells"
-        world.a = None  # nobody goes on with it
-        return True
-    return False
 
 
 def require_no_wrong(bitmaps: dict[str, Seen], written: dict[str, Dirty]) -> None:
@@ -183,24 +164,27 @@ def require_right(world: World) -> None:
         return
     if since & {"rolled back", "rolled back to the start"}:
         return
-    is_seen = since & {"wrote", "cleared", "unaware", "tracked"}
+    is_seen = since & {"wrote", "wrote elsewhere", "cleared", "unaware", "tracked"}
     if is_seen:
         assert found.outcome == "changed", f"{set(since)}, but {found}"
     opened = {"opened", "cleared one", "merged", "received"}
-    by_qemu = since <= opened | {"reopened", "wrote", "wrote the canary"}
+    by_qemu = since <= opened | {"reopened", "wrote", "wrote elsewhere"}
     if by_qemu and not is_seen:
         knows = options.generation and since & opened
         assert found.outcome == ("changed" if knows else "unchanged"), f"{set(since)}: {found}"
     if by_qemu and found.changed is not None:
         ranges = [range(start, start + length) for start, length in found.changed.tolist()]
-        wanted = {CANARY, BY_B} if "wrote" in since else {CANARY}
+        writes = {"wrote": BY_B, "wrote elsewhere": BY_B_LATER}
+        wanted = [granule for what, granule in writes.items() if what in since]
         assert all(any(g * GRANULE in part for part in ranges) for g in wanted), f"{found}"
     if by_qemu:
         for name, kind in fates.items():
             is_carried = name in options.carried
             is_lost = is_carried and found.outcome == "changed" and "received" not in since
             if is_lost and options.policy == "merge":
-                is_lost = set(options.carried) != set(fates)
+                if set(options.carried) != set(fates):
+                    continue  # it depends on whether the places of the others came back
+                is_lost = False
             assert (kind == "dropped") == is_lost, f"{name} is {kind} after {set(since)}: {found}"
 
 

@@ -23,7 +23,7 @@ from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, execute
 from qcow2bm.errors import ImageLockedError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.header import FIELD_OFFSETS
-from qcow2bm.migration.sentinel import PREFIX, is_sentinel
+from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
 from qcow2bm.storage.held import HeldStorage
 from qcow2bm.store.commit import plan_commit
 from qcow2bm.store.edit import Draft
@@ -42,10 +42,7 @@ SECTOR = 512
 GRANULE = 512
 GRANULES = 4
 SIZE = GRANULE * GRANULES
-CANARY = GRANULES - 1
-"""The granule whose writes a sentinel cannot see."""
-
-BY_A, BY_B, BY_STRANGERS = 0, 1, 2
+BY_A, BY_B, BY_STRANGERS, BY_B_LATER = range(GRANULES)
 """Which granule each writes, so that a missing bit tells whose write it is."""
 
 Dirty = frozenset[int]
@@ -68,6 +65,7 @@ class Host:
 
     def __init__(self, name: str, disk: Disk, *, is_watched: bool) -> None:
         self.name = name
+        self.excludes_other_hosts = False  # so that the library has to ask, and to refresh
         self.disk = disk
         self.is_watched = is_watched
         self.cache: dict[int, bytes] = {}
@@ -199,7 +197,6 @@ class Qemu:
     def __init__(self, host: Host, *, reopens: bool, received: dict[str, Dirty]) -> None:
         self.held = HeldStorage(host)
         self.held.acquire(0)
-        self.held.refresh()
         self.reopens = reopens
         store = LiveStore(self.held)
         self.bits: Loaded = {}
@@ -351,7 +348,7 @@ class World:
         yield from self._events_of_a(state)
         if self.b:
             yield "B writes", lambda w: w._write_b(BY_B)
-            yield "B writes the canary", lambda w: w._write_b(CANARY)
+            yield "B writes elsewhere", lambda w: w._write_b(BY_B_LATER)
             yield "B closes", World._close_b
             yield "B is killed", World._kill_b
         elif not self.disk.user:
@@ -438,7 +435,7 @@ class World:
         if self.b:
             before = self.disk.writes
             try:
-                self._of_a.activate()
+                self._of_a.activate(other_side_has_stopped=True)
             except ImageLockedError:
                 assert self._of_a.state == "inactive"
                 assert self.disk.writes == before
@@ -446,7 +443,7 @@ class World:
             raise AssertionError("the image is in use")
         migration = self._of_a._migration
         self.had_sentinel = migration is not None and migration.sentinel is not None
-        self.activation = self._of_a.activate(self.options.policy)
+        self.activation = self._of_a.activate(self.options.policy, other_side_has_stopped=True)
         for name, fate in self.activation.bitmaps.items():
             if fate.kind == "kept":  # whatever others took from it
                 self.written[name] |= self.hand_over[1][name]
@@ -485,7 +482,7 @@ class World:
             assert self.b
             self.b.write(granule)
         self._wrote(granule)
-        self._note("wrote" if granule != CANARY else "wrote the canary")
+        self._note("wrote" if granule == BY_B else "wrote elsewhere")
 
     def _close_b(self) -> None:
         if isinstance(self.b, Tracker):
@@ -585,7 +582,6 @@ class World:
 
 def _track(host: Host, generation: bool | None) -> Tracker | None:
     """A tracker of whatever records writes; None if there is nothing."""
-    host.refresh()
     image = qcow2bm.open(host, "r+")
     try:
         tracker = image.track(generation=generation)
@@ -635,5 +631,6 @@ def touched(tracker: Tracker) -> tuple[tuple[int, ...], ...]:
 def plain_name(name: str, sentinel: str) -> str:
     """The name, without what is different in each path."""
     if is_sentinel(name):
-        return "its sentinel" if name == sentinel else "another sentinel"
-    return name.replace(PREFIX, "")
+        whose = "its" if name.removesuffix(CANARY_SUFFIX) == sentinel else "another"
+        return f"{whose} {'canary' if name.endswith(CANARY_SUFFIX) else 'sentinel'}"
+    return name

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support import qemu
+from support import qemu, vm
 
 HERE = Path(__file__).parent
 
@@ -24,7 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def qemu_tools() -> None:
-    missing = qemu.missing_tools()
+    require(qemu.missing_tools())
+
+
+@pytest.fixture(scope="session")
+def system_emulator() -> None:
+    require(vm.missing_tools())
+
+
+def require(missing: list[str]) -> None:
+    """Skips what needs these, or fails it."""
     if not missing:
         return
     message = f"not installed: {', '.join(missing)}"

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from support import vm
 from support.specreader import page
 
 from .alone import CASES, alone
+
+pytestmark = pytest.mark.usefixtures("system_emulator")
 
 ROWS = {
     row["case"]: row
     for row in page("lifecycle.md").table("Cases").rows
     if row["QEMU, dirty-bitmaps on"]  # the others are not of QEMU alone
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def system_emulator() -> None:
-    missing = vm.missing_tools()
-    if not missing:
-        return
-    message = f"not installed: {', '.join(missing)}"
-    if os.environ.get("QCOW2BM_REQUIRE_QEMU"):
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 def test_every_case_has_a_row() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from support.qemu import Disk, StorageDaemon
 from support.specreader import page
 
 from .handover import CASES, Way, handed_over
+
+pytestmark = pytest.mark.usefixtures("system_emulator")
 
 ROWS = {row["case"]: row for row in page("lifecycle.md").table("Cases").rows}
 
@@ -45,17 +46,6 @@ def identifier(way: Way) -> str:
     parts = ["carried" if way.is_carried else "stored"]
     parts += ["generation"] * way.generation + ["merge"] * (way.policy == "merge")
     return "-".join(parts)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def system_emulator() -> None:
-    missing = vm.missing_tools()
-    if not missing:
-        return
-    message = f"not installed: {', '.join(missing)}"
-    if os.environ.get("QCOW2BM_REQUIRE_QEMU"):
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 @pytest.fixture(scope="module")

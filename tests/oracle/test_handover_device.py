@@ -48,7 +48,7 @@ def test_what_the_other_host_wrote_is_seen(hosts: tuple[Host, Host], carried: li
         tracker.begin_migration(carried=carried)
         tracker.inactivate()
         with qcow2bm.open(there.path, "r+") as other:
-            (sentinel,) = (name for name in other.bitmaps if name != "daily")
+            (sentinel,) = (n for n, b in other.bitmaps.items() if b.auto and n != "daily")
             with other.edit() as edit:  # as a program does that keeps bitmaps
                 edit.set(sentinel, 5 * MiB, 1)
                 if not carried:

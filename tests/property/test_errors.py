@@ -52,6 +52,8 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.ImageLockedError: (names, words, actions),
     errors.ChangedWhileReadingError: (names, words),
     errors.CommitError: (names, words, st.sampled_from(OUTCOMES), words),
+    errors.QmpError: (words, words),
+    errors.QmpRefusedError: (words, words),
 }
 some_error = st.sampled_from(list(ARGUMENTS)).flatmap(
     lambda kind: st.builds(kind, *ARGUMENTS[kind])
@@ -130,6 +132,7 @@ def test_a_bitmap_error_names_the_bitmap_in_quotes(name: str) -> None:
         (errors.ShortReadError("disk", 0, 512), StorageError),
         (errors.ImageLockedError("disk", "is writing to it"), StorageError),
         (errors.ChangedWhileReadingError("disk", "header"), StorageError),
+        (errors.QmpRefusedError("cont", "no"), errors.QmpError),
     ],
 )
 def test_an_error_is_also_what_python_would_raise(
@@ -158,6 +161,8 @@ def test_an_error_is_also_what_python_would_raise(
             'the image is open for reading only, but must be opened for writing (mode "r+")',
         ),
         (errors.BitmapExistsError("a"), 'bitmap "a" already exists'),
+        (errors.QmpError("", "no greeting"), "connecting to QMP failed: no greeting"),
+        (errors.QmpRefusedError("cont", "no"), "the QMP command cont failed: no"),
         (errors.StorageError("a\x1b", 0, 0, "failed"), "a\\x1b: failed"),
         (errors.StorageError("a", 16, 8, "failed"), "a: failed (reading 8 bytes at 0x10)"),
         (

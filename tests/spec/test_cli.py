@@ -71,10 +71,11 @@ def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
-        "dump, map, edits",
-        "dump, map",
+        "dump, map, stream dump, stream restore, edits, rescues",
+        "dump, map, stream write",
     )
-    assert {of["--dry-run"], of["--wait"], of["--no-lock"]} == {"edits"}
+    assert of["--dry-run"] == "edits, stream restore, rescue start, rescue finish"
+    assert {of["--wait"], of["--no-lock"]} == {"edits, stream restore, rescue finish"}
 
 
 @pytest.mark.spec("CLI-2")
@@ -262,6 +263,19 @@ KEYS_OF_SCHEMA_1 = {
     "Problem": "id severity structure field offset message bitmap bitmap-index",
     "map": "offset length type description",
     "map totals": "size percent type description",
+    "stream dump": "schema complete bitmaps problems",
+    "Stream bitmap": "node-alias bitmap-alias granularity enabled persistent complete dirty-bytes "
+    "sha256",
+    "Stream problem": "structure field offset message",
+    "rescue start": "schema qmp dry-run migration bitmaps",
+    "Rescued bitmap": "node name granularity dirty-bytes outcome verified-by sha256 reason",
+    "rescue arm": "schema qmp nodes block-bitmap-mapping set obstacles",
+    "Armed node": "node sentinel granularity new",
+    "rescue verdict": "schema qmp nodes",
+    "Judged node": "node verdict reason armed bitmaps",
+    "Judged bitmap": "name outcome reason",
+    "rescue finish": "schema filename dry-run bitmaps",
+    "Finished bitmap": "copy name outcome reason",
 }
 """Not to be changed: what a reader of schema 1 may rely on."""
 

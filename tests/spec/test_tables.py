@@ -13,7 +13,17 @@ from support.specreader import Table, page, pages
 
 from qcow2bm import problems
 from qcow2bm.cli import console, grammar, report
-from qcow2bm.format import directory, extensions, features, header, refcounts, snapshots, table
+from qcow2bm.format import (
+    directory,
+    extensions,
+    features,
+    header,
+    ram,
+    refcounts,
+    snapshots,
+    stream,
+    table,
+)
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.storage import locks
 from qcow2bm.store import status
@@ -27,6 +37,15 @@ FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("bitmaps.md", "Bitmaps extension"): extensions._BITMAPS,
     ("bitmaps.md", "Bitmap directory"): directory.ENTRY,
     ("refcounts.md", "Snapshot table"): snapshots.SNAPSHOT,
+    ("stream.md", "Envelope"): stream._ENVELOPE,
+    ("stream.md", "Configuration"): stream._CONFIGURATION,
+    ("stream.md", "Sections"): stream._SECTION,
+    ("stream.md", "Parts and footers"): stream._PART,
+    ("stream.md", "Commands"): stream._COMMAND,
+    ("stream.md", "Names"): stream._NAME,
+    ("stream.md", "Start"): stream._START,
+    ("stream.md", "Bits"): stream._BITS,
+    ("stream.md", "Buffer"): stream._BUFFER,
 }
 BIT_TABLES = {
     ("bitmaps.md", "Bitmap table"): table.ENTRY,
@@ -129,6 +148,28 @@ def test_directory_entry_flags() -> None:
     assert sum(stated.values()) == directory.KNOWN_FLAGS
 
 
+def test_record_types_of_a_stream() -> None:
+    rows = page("stream.md").table("Record types").rows
+    assert {int(row["type"], 16): row["name"] for row in rows} == stream.RECORD_TYPES
+    assert all(getattr(stream, name) == type for type, name in stream.RECORD_TYPES.items())
+
+
+@pytest.mark.parametrize(
+    ("heading", "home"),
+    [("Records of bitmaps", stream), ("Flags of a bitmap", stream), ("RAM", ram)],
+)
+def test_flags_of_a_stream(heading: str, home: object) -> None:
+    rows = page("stream.md").table(heading).rows
+    assert rows
+    for row in rows:
+        assert getattr(home, row["flag"]) == 1 << int(row["bit"])
+
+
+def test_reserved_flags_of_a_stream() -> None:
+    rows = page("stream.md").table("Flags of a bitmap").rows
+    assert sum(1 << int(row["bit"]) for row in rows) == 0xFF & ~stream.RESERVED_FLAGS
+
+
 def test_statuses() -> None:
     assert set(page("bitmaps.md").table("Status").column("status")) == set(get_args(status.Status))
     assert alternatives("Bitmap", "status") == set(get_args(status.Status))
@@ -193,13 +234,22 @@ def test_exit_statuses() -> None:
     assert stated == [0, console.FAILED, report.PROBLEMS_FOUND, grammar.USAGE]
 
 
+def all_commands(
+    parser: argparse.ArgumentParser, name: str
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands of one word and of two, in order; a first word alone is none."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, below in action.choices.items():
+                yield from all_commands(below, f"{name} {word}".lstrip())
+            return
+    yield name, parser
+
+
 def test_options() -> None:
-    (commands,) = (
-        action
-        for action in grammar._parser()[0]._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    groups = {"all": list(commands.choices), "edits": list(grammar._EDITS)}
+    commands = dict(all_commands(grammar._parser()[0], ""))
+    rescues = [f"rescue {action}" for action in grammar._RESCUES]
+    groups = {"all": list(commands), "edits": list(grammar._EDITS), "rescues": rescues}
     stated = {
         (command, option)
         for row in page("cli.md").table("Options").rows
@@ -209,8 +259,8 @@ def test_options() -> None:
     }
     assert stated == {
         (command, option)
-        for command, parser in commands.choices.items()
+        for command, parser in commands.items()
         for option in parser._option_string_actions
         if option not in ("-h", "--help")
     }
-    assert page("cli.md").table("Commands").column("command") == list(commands.choices)
+    assert page("cli.md").table("Commands").column("command") == list(commands)

@@ -12,7 +12,19 @@ from support.faults import in_entry, in_header, patched
 from support.specreader import Block, pages, unhex, vector
 
 import qcow2bm
-from qcow2bm.format import directory, extensions, features, header, refcounts, snapshots, table
+from qcow2bm.format import (
+    directory,
+    extensions,
+    features,
+    header,
+    refcounts,
+    snapshots,
+    stream,
+    table,
+)
+from qcow2bm.format.window import Window
+from qcow2bm.migration.stream_bitmaps import read_stream
+from qcow2bm.migration.stream_writer import Outgoing, write_stream
 
 
 class Words(NamedTuple):
@@ -85,6 +97,40 @@ class Bits:
             self.packed = bitmap.packed().tobytes()
 
 
+class Stream:
+    """The bitmaps of a migration stream."""
+
+    def __init__(self, data: bytes) -> None:
+        found = read_stream([data])
+        self._bitmaps = bitmaps = found.all
+        self.is_complete = found.is_complete
+        self.nodes = [bitmap.node_alias for bitmap in bitmaps]
+        self.names = [bitmap.bitmap_alias for bitmap in bitmaps]
+        self.granularities = [bitmap.granularity for bitmap in bitmaps]
+        self.enabled = [bitmap.enabled for bitmap in bitmaps]
+        self.persistent = [bitmap.persistent for bitmap in bitmaps]
+        self.disk_sizes = [bitmap.disk_size for bitmap in bitmaps]
+        self.dirty_bytes = [bitmap.dirty_bytes for bitmap in bitmaps]
+        self.sha256 = [bitmap.sha256() for bitmap in bitmaps]
+
+    def build(self) -> bytes:
+        return b"".join(
+            write_stream(
+                [
+                    Outgoing(
+                        *(b.node_alias, b.bitmap_alias, b.granularity, b.enabled, b.persistent),
+                        b.packed().data,
+                        b.disk_size,
+                    )
+                    for b in self._bitmaps
+                ],
+                "pc-i440fx-7.2",
+            )
+        )
+
+
+_RECORD = Codec(lambda data: stream.parse_record(Window(data)), stream.build_record)
+
 CODECS = {
     "header": Codec(header.parse_header, header.build_header),
     "header extensions": Codec(extensions.parse_extensions, extensions.build_extensions),
@@ -107,6 +153,9 @@ CODECS = {
         lambda value: snapshots.build_snapshot_table(value.snapshots),
     ),
     "image": Codec(Facts),
+    "START record": _RECORD,
+    "BITS record": _RECORD,
+    "stream": Codec(Stream, Stream.build),
 }
 
 

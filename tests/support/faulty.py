@@ -73,6 +73,7 @@ class FaultyStorage:
     """
 
     name = "<faulty>"
+    excludes_other_hosts = True
 
     def __init__(
         self,

@@ -26,6 +26,16 @@ def check_dump(document: object) -> None:
     _check_object("dump", document, "dump")
 
 
+def check_stream_dump(document: object) -> None:
+    """Raises AssertionError unless the document is what ``stream dump`` may print."""
+    _check_object("stream dump", document, "stream dump")
+
+
+def check_rescue(action: str, document: object) -> None:
+    """Raises AssertionError unless the document is what ``rescue`` with this word may print."""
+    _check_object(f"rescue {action}", document, action)
+
+
 def check_dry_run(document: object) -> None:
     """Raises AssertionError unless the document is what a dry run may print."""
     _check_object("dry run", document, "dry run")

@@ -1,7 +1,7 @@
 """Real QEMU system emulators without a guest, to migrate between.
 
-Nothing here listens on a port or leaves a socket behind: QMP and migration streams go over socket
-pairs, one end of which is handed to QEMU.
+Nothing here listens on a port: QMP and migration streams go over socket pairs, one end of which is
+handed to QEMU. Only for a second QMP server, if a test asks for it, is there a socket with a path.
 """
 
 from __future__ import annotations
@@ -50,12 +50,23 @@ class Machine:
     running at the end is killed: whether a machine quits or dies is for a test to say.
     """
 
-    def __init__(self, image: Path, *, incoming: bool = False, paused: bool = False) -> None:
-        """``incoming``: it waits for `receive`. ``paused``: it does not run until told to."""
+    def __init__(
+        self,
+        image: Path,
+        *,
+        incoming: bool = False,
+        paused: bool = False,
+        monitor: Path | None = None,
+    ) -> None:
+        """``incoming``: it waits for `receive`. ``paused``: it does not run until told to.
+
+        ``monitor`` is where the socket of a QMP server is made for others.
+        """
         self._image = image
         self._options = (
             *(["-incoming", "defer"] if incoming else []),
             *(["-S"] if paused else []),
+            *(["-qmp", f"unix:{monitor},server=on,wait=off"] if monitor else []),
         )
 
     def __enter__(self) -> Self:

@@ -1,0 +1,103 @@
+"""What the commands ``rescue`` print with ``--output=json``.
+
+*Spec*: spec/json.md, "rescue start", "rescue arm", "rescue verdict" and "rescue finish".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qcow2bm.qmp.arm import Arming
+    from qcow2bm.qmp.finish import Finished
+    from qcow2bm.qmp.nodes import LiveBitmap
+    from qcow2bm.qmp.start import Start
+    from qcow2bm.qmp.verdict import Verdict
+
+SCHEMA = 1
+
+Document = dict[str, object]
+
+
+def of_start(address: str, done: Start, *, dry_run: bool) -> Document:
+    """What ``rescue start`` did."""
+    bitmaps = [
+        {
+            **_place(one.bitmap),
+            "granularity": one.bitmap.granularity,
+            "dirty-bytes": one.bitmap.dirty_bytes,
+            "outcome": one.outcome,
+            "verified-by": one.proof,
+            "sha256": one.sha256,
+            "reason": one.reason or None,
+        }
+        for one in done.bitmaps
+    ]
+    migration = done.migration or None
+    return {**_head("qmp", address), "dry-run": dry_run, "migration": migration, "bitmaps": bitmaps}
+
+
+def of_arming(address: str, done: Arming) -> Document:
+    """What ``rescue arm`` did."""
+    nodes = [
+        {
+            "node": node.node,
+            "sentinel": node.sentinel,
+            "granularity": node.granularity,
+            "new": node.is_new,
+        }
+        for node in done.nodes
+    ]
+    obstacles = [{**_place(bitmap), "reason": reason} for bitmap, reason in done.obstacles]
+    return {
+        **_head("qmp", address),
+        "nodes": nodes,
+        "block-bitmap-mapping": done.mapping,
+        "set": done.is_set,
+        "obstacles": obstacles,
+    }
+
+
+def of_verdicts(address: str, found: Sequence[Verdict]) -> Document:
+    """What ``rescue verdict`` found."""
+    nodes = [
+        {
+            "node": node.node,
+            "verdict": node.word,
+            "reason": node.reason,
+            "armed": node.is_armed,
+            "bitmaps": [
+                {"name": bitmap.name, "outcome": fate, "reason": reason or None}
+                for bitmap, fate, reason in node.bitmaps
+            ],
+        }
+        for node in found
+    ]
+    return {**_head("qmp", address), "nodes": nodes}
+
+
+def of_finish(name: str, done: Sequence[Finished], *, dry_run: bool) -> Document:
+    """What ``rescue finish`` did."""
+    bitmaps = [
+        {
+            "copy": _text(one.copy),
+            "name": _text(one.name),
+            "outcome": one.outcome,
+            "reason": one.reason or None,
+        }
+        for one in done
+    ]
+    return {**_head("filename", name), "dry-run": dry_run, "bitmaps": bitmaps}
+
+
+def _head(key: str, subject: str) -> Document:
+    return {"schema": SCHEMA, key: _text(subject)}
+
+
+def _place(bitmap: LiveBitmap) -> Document:
+    return {"node": bitmap.node, "name": bitmap.name}
+
+
+def _text(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,267 @@
+"""From the bytes of a migration stream to what it says of dirty bitmaps: no I/O, no waiting.
+
+*Spec*: spec/stream.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+from qcow2bm.errors import FormatError, Qcow2BmError, UnsupportedError
+from qcow2bm.format import ram, stream
+from qcow2bm.format.stream import Section
+from qcow2bm.format.window import NotYetError, Window
+from qcow2bm.migration.stream_records import BitmapRecords, Event, StreamEnds
+from qcow2bm.units import escape
+
+
+class StreamReader:
+    """Takes a migration stream in pieces of any size, and gives what it says of dirty bitmaps.
+
+    It takes what a whole migration sends, by precopy or postcopy, and also the sections of the
+    bitmaps alone. Both must come from their beginning.
+
+    *Guarantees*: how the stream is cut into pieces makes no difference to the events. Nothing is
+    kept of it but the names of the bitmaps, and a record that has not come completely, of some
+    KiB. After the first fault there are no more events.
+
+    Attributes:
+        is_stream: whether what came first is how a migration stream begins.
+    """
+
+    def __init__(self) -> None:
+        self.is_stream = False
+        self._window = Window()
+        self._state: Callable[[], None] = self._begin
+        self._events: list[Event] = []
+        self._fault: Qcow2BmError | None = None
+        self._is_whole = True  # and not the sections alone
+        self._is_after_bitmaps = False
+        self._section = Section(0, 0)
+        self._sections: dict[int, bytes] = {}
+        self._left = 0  # bytes to pass over, or to be listed as blocks of memory
+        self._options = ram.Options()
+        self._records = BitmapRecords()
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events in the next piece of the stream.
+
+        Where there are events before a fault they are returned, and the next call raises.
+
+        Raises:
+            FormatError: the stream breaks a rule of the format; ``offset`` is that in the stream.
+            UnsupportedError: what comes before the bitmaps is legal, but cannot be parsed.
+            LimitError: there are too many bitmaps.
+        """
+        self._raise_fault()
+        self._events = []
+        window = self._window
+        window.feed(bytes(data))
+        try:
+            while True:
+                self._state()
+                window.commit()
+        except NotYetError:
+            window.rewind()
+        except Qcow2BmError as error:
+            self._fault = error
+            if not self._events:
+                raise
+        return self._events
+
+    def finish(self) -> list[Event]:
+        """The last events, once all pieces were given.
+
+        Raises:
+            FormatError: the stream was cut off.
+            And what `feed` left.
+        """
+        self._raise_fault()
+        if self._state == self._ended:
+            return []
+        is_between = self._state in (self._next, self._footer) and not self._window.length
+        if is_between and self._is_after_bitmaps and not self._is_whole:
+            self._events = []
+            self._end()
+            return self._events
+        offset = self._window.offset + self._window.length
+        raise FormatError("migration stream", "", offset, "is cut off")
+
+    def _raise_fault(self) -> None:
+        if self._fault:
+            raise self._fault
+
+    # The states: each parses one thing that is there as a whole, or raises NotYetError.
+
+    def _begin(self) -> None:
+        window = self._window
+        if window.peek() == stream.SECTION_START:
+            self._is_whole = False
+            self._state = self._next
+        else:
+            stream.parse_envelope(window)
+            self.is_stream = True
+            self._state = self._configuration
+
+    def _configuration(self) -> None:
+        """It is there or not, as the machine says."""
+        if self._window.peek() == stream.CONFIGURATION:
+            stream.parse_configuration(self._window)
+            self._state = self._subsection
+        else:
+            self._state = self._next
+
+    def _subsection(self) -> None:
+        window = self._window
+        if window.peek() != stream.SUBSECTION:
+            self._state = self._next
+            return
+        idstr = stream.parse_subsection(window)
+        if idstr == b"configuration/target-page-bits":
+            (bits,) = window.read(stream.U32)
+            if bits not in ram.PAGE_BITS:
+                window.reject("configuration", "target page bits", f"is {bits}", 4)
+            self._options = self._options._replace(page_size=1 << bits)
+        elif idstr == b"configuration/capabilities":
+            (self._left,) = window.read(stream.U32)
+            self._state = self._capability
+        elif idstr == b"configuration/uuid":
+            window.skip(16)
+        else:
+            raise UnsupportedError(f'subsection "{_text(idstr)}" of a migration stream')
+
+    def _capability(self) -> None:
+        """One of those that change the layout."""
+        if not self._left:
+            self._state = self._subsection
+            return
+        name = stream.parse_string(self._window)
+        if name != b"x-ignore-shared":
+            raise UnsupportedError(f'capability "{_text(name)}" in a migration stream')
+        self._options = self._options._replace(has_block_address=True)
+        self._left -= 1
+
+    def _next(self) -> None:
+        """A record of any type, between sections."""
+        window = self._window
+        type = window.peek()
+        if type == stream.COMMAND:
+            self._command(*stream.parse_command(window))
+        elif type in (stream.EOF, stream.SECTION_FULL):
+            self._end()
+        elif type == stream.SECTION_START:
+            self._begin_section(stream.parse_section(window))
+        elif type in (stream.SECTION_PART, stream.SECTION_END):
+            section = stream.parse_section(window)
+            if section.section_id not in self._sections:
+                window.reject("section", "section_id", f"is {section.section_id}: never begun", 4)
+            self._open(section)
+        else:
+            name = stream.RECORD_TYPES.get(type, f"{type:#x}")
+            window.reject("migration stream", "type", f"is {name}, which cannot stand here")
+
+    def _end(self) -> None:
+        """Device state comes after all bitmaps, unless it is in a package, which is skipped."""
+        name = self._records.incomplete
+        if name is not None:
+            reason = f'ends the stream, but the bitmap "{escape(name)}" is not complete'
+            self._reject("migration stream", "type", reason)
+        self._events.append(StreamEnds())
+        self._state = self._ended
+
+    def _command(self, command: int, data: bytes) -> None:
+        if command == stream.POSTCOPY_ADVISE and data:
+            self._options = self._options._replace(has_block_page_size=True)
+        if command == stream.PACKAGED:
+            if len(data) != stream.U32.size:
+                reason = f"is {len(data)}, must be {stream.U32.size}"
+                self._window.reject("command PACKAGED", "length", reason, len(data) + 2)
+            (self._left,) = stream.U32.unpack(data)
+            self._state = self._package
+
+    def _package(self) -> None:
+        """A stream within the stream, of device state; all of it can be passed over."""
+        length = min(self._left, self._window.length)
+        self._window.skip(length)
+        self._window.commit()
+        self._left -= length
+        if self._left:
+            raise NotYetError
+        self._state = self._next
+
+    def _begin_section(self, section: Section) -> None:
+        known = {ram.RAM: ram.RAM_VERSION, stream.DIRTY_BITMAP: stream.DIRTY_BITMAP_VERSION}
+        idstr, version = section.idstr, section.version_id
+        if idstr not in known:
+            raise UnsupportedError(f'section "{_text(idstr)}" before the dirty bitmaps')
+        if version != known[idstr]:
+            reason = f"is {version}, must be {known[idstr]}"
+            self._window.reject("section", "version_id", reason, 4)
+        if section.section_id in self._sections or idstr in self._sections.values():
+            self._reject("section", "section_id", f"{section.section_id} was begun before")
+        self._sections[section.section_id] = idstr
+        self.is_stream = True
+        self._open(section)
+
+    def _open(self, section: Section) -> None:
+        self._section = section
+        is_ram = self._sections[section.section_id] == ram.RAM
+        self._state = self._ram if is_ram else self._dirty_bitmap
+
+    def _close(self) -> None:
+        """The body of a section has ended; in postcopy more of it may come even after its END."""
+        section = self._section
+        if section.type == stream.SECTION_END:
+            idstr = self._sections[section.section_id]
+            self._is_after_bitmaps |= idstr == stream.DIRTY_BITMAP
+        self._state = self._footer
+
+    def _footer(self) -> None:
+        """It is there or not, as the machine says."""
+        window = self._window
+        if window.peek() == stream.FOOTER:
+            footer = stream.parse_section(window)
+            if footer.section_id != self._section.section_id:
+                reason = f"is {footer.section_id}, not that of the section"
+                window.reject("footer", "section_id", reason, 4)
+        self._state = self._next
+
+    def _ended(self) -> None:
+        self._window.skip(self._window.length)
+        self._window.commit()
+        raise NotYetError
+
+    def _ram(self) -> None:
+        """A page of memory, or the list of its blocks."""
+        page = ram.parse_page(self._window, self._options.page_size)
+        if page.flags == ram.MEM_SIZE:
+            self._left = page.address
+            self._state = self._block
+        elif page.flags == ram.EOS:
+            self._close()
+
+    def _block(self) -> None:
+        if not self._left:
+            self._state = self._ram
+            return
+        length = ram.parse_block(self._window, self._options)
+        if length > self._left:
+            self._reject("ram block", "length", f"is {length}, of {self._left} that are left")
+        self._left -= length
+
+    def _dirty_bitmap(self) -> None:
+        """A record of the section that all this is about."""
+        window = self._window
+        record = stream.parse_record(window)
+        if record.flags != stream.EOS:
+            self._events.append(self._records.take(record, window.start))
+        if record.flags & stream.EOS:
+            self._close()
+
+    def _reject(self, structure: str, field: str, reason: str) -> NoReturn:
+        raise FormatError(structure, field, self._window.start, reason)
+
+
+def _text(idstr: bytes) -> str:
+    return escape(idstr.decode("utf-8", "surrogateescape"))

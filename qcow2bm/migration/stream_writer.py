@@ -1,0 +1,171 @@
+"""A migration stream that brings nothing but dirty bitmaps, as QEMU takes it in.
+
+*Spec*: spec/stream.md, "Writing".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from qcow2bm.bits.plain import fill
+from qcow2bm.errors import BitmapError
+from qcow2bm.format import stream
+from qcow2bm.format.stream import Bits, Record, Section, Start, build_record, build_section
+from qcow2bm.migration.stream_records import SECTOR_SIZE
+from qcow2bm.units import align_up, ceil_div
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+CHUNK_BYTES = 1024
+"""How many bytes of bits are in a record, as QEMU sends them."""
+
+_SECTION_ID = 1
+_SECTORS_LIMIT = 1 << 32  # of a record, which counts them in 32 bits
+_PADDING = 32  # to a multiple of so many bytes
+_ZEROES = bytes(CHUNK_BYTES)
+
+
+class Outgoing(NamedTuple):
+    """A bitmap to be sent.
+
+    ``packed`` are its bits, at least ceil(bits / 8) bytes, the least significant first; what is
+    past the disk is not sent. ``granularity`` and ``disk_size`` are in guest bytes. Names may
+    have surrogates for bytes that are not UTF-8 (PEP 383).
+    """
+
+    node_alias: str
+    name: str
+    granularity: int
+    enabled: bool
+    persistent: bool
+    packed: Buffer
+    disk_size: int
+
+    @property
+    def key(self) -> tuple[bytes, bytes]:
+        """Both names as they are sent."""
+        return _encoded(self.node_alias), _encoded(self.name)
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def write_stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]:
+    """The bytes of a stream, piece by piece; memory does not grow with the bitmaps.
+
+    A machine that takes it in with ``-incoming`` gets no memory and no device state: it boots
+    cold, with the bitmaps in memory. No bitmap of the same name may be valid in its image, or
+    QEMU gives up the disk.
+
+    Args:
+        bitmaps: what is to be sent, in order.
+        machine: the machine type as QEMU calls it in full, such as ``pc-i440fx-7.2``: the
+            receiver refuses another one. None for the sections of the bitmaps alone, which
+            QEMU does not take.
+
+    Raises:
+        BitmapError: a name or a granularity cannot be sent, or a name is there twice.
+        ValueError: something else cannot be sent.
+    """
+    for bitmap in bitmaps:
+        _check(bitmap)
+    _check_names(bitmaps)
+    if machine is not None and not 1 <= len(_encoded(machine)) <= stream.MAX_NAME:
+        raise ValueError(f"the name of a machine has 1 to {stream.MAX_NAME} bytes")
+    return _stream(bitmaps, machine)
+
+
+def _check(bitmap: Outgoing) -> None:
+    granularity, size = bitmap.granularity, bitmap.disk_size
+    if not 1 <= len(_encoded(bitmap.node_alias)) <= stream.MAX_NAME:
+        raise ValueError(f"a node alias has 1 to {stream.MAX_NAME} bytes")
+    if granularity.bit_count() != 1 or not stream.MIN_GRANULARITY <= granularity < 1 << 32:
+        reason = (
+            f"has a granularity of {granularity}, but a stream takes powers of two, 512 to 2^31"
+        )
+        raise BitmapError(bitmap.name, reason)
+    if size <= 0 or size % SECTOR_SIZE:
+        raise ValueError(f"the disk has {size} bytes, must be whole sectors, at least one")
+    needed = ceil_div(ceil_div(size, granularity), 8)
+    if memoryview(bitmap.packed).nbytes < needed:
+        raise ValueError(f"there are fewer than {needed} bytes of bits")
+
+
+def _check_names(bitmaps: Iterable[Outgoing]) -> None:
+    keys = set()
+    for bitmap in bitmaps:
+        length = len(_encoded(bitmap.name))
+        if not 1 <= length <= stream.MAX_NAME:
+            reason = f"has a name of {length} bytes, but a stream takes 1 to {stream.MAX_NAME}"
+            raise BitmapError(bitmap.name, reason)
+        if bitmap.key in keys:
+            raise BitmapError(bitmap.name, "is there twice for the same node")
+        keys.add(bitmap.key)
+
+
+def _stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]:
+    if machine is not None:
+        yield stream.build_envelope() + stream.build_configuration(_encoded(machine))
+    idstr, version = stream.DIRTY_BITMAP, stream.DIRTY_BITMAP_VERSION
+    end = build_record(Record(stream.EOS)) + build_section(Section(stream.FOOTER, _SECTION_ID))
+    named = _Names()
+
+    yield build_section(Section(stream.SECTION_START, _SECTION_ID, idstr, 0, version))
+    for bitmap in bitmaps:
+        flags = bitmap.enabled * stream.ENABLED | bitmap.persistent * stream.PERSISTENT
+        yield named.record(bitmap, stream.START, Start(bitmap.granularity, flags))
+    yield end
+    yield build_section(Section(stream.SECTION_END, _SECTION_ID))
+    for bitmap in bitmaps:
+        for bits in _chunks(bitmap):
+            flags = stream.BITS | (stream.ZEROES if bits.data is None else 0)
+            yield named.record(bitmap, flags, bits)
+    for bitmap in bitmaps:
+        yield named.record(bitmap, stream.COMPLETE)
+    yield end
+    if machine is not None:
+        yield stream.U8.pack(stream.EOF)
+
+
+class _Names:
+    """Makes records whose names are there only where they change."""
+
+    def __init__(self) -> None:
+        self._last: Outgoing | None = None
+
+    def record(self, bitmap: Outgoing, flags: int, body: Start | Bits | None = None) -> bytes:
+        last, self._last = self._last, bitmap
+        if bitmap is last:
+            return build_record(Record(flags, None, None, body))
+        node_alias, name = bitmap.key
+        flags |= stream.BITMAP_NAME
+        if last and last.node_alias == bitmap.node_alias:
+            return build_record(Record(flags, None, name, body))
+        return build_record(Record(flags | stream.DEVICE_NAME, node_alias, name, body))
+
+
+def _chunks(bitmap: Outgoing) -> Iterator[Bits]:
+    """All bits in order; only the last chunk needs padding."""
+    sectors = bitmap.disk_size // SECTOR_SIZE
+    per_bit = bitmap.granularity // SECTOR_SIZE
+    length = (_SECTORS_LIMIT - 1) // (per_bit * 8 * _PADDING) * _PADDING
+    length = min(CHUNK_BYTES, length)
+    octets = memoryview(bitmap.packed).cast("B")
+    for place, start in enumerate(range(0, sectors, 8 * length * per_bit)):
+        count = min(sectors - start, 8 * length * per_bit)
+        data = bytes(octets[place * length : place * length + length])
+        bits = ceil_div(count, per_bit)
+        if bits < 8 * length:
+            data = _padded(data, bits)
+        is_clear = data == _ZEROES[: len(data)]
+        yield Bits(start, count, None if is_clear else data)
+
+
+def _padded(data: bytes, bits: int) -> bytes:
+    """So many bits, clear past the last one, and as long as QEMU sends them."""
+    octets = bytearray(data[: ceil_div(bits, 8)])
+    fill(octets, bits, 8 * len(octets), is_set=False)
+    return bytes(octets.ljust(align_up(len(octets), _PADDING), b"\0"))

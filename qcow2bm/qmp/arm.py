@@ -1,0 +1,152 @@
+"""``rescue arm``: before a migration, a sentinel is added that tells afterwards who wrote.
+
+The sentinel is stored when the machine gives its disks away, and every QEMU that opens the image
+keeps it. Its twin, with the same bits, is in no image and stays in memory here: what the
+sentinel has and the twin has not was written elsewhere.
+
+*Spec*: spec/rescue.md, "Arm".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from qcow2bm.errors import StateError
+from qcow2bm.migration.sentinel import Sentinel, is_sentinel
+from qcow2bm.qmp import actions
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
+from qcow2bm.qmp.nodes import LiveBitmap, Machine, Node, look
+from qcow2bm.units import escape
+
+_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")  # what QEMU takes as an alias
+_MAX_ALIAS_BYTES = 255
+_CLUSTER_SIZE = 64 << 10  # where QEMU does not say
+
+Mapping = list[dict[str, Any]]
+
+
+class Armed(NamedTuple):
+    """A node that has a sentinel; ``is_new`` unless it had it before."""
+
+    node: str
+    sentinel: str
+    granularity: int
+    is_new: bool
+
+
+class Obstacle(NamedTuple):
+    """A bitmap for which QEMU will refuse to migrate, and why."""
+
+    bitmap: LiveBitmap
+    reason: str
+
+
+class Arming(NamedTuple):
+    """What ``rescue arm`` did.
+
+    ``mapping`` is the block-bitmap-mapping that leaves the sentinels out; ``is_set`` whether QEMU
+    has it.
+    """
+
+    nodes: tuple[Armed, ...]
+    mapping: Mapping
+    is_set: bool
+    obstacles: tuple[Obstacle, ...]
+
+
+def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> Arming:
+    """Adds a sentinel to each of these nodes, or to all with persistent bitmaps.
+
+    *Guarantees*: a node has a sentinel and its twin or neither. Doing it again changes nothing.
+
+    Raises:
+        StateError: it is not the time, or the verdict about the last migration is due.
+        QmpError: QEMU does not answer, or refuses.
+        ValueError: there is no node of such a name.
+    """
+    machine = look(monitor)
+    machine.require_settled()
+    chosen = machine.select(nodes, lambda node: node.has_persistent and not node.is_read_only)
+    for node in chosen:
+        if node.twin:
+            _require_undecided(node, node.twin)
+    mapping = mapping_of(machine)
+    if set_mapping and mapping != machine.mapping:
+        # First: a sentinel without the mapping would travel, and tell nothing.
+        monitor.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
+    is_set = set_mapping or mapping == machine.mapping
+    armed = tuple(_arm(monitor, node) for node in chosen)
+    return Arming(armed, mapping, is_set, tuple(_obstacles(machine, mapping)))
+
+
+def _require_undecided(node: Node, twin: LiveBitmap) -> None:
+    sentinel = node.find(sentinel_of(twin.name))
+    if not (sentinel and sentinel.is_recording and twin.is_recording):
+        subject = f'the node "{escape(node.name)}"'
+        raise StateError("still armed for the last migration", "judged by rescue verdict", subject)
+
+
+def _arm(monitor: Monitor, node: Node) -> Armed:
+    if node.twin:
+        return Armed(node.name, sentinel_of(node.twin.name), node.twin.granularity, False)
+    sentinel = fresh_sentinel(node)
+    name, granularity = sentinel.name, sentinel.granularity
+    leftovers = [bitmap.name for bitmap in node.bitmaps if is_sentinel(bitmap.name)]
+    monitor.transaction(
+        [
+            *(actions.remove(node.name, leftover) for leftover in leftovers),
+            actions.add(node.name, name, granularity, persistent=True, enabled=True),
+            actions.add(node.name, twin_of(name), granularity, persistent=False, enabled=True),
+        ]
+    )
+    return Armed(node.name, name, granularity, True)
+
+
+def fresh_sentinel(node: Node) -> Sentinel:
+    """One as fine as the finest bitmap: then what it has can be merged and makes nothing coarser.
+
+    What is all zeros takes no room in the image, however fine it is.
+    """
+    sentinel = Sentinel.fresh(node.virtual_size, node.cluster_size or _CLUSTER_SIZE)
+    recording = [b for b in node.bitmaps if b.is_recording and not is_evidence(b.name)]
+    finest = min((bitmap.granularity for bitmap in recording), default=sentinel.granularity)
+    return sentinel._replace(granularity=min(sentinel.granularity, finest))
+
+
+def mapping_of(machine: Machine) -> Mapping:
+    """The block-bitmap-mapping that is set, or else what QEMU does by default; no sentinel."""
+    if machine.mapping is not None:
+        return [
+            {**node, "bitmaps": [b for b in node["bitmaps"] if not is_evidence(b["name"])]}
+            for node in machine.mapping
+        ]
+    return [
+        {"node-name": node.name, "alias": node.alias, "bitmaps": names}
+        for node in machine.nodes
+        if (names := [{"name": b.name, "alias": b.name} for b in _travelling(node)])
+    ]
+
+
+def _travelling(node: Node) -> list[LiveBitmap]:
+    """What QEMU would carry without a mapping, and can."""
+    if not _WELL_FORMED.fullmatch(node.alias):
+        return []
+    return [bitmap for bitmap in node.bitmaps if not is_evidence(bitmap.name) and _fits(bitmap)]
+
+
+def _fits(bitmap: LiveBitmap) -> bool:
+    return len(bitmap.name.encode("utf-8", "surrogateescape")) <= _MAX_ALIAS_BYTES
+
+
+def _obstacles(machine: Machine, mapping: Mapping) -> list[Obstacle]:
+    """QEMU looks at all bitmaps of a node of which any is to travel."""
+    listed = {node["node-name"] for node in mapping}
+    return [
+        Obstacle(bitmap, "inconsistent: remove it" if bitmap.is_inconsistent else "busy: a job")
+        for node in machine.nodes
+        for bitmap in node.bitmaps
+        if node.name in listed and not bitmap.is_usable and not is_evidence(bitmap.name)
+    ]

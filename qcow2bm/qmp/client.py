@@ -1,0 +1,129 @@
+"""A QMP connection without async: commands in, answers out, errors of this library.
+
+The package qemu.qmp does the work. It is loaded with the first connection and not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from qcow2bm.errors import QmpError, QmpRefusedError, UnsupportedError
+from qcow2bm.qmp.actions import Action
+from qcow2bm.units import escape
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
+
+_GREETING_SECONDS = 10  # QEMU greets at once, or serves somebody else
+_HOST_AND_PORT = re.compile(r"\[?([^/\[\]]+)\]?:(\d{1,5})")
+
+
+class Monitor:
+    """A connection to the QMP server of a QEMU; a context manager for one thread.
+
+    *Guarantees*: a command is sent once and never again. If the connection is lost before the
+    answer, `QmpError` says so, and whether QEMU has done it only asking anew can tell.
+    """
+
+    def __init__(self, address: str) -> None:
+        """``address``: the path of a unix socket, or HOST:PORT.
+
+        Raises:
+            UnsupportedError: the package qemu.qmp is not installed.
+            QmpError: there is no such server, or it does not answer.
+        """
+        self._client = _new_client()
+        self._runner = asyncio.Runner()
+        self._is_closed = False
+        try:
+            self._connect(address)
+        except BaseException:
+            self._runner.close()
+            raise
+
+    def _connect(self, address: str) -> None:
+        from qemu.qmp import ConnectError
+
+        where = _parse(address)
+        connecting = self._client.connect(where)
+        try:
+            self._runner.run(asyncio.wait_for(connecting, _GREETING_SECONDS))
+        except TimeoutError as error:
+            reason = "no greeting: somebody else is connected to it, or it is no QMP server"
+            raise QmpError("", reason) from error
+        except (ConnectError, OSError) as error:
+            cause = error.exc if isinstance(error, ConnectError) else error
+            known = isinstance(cause, OSError) and cause.errno and os.strerror(cause.errno)
+            raise QmpError("", _one_line(known or str(cause) or type(cause).__name__)) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection, and nothing else. May be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            with suppress(Exception):  # of a connection that is lost: who needed it was told
+                self._runner.run(self._client.disconnect())
+        finally:
+            self._runner.close()
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
+        """What QEMU returns for a command.
+
+        Raises:
+            QmpRefusedError: QEMU refuses it.
+            QmpError: the connection is lost.
+        """
+        from qemu.qmp import ExecuteError, QMPError
+
+        try:
+            return self._runner.run(self._client.execute(command, arguments))
+        except ExecuteError as error:
+            raise QmpRefusedError(command, _one_line(str(error))) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise QmpError(command, f"the connection is lost ({_one_line(str(error))})") from error
+
+    def transaction(self, actions: Sequence[Action]) -> None:
+        """Has QEMU do all of the actions or none; raises as `execute` does."""
+        self.execute("transaction", {"actions": list(actions)})
+
+
+def _new_client() -> QMPClient:
+    try:
+        from qemu.qmp import QMPClient
+    except ImportError as error:
+        feature = 'QMP without the package qemu.qmp; install it: pip install "qcow2bm[qmp]"'
+        raise UnsupportedError(feature) from error
+    # It logs what it raises. Nothing is to be printed that nobody asked for.
+    logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+    return QMPClient("qcow2bm")
+
+
+def _parse(address: str) -> str | tuple[str, int]:
+    """What qemu.qmp connects to; what exists as a file is one, whatever it looks like."""
+    found = _HOST_AND_PORT.fullmatch(address)
+    if found and not os.path.exists(address):
+        return found[1], int(found[2])
+    return address
+
+
+def _one_line(text: str) -> str:
+    return escape(" ".join(text.split()))

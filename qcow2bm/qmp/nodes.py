@@ -1,0 +1,226 @@
+"""What there is in a running QEMU: its state, its block nodes and their bitmaps, as values.
+
+*Spec*: spec/rescue.md, "When".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from qcow2bm.errors import QmpError, QmpRefusedError, StateError
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.names import SCRATCH_NODE, is_evidence, sentinel_of
+from qcow2bm.units import escape
+
+_T = TypeVar("_T")
+
+_SETTLED = ("", "none", "cancelled", "failed", "completed")
+_WITHOUT_DISKS = (  # states of a machine in which its disks may be inactive, or change hands
+    "colo",
+    "finish-migrate",
+    "inmigrate",
+    "postmigrate",
+    "preconfig",
+    "restore-vm",
+    "save-vm",
+)
+
+
+class LiveBitmap(NamedTuple):
+    """A bitmap in QEMU's memory.
+
+    ``dirty_bytes`` counts whole granules, also where the last one reaches beyond the disk.
+    """
+
+    node: str
+    name: str
+    granularity: int
+    dirty_bytes: int
+    is_recording: bool
+    is_persistent: bool
+    is_busy: bool
+    is_inconsistent: bool
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether QEMU lets it be changed."""
+        return not self.is_busy and not self.is_inconsistent
+
+
+class Node(NamedTuple):
+    """A block node.
+
+    ``alias`` is what QEMU calls it in a migration stream by default. ``is_active`` is None where
+    QEMU is too old to say.
+    """
+
+    name: str
+    alias: str
+    virtual_size: int
+    cluster_size: int | None
+    is_read_only: bool
+    is_active: bool | None
+    bitmaps: tuple[LiveBitmap, ...]
+
+    def find(self, name: str) -> LiveBitmap | None:
+        """The bitmap of that name."""
+        return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
+
+    @property
+    def twin(self) -> LiveBitmap | None:
+        """The twin of the sentinel it is armed with; None if it is not armed."""
+        return next((bitmap for bitmap in self.bitmaps if sentinel_of(bitmap.name)), None)
+
+    @property
+    def has_persistent(self) -> bool:
+        """Whether there is anything to lose here."""
+        return any(b.is_persistent and not is_evidence(b.name) for b in self.bitmaps)
+
+
+class Machine(NamedTuple):
+    """A running QEMU.
+
+    ``status`` and ``migration`` are the words of query-status and query-migrate, the latter empty
+    if there was none. ``mapping`` is the block-bitmap-mapping as it was set, if it was.
+    """
+
+    status: str
+    migration: str
+    mapping: list[dict[str, Any]] | None
+    nodes: tuple[Node, ...]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the guest runs, and may write at any time."""
+        return self.status == "running"
+
+    def select(self, names: Sequence[str], wanted: Callable[[Node], bool]) -> list[Node]:
+        """The nodes of these names, or devices; without names those that are wanted.
+
+        Raises:
+            ValueError: there is no node of such a name.
+        """
+        by_name = {node.alias: node for node in self.nodes}
+        by_name |= {node.name: node for node in self.nodes}
+        for name in names:
+            if name not in by_name:
+                known = ", ".join(escape(node.name) for node in self.nodes if node.has_persistent)
+                there = f"persistent bitmaps are on: {known}" if known else "there are no bitmaps"
+                raise ValueError(f'there is no node "{escape(name)}"; {there}')
+        if names:
+            return [by_name[name] for name in dict.fromkeys(names)]
+        return [node for node in self.nodes if wanted(node)]
+
+    def require_settled(self) -> None:
+        """Does nothing if disks are here and stay here.
+
+        A transaction on a disk that is inactive can make QEMU end at once, by an assertion.
+
+        Raises:
+            StateError: a migration is under way, or the disks may be inactive.
+        """
+        if self.migration not in _SETTLED:
+            state = f"migrating (query-migrate: {escape(self.migration)})"
+            raise StateError(state, "done with that, or made to by migrate_cancel", "the machine")
+        if self.status in _WITHOUT_DISKS:
+            state = f"in state {escape(self.status)}, without its disks"
+            raise StateError(state, "running again; cont it if no other one is", "the machine")
+        actives = {node.is_active for node in self.nodes if node.bitmaps}
+        if False in actives:
+            raise StateError("inactive", "active; cont the machine if no other one is", "a disk")
+        # A destination that has not run yet looks the same, and has not taken over its disks.
+        if self.migration == "completed" and not self.is_running and None in actives:
+            state = f"in state {escape(self.status)} after a migration that completed"
+            raise StateError(state, "running; cont it if no other one is", "the machine")
+
+
+def look(monitor: Monitor) -> Machine:
+    """What there is now.
+
+    Raises:
+        StateError: QEMU has given up a disk.
+        QmpError: QEMU does not answer, or not what it should.
+    """
+    status = monitor.execute("query-status")
+    migration = monitor.execute("query-migrate")
+    parameters = monitor.execute("query-migrate-parameters")
+    devices = monitor.execute("query-block")
+    nodes = look_at_nodes(monitor, devices)
+    return _understood(
+        "query-status",
+        lambda: Machine(
+            str(status["status"]),
+            str(migration.get("status", "")),
+            parameters.get("block-bitmap-mapping"),
+            nodes,
+        ),
+    )
+
+
+def look_at_nodes(
+    monitor: Monitor, devices: Sequence[dict[str, Any]] | None = None
+) -> tuple[Node, ...]:
+    """The nodes that there are now, but the one that a rescue makes; raises as `look` does.
+
+    ``devices`` is the answer of query-block; without it, aliases are the names of nodes.
+    """
+    try:
+        found = monitor.execute("query-named-block-nodes", {"flat": True})
+    except QmpRefusedError as error:
+        if "is ejected" not in error.reason:
+            raise
+        # Nothing can be asked of it any more. It has nothing either that it could store wrongly.
+        state = f"without a disk ({error.reason})"
+        required = "ended with quit and started anew; its image has what was stored last"
+        raise StateError(state, required, "the machine") from error
+
+    def parse() -> tuple[Node, ...]:
+        aliases = {
+            device["inserted"]["node-name"]: device["device"]
+            for device in devices or []
+            if device["device"] and "inserted" in device
+        }
+        nodes = [_node(one, aliases) for one in found if one["node-name"] != SCRATCH_NODE]
+        return tuple(sorted(nodes, key=lambda node: node.name))
+
+    return _understood("query-named-block-nodes", parse)
+
+
+def find(monitor: Monitor, node: str, name: str) -> LiveBitmap | None:
+    """The bitmap of that name as it is now; raises as `look` does."""
+    return next((n.find(name) for n in look_at_nodes(monitor) if n.name == node), None)
+
+
+def _node(found: dict[str, Any], aliases: dict[str, str]) -> Node:
+    name = str(found["node-name"])
+    bitmaps = [_bitmap(name, one) for one in found.get("dirty-bitmaps", []) if one.get("name")]
+    return Node(
+        name,
+        aliases.get(name, name),
+        int(found["image"]["virtual-size"]),
+        found["image"].get("cluster-size"),
+        bool(found["ro"]),
+        found.get("active"),
+        tuple(sorted(bitmaps, key=lambda bitmap: bitmap.name)),
+    )
+
+
+def _bitmap(node: str, found: dict[str, Any]) -> LiveBitmap:
+    return LiveBitmap(
+        node,
+        str(found["name"]),
+        int(found["granularity"]),
+        int(found["count"]),
+        bool(found["recording"]),
+        bool(found["persistent"]),
+        bool(found["busy"]),
+        bool(found.get("inconsistent", False)),
+    )
+
+
+def _understood(command: str, parse: Callable[[], _T]) -> _T:
+    try:
+        return parse()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise QmpError(command, "the answer is not what QEMU's would be") from error

@@ -1,0 +1,157 @@
+"""Sentinels and their twins, and the mapping that leaves them out."""
+
+from __future__ import annotations
+
+import pytest
+from support.fakeqemu import FakeBitmap, FakeNode, FakeQemu
+
+from qcow2bm.errors import QmpError, QmpRefusedError, StateError
+from qcow2bm.migration.sentinel import PREFIX, is_sentinel
+from qcow2bm.qmp.arm import Arming, arm
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
+
+OLD = PREFIX + "0f0e0d0c-0b0a-4908-8706-050403020100"
+
+
+def armed(address: str, *nodes: str, set_mapping: bool = False) -> Arming:
+    with Monitor(address) as monitor:
+        return arm(monitor, nodes, set_mapping=set_mapping)
+
+
+def mapped(*names: str, node: str = "disk", alias: str = "") -> dict[str, object]:
+    bitmaps = [{"name": name, "alias": name} for name in names]
+    return {"node-name": node, "alias": alias or node, "bitmaps": bitmaps}
+
+
+@pytest.mark.spec("RESCUE-9", "RESCUE-12")
+def test_a_node_gets_both_or_neither(qemu: FakeQemu, address: str) -> None:
+    (node,) = armed(address).nodes
+    assert node.is_new
+    sentinel, twin = qemu.bitmaps[node.sentinel], qemu.bitmaps[twin_of(node.sentinel)]
+    assert is_sentinel(node.sentinel)
+    assert sentinel_of(twin_of(node.sentinel)) == node.sentinel
+    assert sentinel == FakeBitmap(node.granularity)
+    assert twin == FakeBitmap(node.granularity, persistent=False)
+    assert qemu.changes() == ["transaction"]
+    (again,) = armed(address).nodes
+    assert again == node._replace(is_new=False)
+    assert qemu.changes() == ["transaction"]
+    qemu.bitmaps.clear()
+    qemu.bitmaps["a"] = FakeBitmap()
+    qemu.refuse = lambda c, a: "no" if c.endswith("-add") and not a["persistent"] else None
+    with pytest.raises(QmpRefusedError):
+        armed(address)
+    assert list(qemu.bitmaps) == ["a"]
+
+
+@pytest.mark.spec("RESCUE-10")
+@pytest.mark.parametrize(
+    ("size", "granularities", "expected"),
+    [
+        (64 << 20, [65536], 512),
+        (1 << 40, [65536], 65536),
+        (1 << 40, [4 << 20, 65536], 65536),
+        (1 << 40, [4 << 20], 2 << 20),
+        (1 << 40, [], 2 << 20),
+    ],
+)
+def test_how_fine_it_is(
+    qemu: FakeQemu, address: str, size: int, granularities: list[int], expected: int
+) -> None:
+    bitmaps = {f"x{granularity}": FakeBitmap(granularity) for granularity in granularities}
+    bitmaps["off"] = FakeBitmap(512, recording=False)
+    qemu.nodes["big"] = FakeNode(bitmaps, size)
+    (node,) = armed(address, "big").nodes
+    assert node.granularity == expected
+
+
+@pytest.mark.spec("RESCUE-11")
+def test_the_mapping_is_that_of_qemu_without_one(qemu: FakeQemu, address: str) -> None:
+    qemu.nodes["#block1"] = FakeNode({"c": FakeBitmap()})
+    qemu.nodes["#block2"] = FakeNode({"no alias": FakeBitmap()})
+    qemu.nodes["t"] = FakeNode({"t": FakeBitmap(persistent=False), "x" * 256: FakeBitmap()})
+    qemu.devices["#block1"] = "drive0"
+    done = armed(address, "disk")
+    assert done.mapping == [
+        mapped("c", node="#block1", alias="drive0"), mapped("a", "b"), mapped("t", node="t")
+    ]  # fmt: skip
+    assert not done.is_set
+    assert qemu.mapping is None
+    again = armed(address, "disk", set_mapping=True)
+    assert (again.mapping, again.is_set) == (done.mapping, True)
+    assert qemu.mapping == done.mapping
+    assert qemu.changes() == ["transaction", "migrate-set-parameters"]
+    assert armed(address, "disk").is_set
+    assert armed(address, "disk", set_mapping=True).is_set
+    assert len(qemu.changes()) == 2
+
+
+@pytest.mark.spec("RESCUE-11")
+def test_a_mapping_that_is_there_stays_without_sentinels(qemu: FakeQemu, address: str) -> None:
+    qemu.mapping = [mapped("a", OLD, twin_of(OLD), alias="other")]
+    done = armed(address, set_mapping=True)
+    assert done.mapping == qemu.mapping == [mapped("a", alias="other")]
+
+
+@pytest.mark.spec("RESCUE-11")
+def test_the_mapping_is_set_before_there_is_a_sentinel(qemu: FakeQemu, address: str) -> None:
+    armed(address, set_mapping=True)
+    assert qemu.changes() == ["migrate-set-parameters", "transaction"]
+
+
+@pytest.mark.spec("RESCUE-12")
+def test_sentinels_of_others_go(qemu: FakeQemu, address: str) -> None:
+    qemu.bitmaps[OLD] = FakeBitmap(inconsistent=True)
+    (node,) = armed(address).nodes
+    assert node.is_new
+    assert [name for name in qemu.bitmaps if is_sentinel(name)] == [node.sentinel]
+    assert node.sentinel != OLD
+
+
+@pytest.mark.spec("RESCUE-12")
+@pytest.mark.parametrize("state", ["gone", "inconsistent", "frozen"])
+def test_the_last_verdict_comes_first(qemu: FakeQemu, address: str, state: str) -> None:
+    (node,) = armed(address).nodes
+    sentinel = qemu.bitmaps[node.sentinel]
+    sentinel.inconsistent, sentinel.recording = state == "inconsistent", state != "frozen"
+    if state == "gone":
+        del qemu.bitmaps[node.sentinel]
+    qemu.commands.clear()
+    with pytest.raises(StateError, match="judged by rescue verdict"):
+        armed(address, set_mapping=True)
+    assert qemu.changes() == []
+
+
+@pytest.mark.spec("RESCUE-12")
+def test_bitmaps_that_keep_qemu_from_migrating(qemu: FakeQemu, address: str) -> None:
+    qemu.bitmaps["a"].inconsistent = True
+    qemu.bitmaps["b"].busy = True
+    qemu.nodes["other"] = FakeNode({"x": FakeBitmap(inconsistent=True)})
+    qemu.mapping = [mapped("b")]
+    found = [(one.bitmap.name, one.reason) for one in armed(address).obstacles]
+    assert found == [("a", "inconsistent: remove it"), ("b", "busy: a job")]
+
+
+def test_by_default_nodes_with_persistent_bitmaps(qemu: FakeQemu, address: str) -> None:
+    qemu.nodes["none"] = FakeNode()
+    qemu.nodes["fixed"] = FakeNode({"x": FakeBitmap()}, read_only=True)
+    assert [node.node for node in armed(address).nodes] == ["disk"]
+    assert [node.node for node in armed(address, "none").nodes] == ["none"]
+
+
+@pytest.mark.spec("RESCUE-19")
+def test_interrupted_anywhere_and_done_again_it_is_armed_once(qemu: FakeQemu, address: str) -> None:
+    qemu.nodes["second"] = FakeNode({"c": FakeBitmap()})
+    for number in range(3):
+        qemu.hang_up_after = number
+        with pytest.raises(QmpError, match="the connection is lost"):
+            armed(address, set_mapping=True)
+        done = armed(address, set_mapping=True)
+        assert [node.is_new for node in done.nodes] == [number < 1, number < 2]
+        for node in qemu.nodes.values():
+            evidence = [name for name in node.bitmaps if is_evidence(name)]
+            assert len(evidence) == 2
+            for name in evidence:
+                del node.bitmaps[name]
+        qemu.mapping = None

@@ -1,0 +1,137 @@
+"""Connections: what can be wrong with them, and that nothing is loaded before it is needed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.console import ROOT
+from support.fakeqemu import FakeQemu
+
+from qcow2bm.errors import QmpError, QmpRefusedError, UnsupportedError
+from qcow2bm.qmp import client
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.nodes import look
+
+
+def test_a_command_is_answered(qemu: FakeQemu, address: str) -> None:
+    with Monitor(address) as monitor:
+        assert monitor.execute("query-status")["status"] == "running"
+        monitor.close()  # may be called twice
+    with Monitor(address) as monitor:  # the next one is served
+        assert look(monitor).status == "running"
+
+
+def test_a_refusal_is_one_line(qemu: FakeQemu, address: str) -> None:
+    qemu.refuse = lambda command, arguments: "no\n\x1b[1m way" if command == "stop" else None
+    with Monitor(address) as monitor:
+        with pytest.raises(QmpRefusedError) as caught:
+            monitor.execute("stop")
+        assert str(caught.value) == "the QMP command stop failed: no \\x1b[1m way"
+        monitor.execute("query-status")  # it goes on
+
+
+@pytest.mark.spec("RESCUE-2")
+def test_a_lost_connection_is_said_and_nothing_is_sent_again(qemu: FakeQemu, address: str) -> None:
+    qemu.hang_up_after = 0
+    with Monitor(address) as monitor:
+        for _ in range(2):
+            with pytest.raises(QmpError, match="transaction failed: the connection is lost") as e:
+                monitor.transaction([])
+            assert not isinstance(e.value, QmpRefusedError)
+    assert qemu.changes() == ["transaction"]
+
+
+def test_a_path_where_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(QmpError, match="connecting to QMP failed: No such file or directory"):
+        Monitor(str(tmp_path / "none"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(QmpError, match="connecting to QMP failed: Connection refused"):
+        Monitor(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("greeting", [{"hello": 1}, [], {"QMP": 1}])
+def test_whatever_else_greets(qemu: FakeQemu, address: str, greeting: object) -> None:
+    qemu.greeting = greeting
+    with pytest.raises(QmpError, match="connecting to QMP failed: ") as caught:
+        Monitor(address)
+    assert str(caught.value).isprintable()
+
+
+def test_a_server_that_is_busy_with_somebody_else(
+    qemu: FakeQemu, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_GREETING_SECONDS", 0.05)
+    with Monitor(address), pytest.raises(QmpError, match="somebody else is connected"):
+        Monitor(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "parsed"),
+    [
+        ("/run/vm.sock", "/run/vm.sock"),
+        ("vm.sock", "vm.sock"),
+        ("localhost:4444", ("localhost", 4444)),
+        ("[::1]:4444", ("::1", 4444)),
+        ("./a:1", "./a:1"),
+        ("a:b", "a:b"),
+    ],
+)
+def test_what_is_a_path(address: str, parsed: object) -> None:
+    assert client._parse(address) == parsed
+
+
+def test_a_path_that_looks_like_a_port_is_a_path(
+    qemu: FakeQemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with qemu.serving(Path("vm:1")), Monitor("vm:1") as monitor:
+        monitor.execute("query-status")
+
+
+def test_over_tcp() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(QmpError, match="Connection refused"):
+        Monitor(f"127.0.0.1:{port}")
+
+
+@pytest.mark.spec("RESCUE-3")
+def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qemu.qmp", None)
+    with pytest.raises(UnsupportedError, match=r'install it: pip install "qcow2bm\[qmp\]"'):
+        Monitor("anywhere")
+
+
+@pytest.mark.spec("RESCUE-3")
+def test_nothing_else_loads_the_package() -> None:
+    program = (
+        "import sys, qcow2bm, qcow2bm.cli.rescue, qcow2bm.qmp.start, qcow2bm.qmp.arm\n"
+        "import qcow2bm.qmp.verdict, qcow2bm.qmp.finish\n"
+        "assert 'qemu' not in sys.modules and 'qemu.qmp' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("query-status", {}),
+        ("query-status", []),
+        ("query-migrate", 1),
+        ("query-named-block-nodes", [{"node-name": "disk"}]),
+        ("query-named-block-nodes", {"disk": {}}),
+        ("query-block", [{"device": 1, "inserted": {}}]),
+    ],
+)
+def test_an_answer_that_is_none_of_qemu(
+    qemu: FakeQemu, address: str, command: str, answer: object
+) -> None:
+    qemu.answers[command] = answer
+    with Monitor(address) as monitor, pytest.raises(QmpError, match="not what QEMU's would be"):
+        look(monitor)

@@ -1,0 +1,250 @@
+"""What the sentinel and its twin say, and what becomes of bitmaps by it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+from support.fakeqemu import SIZE, FakeBitmap, FakeNode, FakeQemu
+from support.specreader import page
+
+from qcow2bm.errors import QmpError
+from qcow2bm.migration.sentinel import PREFIX
+from qcow2bm.qmp.arm import arm
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.names import SCRATCH_NODE, is_evidence, twin_of
+from qcow2bm.qmp.verdict import Remedy, Verdict, verdict
+
+SENTINEL = PREFIX + "0f0e0d0c-0b0a-4908-8706-050403020100"
+TWIN = twin_of(SENTINEL)
+
+
+def judged(address: str, remedy: Remedy | None = None) -> list[Verdict]:
+    with Monitor(address) as monitor:
+        return verdict(monitor, remedy=remedy)
+
+
+def one(address: str, remedy: Remedy | None = None) -> Verdict:
+    (found,) = judged(address, remedy)
+    return found
+
+
+@pytest.fixture
+def armed(qemu: FakeQemu) -> FakeQemu:
+    """Armed, with a bitmap more that is transient, and back from a migration that completed."""
+    qemu.bitmaps["t"] = FakeBitmap(persistent=False)
+    qemu.bitmaps[SENTINEL] = FakeBitmap(4096, {3, 4})
+    qemu.bitmaps[TWIN] = FakeBitmap(4096, {3, 4}, persistent=False)
+    bitmaps = [{"name": name, "alias": name} for name in ("a", "b", "t")]
+    qemu.mapping = [{"node-name": "disk", "alias": "disk", "bitmaps": bitmaps}]
+    qemu.migration = "completed"
+    return qemu
+
+
+def gone(*names: str) -> Callable[[FakeQemu], None]:
+    def change(qemu: FakeQemu) -> None:
+        for name in names:
+            del qemu.bitmaps[name]
+
+    return change
+
+
+def set_to(name: str, **values: object) -> Callable[[FakeQemu], None]:
+    def change(qemu: FakeQemu) -> None:
+        for key, value in values.items():
+            setattr(qemu.bitmaps[name], key, value)
+
+    return change
+
+
+def travelled(qemu: FakeQemu) -> None:
+    qemu.mapping = None
+
+
+def travelled_by_name(qemu: FakeQemu) -> None:
+    one = {"name": SENTINEL, "alias": SENTINEL}
+    qemu.mapping = [{"node-name": "disk", "alias": "disk", "bitmaps": [one]}]
+
+
+def no_digests(qemu: FakeQemu) -> None:
+    qemu.refuse = lambda command, arguments: "no" if command.startswith("x-debug") else None
+
+
+FOUND: dict[str, list[Callable[[FakeQemu], None]]] = {
+    "neither sentinel nor twin": [gone(SENTINEL, TWIN)],
+    "a sentinel without a twin": [gone(TWIN)],
+    "a twin without a sentinel": [gone(SENTINEL)],
+    "the sentinel is inconsistent": [set_to(SENTINEL, inconsistent=True)],
+    "there was a migration, and no mapping that leaves the sentinel out": [
+        travelled, travelled_by_name
+    ],
+    "QEMU gives no digests": [no_digests],
+    "sentinel and twin differ": [set_to(SENTINEL, bits={3, 4, 9}), set_to(SENTINEL, bits={3})],
+    "sentinel and twin are equal": [lambda qemu: None],
+}  # fmt: skip
+
+
+@pytest.mark.spec("RESCUE-13")
+@pytest.mark.parametrize("row", page("rescue.md").table("Verdict").rows, ids=lambda r: r["found"])
+def test_what_is_found_decides(armed: FakeQemu, address: str, row: dict[str, str]) -> None:
+    for change in FOUND[row["found"]]:
+        change(armed)
+        with Monitor(address) as monitor:
+            (found,) = verdict(monitor, ["disk"])
+        assert found.word == row["verdict"]
+        is_armed = row["verdict"] in ("touched", "unknown")
+        assert found.is_armed == is_armed
+        assert any(map(is_evidence, armed.bitmaps)) == is_armed
+        assert {"a", "b", "t"} <= armed.bitmaps.keys()
+
+
+def test_every_line_is_tried() -> None:
+    assert list(FOUND) == page("rescue.md").table("Verdict").column("found")
+
+
+@pytest.mark.spec("RESCUE-13")
+def test_without_a_migration_nobody_can_have_touched_it(armed: FakeQemu, address: str) -> None:
+    armed.migration, armed.mapping = "", None
+    assert one(address).word == "untouched"
+
+
+@pytest.mark.spec("RESCUE-13")
+def test_a_guest_that_writes_between_two_looks_is_not_somebody_else(
+    armed: FakeQemu, address: str
+) -> None:
+    def write(command: str) -> None:
+        for bitmap in armed.bitmaps.values():
+            if bitmap.recording:
+                bitmap.bits.add(len(armed.commands))
+
+    armed.after = write
+    assert one(address).word == "untouched"
+    assert len(armed.bitmaps["a"].bits) > 5  # it goes on recording
+
+
+@pytest.mark.spec("RESCUE-14", "RESCUE-16")
+def test_which_bitmaps_are_concerned(armed: FakeQemu, address: str) -> None:
+    armed.bitmaps["stored"] = FakeBitmap()
+    armed.bitmaps["bad"] = FakeBitmap(inconsistent=True)
+    armed.bitmaps["late"] = FakeBitmap(persistent=False)
+    armed.bitmaps[SENTINEL].bits = {9}
+    before = {name: bitmap.digest for name, bitmap in armed.bitmaps.items()}
+    for _ in range(2):
+        found = one(address)
+        assert not found.is_safe
+        assert {judged.bitmap.name: judged.fate for judged in found.bitmaps} == {
+            "a": "in-doubt", "b": "kept", "bad": "kept", "late": "in-doubt", "stored": "kept",
+            "t": "in-doubt",
+        }  # fmt: skip
+        assert {name: bitmap.digest for name, bitmap in armed.bitmaps.items()} == before
+    assert not one(address, "remove").is_armed
+    assert sorted(armed.bitmaps) == ["b", "bad", "stored"]
+    assert judged(address) == []
+
+
+@pytest.mark.spec("RESCUE-14")
+def test_without_a_mapping_all_have_travelled(armed: FakeQemu, address: str) -> None:
+    armed.bitmaps["stored"] = FakeBitmap()
+    armed.mapping = None
+    one(address, "remove")
+    assert sorted(armed.bitmaps) == ["b"]
+
+
+@pytest.mark.spec("RESCUE-15")
+def test_untouched_has_what_the_sentinel_has(armed: FakeQemu, address: str) -> None:
+    found = one(address)
+    assert (found.word, found.is_safe, found.is_armed) == ("untouched", True, False)
+    assert armed.bitmaps["a"].bits == {0, 1, 2, 3}
+    assert armed.bitmaps["b"].bits == {7}
+    assert armed.bitmaps["t"].bits == {0}
+    assert armed.changes() == ["transaction", "transaction"]
+
+
+@pytest.mark.spec("RESCUE-16")
+@pytest.mark.parametrize("size", [SIZE, 2 << 30, (2 << 30) + 512, 1 << 40])
+def test_all_dirty_is_all_of_any_disk(armed: FakeQemu, address: str, size: int) -> None:
+    armed.nodes["disk"].size = size
+    for bitmap in armed.bitmaps.values():
+        bitmap.granularity = 1 << 30
+        bitmap.bits = set()
+    armed.bitmaps[SENTINEL].inconsistent = True
+    found = one(address, "all-dirty")
+    assert {judged.fate for judged in found.bitmaps} == {"all-dirty", "kept"}
+    everything = set(range(-(-size >> 30)))
+    assert armed.bitmaps["a"].bits == armed.bitmaps["t"].bits == everything
+    assert armed.bitmaps["b"].bits == set()
+    assert list(armed.nodes) == ["disk"]
+
+
+@pytest.mark.spec("RESCUE-16")
+@pytest.mark.parametrize("said", ["", "Error: no such command"])
+def test_bits_that_cannot_be_made_are_not_claimed(armed: FakeQemu, address: str, said: str) -> None:
+    armed.bitmaps[SENTINEL].inconsistent = True
+    armed.answers["human-monitor-command"] = said
+    with pytest.raises(QmpError, match=said or "did not set the bits"):
+        judged(address, "all-dirty")
+    assert armed.bitmaps["a"].bits == {1, 2, 3}
+    assert SENTINEL in armed.bitmaps
+    assert list(armed.nodes) == ["disk"]
+
+
+@pytest.mark.spec("RESCUE-16")
+def test_where_nothing_is_concerned_it_is_only_disarmed(armed: FakeQemu, address: str) -> None:
+    for name in ("a", "t"):
+        del armed.bitmaps[name]
+    armed.bitmaps[SENTINEL].inconsistent = True
+    one(address, "all-dirty")
+    assert list(armed.bitmaps) == ["b"]
+    assert "blockdev-add" not in armed.changes()
+
+
+@pytest.mark.spec("RESCUE-17")
+@pytest.mark.parametrize("remedy", ["remove", "all-dirty", None])
+@pytest.mark.parametrize("is_touched", [True, False])
+def test_a_busy_bitmap_holds_it_up(
+    armed: FakeQemu, address: str, remedy: Remedy | None, is_touched: bool
+) -> None:
+    armed.bitmaps["a"].busy = True
+    armed.bitmaps[SENTINEL].inconsistent = is_touched
+    found = one(address, remedy)
+    assert found.is_armed
+    assert not found.is_safe
+    assert found.is_waiting == (remedy is not None or not is_touched)
+    assert {"a", "t", SENTINEL, TWIN} <= armed.bitmaps.keys()
+    armed.bitmaps["a"].busy = False
+    assert not one(address, remedy or "remove").is_armed
+
+
+@pytest.mark.spec("RESCUE-19")
+@pytest.mark.parametrize("remedy", ["remove", "all-dirty"])
+@pytest.mark.parametrize("bits", [{3, 4}, {9}])
+def test_interrupted_anywhere_and_done_again_it_ends_the_same(
+    armed: FakeQemu, address: str, remedy: Remedy, bits: set[int]
+) -> None:
+    armed.bitmaps[SENTINEL].bits = bits
+    before = copy.deepcopy(armed.nodes)
+    judged(address, remedy)
+    expected, count = copy.deepcopy(armed.nodes), len(armed.changes())
+    assert count == (2 if remedy == "remove" or bits == {3, 4} else 6)
+    for number in range(count):
+        armed.nodes = copy.deepcopy(before)
+        armed.hang_up_after = number
+        with pytest.raises(QmpError, match="the connection is lost"):
+            judged(address, remedy)
+        judged(address, remedy)
+        assert armed.nodes == expected
+        assert SCRATCH_NODE not in armed.nodes
+
+
+def test_each_node_has_its_own_verdict(qemu: FakeQemu, address: str) -> None:
+    qemu.nodes["second"] = FakeNode({"c": FakeBitmap()})
+    with Monitor(address) as monitor:
+        done = arm(monitor, set_mapping=True)
+        qemu.migration = "completed"
+        second = next(node for node in done.nodes if node.node == "second")
+        qemu.nodes["second"].bitmaps[second.sentinel].inconsistent = True
+        found = {one.node: one.word for one in verdict(monitor)}
+        assert found == {"disk": "untouched", "second": "touched"}
+        assert [one.node for one in verdict(monitor)] == ["second"]
+        assert [one.word for one in verdict(monitor, ["disk"])] == ["not-armed"]
