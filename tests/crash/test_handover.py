@@ -26,7 +26,7 @@ from qcow2bm.errors import LimitError, UnsupportedError
 from qcow2bm.format.extensions import BACKING_FORMAT, FEATURE_NAMES, GENERATION
 from qcow2bm.format.features import AUTOCLEAR_GENERATION, GENERATION_NAME, KNOWN_AUTOCLEAR
 from qcow2bm.migration.evidence import Policy
-from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
 from qcow2bm.tracker.handover import Activation
 from qcow2bm.tracker.tracker import Tracker
 
@@ -173,6 +173,13 @@ class Step(NamedTuple):
                 allowed = [self.bits[name]]
             if bitmap.status == "valid" and bitmap.dirty not in allowed:
                 raise BrokenStateError(f"{name} is valid and has other bits")
+        for name, bitmap in found.bitmaps.items():
+            canary = found.bitmaps.get(name + CANARY_SUFFIX)
+            if is_sentinel(name) and not name.endswith(CANARY_SUFFIX):
+                if self.name.startswith("begin") and (bitmap.dirty or bitmap.status == "valid"):
+                    raise BrokenStateError(f"{name} is not clean, or valid too early")
+                if canary is None or (canary.dirty, canary.status) != (1, "valid"):
+                    raise BrokenStateError(f"{name} stands without its canary")
         if self.commits and self._kinds(found) not in (self._kinds(old), self._kinds(new)):
             raise BrokenStateError("some bitmaps are as before, others as after")
 
@@ -309,6 +316,7 @@ def hand_over(
         run.do("activate", lambda: came.append(tracker.activate(policy)), commits=True)
         after = look_at(data)
         assert not any(map(is_sentinel, after.bitmaps))
+        marked = {name: bits.copy() for name, bits in run.bits.items()}
         for name in tracker.names:
             assert after.bitmaps[name].status == "inconsistent"
             live = next(b for b in tracker._now.tracked if b.live.name == name)
@@ -316,6 +324,9 @@ def hand_over(
             tracker._now.spread()
             octets = np.frombuffer(bytes(live.bits.octets), np.uint8)
             run.bits[name] = np.unpackbits(octets, bitorder="little")[:count]
+            # Nothing is dirty that was not marked, or stored by others.
+            if name in marked and name not in carried:
+                assert np.array_equal(run.bits[name], marked[name])
         dropped = {n for n in run.tracked if n not in tracker.names}
         is_carried_lost = carries and came[0].outcome != "unchanged"
         assert (meanwhile == "killed" or is_carried_lost) == bool(dropped)

@@ -29,6 +29,7 @@ from qcow2bm.migration.evidence import (
     Left,
     Policy,
     Verdict,
+    Witness,
     decide,
     judge,
 )
@@ -37,7 +38,7 @@ from qcow2bm.storage.identity import FileIdentity
 
 SIZE = 1 << 20
 SENTINEL = Sentinel(f"{PREFIX}0f0e0d0c-0b0a-4908-8706-050403020100", 512, SIZE)
-CANARY = list(SENTINEL.canary)
+BITS = SIZE // 512
 LENGTH = 512
 DEFINITION = Definition(3, 16, SIZE, 0, 1, 65536, 0, False, None, None, None, None)
 WITH_DATA_FILE = DEFINITION._replace(
@@ -62,15 +63,16 @@ def facts(*entries: DirectoryEntry, **changes: Any) -> Facts:
     return Facts(DEFINITION, None, None, True, listed)._replace(**changes)
 
 
-def octets(*written: int, canary: bool = True) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bits of the sentinel with these set."""
-    bits = np.zeros(8 * LENGTH, np.uint8)
-    bits[list(written)] = 1
-    bits[SIZE // 512 - 1] = canary
-    return np.packbits(bits, bitorder="little")
+def octets(*bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A bitmap that has these set."""
+    unpacked = np.zeros(8 * LENGTH, np.uint8)
+    unpacked[list(bits)] = 1
+    return np.packbits(unpacked, bitorder="little")
 
 
 SOUND = entry(SENTINEL.name, granularity_bits=9)
+CANARY = entry(SENTINEL.canary_name, 0, 9)
+UNTOUCHED = Witness(octets(), octets(0))
 
 
 def ranges(verdict: Verdict) -> list[list[int]] | None:
@@ -81,16 +83,40 @@ def ranges(verdict: Verdict) -> list[list[int]] | None:
 
 
 def test_nothing_happened() -> None:
-    verdict = judge(Left(facts(), SENTINEL), facts(SOUND), octets())
+    verdict = judge(Left(facts(), SENTINEL), facts(SOUND, CANARY), UNTOUCHED)
     assert verdict.outcome == "unchanged"
-    assert ranges(verdict) == [CANARY]
+    assert verdict.changed is not None
+    assert verdict.changed.dtype == np.int64
+    assert verdict.changed.shape == (0, 2)
+
+
+@pytest.mark.spec("LIFE-10")
+@pytest.mark.parametrize("bit", [0, 1, BITS // 2, BITS - 2, BITS - 1])
+def test_no_range_is_blind(bit: int) -> None:
+    """Not the first, where the canary has its bit, and not the last."""
+    left, found = Left(facts(), SENTINEL), facts(SOUND, CANARY)
+    verdict = judge(left, found, UNTOUCHED._replace(sentinel=octets(bit)))
+    assert (verdict.outcome, ranges(verdict)) == ("changed", [[512 * bit, 512]])
+
+
+@pytest.mark.spec("LIFE-10")
+@given(st.sets(st.integers(0, BITS - 1), max_size=3), st.sets(st.integers(1, BITS - 1), max_size=3))
+def test_no_write_puts_back_a_canary_that_was_cleared(written: set[int], others: set[int]) -> None:
+    """Its first bit counts, whatever the sentinel has by then, and whatever else it has."""
+    left, found = Left(facts(), SENTINEL), facts(SOUND, CANARY)
+    verdict = judge(left, found, Witness(octets(*written), octets(*others)))
+    assert (verdict.outcome, ranges(verdict)) == ("changed", None)
+    alive = judge(left, found, Witness(octets(*written), octets(0, *others)))
+    assert alive.outcome == ("changed" if written else "unchanged")
+    assert alive.changed is not None
+    assert int(alive.changed[:, 1].sum()) == 512 * len(written)
 
 
 @pytest.mark.parametrize("field", Definition._fields)
 def test_every_field_of_the_definition_counts(field: str) -> None:
     change: dict[str, Any] = {field: "other"}
     other = DEFINITION._replace(**change)
-    verdict = judge(Left(facts(), SENTINEL), facts(SOUND, definition=other), octets())
+    verdict = judge(Left(facts(), SENTINEL), facts(SOUND, CANARY, definition=other), UNTOUCHED)
     assert (verdict.outcome, ranges(verdict)) == ("changed", None)
     assert field in verdict.reason
     assert DEFINITION.difference(other) == field
@@ -101,13 +127,15 @@ def test_every_field_of_the_definition_counts(field: str) -> None:
 @pytest.mark.parametrize("field", FileIdentity._fields)
 def test_everything_of_the_data_file_counts(field: str) -> None:
     before = facts(definition=WITH_DATA_FILE, data_file=IDENTITY)
-    now = before._replace(data_file=IDENTITY._replace(**{field: 9}), entries={SENTINEL.name: SOUND})
-    verdict = judge(Left(before, SENTINEL), now, octets())
-    assert (verdict.outcome, ranges(verdict)) == ("changed", None)
-    assert judge(Left(before, SENTINEL), now._replace(data_file=IDENTITY), octets())[0] == (
-        "unchanged"
+    now = before._replace(
+        data_file=IDENTITY._replace(**{field: 9}), entries=facts(SOUND, CANARY).entries
     )
-    gone = judge(Left(before, SENTINEL), now._replace(data_file=None), octets())
+    left = Left(before, SENTINEL)
+    verdict = judge(left, now, UNTOUCHED)
+    assert (verdict.outcome, ranges(verdict)) == ("changed", None)
+    same = judge(left, now._replace(data_file=IDENTITY), UNTOUCHED)
+    assert (same.outcome, ranges(same)) == ("unchanged", [])
+    gone = judge(left, now._replace(data_file=None), UNTOUCHED)
     assert gone.outcome == "changed"
 
 
@@ -121,23 +149,36 @@ class Found(NamedTuple):
     is_data_file_other: bool
     has_sentinel: bool
     lack: str  # what is wrong with the sentinel
+    canary_lack: str  # and with its canary
     written: tuple[int, ...]
     records: bool  # the generation, when it was given away
     token: str  # what was found of it: "same", "other" or "none"
 
 
-LACKS = ("", "gone", "in_use", "disabled", "coarser", "broken", "cleared")
+LACKS = ("gone", "in_use", "other way", "coarser", "broken")
+CANARY_LACKS = (*LACKS, "cleared", "its last bit only")
 founds = st.builds(
     Found,
     *(st.sampled_from((False, False, False, True)), st.sampled_from((True, True, True, False))),
     *(st.booleans(), st.booleans(), st.sampled_from((False, False, True))),
-    *(st.sampled_from((True, True, True, False)), st.sampled_from(("",) * 6 + LACKS)),
-    st.lists(st.integers(0, SIZE // 512 - 3), max_size=2, unique=True).map(tuple),
+    *(st.sampled_from((True, True, True, False)), st.sampled_from(("",) * 9 + LACKS)),
+    st.sampled_from(("",) * 12 + CANARY_LACKS),
+    st.lists(st.sampled_from((0, 1, 7, 8, BITS - 2, BITS - 1)), max_size=3, unique=True).map(tuple),
     *(st.booleans(), st.sampled_from(("same", "same", "other", "none"))),
 )
 
 
-def build(found: Found) -> tuple[Left, Facts, np.ndarray[Any, np.dtype[np.uint8]] | None]:
+def lacking(entry: DirectoryEntry, lack: str) -> list[DirectoryEntry]:
+    """The entry with what is wrong with it."""
+    kinds = {
+        "in_use": entry._replace(flags=entry.flags | FLAG_IN_USE),
+        "other way": entry._replace(flags=entry.flags ^ FLAG_AUTO),
+        "coarser": entry._replace(granularity_bits=10),
+    }
+    return [] if lack == "gone" else [kinds.get(lack, entry)]
+
+
+def build(found: Found) -> tuple[Left, Facts, Witness]:
     definition = WITH_DATA_FILE if found.has_data_file else DEFINITION
     identity = IDENTITY if found.has_data_file and found.gave_path else None
     token = TOKEN if found.records else None
@@ -145,12 +186,8 @@ def build(found: Found) -> tuple[Left, Facts, np.ndarray[Any, np.dtype[np.uint8]
         facts(definition=definition, data_file=identity, token=token),
         SENTINEL if found.has_sentinel else None,
     )
-    kinds = {
-        "in_use": SOUND._replace(flags=IN_USE),
-        "disabled": SOUND._replace(flags=0),
-        "coarser": SOUND._replace(granularity_bits=10),
-    }
-    entries = [] if found.lack == "gone" else [kinds.get(found.lack, SOUND)]
+    both = (SOUND, found.lack), (CANARY, found.canary_lack)
+    entries = [one for entry, lack in both for one in lacking(entry, lack)]
     is_other = found.is_data_file_other and identity is not None
     now = facts(
         *entries,
@@ -158,10 +195,15 @@ def build(found: Found) -> tuple[Left, Facts, np.ndarray[Any, np.dtype[np.uint8]
         data_file=identity._replace(size=9) if identity and is_other else identity,
         token={"same": token, "other": b"another 16 bytes", "none": None}[found.token],
         is_consistent=found.is_consistent,
-        broken={SENTINEL.name} if found.lack == "broken" else (),
+        broken={entry.name or "" for entry, lack in both if lack == "broken"},
     )
-    bits = octets(*found.written, canary=found.lack != "cleared")
-    return left, now, None if found.lack in ("gone", "broken") else bits
+    canary = {"cleared": octets(), "its last bit only": octets(BITS - 1)}
+    witness = Witness(octets(*found.written), canary.get(found.canary_lack, octets(0)))
+    nothing = (
+        None if lack in ("gone", "broken") else bits
+        for (_, lack), bits in zip(both, witness, strict=True)
+    )
+    return left, now, Witness(*nothing)
 
 
 def expected(found: Found) -> tuple[str, list[list[int]] | None]:
@@ -176,10 +218,10 @@ def expected(found: Found) -> tuple[str, list[list[int]] | None]:
         return "changed", None
     if not found.has_sentinel:
         return ("changed" if is_other_token else "unknown"), None
-    if found.lack:
+    if found.lack or found.canary_lack:
         return "changed", None
     if found.written:
-        covered = sorted({*found.written, SIZE // 512 - 1})
+        covered = sorted(found.written)
         joined: list[list[int]] = []
         for bit in covered:
             if joined and sum(joined[-1]) == 512 * bit:
@@ -188,10 +230,10 @@ def expected(found: Found) -> tuple[str, list[list[int]] | None]:
                 joined.append([512 * bit, 512])
         return "changed", joined
     if is_other_token:
-        return "changed", [CANARY]
+        return "changed", []
     if found.has_data_file and not found.gave_path:
         return "unknown", None
-    return "unchanged", [CANARY]
+    return "unchanged", []
 
 
 @pytest.mark.spec("LIFE-15")
@@ -208,6 +250,7 @@ def test_only_a_sentinel_proves_that_nothing_changed(found: Found) -> None:
     if judge(*build(found)).outcome == "unchanged":
         assert found.has_sentinel
         assert not found.lack
+        assert not found.canary_lack
         assert not found.written
 
 
@@ -218,23 +261,25 @@ def test_another_generation_is_a_writer_and_the_same_proves_nothing(
     token: bytes | None, has_sentinel: bool
 ) -> None:
     left = Left(facts(token=TOKEN), SENTINEL if has_sentinel else None)
-    assert judge(left, facts(SOUND, token=token), octets()).outcome == "changed"
-    same = judge(left, facts(SOUND, token=TOKEN), octets()).outcome
+    other = judge(left, facts(SOUND, CANARY, token=token), UNTOUCHED)
+    assert (other.outcome, ranges(other)) == ("changed", [] if has_sentinel else None)
+    same = judge(left, facts(SOUND, CANARY, token=TOKEN), UNTOUCHED).outcome
     assert same == ("unchanged" if has_sentinel else "unknown")
 
 
 def test_a_generation_that_somebody_else_began_is_no_sign() -> None:
     """It was not recorded when the image was given away; the sentinel has to tell."""
     left = Left(facts(), SENTINEL)
-    assert judge(left, facts(SOUND, token=TOKEN), octets()).outcome == "unchanged"
+    assert judge(left, facts(SOUND, CANARY, token=TOKEN), UNTOUCHED).outcome == "unchanged"
 
 
 # --- what becomes of the bitmaps ----------------------------------------------------------------
 
-WRITTEN = np.array([[0, 512], CANARY])
+WRITTEN = np.array([[0, 512], [SIZE - 512, 512]])
 VERDICTS = {
-    "unchanged": Verdict("unchanged", "", np.array([CANARY])),
+    "unchanged": Verdict("unchanged", "", np.zeros((0, 2), np.int64)),
     "changed": Verdict("changed", "", WRITTEN),
+    "changed, nothing written": Verdict("changed", "", np.zeros((0, 2), np.int64)),
     "changed, ranges unknown": Verdict("changed", ""),
     "unknown": Verdict("unknown", ""),
 }
@@ -248,6 +293,7 @@ NOW: dict[str, Callable[[DirectoryEntry], DirectoryEntry | None]] = {
     "broken": lambda before: before,
 }
 
+WITH_RANGES = "changed", "changed, nothing written"
 one_of_ours = st.tuples(st.booleans(), st.sampled_from([*NOW, "as left", "as left"]))
 
 
@@ -271,7 +317,7 @@ def model(
             fates.append("kept")
         elif not in_use(is_carried, now):
             fates.append("reloaded")
-        elif outcome == "changed" and policy == "merge" and is_carried and are_all_as_left:
+        elif outcome in WITH_RANGES and policy == "merge" and is_carried and are_all_as_left:
             fates.append("kept")
         else:
             fates.append("dropped")
@@ -335,6 +381,7 @@ def test_others_are_tracked_too_if_they_are_sound_and_record(outcome: str, polic
         entry("off", 0),
         entry("broken"),
         SOUND,
+        CANARY._replace(flags=FLAG_AUTO),  # a canary that somebody enabled is none of ours either
         broken={"broken"},
     )
     fates = decide(Left(facts(entry("a")), SENTINEL), now, VERDICTS[outcome], policy)

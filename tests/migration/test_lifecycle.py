@@ -6,20 +6,36 @@ What is not allowed raises `StateError`, and changes neither the state nor a byt
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+import gc
+import linecache
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import product
-from typing import NamedTuple, get_args
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import pytest
+from crash.judge import under_counted
+from crash.layouts import append, set_refcount
 from support.faulty import Fault, FaultyStorage
 from support.images import Stored, build_image
 
 import qcow2bm
 from qcow2bm.errors import CommitError, StateError
 from qcow2bm.migration.lifecycle import TRANSITIONS, Event, State, after
+from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.tracker.tracker import Tracker
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
+    from numpy.typing import NDArray
+    from typing_extensions import Buffer
 
 STATES: tuple[State, ...] = get_args(State)
 EVENTS: tuple[Event, ...] = get_args(Event)
@@ -301,3 +317,423 @@ def require_complete(data: bytes | bytearray, *more: int) -> None:
                 bits = np.unpackbits(bitmap.packed(), bitorder="little")
                 for start in (1 << 20, 2 << 20, *more):
                     assert bits[start // bitmap.granularity], (name, start)
+
+
+# --- interrupts ---------------------------------------------------------------------------------
+
+PACKAGE = str(Path(qcow2bm.__file__).parent)
+MODULES = tuple(
+    f"{PACKAGE}/{name}"
+    for name in ("tracker/", "store/live.py", "storage/held.py", "api/", "clusters/plan.py")
+)
+"""Where it matters most at which line it happens; elsewhere are calculations."""
+
+GUEST = bytes(range(1, 256)) * 16
+
+
+class Locking(FaultyStorage):
+    """Knows whether its lock is held, and that flags are written in the directory only."""
+
+    is_locked = False
+    is_strict = False
+
+    @contextmanager
+    def write_lock(self, timeout: float) -> Iterator[None]:
+        with super().write_lock(timeout):
+            self.is_locked = True
+            try:
+                yield
+            finally:
+                self.is_locked = False
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        assert self.is_locked
+        if self.is_strict and len(b"".join(parts)) == 4:
+            with qcow2bm.open(bytes(self.data)) as opened:
+                places = [entry.offset + 12 for entry in opened.directory]
+            assert offset in places, "flags were written outside of the directory"
+        super().write(offset, parts)
+
+
+@cache
+def with_guest() -> tuple[bytes, range]:
+    """An image, and where the guest has its tables and data in it."""
+    bitmaps = Stored(b"a", granularity_bits=12), Stored(b"b", granularity_bits=16)
+    off = Stored(b"off", [b"\x05"], granularity_bits=16, flags=0)
+    built = build_image(*bitmaps, off, size=SIZE, cluster_bits=12)
+    begin = append(built.data, GUEST)
+    l2_table = append(built.data, struct.pack(">Q", begin | 1 << 63))
+    struct.pack_into(">Q", built.data, built.offset("l1-table"), l2_table | 1 << 63)
+    return bytes(built.data), range(begin, len(built.data))
+
+
+def ones(packed: NDArray[np.uint8]) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(packed, bitorder="little")).tolist())
+
+
+def can_be_interrupted(frame: FrameType) -> bool:
+    """Whether Python may look for signals there.
+
+    It does so when functions begin and calls return, but not at a `try:`, before the end of a
+    `with` is called, or before an assignment that a `finally` begins with. What is raised there
+    would leave a lock held, and nobody could help that.
+    """
+    code, number = frame.f_code, frame.f_lineno
+    line = linecache.getline(code.co_filename, number).strip()
+    first = min(start for start, _, found in code.co_lines() if found == number)
+    is_end_of_with = line.startswith("with ") and frame.f_lasti > first
+    above = linecache.getline(code.co_filename, number - 1).strip()
+    return line != "try:" and not is_end_of_with and above != "finally:"
+
+
+class Interrupted:
+    """An image that is tracked, and a call that is interrupted at one of its lines.
+
+    Attributes:
+        lines: how many lines there were until then.
+        was_hit: whether there were so many.
+        state: that of the tracker after the interrupt.
+    """
+
+    def __init__(self, at: int, modules: tuple[str, ...]) -> None:
+        data, self.guest = with_guest()
+        self.original = data
+        self.storage = Locking(bytearray(data))
+        self.image = qcow2bm.open(self.storage, "r+")
+        self.tracker = self.image.track()
+        self.marks: set[int] = set()
+        self.frozen: set[int] | None = None  # what "a" has, if "c" was begun in its place
+        self.lines, self.was_hit = 0, False
+        self.state: State = "tracking"
+        self._at, self._modules = at, modules
+
+    def mark(self) -> None:
+        start = (len(self.marks) * 37 + 5) * 4096 % SIZE
+        self.tracker.mark(start, 1)
+        self.marks.add(start)
+
+    def interrupt(self, work: Callable[[], object]) -> None:
+        """Does it with an interrupt at that line."""
+        before = sys.gettrace()
+        sys.settrace(self._enter)
+        try:
+            work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        self.storage.is_strict = True
+
+    def _enter(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+        return self._step if frame.f_code.co_filename.startswith(self._modules) else None
+
+    def _step(self, frame: FrameType, event: str, argument: object) -> TraceFunction | None:
+        if event == "line" and not self.was_hit and can_be_interrupted(frame):
+            self.lines += 1
+            if self.lines > self._at:
+                self.was_hit = True
+                raise KeyboardInterrupt
+        return self._step
+
+    def require_sound(self) -> None:
+        """What is valid has exactly what was marked; the guest's clusters are as they were."""
+        data = self.storage.data
+        assert under_counted(data) == []
+        guest = slice(self.guest.start, self.guest.stop)
+        assert data[guest] == self.original[guest]
+        with qcow2bm.open(bytes(data)) as opened:
+            assert [found for found in opened.problems if found.breaks_bitmap] == []
+            assert opened.bitmaps.keys() >= {"a", "b", "off"}
+            for name, bitmap in opened.bitmaps.items():
+                bits = ones(bitmap.stale_bits())
+                marks = self.marks
+                if self.frozen is not None and name in ("a", "c"):
+                    marks = self.frozen if name == "a" else marks - self.frozen
+                wanted = {start // bitmap.granularity for start in marks}
+                if name == "off":
+                    assert bitmap.status == "valid"
+                    assert bits == {0, 2}
+                elif name.endswith("-canary"):
+                    assert bitmap.status == "valid"
+                    assert bits == {0}
+                elif is_sentinel(name):
+                    assert bits == set()
+                elif bitmap.status == "valid":
+                    assert bits == wanted, name
+        if self.tracker.state == "inactive":
+            assert not self.storage.is_locked, "the lock is held while it is inactive"
+
+    def rotate(self) -> None:
+        self.tracker.rotate("a", "c")
+        self.frozen = set(self.marks)
+
+    def call(self, name: str) -> None:
+        """What it says of the tracker, or of this."""
+        calls: dict[str, Callable[[], object]] = {
+            "mark": self.mark,
+            "begin": lambda: self.tracker.begin_migration(carried=["b"]),
+            "rotate": self.rotate,
+        }
+        call = calls.get(name) or getattr(self.tracker, name)
+        call()
+
+    def attempt(self, name: str) -> bool:
+        """Does what may not be allowed any more; returns whether it was."""
+        try:
+            self.call(name)
+        except qcow2bm.Qcow2BmError:
+            return False
+        finally:
+            self.require_sound()
+        return True
+
+
+BEFORE: dict[str, tuple[str, ...]] = {
+    "begin": (),
+    "cancel_migration": ("begin",),
+    "inactivate": ("begin",),
+    "inactivate without begin": (),
+    "activate": ("begin", "mark", "inactivate"),
+    "activate without carried": ("inactivate",),
+    "stop": ("begin",),
+}
+"""What is interrupted, and what comes before it."""
+
+AFTERWARDS: dict[str, tuple[str, ...]] = {
+    "again": ("mark", "flush", "cancel_migration", "mark", "begin", "mark", "stop"),
+    "away": ("inactivate", "mark", "activate", "mark", "flush", "inactivate", "activate", "stop"),
+    "back": ("activate", "mark", "rotate", "stop"),
+    "end": ("stop",),
+    "no more": ("mark", "abandon"),
+}
+
+
+def interrupt(name: str, afterwards: str, at: int, modules: tuple[str, ...]) -> Interrupted | None:
+    """Interrupts at that line, and goes on with what can be done; None if there is no such line."""
+    on = Interrupted(at, modules)
+    on.mark()
+    for step in BEFORE[name]:
+        assert on.attempt(step)
+        if step != "inactivate":
+            on.mark()
+    on.interrupt(lambda: on.call(name.partition(" ")[0]))
+    if not on.was_hit:
+        on.image.close()
+        return None
+    on.state = on.tracker.state
+    on.require_sound()
+    for step in AFTERWARDS[afterwards]:
+        on.attempt(step)
+    on.image.close()
+    on.require_sound()
+    if on.storage.is_locked:  # whoever was interrupted while he let it go still knows of it
+        assert on.state == "failed"
+        del on.tracker, on.image
+        gc.collect()
+    assert not on.storage.is_locked
+    return on
+
+
+def interrupts(name: str, *, is_all: bool) -> Iterator[Interrupted]:
+    """Each of its lines with all that can come afterwards, or some with one of them in turn."""
+    every = list(AFTERWARDS)
+    for at in range(0, 100000, 1 if is_all else 17):
+        for afterwards in every if is_all else [every[at % len(every)]]:
+            found = interrupt(name, afterwards, at, MODULES)
+            if not found:
+                return
+            yield found
+
+
+def require_interrupts(name: str, *, is_all: bool) -> None:
+    states: set[State] = set()
+    statuses_of_a: set[str] = set()
+    lines: set[int] = set()
+    for found in interrupts(name, is_all=is_all):
+        lines.add(found.lines)
+        states.add(found.state)
+        statuses_of_a.add(statuses(found.storage.data)["a"])
+    assert sorted(lines) == list(range(1, max(lines) + 1, 1 if is_all else 17))
+    assert max(lines) > 200
+    # Not every interrupt is the end, and not every one comes before it.
+    assert len(states) > 1
+    assert statuses_of_a == {"valid", "inconsistent"}
+
+
+@pytest.mark.spec("LIFE-2")
+@pytest.mark.parametrize("name", BEFORE)
+def test_some_interrupts(name: str) -> None:
+    """No bitmap is valid that misses a mark, and no byte of anything else is written."""
+    require_interrupts(name, is_all=False)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", BEFORE)
+def test_all_interrupts(name: str) -> None:
+    require_interrupts(name, is_all=True)
+
+
+# --- storages that cannot grow ------------------------------------------------------------------
+
+
+class Full(MemoryStorage):
+    """As long as it is, and no longer; free clusters in it can be taken by others."""
+
+    def __init__(self, free: int, *bitmaps: Stored) -> None:
+        data = build_image(*bitmaps, cluster_bits=9, size=SIZE).data
+        data.extend(bytes(free << 9))
+        super().__init__(data, "<full>")
+        self.data = data
+
+    def capacity(self) -> int:
+        return len(self.data)
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        assert offset + len(b"".join(parts)) <= len(self.data)
+        super().write(offset, parts)
+
+    def take(self, keep: int = 0) -> None:
+        """Somebody takes all free clusters but so many."""
+        for cluster in self.free_clusters()[keep:]:
+            set_refcount(self.data, cluster, 1)
+
+    def free_clusters(self) -> list[int]:
+        (table,) = struct.unpack_from(">Q", self.data, 48)
+        (block,) = struct.unpack_from(">Q", self.data, table)
+        count = len(self.data) >> 9
+        refcounts = struct.unpack_from(f">{count}H", self.data, block)
+        return [number for number in range(count) if not refcounts[number]]
+
+
+def clusters_for(work: Callable[[Tracker], object], *, most: int = 64) -> int:
+    """With how many free clusters it can be done."""
+    for free in range(most):
+        storage = Full(free, A)
+        try:
+            with qcow2bm.open(storage, "r+") as image:
+                work(image.track())
+        except qcow2bm.StorageError:
+            continue
+        return free
+    raise AssertionError("it never can")
+
+
+A = Stored(b"a", granularity_bits=12)
+NO_ROOM = "No space left"
+
+
+@pytest.mark.parametrize("way", ["begin_migration", "inactivate"])
+def test_without_room_for_the_sentinel_nothing_changes_and_tracking_goes_on(way: str) -> None:
+    least = clusters_for(lambda tracker: tracker.mark(0, 1))
+    needed = clusters_for(lambda tracker: getattr(tracker, way)())
+    assert needed > least
+    for free in range(least, needed):
+        storage = Full(free, A)
+        with qcow2bm.open(storage, "r+") as image:
+            tracker = image.track()
+            tracker.mark(1 << 20, 1)
+            before = bytes(storage.data)
+            for _ in range(2):
+                with pytest.raises(qcow2bm.StorageError, match=NO_ROOM) as raised:
+                    getattr(tracker, way)()
+                assert raised.value.errno == errno.ENOSPC
+                assert not isinstance(raised.value, CommitError)
+                assert storage.data == before
+                assert tracker.state == "tracking"
+            tracker.mark(2 << 20, 1)
+            tracker.flush()
+            tracker.begin_migration(sentinel=False)
+            tracker.cancel_migration()
+            tracker.mark(3 << 20, 1)
+            tracker.stop()
+            assert bits_of(storage.data, "a") == {256, 512, 768}
+            assert under_counted(storage.data) == []
+
+
+def test_without_room_to_take_the_sentinel_out_the_migration_goes_on() -> None:
+    storage = Full(20, A)
+    with qcow2bm.open(storage, "r+") as image:
+        tracker = image.track()
+        tracker.mark(1 << 20, 1)
+        tracker.flush()
+        tracker.begin_migration()
+        free = storage.free_clusters()
+        storage.take()
+        before = bytes(storage.data)
+        for _ in range(2):
+            with pytest.raises(qcow2bm.StorageError, match=NO_ROOM):
+                tracker.cancel_migration()
+            assert tracker.state == "migrating"
+            assert storage.data == before
+        for cluster in free:
+            set_refcount(storage.data, cluster, 0)
+        tracker.cancel_migration()
+        assert tracker.state == "tracking"
+        tracker.stop()
+    assert list(statuses(storage.data)) == ["a"]
+    assert bits_of(storage.data, "a") == {256}
+
+
+def given_away(storage: Full, image: qcow2bm.Image) -> Tracker:
+    tracker = image.track()
+    tracker.mark(1 << 20, 1)
+    tracker.inactivate()
+    return tracker
+
+
+WIDE = [Stored(b"wide%d" % number, granularity_bits=9) for number in range(6)]
+"""Of four clusters each, of which none is stored so far."""
+
+
+@pytest.mark.parametrize("is_room_left", [False, True])
+def test_an_image_whose_free_clusters_were_taken_comes_back(is_room_left: bool) -> None:
+    """And goes on as long as there is room; then tracking ends, and nothing is believed."""
+    storage = Full(120, A, *WIDE)
+    with qcow2bm.open(storage, "r+") as image:
+        tracker = given_away(storage, image)
+        needed = 0
+        while True:  # as few as let the commit itself be done
+            trial = Full(120, A, *WIDE)
+            with qcow2bm.open(trial, "r+") as other:
+                tried = given_away(trial, other)
+                trial.take(needed)
+                try:
+                    tried.activate()
+                except qcow2bm.StorageError:
+                    assert tried.state == "inactive"
+                    needed += 1
+                    continue
+            break
+        storage.take(needed + 30 * is_room_left)
+        assert tracker.activate().outcome == "unchanged"
+        states = [tracker.state]
+        tracker.mark(1 << 20, 4096)  # where there is a cluster already
+        tracker.flush()
+        states.append(tracker.state)
+        tracker.mark_many(np.array([[n, 1] for n in range(0, SIZE, 1 << 20)]))
+        if is_room_left:
+            tracker.flush()
+            tracker.stop()
+        else:
+            with pytest.raises(qcow2bm.StorageError, match="no room") as raised:
+                tracker.flush()
+            assert raised.value.errno == errno.ENOSPC
+            with pytest.raises(StateError) as refused:
+                tracker.mark(0, 1)
+            assert refused.value.__cause__ is raised.value
+        states.append(tracker.state)
+    assert states == ["tracking", "tracking", "stopped" if is_room_left else "failed"]
+    found = statuses(storage.data)
+    assert len(found) == 7
+    assert set(found.values()) == {"valid" if is_room_left else "inconsistent"}
+    assert under_counted(storage.data) == []
+    if is_room_left:
+        for name in found:
+            bits = 12 if name == "a" else 9
+            wanted = {start >> bits for start in range(0, SIZE, 1 << 20)}
+            assert bits_of(storage.data, name) >= wanted
+
+
+def bits_of(data: bytes | bytearray, name: str) -> set[int]:
+    with qcow2bm.open(bytes(data)) as image:
+        return ones(image.bitmaps[name].packed())

@@ -1,4 +1,4 @@
-"""The bitmap that tells of writes: how fine it is, its canary, and what it says was written."""
+"""The bitmaps that tell of writes: how fine they are, and when and what they tell."""
 
 from __future__ import annotations
 
@@ -60,15 +60,30 @@ def test_some_granularities(size: int, cluster_size: int, granularity: int) -> N
 
 @pytest.mark.spec("LIFE-8")
 def test_no_two_have_the_same_name() -> None:
-    names = {Sentinel.fresh(1 << 30, 65536).name for _ in range(200)}
-    assert len(names) == 200
+    fresh = [Sentinel.fresh(1 << 30, 65536) for _ in range(200)]
+    names = {name for sentinel in fresh for name in (sentinel.name, sentinel.canary_name)}
+    assert len(names) == 400
     assert all(map(is_sentinel, names))
+
+
+@pytest.mark.spec("LIFE-8")
+def test_the_canary_has_the_name_of_its_sentinel() -> None:
+    sentinel = Sentinel.fresh(1 << 30, 65536)
+    assert sentinel.canary_name == f"{sentinel.name}-canary"
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         (f"{PREFIX}{UUID}", True),
+        (f"{PREFIX}{UUID}-canary", True),
+        (f"{PREFIX}{UUID}-canary-canary", False),
+        (f"{PREFIX}{UUID}-canary\n", False),
+        (f"{PREFIX}{UUID}-Canary", False),
+        (f"{PREFIX}{UUID}-", False),
+        (f"{PREFIX}{UUID}canary", False),
+        (f"{PREFIX}-canary", False),
+        ("-canary", False),
         (PREFIX, False),
         (f"{PREFIX}{UUID}x", False),
         (f"{PREFIX}{UUID}\n", False),
@@ -84,17 +99,6 @@ def test_what_is_a_sentinel_by_its_name(name: str | None, expected: bool) -> Non
     assert is_sentinel(name) is expected
 
 
-@pytest.mark.spec("LIFE-10")
-@given(sizes, cluster_sizes)
-def test_the_canary_is_the_last_bit(size: int, cluster_size: int) -> None:
-    sentinel = Sentinel.fresh(size, cluster_size)
-    start, length = sentinel.canary
-    assert start % sentinel.granularity == 0
-    assert start + length == size
-    assert 0 < length <= sentinel.granularity
-    assert start // sentinel.granularity == ceil_div(size, sentinel.granularity) - 1
-
-
 def dense(size: int, cluster_size: int = 512) -> tuple[Sentinel, int]:
     """A sentinel and how many bytes its bits take in whole clusters."""
     sentinel = Sentinel.fresh(size, cluster_size)
@@ -102,15 +106,12 @@ def dense(size: int, cluster_size: int = 512) -> tuple[Sentinel, int]:
     return sentinel, ceil_div(bits, 8 * cluster_size) * cluster_size
 
 
-@pytest.mark.spec("LIFE-10")
 @given(st.integers(1, 5000).map(lambda n: n * 512))
-def test_in_the_beginning_it_has_its_canary_and_nothing_else(size: int) -> None:
+def test_in_the_beginning_nothing_was_written(size: int) -> None:
     sentinel, length = dense(size)
-    octets = np.frombuffer(sentinel.octets(length), np.uint8)
-    assert np.unpackbits(octets).sum() == 1
-    written = sentinel.written(octets)
-    assert written is not None
-    assert written.tolist() == [list(sentinel.canary)]
+    written = sentinel.written(np.zeros(length, np.uint8))
+    assert written.dtype == np.int64
+    assert written.shape == (0, 2)
 
 
 @pytest.mark.spec("LIFE-10")
@@ -120,45 +121,67 @@ def test_in_the_beginning_it_has_its_canary_and_nothing_else(size: int) -> None:
     st.booleans(),
 )
 def test_what_it_says_was_written(
-    size: int, writes: list[tuple[int, int]], keeps_canary: bool
+    size: int, writes: list[tuple[int, int]], reaches_the_end: bool
 ) -> None:
     sentinel, length = dense(size)
     granularity, count = sentinel.granularity, ceil_div(size, sentinel.granularity)
     bits = np.zeros(8 * length, np.uint8)
-    for place, span in writes:
+    for place, span in [*writes, *([(size - 1, 1)] if reaches_the_end else [])]:
         start = place % size
         bits[start // granularity : ceil_div(min(start + span, size), granularity)] = 1
-    bits[count - 1] = keeps_canary
     found = sentinel.written(np.packbits(bits, bitorder="little"))
-    if not keeps_canary:
-        assert found is None
-        return
-    assert found is not None
     assert found.dtype == np.int64
     marked = np.zeros(count, np.uint8)
-    ends = [0]
+    end = -1
     for start, span in found.tolist():
         assert span > 0
-        assert start > ends[-1] or start == 0
-        ends.append(start + span)
-        marked[start // granularity : ceil_div(start + span, granularity)] = 1
-    assert ends[-1] == size
+        assert start > end
+        end = start + span
+        marked[start // granularity : ceil_div(end, granularity)] = 1
+    assert end <= size
     assert np.array_equal(marked, bits[:count])
+    if reaches_the_end:
+        assert end == size
 
 
+NAME = f"{PREFIX}{UUID}"
+
+
+@pytest.mark.spec("LIFE-10")
 @pytest.mark.parametrize(
-    ("found", "reason"),
+    ("found", "canary", "reason"),
     [
-        (None, "is gone"),
-        (entry(FLAG_AUTO | FLAG_IN_USE), "in_use"),
-        (entry(FLAG_IN_USE), "in_use"),
-        (entry(0), "disabled"),
-        (entry(granularity_bits=17), "another granularity"),
-        (entry(), ""),
+        (None, entry(0), "the sentinel is gone"),
+        (entry(FLAG_AUTO | FLAG_IN_USE), entry(0), "the sentinel is in_use"),
+        (entry(FLAG_IN_USE), entry(0), "the sentinel is in_use"),
+        (entry(0), entry(0), "the sentinel was disabled"),
+        (entry(granularity_bits=17), entry(0), "the sentinel has another granularity"),
+        (entry(), None, "the canary is gone"),
+        (entry(), entry(FLAG_IN_USE), "the canary is in_use"),
+        (entry(), entry(FLAG_AUTO | FLAG_IN_USE), "the canary is in_use"),
+        (entry(), entry(FLAG_AUTO), "the canary was enabled"),
+        (entry(), entry(0, 15), "the canary has another granularity"),
+        (None, None, "is gone"),
+        (entry(), entry(0), ""),
     ],
 )
-def test_when_it_is_no_evidence(found: DirectoryEntry | None, reason: str) -> None:
-    sentinel = Sentinel(f"{PREFIX}{UUID}", 65536, 1 << 30)
-    why = sentinel.why_no_evidence(found)
+def test_when_it_is_no_evidence(
+    found: DirectoryEntry | None, canary: DirectoryEntry | None, reason: str
+) -> None:
+    why = Sentinel(NAME, 65536, 1 << 30).why_no_evidence(found, canary)
     assert reason in why
     assert bool(why) == bool(reason)
+
+
+@pytest.mark.spec("LIFE-10")
+def test_there_is_one_way_for_both_to_be() -> None:
+    """All flags and two granularities of each, and either gone."""
+    sentinel = Sentinel(NAME, 65536, 1 << 30)
+    kinds = [None, *(entry(flags, bits) for flags in range(4) for bits in (15, 16))]
+    sound = [
+        (found, canary)
+        for found in kinds
+        for canary in kinds
+        if not sentinel.why_no_evidence(found, canary)
+    ]
+    assert sound == [(entry(FLAG_AUTO), entry(0))]

@@ -29,10 +29,13 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="writing is for Li
 class Logged(MemoryStorage):
     """Lists what is asked of it; its lock can be refused, or fail when it is let go."""
 
+    excludes_other_hosts = True
+
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__(bytearray(CONTENT), "<logged>")
         self.log: list[str] = []
         self.error = error
+        self.refresh_error: BaseException | None = None
         self.release_error: BaseException | None = None
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
@@ -48,6 +51,8 @@ class Logged(MemoryStorage):
 
     def refresh(self) -> None:
         self.log.append("refresh")
+        if self.refresh_error:
+            raise self.refresh_error
 
     def close(self) -> None:
         self.log.append("close")
@@ -66,6 +71,12 @@ class Logged(MemoryStorage):
 
     def write_lock(self, timeout: float) -> AbstractContextManager[None]:
         return self._locked(timeout)
+
+
+class Unseen(Logged):
+    """Other hosts do not see its lock."""
+
+    excludes_other_hosts = False
 
 
 WRITES: dict[str, Callable[[HeldStorage], object]] = {
@@ -135,6 +146,56 @@ def test_to_close_it_lets_the_lock_go_first() -> None:
         held.write(0, [b"x"])
 
 
+@pytest.mark.parametrize("kind", [Logged, Unseen])
+def test_the_lock_is_taken_once(kind: type[Logged]) -> None:
+    """Who was interrupted while he took it can take it again."""
+    storage = kind()
+    held = HeldStorage(storage)
+    held.acquire(1)
+    before = list(storage.log)
+    held.acquire(2)
+    storage.error = ImageLockedError("disk", "writes to it", "writing")
+    held.acquire(0)
+    assert held.is_held
+    assert storage.log == before
+    held.release()
+    assert not held.is_held
+    with pytest.raises(ImageLockedError):
+        held.acquire(0)
+    assert storage.log == [*before, "unlock"]
+
+
+@pytest.mark.spec("LIFE-3")
+def test_what_is_cached_is_forgotten_where_others_write_unseen() -> None:
+    storage = Unseen()
+    held = HeldStorage(storage)
+    for _ in range(2):
+        held.acquire(0)
+        assert storage.log == ["lock 0", "refresh"]
+        held.release()
+        del storage.log[:]
+    alone = Logged()
+    held = HeldStorage(alone)
+    held.acquire(0)
+    assert alone.log == ["lock 0"]
+
+
+@pytest.mark.parametrize("error", [StorageError("disk", 0, 0, "no"), KeyboardInterrupt()])
+def test_a_cache_that_cannot_be_forgotten_lets_the_lock_go(error: BaseException) -> None:
+    storage = Unseen()
+    storage.refresh_error = error
+    held = HeldStorage(storage)
+    with pytest.raises(type(error)):
+        held.acquire(0)
+    assert storage.log == ["lock 0", "refresh", "unlock"]
+    assert not held.is_held
+    with pytest.raises(StateError):
+        held.write(0, [b"x"])
+    storage.refresh_error = None
+    held.acquire(0)
+    held.write(0, [b"x"])
+
+
 @pytest.mark.parametrize(
     "error", [ImageLockedError("disk", "writes to it", "writing"), StorageError("disk", 0, 0, "no")]
 )
@@ -197,12 +258,25 @@ def test_reading_goes_on() -> None:
 
 
 @pytest.mark.spec("LIFE-5")
-@pytest.mark.parametrize("value", [None, True, False])
-def test_whether_others_are_kept_away_is_up_to_the_storage(value: bool | None) -> None:
-    storage = Logged()
-    if value is not None:
-        storage.excludes_other_hosts = value  # type: ignore[attr-defined]
-    assert HeldStorage(storage).excludes_other_hosts is (value is not False)
+@pytest.mark.parametrize("kind", [Logged, Unseen, MemoryStorage])
+def test_whether_others_are_kept_away_is_up_to_the_storage(kind: type[MemoryStorage]) -> None:
+    storage = MemoryStorage(bytearray(CONTENT)) if kind is MemoryStorage else kind()  # type: ignore[call-arg]
+    assert HeldStorage(storage).excludes_other_hosts is (kind is not Unseen)
+    assert isinstance(storage, WritableStorage)
+
+
+def test_a_storage_has_to_say_whether_others_are_kept_away() -> None:
+    """Or it would be taken for one whose lock everybody sees."""
+
+    class Silent:
+        pass
+
+    for name in {"name", *dir(WritableStorage)} - {"excludes_other_hosts"}:
+        if not name.startswith("_"):
+            setattr(Silent, name, getattr(MemoryStorage, name, "silent"))
+    assert not isinstance(Silent(), WritableStorage)
+    Silent.excludes_other_hosts = True  # type: ignore[attr-defined]
+    assert isinstance(Silent(), WritableStorage)
 
 
 # --- regular files ------------------------------------------------------------------------------

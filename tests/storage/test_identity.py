@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -24,15 +26,22 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+def identity(path: str | Path) -> FileIdentity:
+    """That of a regular file."""
+    found = identify(path)
+    assert found is not None
+    return found
+
+
 def later(path: Path, change: Callable[[], object]) -> FileIdentity:
     """The identity after a change, once the file system's clock has moved on."""
-    before = identify(path)
+    before = identity(path)
     for _ in range(500):
         change()
         if identify(path) != before:
             break
         time.sleep(0.002)
-    return identify(path)
+    return identity(path)
 
 
 def test_it_is_what_the_system_says(path: Path) -> None:
@@ -52,29 +61,29 @@ def test_any_kind_of_path(path: Path, kind: Callable[[Path], str | Path]) -> Non
 
 
 def test_reading_changes_nothing(path: Path) -> None:
-    before = identify(path)
+    before = identity(path)
     for _ in range(3):
         assert path.read_bytes() == CONTENT
         assert identify(path) == before
 
 
 def test_a_write_shows(path: Path) -> None:
-    before = identify(path)
+    before = identity(path)
     now = later(path, lambda: path.write_bytes(CONTENT))
     assert now != before
     assert now[:3] == before[:3]
 
 
 def test_another_length_shows(path: Path) -> None:
-    before = identify(path)
+    before = identity(path)
     os.truncate(path, 3)
-    assert identify(path).size == 3
+    assert identity(path).size == 3
     assert identify(path) != before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere there is no time of the last change")
 def test_who_puts_back_the_time_of_the_last_write_shows(path: Path) -> None:
-    before = identify(path)
+    before = identity(path)
 
     def change() -> None:
         path.write_bytes(CONTENT)
@@ -86,12 +95,12 @@ def test_who_puts_back_the_time_of_the_last_write_shows(path: Path) -> None:
 
 
 def test_another_file_in_its_place_shows(path: Path) -> None:
-    before = identify(path)
+    before = identity(path)
     other = path.with_name("other")
     other.write_bytes(CONTENT)
     os.utime(other, ns=(before.modified_ns, before.modified_ns))
     other.replace(path)
-    assert identify(path).inode != before.inode
+    assert identity(path).inode != before.inode
 
 
 def test_a_link_is_followed(path: Path) -> None:
@@ -100,14 +109,63 @@ def test_a_link_is_followed(path: Path) -> None:
     assert identify(link) == identify(path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no FIFOs")
-def test_it_is_never_opened(path: Path) -> None:
-    """A FIFO would wait for a writer, and a file may be closed to everybody."""
-    fifo = path.with_name("fifo")
-    os.mkfifo(fifo)
-    assert identify(fifo).size == 0
+def test_it_is_never_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may be closed to everybody."""
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise AssertionError("was opened")
+
     path.chmod(0)
-    assert identify(path).size == len(CONTENT)
+    for module, name in ((os, "open"), (io, "open"), (io, "FileIO")):
+        monkeypatch.setattr(module, name, refuse)
+    assert identity(path).size == len(CONTENT)
+
+
+def require_refused(path: Path) -> None:
+    with pytest.raises(StorageError, match="no regular file and no block device") as raised:
+        identify(path)
+    assert raised.value.path == str(path)
+
+
+def test_a_directory_is_no_disk(tmp_path: Path) -> None:
+    require_refused(tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    require_refused(link)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no FIFOs")
+def test_a_fifo_is_no_disk(tmp_path: Path) -> None:
+    """Who opened it would wait for a writer for ever."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    require_refused(fifo)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no devices")
+def test_a_character_device_is_no_disk() -> None:
+    require_refused(Path(os.devnull))
+
+
+def with_mode(path: Path, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system says that the path is something else."""
+    real = path.stat()
+    told = os.stat_result((kind | 0o600, *real[1:]))
+    monkeypatch.setattr(os, "stat", lambda path: told)
+
+
+def test_a_block_device_has_no_such_facts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times say nothing of what others write to it, nor does its size."""
+    with_mode(path, stat.S_IFBLK, monkeypatch)
+    assert identify(path) is None
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFCHR, stat.S_IFDIR, stat.S_IFIFO, stat.S_IFSOCK, 0])
+def test_there_are_two_kinds_of_disks(
+    path: Path, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_mode(path, kind, monkeypatch)
+    require_refused(path)
 
 
 @pytest.mark.parametrize("name", ["none", "none/deeper", "a\0b", "x" * 5000])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,13 @@ from support.images import Stored, build_image, extension
 from tracker.recording import RecordingStorage
 
 import qcow2bm
-from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError, StorageError
+from qcow2bm.errors import (
+    BitmapNotFoundError,
+    CommitError,
+    ImageLockedError,
+    StateError,
+    StorageError,
+)
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.migration.sentinel import PREFIX, is_sentinel
@@ -63,11 +69,30 @@ def write_elsewhere(data: bytearray, granule: int) -> None:
 # --- several disks ------------------------------------------------------------------------------
 
 
+class Shared(FaultyStorage):
+    """Other hosts do not see its lock."""
+
+    excludes_other_hosts = False
+
+
+class Lockable(FaultyStorage):
+    """Its lock can be somebody else's."""
+
+    is_locked = False
+
+    @contextmanager
+    def write_lock(self, timeout: float) -> Iterator[None]:
+        if self.is_locked:
+            raise ImageLockedError("<faulty>", "writes to it", "writing")
+        with super().write_lock(timeout):
+            yield
+
+
 class Disks:
     """Three disks, each with a bitmap "a", and marks in the granule of its number."""
 
-    def __init__(self) -> None:
-        self.storages = {name: FaultyStorage(image("a", "b")) for name in ("vda", "vdb", "vdc")}
+    def __init__(self, kind: type[FaultyStorage] = FaultyStorage) -> None:
+        self.storages = {name: kind(image("a", "b")) for name in ("vda", "vdb", "vdc")}
         self.images = {n: qcow2bm.open(s, "r+") for n, s in self.storages.items()}
         self.trackers = {name: opened.track() for name, opened in self.images.items()}
         for number, tracker in enumerate(self.trackers.values()):
@@ -80,6 +105,21 @@ class Disks:
 
     def data(self, disk: str) -> bytearray:
         return self.storages[disk].data
+
+    def lock(self, *disks: str) -> None:
+        """Somebody else has the locks of these, and of no other."""
+        for disk, storage in self.storages.items():
+            assert isinstance(storage, Lockable)
+            storage.is_locked = disk in disks
+
+    def activate(self, **options: Any) -> dict[str, str]:
+        """The outcome of each disk, or what kind of error there was."""
+        back = self.group.activate(**options)
+        assert list(back) == list(self.trackers)
+        return {
+            disk: found.outcome if isinstance(found, Activation) else type(found).__name__
+            for disk, found in back.items()
+        }
 
     def break_barrier(self, disk: str) -> None:
         def fail() -> None:
@@ -151,23 +191,79 @@ def test_one_fails_and_the_others_are_reported() -> None:
     assert statuses(disks.data("vdb"))["a"] == "inconsistent"
     for number, disk in ((0, "vda"), (2, "vdc")):
         assert dirty(disks.data(disk), "a") == {number}
-    back = disks.group.activate()
-    assert list(back) == ["vda", "vdc"]  # vdb was not given away
-    assert [r.outcome for r in back.values() if isinstance(r, Activation)] == ["unchanged"] * 2
-    assert disks.states == ["tracking", "failed", "tracking"]
+    for _ in range(2):
+        assert disks.activate() == {"vda": "unchanged", "vdb": "StateError", "vdc": "unchanged"}
+        assert disks.states == ["tracking", "failed", "tracking"]
+    ended = disks.group.activate()["vdb"]
+    assert isinstance(ended, StateError)
+    assert isinstance(ended.__cause__, CommitError)
 
 
 def test_one_cannot_be_taken_back_and_the_others_are() -> None:
     disks = Disks()
     disks.group.inactivate()
     disks.break_barrier("vdb")
-    found = disks.group.activate()
-    assert isinstance(found["vdb"], CommitError)
-    assert disks.states == ["tracking", "inactive", "tracking"]
+    for _ in range(2):
+        found = disks.activate()
+        assert found == {"vda": "unchanged", "vdb": "CommitError", "vdc": "unchanged"}
+        assert disks.states == ["tracking", "inactive", "tracking"]
     del disks.storages["vdb"].barrier
-    again = disks.group.activate()
-    assert list(again) == ["vdb"]  # the others are back
+    assert disks.activate() == dict.fromkeys(disks.trackers, "unchanged")
     assert disks.states == ["tracking"] * 3
+
+
+@pytest.mark.spec("LIFE-16")
+@pytest.mark.parametrize("locked", [("vda",), ("vdc",), ("vda", "vdc"), ("vdb", "vdc")])
+def test_a_changed_disk_stays_in_the_result_of_every_retry(locked: tuple[str, ...]) -> None:
+    """Or the machine would go on with a disk that was written to, once the others are back."""
+    disks = Disks(Lockable)
+    disks.group.inactivate()
+    write_elsewhere(disks.data("vdb"), 100)
+    sound = {"vda": "unchanged", "vdb": "changed", "vdc": "unchanged"}
+    disks.lock(*locked)
+    for _ in range(2):
+        assert disks.activate() == sound | dict.fromkeys(locked, "ImageLockedError")
+        assert [disks.trackers[disk].state for disk in locked] == ["inactive"] * len(locked)
+    disks.lock(*locked[1:])
+    disks.activate()
+    disks.lock()
+    assert disks.activate() == sound
+    assert disks.states == ["tracking"] * 3
+    disks.trackers["vdb"].mark(200 * GRANULE, 1)
+    disks.group.begin_migration()
+    disks.group.cancel_migration()
+    again = disks.group.activate()["vdb"]
+    assert isinstance(again, Activation)
+    assert again.outcome == "changed"
+    assert again.changed is not None
+    assert again.changed.tolist() == [[100 * GRANULE, 512]]
+    assert {fate.kind for fate in again.bitmaps.values()} == {"reloaded"}
+    # Until they are given away again.
+    disks.group.inactivate()
+    assert disks.activate() == dict.fromkeys(disks.trackers, "unchanged")
+
+
+def test_what_was_found_is_forgotten_when_they_are_given_away_again() -> None:
+    """Even if that fails: nobody took this one back since."""
+    disks = Disks()
+    disks.group.inactivate()
+    write_elsewhere(disks.data("vdb"), 100)
+    assert disks.activate()["vdb"] == "changed"
+    with pytest.raises(ValueError, match="no disk"):
+        disks.group.inactivate(data_files={"none": "path"})
+    assert disks.activate()["vdb"] == "changed"
+    disks.break_barrier("vda")
+    disks.group.inactivate()
+    assert disks.activate() == {"vda": "StateError", "vdb": "unchanged", "vdc": "unchanged"}
+
+
+def test_a_disk_that_was_not_taken_back_never_counts_as_unchanged() -> None:
+    disks = Disks(Lockable)
+    disks.group.inactivate()
+    disks.lock("vda")
+    assert disks.activate()["vda"] == "ImageLockedError"
+    disks.trackers["vda"].abandon()
+    assert disks.activate()["vda"].endswith("Error")
 
 
 def test_one_is_changed_and_the_others_are_not() -> None:
@@ -185,11 +281,32 @@ def test_those_that_are_not_given_away_are_left_alone() -> None:
     disks = Disks()
     disks.trackers["vda"].inactivate()
     disks.trackers["vdb"].stop()
-    calls = list(disks.storages["vdc"].calls)
-    assert list(disks.group.activate()) == ["vda"]
-    assert disks.states == ["tracking", "stopped", "tracking"]
-    assert disks.storages["vdc"].calls == calls
-    assert disks.group.activate() == {}
+    disks.trackers["vdc"].mark(9 * GRANULE, 1)
+    calls, names = list(disks.storages["vdc"].calls), disks.trackers["vdc"].names
+    for _ in range(2):
+        assert disks.activate() == {"vda": "unchanged", "vdb": "StateError", "vdc": "unchanged"}
+        assert disks.states == ["tracking", "stopped", "tracking"]
+        assert disks.storages["vdc"].calls == calls
+    never = disks.group.activate()["vdc"]
+    assert isinstance(never, Activation)
+    assert {name: fate.kind for name, fate in never.bitmaps.items()} == {"a": "kept", "b": "kept"}
+    assert list(never.bitmaps) == names
+    assert never.changed is not None
+    assert never.changed.dtype == np.int64
+    assert never.changed.shape == (0, 2)
+    assert "not given away" in never.reason
+    disks.trackers["vdc"].begin_migration()
+    assert disks.activate()["vdc"] == "unchanged"  # it is still here
+    assert disks.states[2] == "migrating"
+
+
+@pytest.mark.parametrize("end", ["stop", "abandon"])
+def test_a_disk_whose_tracking_has_ended_keeps_the_machine_from_going_on(end: str) -> None:
+    disks = Disks()
+    getattr(disks.trackers["vdb"], end)()
+    disks.group.inactivate()
+    for _ in range(2):
+        assert disks.activate() == {"vda": "unchanged", "vdb": "StateError", "vdc": "unchanged"}
 
 
 def test_what_is_refused_is_reported_for_each_disk() -> None:
@@ -204,9 +321,7 @@ def test_what_is_refused_is_reported_for_each_disk() -> None:
 
 
 def test_the_word_of_the_caller_and_the_policy_are_for_all() -> None:
-    disks = Disks()
-    for storage in disks.storages.values():
-        storage.excludes_other_hosts = False  # type: ignore[attr-defined]
+    disks = Disks(Shared)
     disks.group.begin_migration(carried={disk: ["a", "b"] for disk in disks.trackers})
     disks.group.inactivate()
     assert all(isinstance(r, StateError) for r in disks.group.activate().values())
@@ -219,7 +334,7 @@ def test_the_word_of_the_caller_and_the_policy_are_for_all() -> None:
         assert found.outcome == "changed"
         assert {fate.kind for fate in found.bitmaps.values()} == {"kept"}
     disks.group.stop()
-    assert dirty(disks.data("vdc"), "a") == {2, 100, SIZE // GRANULE - 1}
+    assert dirty(disks.data("vdc"), "a") == {2, 100}
 
 
 def test_data_files_are_by_disk(tmp_path: Path) -> None:
@@ -255,6 +370,22 @@ def test_a_group_does_not_wait_for_its_own_thread() -> None:
         ):
             call()
     assert disks.states == ["tracking"] * 3
+
+
+@pytest.mark.parametrize("names", ["a", "ab", ""])
+def test_one_name_is_not_names(names: str) -> None:
+    """A name of one letter would be taken for a list of it; the rest would seem to be missing."""
+    disks = Disks()
+    for tracker in disks.trackers.values():
+        with pytest.raises(TypeError, match="not one name"):
+            tracker.begin_migration(carried=names)
+    assert disks.states == ["tracking"] * 3
+    found = disks.group.begin_migration(carried={"vda": names})
+    assert isinstance(found["vda"], TypeError)
+    assert disks.states == ["tracking", "migrating", "migrating"]
+    assert list(statuses(disks.data("vda"))) == ["a", "b"]
+    disks.group.inactivate()
+    assert set(statuses(disks.data("vda")).values()) == {"valid"}
 
 
 # --- sentinels that were left behind ------------------------------------------------------------
@@ -306,6 +437,16 @@ def test_those_of_others_go_when_the_image_is_taken_back() -> None:
         found = tracker.activate()
         assert set(found.bitmaps) == {"a"}
         assert list(statuses(data)) == ["a"]
+
+
+@pytest.mark.spec("LIFE-11")
+def test_a_canary_goes_with_or_without_its_sentinel() -> None:
+    for names in ([OLD_SENTINEL + "-canary"], [OLD_SENTINEL, OLD_SENTINEL + "-canary"]):
+        old = [Stored(name.encode(), [b"\x01"], 16, 0) for name in names]
+        data = build_image(Stored(b"a", granularity_bits=12), *old, size=SIZE).data
+        with qcow2bm.open(data, "r+") as opened:
+            assert opened.track().names == ["a"]
+            assert list(statuses(data)) == ["a"]
 
 
 @pytest.mark.parametrize("names", [["none"], [], ["off"]])
