@@ -332,10 +332,17 @@ GUEST = bytes(range(1, 256)) * 16
 
 
 class Locking(FaultyStorage):
-    """Knows whether its lock is held, and that flags are written in the directory only."""
+    """Knows whether its lock is held, and that flags are written in the directory only.
+
+    What is wrong it lists: whatever it raised would be taken for a write that failed.
+    """
 
     is_locked = False
     is_strict = False
+
+    def __init__(self, data: bytearray) -> None:
+        super().__init__(data)
+        self.wrong: list[str] = []
 
     @contextmanager
     def write_lock(self, timeout: float) -> Iterator[None]:
@@ -347,11 +354,13 @@ class Locking(FaultyStorage):
                 self.is_locked = False
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        assert self.is_locked
+        if not self.is_locked:
+            self.wrong.append("written without the lock")
         if self.is_strict and len(b"".join(parts)) == 4:
             with qcow2bm.open(bytes(self.data)) as opened:
                 places = [entry.offset + 12 for entry in opened.directory]
-            assert offset in places, "flags were written outside of the directory"
+            if offset not in places:
+                self.wrong.append(f"flags were written outside of the directory, at {offset}")
         super().write(offset, parts)
 
 
@@ -438,6 +447,7 @@ class Interrupted:
     def require_sound(self) -> None:
         """What is valid has exactly what was marked; the guest's clusters are as they were."""
         data = self.storage.data
+        assert self.storage.wrong == []
         assert under_counted(data) == []
         guest = slice(self.guest.start, self.guest.stop)
         assert data[guest] == self.original[guest]
@@ -589,7 +599,8 @@ class Full(MemoryStorage):
         return len(self.data)
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        assert offset + len(b"".join(parts)) <= len(self.data)
+        if offset + len(b"".join(parts)) > len(self.data):
+            raise qcow2bm.StorageError(self.name, offset, 0, "behind the end", errno.EFBIG)
         super().write(offset, parts)
 
     def take(self, keep: int = 0) -> None:
