@@ -30,7 +30,6 @@ class TrackerGroup:
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
         self._trackers = dict(trackers)
-        self._found: dict[str, Activation | Exception] = {}
 
     def converge(
         self, max_downtime: float, timeout: float | None = None
@@ -72,7 +71,6 @@ class TrackerGroup:
             ValueError: there is no disk of such a name.
         """
         paths = self._known(data_files)
-        self._found.clear()
         return self._all(lambda disk, tracker: tracker.inactivate(data_file=paths.get(disk)))
 
     def activate(
@@ -88,23 +86,16 @@ class TrackerGroup:
         are given away again, and "unchanged" for those that never were. The machine can go on only
         if all of them are "unchanged".
         """
-        self._found |= self._all(
+        results = self._all(
             lambda _, tracker: tracker.activate(
                 policy, other_side_has_stopped=other_side_has_stopped, lock_timeout=lock_timeout
             ),
             [disk for disk, tracker in self._trackers.items() if tracker.state == "inactive"],
         )
-        return {disk: self._verdict(disk, tracker) for disk, tracker in self._trackers.items()}
-
-    def _verdict(self, disk: str, tracker: Tracker) -> Activation | Exception:
-        from qcow2bm.tracker.handover import not_given_away
-
-        if disk in self._found:
-            return self._found[disk]
-        try:
-            return not_given_away(tracker)
-        except StateError as error:
-            return error
+        return {
+            disk: results[disk] if disk in results else _verdict(tracker)
+            for disk, tracker in self._trackers.items()
+        }
 
     def _known(self, by_disk: Mapping[str, _Result] | None) -> Mapping[str, _Result]:
         unknown = set(by_disk or {}) - set(self._trackers)
@@ -127,3 +118,12 @@ class TrackerGroup:
 
         with ThreadPoolExecutor(max(1, len(chosen))) as pool:
             return dict(zip(chosen, pool.map(attempt, chosen), strict=True))
+
+
+def _verdict(tracker: Tracker) -> Activation | Exception:
+    from qcow2bm.tracker.handover import verdict
+
+    try:
+        return verdict(tracker)
+    except StateError as error:
+        return error

@@ -139,6 +139,7 @@ def inactivate(tracker: Tracker, migration: Migration, data_file: FilePath | Non
         change_token=tracker._storage.change_token(),
         next_token=fresh_token(),
     )
+    tracker._activation = None
     tracker._storage.release()
     return report
 
@@ -282,6 +283,7 @@ class _Comeback:
         tracker._recorder.reopen(size, tracker._now.granularity, tracker._now.bits)
         if self._has_kept and self.activation.changed is not None:
             tracker._recorder.mark_many(self.activation.changed)
+        tracker._activation = self.activation
         tracker._migration = None
 
 
@@ -292,8 +294,13 @@ def _token(file: ClusterFile, migration: Migration) -> bytes | None:
     return migration.left.facts.token if found == migration.next_token else found
 
 
-def not_given_away(tracker: Tracker) -> Activation:
-    """What there is to say of a disk that was never in other hands; `StateError` if it ended."""
+def verdict(tracker: Tracker) -> Activation:
+    """What was found when the disk was taken back last; `StateError` once tracking has ended.
+
+    "unchanged" if it was not in other hands.
+    """
     tracker._require("flush")
+    if tracker._activation:
+        return tracker._activation
     fates = dict.fromkeys(tracker.names, Fate("kept", "the disk was not given away"))
     return Activation("unchanged", "the disk was not given away", fates, np.zeros((0, 2), np.int64))

@@ -90,6 +90,7 @@ class Tracker:
         self._batches = Batches()
         self._on_end = on_end
         self._migration: Migration | None = None  # from its beginning until it is over
+        self._activation: Activation | None = None  # the last, until it is given away again
         self.mark = self._recorder.mark
 
     def __enter__(self) -> Tracker:

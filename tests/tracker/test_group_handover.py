@@ -641,6 +641,19 @@ def test_marks_of_other_threads_while_it_is_taken_back(number: int) -> None:
     assert accepted <= dirty(storage.data, "b")
 
 
+def test_what_a_tracker_found_by_itself_the_group_knows() -> None:
+    disks = Disks()
+    disks.group.inactivate()
+    write_elsewhere(disks.data("vdb"), 100)
+    assert disks.trackers["vdb"].activate().outcome == "changed"
+    found = disks.group.activate()
+    assert {n: getattr(f, "outcome", f) for n, f in found.items()} == {
+        "vda": "unchanged",
+        "vdb": "changed",
+        "vdc": "unchanged",
+    }
+
+
 class Interleaving(int):
     """A number, during whose comparison another thread does something."""
 
