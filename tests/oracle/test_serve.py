@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -54,8 +55,12 @@ def flags(disk: RawDisk) -> dict[str, list[str]]:
 
 def is_in_use(disk: RawDisk) -> bool:
     """Whether the bitmap is being tracked at present, by what stands in the image."""
-    with qcow2bm.open(disk.image.path, force_share=True) as image:
-        return image.bitmaps["daily"].in_use
+    while True:  # nothing is locked, so the reader may meet the server's own write
+        with (
+            contextlib.suppress(qcow2bm.ChangedWhileReadingError),
+            qcow2bm.open(disk.image.path, force_share=True) as image,
+        ):
+            return image.bitmaps["daily"].in_use
 
 
 def dirty(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
