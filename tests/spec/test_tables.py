@@ -12,7 +12,7 @@ import pytest
 from support.specreader import Table, page, pages
 
 from qcow2bm import problems
-from qcow2bm.cli import console, grammar, report
+from qcow2bm.cli import arguments, console, grammar, report, rescue_arguments
 from qcow2bm.format import (
     directory,
     extensions,
@@ -231,13 +231,12 @@ def test_lock_bytes() -> None:
 
 def test_exit_statuses() -> None:
     stated = [int(text) for text in page("cli.md").table("Exit status").column("status")]
-    assert stated == [0, console.FAILED, report.PROBLEMS_FOUND, grammar.USAGE]
+    assert stated == [0, console.FAILED, report.PROBLEMS_FOUND, arguments.USAGE]
 
 
-def all_commands(
-    parser: argparse.ArgumentParser, name: str
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def all_commands(parser: arguments.Parser, name: str) -> Iterator[tuple[str, arguments.Parser]]:
     """The commands of one word and of two, in order; a first word alone is none."""
+    parser.complete()
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for word, below in action.choices.items():
@@ -247,9 +246,9 @@ def all_commands(
 
 
 def test_options() -> None:
-    commands = dict(all_commands(grammar._parser()[0], ""))
-    rescues = [f"rescue {action}" for action in grammar._RESCUES]
-    groups = {"all": list(commands), "edits": list(grammar._EDITS), "rescues": rescues}
+    commands = dict(all_commands(grammar.root(), ""))
+    rescues = [f"rescue {action}" for action in rescue_arguments.COMMANDS]
+    groups = {"all": list(commands), "edits": list(grammar.EDITS), "rescues": rescues}
     stated = {
         (command, option)
         for row in page("cli.md").table("Options").rows
