@@ -9,6 +9,9 @@ from array import array
 from collections.abc import Iterator
 
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, Run
+from qcow2bm.units import ceil_div
+
+_BLOCK = 1 << 16  # a larger integer does not fit the processor's cache
 
 
 def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> Iterator[Run]:
@@ -46,6 +49,21 @@ def count_bits(data: bytes | bytearray | memoryview) -> int:
     *Twin*: `qcow2bm.bits.counting.count_bits`.
     """
     return int.from_bytes(data, "little").bit_count()
+
+
+def dirty_bytes(octets: bytes | bytearray | memoryview, granularity: int, disk_size: int) -> int:
+    """How many guest bytes of a disk are dirty, the last granule clipped to its end.
+
+    ``octets`` are the packed bits, or only the first of them if the others are clear.
+    """
+    view = memoryview(octets)
+    blocks = (view[start : start + _BLOCK] for start in range(0, len(view), _BLOCK))
+    dirty = granularity * sum(count_bits(block) for block in blocks)
+    bits = ceil_div(disk_size, granularity)
+    last = bits - 1
+    if 8 * len(view) > last >= 0 and view[last // 8] >> last % 8 & 1:
+        dirty -= bits * granularity - disk_size
+    return dirty
 
 
 def count_edges(data: bytes | bytearray | memoryview, carry: int) -> int:

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib import import_module
@@ -22,13 +21,11 @@ from typing import NamedTuple
 
 from qcow2bm.api import open
 from qcow2bm.cli.console import fail
+from qcow2bm.clusters.blank import blank_image
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.plan import Barrier, Plan, Write, coalesce, execute
 from qcow2bm.errors import StateError, StorageError
 from qcow2bm.format.directory import FIELD_OFFSETS
-from qcow2bm.format.extensions import HeaderExtensions, build_extensions
-from qcow2bm.format.header import Header, build_header
-from qcow2bm.format.refcounts import build_refcount_block, build_refcount_table
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.store.live import load_live
 from qcow2bm.tracker.tracker import Tracker
@@ -38,7 +35,6 @@ _DISK_BYTES = 16 << 40
 _GRANULARITY = 64 << 10
 _BITMAP_BYTES = _DISK_BYTES // _GRANULARITY // 8
 _ROOM_BYTES = _BITMAP_BYTES + (4 << 20)
-_CLUSTER_BITS = 16
 _WRITE_BYTES = 4 << 10
 _WRITES_PER_SECOND = 1000
 _FLUSH_SECONDS = 0.1
@@ -107,34 +103,10 @@ _HEADINGS = f"{'bytes':>12}{'barriers':>10}{'milliseconds':>14}"
 
 def _make_image(path: Path) -> None:
     """An empty disk, and a bitmap of which half the bits are set in every cluster."""
-    cluster = 1 << _CLUSTER_BITS
-    l1_size = _DISK_BYTES // (cluster * cluster // 8)
-    used = 3 + l1_size * 8 // cluster
-    header = Header(
-        version=3,
-        backing_file_offset=0,
-        backing_file_size=0,
-        cluster_bits=_CLUSTER_BITS,
-        size=_DISK_BYTES,
-        crypt_method=0,
-        l1_size=l1_size,
-        l1_table_offset=3 * cluster,
-        refcount_table_offset=cluster,
-        refcount_table_clusters=1,
-        nb_snapshots=0,
-        snapshots_offset=0,
-        header_length=112,
-        compression_type=0,
-        padding=bytes(7),
-    )
-    parts = (
-        build_header(header) + build_extensions(HeaderExtensions((), bytes(8))),
-        build_refcount_table(array("Q", [2 * cluster])),
-        build_refcount_block(array("H", [1] * used), header.refcount_order),
-    )
+    blank = blank_image(_DISK_BYTES)
     try:
-        path.write_bytes(b"".join(part.ljust(cluster, b"\0") for part in parts))
-        os.truncate(path, used * cluster)
+        path.write_bytes(blank.head)
+        os.truncate(path, blank.length)
     except OSError as error:
         raise StorageError.from_os(error, str(path), 0, 0, "writing") from error
     with open(path, "r+") as image, image.edit() as edit:
@@ -220,8 +192,8 @@ def _stop_that_stores_everything(path: Path) -> _Stop:
     with open(path) as image:
         (entry,) = image.directory
     with closing(FileStorage(path, writable=True)) as storage:
-        bitmap = load_live(ClusterFile(storage, force_share=True), entry)
-        size = 1 << _CLUSTER_BITS
+        file = ClusterFile(storage, force_share=True)
+        bitmap, size = load_live(file, entry), file.cluster_size
         data = [
             Write(offset, (bitmap.octets[number * size : (number + 1) * size],), "bitmap data")
             for number, offset in enumerate(bitmap.words)

@@ -13,6 +13,7 @@ from typing import Any
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.cli import report
 from qcow2bm.cli.dump import Options, totals
+from qcow2bm.cli.facts import json_text
 from qcow2bm.format.directory import FLAG_NAMES, TYPE_DIRTY_TRACKING
 from qcow2bm.format.features import KINDS
 from qcow2bm.problems import Problem
@@ -51,10 +52,7 @@ def print_dump(
 
 
 def _text(text: str | None) -> str | None:
-    """Text as JSON can hold it: U+FFFD for what is not Unicode."""
-    if text is None:
-        return None
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return None if text is None else json_text(text)
 
 
 def _facts(image: Image) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from qcow2bm.api import Edit, Image, open
 from qcow2bm.cli import addressing
 from qcow2bm.cli.console import fail
+from qcow2bm.cli.facts import json_text
 from qcow2bm.clusters.plan import Barrier, Plan, Write
 from qcow2bm.errors import ImageLockedError, Qcow2BmError, StorageError
 
@@ -175,7 +176,7 @@ def _print_json(name: str, plan: Plan) -> None:
     ]
     document = {
         "schema": SCHEMA,
-        "filename": name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
+        "filename": json_text(name),
         "bytes": plan.length,
         "barriers": plan.barriers,
         "steps": steps,

@@ -1,4 +1,4 @@
-"""Facts as people read them: a label and a value on each line."""
+"""Facts as people read them, a label and a value on each line, and names as JSON has them."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def size(size_bytes: int) -> str:
 def count(number: int, thing: str, things: str | None = None) -> str:
     """So many things, in the singular or the plural."""
     return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
+def json_text(text: str) -> str:
+    """A name as JSON can hold it: U+FFFD for what is not Unicode."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -65,6 +65,7 @@ exit status: 0 done; 1 could not do it; 64 wrong usage
 # Commands of two words. Each module defines what follows the first.
 _GROUPS = {
     "stream": "look at bitmaps in QEMU's migration stream, or put them into one",
+    "sidecar": "carry the bitmaps of a disk in a file of their own",
     "rescue": "keep the bitmaps of a running VM through a migration that fails",
 }
 

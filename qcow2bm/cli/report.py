@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from qcow2bm.api import Image, open
+from qcow2bm.api import Bitmap, Image, open
 from qcow2bm.cli.console import say
 from qcow2bm.problems import Problem
+from qcow2bm.store.status import VALID
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
@@ -27,6 +28,18 @@ PROBLEMS_FOUND = 2
 def open_image(arguments: argparse.Namespace) -> Image:
     """The image a reading command names; raises as `qcow2bm.open` does."""
     return open(arguments.image, force_share=arguments.force_share)
+
+
+def valid_bitmaps(image: Image) -> tuple[list[Bitmap], list[str]]:
+    """The bitmaps that are valid, and of each other one that it is left out, and why."""
+    bitmaps = [image.bitmap(entry.index) for entry in image.directory]
+    left_out = [f"{_label(b)} is {b.status}, and left out" for b in bitmaps if b.status != VALID]
+    return [bitmap for bitmap in bitmaps if bitmap.status == VALID], left_out
+
+
+def _label(bitmap: Bitmap) -> str:
+    name = bitmap.entry.name
+    return f"bitmap @{bitmap.index}" if name is None else f'bitmap "{escape(name)}"'
 
 
 def status(problems: Iterable[Problem]) -> int:

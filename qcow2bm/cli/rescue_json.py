@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qcow2bm.cli.facts import json_text
+
 if TYPE_CHECKING:
     from qcow2bm.qmp.arm import Arming
     from qcow2bm.qmp.finish import Finished
@@ -81,8 +83,8 @@ def of_finish(name: str, done: Sequence[Finished], *, dry_run: bool) -> Document
     """What ``rescue finish`` did."""
     bitmaps = [
         {
-            "copy": _text(one.copy),
-            "name": _text(one.name),
+            "copy": json_text(one.copy),
+            "name": json_text(one.name),
             "outcome": one.outcome,
             "reason": one.reason or None,
         }
@@ -92,12 +94,8 @@ def of_finish(name: str, done: Sequence[Finished], *, dry_run: bool) -> Document
 
 
 def _head(key: str, subject: str) -> Document:
-    return {"schema": SCHEMA, key: _text(subject)}
+    return {"schema": SCHEMA, key: json_text(subject)}
 
 
 def _place(bitmap: LiveBitmap) -> Document:
     return {"node": bitmap.node, "name": bitmap.name}
-
-
-def _text(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

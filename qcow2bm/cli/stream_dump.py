@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from qcow2bm.cli.facts import count, print_facts, size
+from qcow2bm.cli.facts import count, json_text, print_facts, size
 from qcow2bm.errors import FormatError
 from qcow2bm.migration.stream_bitmaps import StreamBitmap, StreamBitmaps
 from qcow2bm.units import escape
@@ -63,8 +63,8 @@ def _document(bitmaps: StreamBitmaps) -> dict[str, Any]:
         "complete": bitmaps.is_complete,
         "bitmaps": [
             {
-                "node-alias": _text(bitmap.node_alias),
-                "bitmap-alias": _text(bitmap.bitmap_alias),
+                "node-alias": json_text(bitmap.node_alias),
+                "bitmap-alias": json_text(bitmap.bitmap_alias),
                 "granularity": bitmap.granularity,
                 "enabled": bitmap.enabled,
                 "persistent": bitmap.persistent,
@@ -85,8 +85,3 @@ def _problem(fault: FormatError) -> dict[str, Any]:
         "offset": fault.offset,
         "message": str(fault),
     }
-
-
-def _text(name: str) -> str:
-    """A name as JSON can hold it: U+FFFD for what is not Unicode."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -7,44 +7,31 @@ from __future__ import annotations
 
 import argparse
 
-from qcow2bm.api import Edit, Image
-from qcow2bm.api.restore import why_in_doubt
-from qcow2bm.cli import report
+from qcow2bm.cli import report, restore
 from qcow2bm.cli.console import fail, say
-from qcow2bm.cli.edit import open_to_edit, print_plan
-from qcow2bm.clusters.plan import Plan
-from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.migration.stream_bitmaps import StreamBitmap, StreamBitmaps
 from qcow2bm.units import escape
 
 
-def restore(arguments: argparse.Namespace, bitmaps: StreamBitmaps) -> int:
-    """Puts the complete bitmaps of a stream into an image, in one edit; the exit status."""
+def run(arguments: argparse.Namespace, bitmaps: StreamBitmaps) -> int:
+    """Puts the complete bitmaps of a node into an image, in one edit; the exit status."""
     try:
         chosen = _by_name(arguments, bitmaps)
     except ValueError as error:
         return fail(arguments.file, str(error))
-    try:
-        with open_to_edit(arguments) as image:
-            doubt = "" if arguments.is_unchanged or arguments.is_all_dirty else why_in_doubt(image)
-            if doubt:
-                return fail(image.name, f"{_UNPROVEN}: {doubt}; {_CURES}")
-            with image.edit(dry_run=arguments.dry_run) as edit:
-                _load(image, edit, chosen, is_all_dirty=arguments.is_all_dirty)
-                plan = edit.plan() if arguments.dry_run else Plan()
-    except ValueError as error:
-        return fail(arguments.image, str(error))
-    if arguments.dry_run:
-        print_plan(arguments, plan)
+    saved = [
+        SavedBitmap(name, b.granularity, b.enabled, b.disk_size, b.packed().data)
+        for name, b in chosen.items()
+    ]
+    status = restore.restore(arguments, saved)
+    if status:
+        return status
     lost = [bitmap for bitmap in bitmaps.all if not bitmap.is_complete]
     for bitmap in lost:
         name = escape(bitmap.bitmap_alias)
         say(f'warning: {escape(arguments.file)}: bitmap "{name}" is not complete, and left out')
     return report.PROBLEMS_FOUND if lost or bitmaps.fault else 0
-
-
-_UNPROVEN = "nothing proves that the disk was not written to since the bitmaps were sent"
-_CURES = "give --assert-unchanged if you know it, or --as-dirty-ranges-unknown"
 
 
 def _by_name(arguments: argparse.Namespace, bitmaps: StreamBitmaps) -> dict[str, StreamBitmap]:
@@ -69,19 +56,3 @@ def _by_name(arguments: argparse.Namespace, bitmaps: StreamBitmaps) -> dict[str,
     if len(named) < len(found):
         raise ValueError("is given two bitmaps of one name by --map")
     return named
-
-
-def _load(
-    image: Image, edit: Edit, bitmaps: dict[str, StreamBitmap], *, is_all_dirty: bool
-) -> None:
-    size = image.virtual_size
-    for name, bitmap in bitmaps.items():
-        if bitmap.disk_size != size:
-            reason = f"is of a disk of {bitmap.disk_size} bytes, but this one has {size}"
-            raise ValueError(f'bitmap "{escape(name)}" of the stream {reason}')
-        edit.load(name, bitmap.granularity, bitmap.packed(), bitmap.enabled)
-        if is_all_dirty:
-            edit.set(name, 0, size)
-    if image.is_consistent:  # what was proved is proved
-        for name in filter(is_sentinel, image.bitmaps):
-            edit.remove(name)

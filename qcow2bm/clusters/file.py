@@ -87,6 +87,11 @@ class ClusterFile:
             end = max(end, header.backing_file_offset + header.backing_file_size)
         return end
 
+    @property
+    def used_header(self) -> bytes:
+        """The bytes up to the end of extensions and name of the backing file, as they were read."""
+        return self._seen
+
     @cached_property
     def feature_names(self) -> FeatureNames:
         """The image's own table of feature names; empty if it has none."""

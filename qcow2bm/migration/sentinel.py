@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from qcow2bm.format.directory import DirectoryEntry
-from qcow2bm.units import ceil_div
+from qcow2bm.units import align_up, ceil_div
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,8 +72,10 @@ class Sentinel(NamedTuple):
 
         from qcow2bm.bits.extents import ExtentFinder
 
+        words = np.zeros(align_up(len(octets), 8), np.uint8)
+        words[: len(octets)] = octets
         finder = ExtentFinder(self.granularity, self.virtual_size)
-        return np.concatenate([finder.bits(octets), finder.finish()])
+        return np.concatenate([finder.bits(words), finder.finish()])
 
 
 def is_sentinel(name: str | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qcow2bm.bits.plain import count_bits
+from qcow2bm.bits.plain import dirty_bytes
 from qcow2bm.errors import FormatError, LimitError, StateError
 from qcow2bm.migration.stream_reader import StreamReader
 from qcow2bm.migration.stream_records import BitmapBegins, BitmapBits, BitmapComplete, Event
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 4 << 30
 """How many bytes of bits all bitmaps of a stream may have, unless the caller says otherwise."""
-
-_BLOCK = 1 << 16
-_ZEROES = bytes(_BLOCK)
 
 
 class StreamBitmap:
@@ -76,13 +73,7 @@ class StreamBitmap:
     @property
     def dirty_bytes(self) -> int:
         """How many guest bytes are dirty, clipped to the disk; so far, while it is not complete."""
-        octets = memoryview(self._octets)
-        blocks = (octets[start : start + _BLOCK] for start in range(0, len(octets), _BLOCK))
-        dirty = self.granularity * sum(count_bits(block) for block in blocks)
-        last = self.bits - 1
-        if 8 * len(octets) > last >= 0 and octets[last // 8] >> last % 8 & 1:
-            dirty -= self.bits * self.granularity - self.disk_size
-        return dirty
+        return dirty_bytes(self._octets, self.granularity, self.disk_size)
 
     def packed(self) -> NDArray[np.uint8]:
         """All bits, uint8[ceil(bits / 8)], least significant bit first, zero past the disk.
@@ -108,15 +99,10 @@ class StreamBitmap:
         Raises:
             StateError: it is not complete.
         """
-        from hashlib import sha256
+        from qcow2bm.bits.digest import sha256
 
         self._require_complete()
-        digest = sha256(self._octets)
-        # Whole words are hashed, at least one.
-        clear = 8 * max(1, ceil_div(self.bits, 64)) - len(self._octets)
-        for start in range(0, clear, _BLOCK):
-            digest.update(_ZEROES[: clear - start])
-        return digest.hexdigest()
+        return sha256([self._octets], self.bits)
 
     def _require_complete(self) -> None:
         if not self.is_complete:

@@ -101,6 +101,24 @@ class Monitor:
         except (QMPError, OSError, EOFError) as error:
             raise QmpError(command, f"the connection is lost ({_one_line(str(error))})") from error
 
+    def lend(self, descriptor: int) -> int:
+        """Gives QEMU an open file; the number of the fdset that it then has it under.
+
+        Raises:
+            QmpError: it cannot, or the connection is none over which files can be given.
+        """
+        from qemu.qmp import QMPError
+
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError) as error:
+            raise QmpError("add-fd", _one_line(str(error))) from error
+        return int(self.execute("add-fd")["fdset-id"])
+
+    def take_back(self, fdset: int) -> None:
+        """Lets QEMU forget an open file once it does not use it; raises as `execute` does."""
+        self.execute("remove-fd", {"fdset-id": fdset})
+
     def transaction(self, actions: Sequence[Action]) -> None:
         """Has QEMU do all of the actions or none; raises as `execute` does."""
         self.execute("transaction", {"actions": list(actions)})

@@ -184,19 +184,19 @@ class BitmapBits:
 
     def sha256(self) -> str:
         """SHA-256 of the bits as 64-bit little-endian words, at least one word, in hex."""
-        from hashlib import sha256
+        from qcow2bm.bits.digest import sha256
 
-        digest = sha256()
+        return sha256(self._contents(), self.bits)
+
+    def _contents(self) -> Iterator[memoryview | bytes]:
+        """The packed bits in pieces."""
         for chunk in self.chunks():
             if chunk.data is not None:
-                digest.update(chunk.data[: chunk.length_bytes])
+                yield chunk.data[: chunk.length_bytes]
                 continue
             constant = _ONES if chunk.kind == ALL_ONES else _ZEROES
             for start in range(0, chunk.length_bytes, len(constant)):
-                digest.update(constant[: chunk.length_bytes - start])
-        words = max(1, ceil_div(self.bits, 64))
-        digest.update(bytes(8 * words - self.length_bytes))
-        return digest.hexdigest()
+                yield constant[: chunk.length_bytes - start]
 
     def chunks(self) -> Iterator[Chunk]:
         """The bits from first to last; what is of one value over a long way comes as one chunk."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.console import Result, run
-from support.fakeqemu import FakeBitmap, FakeQemu
+from support.fakeqemu import SIZE, FakeBitmap, FakeQemu
 from support.images import Stored, build_image
 from support.jsonspec import check_rescue
 
@@ -68,7 +68,7 @@ def test_start(qemu: FakeQemu, tmp_path: Path) -> None:
     found = document(tmp_path, "start", "START")
     (bitmap,) = found["bitmaps"]
     assert (bitmap["outcome"], bitmap["verified-by"]) == ("rescued", "sha256")
-    assert bitmap["sha256"] == qemu.bitmaps["daily"].digest
+    assert bitmap["sha256"] == qemu.bitmaps["daily"].digest(SIZE)
     (bitmap,) = document(tmp_path, "start", "START --dry-run")["bitmaps"]
     assert (bitmap["outcome"], bitmap["verified-by"], bitmap["sha256"]) == ("planned", None, None)
 

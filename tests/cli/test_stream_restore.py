@@ -11,6 +11,9 @@ from support.images import Stored, build_image
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.migration.stream_bitmaps import read_stream
+from qcow2bm.migration.stream_writer import Outgoing, write_stream
 
 DATA = Path(__file__).parents[1] / "data"
 SIZE = 64 << 20
@@ -50,16 +53,15 @@ def restored(folder: Path, *arguments: str) -> dict[str, str]:
 
 
 def truth(folder: Path) -> dict[str, str]:
-    from qcow2bm.migration.stream_bitmaps import read_stream
-
     found = read_stream([(folder / "stream").read_bytes()]).complete
-    return {b.bitmap_alias: b.sha256() for b in found if b.node_alias == "drive0"}
+    ours = (b for b in found if b.node_alias == "drive0" and not is_sentinel(b.bitmap_alias))
+    return {b.bitmap_alias: b.sha256() for b in ours}
 
 
 @pytest.mark.spec("CLI-26")
 def test_without_evidence_nothing_is_restored(folder: Path) -> None:
     line = refused(folder, *NODE)
-    assert "it has no sentinel" in line
+    assert "no sentinel was saved with the bitmaps" in line
     assert "--assert-unchanged" in line
     assert "--as-dirty-ranges-unknown" in line
 
@@ -79,7 +81,10 @@ def test_all_dirty_instead(folder: Path) -> None:
 
 
 def give_away(folder: Path) -> str:
-    """Leaves a sentinel in the image, and a bitmap that a migration carried; its name."""
+    """Leaves a sentinel in the image, and a bitmap that a migration carried; its name.
+
+    The stream gets the sentinel, too, and its canary.
+    """
     path = folder / "vm.qcow2"
     path.write_bytes(build_image(Stored(FOREIGN.encode()), size=SIZE).data)
     with qcow2bm.open(path, "r+") as image, image.track() as tracker:
@@ -87,7 +92,19 @@ def give_away(folder: Path) -> str:
         tracker.inactivate()
     with qcow2bm.open(path) as image:
         (name,) = (n for n, b in image.bitmaps.items() if b.auto and b.status == "valid")
-        return name
+        sent = [image.bitmaps[name], image.bitmaps[f"{name}-canary"]]
+        outgoing = [
+            Outgoing("drive0", b.name, b.granularity, b.auto, True, b.packed().data, SIZE)
+            for b in sent
+        ]
+    found = read_stream([(folder / "stream").read_bytes()]).complete
+    outgoing += [
+        Outgoing("drive0", b.bitmap_alias, b.granularity, b.enabled, True, b.packed().data, SIZE)
+        for b in found
+        if b.node_alias == "drive0"
+    ]
+    (folder / "stream").write_bytes(b"".join(write_stream(outgoing, None)))
+    return name
 
 
 @pytest.mark.spec("CLI-26")
@@ -96,7 +113,27 @@ def test_a_sentinel_that_was_not_touched_is_evidence_and_goes(folder: Path) -> N
     assert restored(folder) == truth(folder)
 
 
-@pytest.mark.spec("CLI-26")
+@pytest.mark.spec("SIDECAR-4")
+def test_a_sentinel_that_did_not_come_with_the_bitmaps_is_no_evidence(folder: Path) -> None:
+    stream = (folder / "stream").read_bytes()
+    give_away(folder)
+    (folder / "stream").write_bytes(stream)  # which may be of long before
+    assert "no sentinel was saved" in refused(folder, *NODE)
+
+
+@pytest.mark.spec("SIDECAR-6")
+def test_what_a_sentinel_has_is_added_whatever_is_asserted(folder: Path) -> None:
+    name, path = give_away(folder), folder / "vm.qcow2"
+    with qcow2bm.open(path, "r+") as image, image.edit() as edit:
+        edit.set(name, SIZE - 1, 1)
+    restored(folder, "--assert-unchanged")
+    with qcow2bm.open(path) as image:
+        ends = {n: int(list(b.extents())[-1][-1].sum()) for n, b in image.bitmaps.items() if b.auto}
+        assert set(ends.values()) == {SIZE}
+        assert not any(map(is_sentinel, image.bitmaps))
+
+
+@pytest.mark.spec("SIDECAR-4")
 @pytest.mark.parametrize("what", ["written", "cleared", "in use", "canary removed", "stale"])
 def test_a_sentinel_that_is_no_evidence(folder: Path, what: str) -> None:
     name, path = give_away(folder), folder / "vm.qcow2"
@@ -117,7 +154,7 @@ def test_a_sentinel_that_is_no_evidence(folder: Path, what: str) -> None:
     elif what == "stale":
         data[95] = 0  # the autoclear bits
     path.write_bytes(data)
-    assert "nothing proves" in refused(folder, *NODE)
+    assert "may have been written to" in refused(folder, *NODE)
 
 
 @pytest.mark.spec("CLI-26")

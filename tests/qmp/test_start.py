@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.fakeqemu import FakeBitmap, FakeNode, FakeQemu
+from support.fakeqemu import SIZE, FakeBitmap, FakeNode, FakeQemu
 
 from qcow2bm.errors import QmpError, StateError
 from qcow2bm.migration.sentinel import PREFIX
@@ -25,7 +25,7 @@ def outcomes(found: Start) -> dict[str, tuple[str, str | None]]:
 
 
 def digests(qemu: FakeQemu) -> dict[str, str]:
-    return {name: bitmap.digest for name, bitmap in qemu.bitmaps.items()}
+    return {name: bitmap.digest(SIZE) for name, bitmap in qemu.bitmaps.items()}
 
 
 @pytest.mark.spec("RESCUE-4", "RESCUE-7")

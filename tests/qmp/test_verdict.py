@@ -129,7 +129,7 @@ def test_which_bitmaps_are_concerned(armed: FakeQemu, address: str) -> None:
     armed.bitmaps["bad"] = FakeBitmap(inconsistent=True)
     armed.bitmaps["late"] = FakeBitmap(persistent=False)
     armed.bitmaps[SENTINEL].bits = {9}
-    before = {name: bitmap.digest for name, bitmap in armed.bitmaps.items()}
+    before = {name: bitmap.digest(SIZE) for name, bitmap in armed.bitmaps.items()}
     for _ in range(2):
         found = one(address)
         assert not found.is_safe
@@ -137,7 +137,7 @@ def test_which_bitmaps_are_concerned(armed: FakeQemu, address: str) -> None:
             "a": "in-doubt", "b": "kept", "bad": "kept", "late": "in-doubt", "stored": "kept",
             "t": "in-doubt",
         }  # fmt: skip
-        assert {name: bitmap.digest for name, bitmap in armed.bitmaps.items()} == before
+        assert {name: bitmap.digest(SIZE) for name, bitmap in armed.bitmaps.items()} == before
     assert not one(address, "remove").is_armed
     assert sorted(armed.bitmaps) == ["b", "bad", "stored"]
     assert judged(address) == []

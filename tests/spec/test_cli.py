@@ -71,11 +71,11 @@ def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
-        "dump, map, stream dump, stream restore, edits, rescues",
-        "dump, map, stream write",
+        "dump, map, stream dump, stream restore, sidecar load, sidecar dump, edits, rescues",
+        "dump, map, stream write, sidecar save",
     )
-    assert of["--dry-run"] == "edits, stream restore, rescue start, rescue finish"
-    assert {of["--wait"], of["--no-lock"]} == {"edits, stream restore, rescue finish"}
+    assert of["--dry-run"] == "edits, stream restore, sidecar load, rescue start, rescue finish"
+    assert {of["--wait"], of["--no-lock"]} == {"edits, stream restore, sidecar load, rescue finish"}
 
 
 @pytest.mark.spec("CLI-2")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -17,22 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import qcow2bm
+
 SIZE = 64 << 20
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""},
                     "capabilities": []}}  # fmt: skip
 
-CHANGES = {"transaction", "migrate-set-parameters", "blockdev-add", "blockdev-del",
-           "block-dirty-bitmap-add", "human-monitor-command"}  # fmt: skip
+CHANGES = {"transaction", "migrate-set-parameters", "blockdev-add", "blockdev-del", "add-fd",
+           "remove-fd", "block-dirty-bitmap-add", "human-monitor-command"}  # fmt: skip
 
 Arguments = dict[str, Any]
 
 
-def _requests(client: socket.socket) -> Iterator[Arguments]:
-    """What a client sends, which need not end its lines."""
+def _requests(client: socket.socket, descriptors: list[int]) -> Iterator[Arguments]:
+    """What a client sends, which need not end its lines; and the files it sends along."""
     text, decoder = "", json.JSONDecoder()
-    while data := client.recv(1 << 16):
-        text += data.decode()
+    while (received := socket.recv_fds(client, 1 << 16, 1))[0]:
+        text += received[0].decode()
+        descriptors += received[1]
         while text := text.lstrip():
             try:
                 request, end = decoder.raw_decode(text)
@@ -59,10 +63,11 @@ class FakeBitmap:
     vetoed: bool = False
     """Whether QEMU would drop it when it quits, which it does not show."""
 
-    @property
-    def digest(self) -> str:
-        """Of the bits; as good as QEMU's."""
-        return hashlib.sha256(repr(sorted(self.bits)).encode()).hexdigest()
+    def digest(self, size: int) -> str:
+        """That of QEMU, for a disk of this size."""
+        packed = sum(1 << bit for bit in self.bits)
+        words = max(1, -(-size // self.granularity // 64))
+        return hashlib.sha256(packed.to_bytes(8 * words, "little")).hexdigest()
 
     def described(self, name: str) -> Arguments:
         """As QEMU lists it."""
@@ -86,6 +91,19 @@ class FakeNode:
     read_only: bool = False
     driver: str = "qcow2"
     active: bool | None = None
+    file: int | None = None
+    """Where it stores its bitmaps when it is closed, if anywhere."""
+
+    def close(self) -> None:
+        """Stores what is persistent."""
+        if self.file is None:
+            return
+        path = f"/proc/self/fd/{self.file}"
+        with qcow2bm.open(path, "r+", locking=False) as image, image.edit() as edit:
+            for name, bitmap in self.bitmaps.items():
+                edit.add(name, bitmap.granularity, enabled=bitmap.recording)
+                edit.set_many(name, [(bit * bitmap.granularity, 1) for bit in bitmap.bits])
+        os.close(self.file)
 
 
 class FakeQemu:
@@ -109,6 +127,7 @@ class FakeQemu:
         self.mapping: list[Arguments] | None = None
         self.greeting: object = GREETING
         self.commands: list[tuple[str, Arguments]] = []
+        self.descriptors: list[int] = []
         self.hang_up_after: int | None = None
         self.refuse: Callable[[str, Arguments], str | None] = lambda command, arguments: None
         self.answers: dict[str, object] = {}
@@ -136,6 +155,8 @@ class FakeQemu:
             finally:
                 server.shutdown(socket.SHUT_RDWR)
                 thread.join(10)
+                for descriptor in self.descriptors:
+                    os.close(descriptor)
 
     def _serve(self, server: socket.socket) -> None:
         while True:
@@ -151,7 +172,7 @@ class FakeQemu:
             client.sendall(json.dumps(message).encode() + b"\r\n")
 
         send(self.greeting)
-        for request in _requests(client):
+        for request in _requests(client, self.descriptors):
             command, arguments = request["execute"], request.get("arguments") or {}
             answer: dict[str, object] = {"id": request["id"]} if "id" in request else {}
             try:
@@ -212,16 +233,27 @@ class FakeQemu:
         ]  # fmt: skip
 
     def _x_debug_block_dirty_bitmap_sha256(self, node: str, name: str) -> object:
-        return {"sha256": self._find(self.nodes, node, name).digest}
+        return {"sha256": self._find(self.nodes, node, name).digest(self.nodes[node].size)}
 
-    def _blockdev_add(self, driver: str, node_name: str, size: int) -> object:
+    def _add_fd(self) -> object:
+        return {"fdset-id": self.descriptors[-1], "fd": self.descriptors[-1]}
+
+    def _remove_fd(self, fdset_id: int) -> object:
+        self.descriptors.remove(fdset_id)
+        os.close(fdset_id)
+        return {}
+
+    def _blockdev_add(
+        self, driver: str, node_name: str, size: int = SIZE, file: Arguments | None = None
+    ) -> object:
         if node_name in self.nodes:
             raise RefusedError("Duplicate nodes with node-name")
-        self.nodes[node_name] = FakeNode(size=size, driver=driver)
+        descriptor = os.dup(int(file["filename"].rpartition("/")[2])) if file else None
+        self.nodes[node_name] = FakeNode(size=size, driver=driver, file=descriptor)
         return {}
 
     def _blockdev_del(self, node_name: str) -> object:
-        del self.nodes[node_name]
+        self.nodes.pop(node_name).close()
         return {}
 
     def _block_dirty_bitmap_add(self, node: str, name: str, granularity: int) -> object:

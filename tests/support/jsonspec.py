@@ -31,6 +31,11 @@ def check_stream_dump(document: object) -> None:
     _check_object("stream dump", document, "stream dump")
 
 
+def check_sidecar_dump(document: object) -> None:
+    """Raises AssertionError unless the document is what ``sidecar dump`` may print."""
+    _check_object("sidecar dump", document, "sidecar dump")
+
+
 def check_rescue(action: str, document: object) -> None:
     """Raises AssertionError unless the document is what ``rescue`` with this word may print."""
     _check_object(f"rescue {action}", document, action)

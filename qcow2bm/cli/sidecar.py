@@ -1,0 +1,85 @@
+"""The commands ``sidecar save``, ``sidecar load`` and ``sidecar dump``.
+
+*Spec*: spec/cli.md, "Sidecars".
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from qcow2bm.api import Image, open, saved
+from qcow2bm.cli import files, report
+from qcow2bm.cli.console import fail, say
+from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.migration.sidecar import Sidecar, read_sidecar, write_sidecar
+from qcow2bm.storage.new_file import write_new
+from qcow2bm.units import escape
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does one of the commands; returns the exit status."""
+    return _ACTIONS[arguments.action](arguments)
+
+
+def _save(arguments: argparse.Namespace) -> int:
+    given, is_live = arguments.names, arguments.qmp is not None
+    if len(given) != 2 - is_live:
+        arguments.parser.error("give FILE" if is_live else "give IMAGE and FILE, or --qmp and FILE")
+    if is_live and (arguments.sentinel or arguments.force_share):
+        arguments.parser.error("--sentinel and -U are of an IMAGE, not of --qmp")
+    if arguments.node is not None and not is_live:
+        arguments.parser.error("--node is of --qmp")
+    arguments.image = arguments.qmp if is_live else given[0]
+    try:
+        sidecar, left_out = (_from_vm if is_live else _from_image)(arguments)
+    except ValueError as error:
+        return fail(arguments.image, str(error))
+    if not any(not is_sentinel(bitmap.name) for bitmap in sidecar.bitmaps):
+        return fail(arguments.image, "no bitmap is valid")
+    write_new(given[-1], write_sidecar(*sidecar))
+    for what in left_out if not arguments.quiet else ():
+        say(f"warning: {escape(arguments.image)}: {what}")
+    return 0
+
+
+def _from_image(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
+    if arguments.sentinel:
+        with open(arguments.image, "r+") as image:
+            saved.add_sentinel(image)
+            return _saved(image)
+    with report.open_image(arguments) as image:
+        return _saved(image)
+
+
+def _saved(image: Image) -> tuple[Sidecar, list[str]]:
+    valid, left_out = report.valid_bitmaps(image)
+    nameless = [f"bitmap @{b.index} has no name, and is left out" for b in valid if not b.name]
+    return saved.save(image, filter(lambda bitmap: bitmap.name, valid)), left_out + nameless
+
+
+def _from_vm(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
+    from qcow2bm.qmp.client import Monitor
+    from qcow2bm.qmp.save import save
+
+    with Monitor(arguments.qmp) as monitor:
+        return save(monitor, arguments.node)
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from qcow2bm.cli.restore import restore
+
+    image, (arguments.image, pieces) = arguments.image, files.source(arguments.file)
+    sidecar = read_sidecar(pieces)
+    arguments.image = image
+    return restore(arguments, sidecar.bitmaps, sidecar.header)
+
+
+def _dump(arguments: argparse.Namespace) -> int:
+    from qcow2bm.cli.sidecar_dump import print_dump
+
+    arguments.image, pieces = files.source(arguments.image)
+    print_dump(arguments.image, read_sidecar(pieces), arguments.output)
+    return 0
+
+
+_ACTIONS = {"save": _save, "load": _load, "dump": _dump}

@@ -1,0 +1,233 @@
+"""Sidecars: bitmaps in a file of their own, for hosts that share no storage. Bytes in, values out.
+
+*Spec*: spec/sidecar.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from qcow2bm.bits.digest import sha256
+from qcow2bm.bits.plain import dirty_bytes
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.errors import BitmapError, FormatError, LimitError
+from qcow2bm.format import sidecar
+from qcow2bm.format.sidecar import Head
+from qcow2bm.storage.memory import MemoryStorage
+from qcow2bm.store.entries import MAX_BITMAP_BYTES
+from qcow2bm.units import ceil_div, decode_name, encode_name
+
+MAX_BYTES = 4 << 30
+"""How many bytes of bits all bitmaps of a sidecar may have, unless the caller says otherwise."""
+
+_LEVEL = 1  # of compression: bits that compress at all do so at once
+_PIECE = 1 << 20
+
+
+class SavedBitmap(NamedTuple):
+    """A bitmap that was saved outside of an image.
+
+    Attributes:
+        name: bytes that are not UTF-8 are kept as surrogates (PEP 383).
+        granularity: how many guest bytes one bit stands for.
+        enabled: whether it goes on recording writes.
+        disk_size: of the disk it belongs to, in bytes.
+        octets: the packed bits, least significant bit first, ceil(bits / 8) bytes.
+    """
+
+    name: str
+    granularity: int
+    enabled: bool
+    disk_size: int
+    octets: bytes | memoryview
+
+    @property
+    def dirty_bytes(self) -> int:
+        """How many guest bytes are dirty, clipped to the disk."""
+        return dirty_bytes(self.octets, self.granularity, self.disk_size)
+
+    def sha256(self) -> str:
+        """What QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex."""
+        return sha256([self.octets], ceil_div(self.disk_size, self.granularity))
+
+
+class Sidecar(NamedTuple):
+    """What a sidecar holds.
+
+    Attributes:
+        disk_size: of the disk that all the bitmaps belong to, in bytes.
+        header: the header of the image they were saved from, with its extensions and the name of
+            its backing file; empty where that was not known.
+        bitmaps: sentinels among them, which prove nothing but that the disk is unchanged.
+    """
+
+    disk_size: int
+    header: bytes
+    bitmaps: tuple[SavedBitmap, ...]
+
+    @property
+    def generation(self) -> bytes | None:
+        """The token of the generation that the header records; None where it records none."""
+        found = parse_saved_header(self.header).generation if self.header else None
+        return found.token if found else None
+
+
+def parse_saved_header(header: bytes) -> ClusterFile:
+    """The header of an image that was saved without the image.
+
+    Raises:
+        FormatError, UnsupportedError: it is none.
+    """
+    return ClusterFile(MemoryStorage(header), force_share=True)
+
+
+def write_sidecar(disk_size: int, header: bytes, bitmaps: Sequence[SavedBitmap]) -> Iterator[bytes]:
+    """The bytes of a sidecar, piece by piece; memory grows with one bitmap, compressed.
+
+    Raises:
+        BitmapError: a name is there twice, or a bitmap is of another disk.
+        FormatError: a value does not fit its field.
+    """
+    names = Counter(bitmap.name for bitmap in bitmaps)
+    for bitmap in bitmaps:
+        if names[bitmap.name] > 1:
+            raise BitmapError(bitmap.name, "is there twice")
+        if bitmap.disk_size != disk_size:
+            raise BitmapError(bitmap.name, "belongs to a disk of another size")
+    if len(header) > sidecar.MAX_HEADER_BYTES:
+        raise LimitError("the length of the header", len(header), sidecar.MAX_HEADER_BYTES)
+    return _with_digest(_pieces(disk_size, header, bitmaps))
+
+
+def _with_digest(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
+
+
+def _pieces(disk_size: int, header: bytes, bitmaps: Sequence[SavedBitmap]) -> Iterator[bytes]:
+    yield sidecar.build_head(Head(len(header), disk_size, len(bitmaps)))
+    yield header
+    for bitmap in bitmaps:
+        data = _compressed(bitmap.octets)
+        flags = sidecar.AUTO if bitmap.enabled else 0
+        bits = bitmap.granularity.bit_length() - 1
+        yield sidecar.build_bitmap(sum(map(len, data)), flags, bits, encode_name(bitmap.name))
+        yield from data
+
+
+def _compressed(octets: bytes | memoryview) -> list[bytes]:
+    compressor, view = zlib.compressobj(_LEVEL), memoryview(octets)
+    starts = range(0, len(view), _PIECE)
+    pieces = [compressor.compress(view[start : start + _PIECE]) for start in starts]
+    return [*filter(None, pieces), compressor.flush()]
+
+
+def read_sidecar(pieces: Iterable[bytes], limit_bytes: int = MAX_BYTES) -> Sidecar:
+    """What a sidecar holds, which comes in pieces of any size.
+
+    Args:
+        pieces: the whole file.
+        limit_bytes: how many bytes of bits all bitmaps may have.
+
+    Raises:
+        FormatError: it is no sidecar, or damaged, or cut off; then none of it is to be used.
+        UnsupportedError: it, or the header in it, is of a version that is not known here.
+        LimitError: the bits are too many.
+    """
+    source = _Source(pieces)
+    head = sidecar.parse_head(source.take(sidecar.HEAD_BYTES))
+    header = source.take(head.header_size)
+    bitmaps: dict[str, SavedBitmap] = {}
+    length = 0
+    for number in range(head.nb_bitmaps):
+        place = source.offset
+        bitmap = _read_bitmap(source, number, head.disk_size, limit_bytes - length)
+        if bitmap.name in bitmaps:
+            raise FormatError(f"bitmap {number}", "name", place, "is there twice")
+        bitmaps[bitmap.name] = bitmap
+        length += len(bitmap.octets)
+    source.end()
+    if header:
+        parse_saved_header(header)
+    return Sidecar(head.disk_size, header, tuple(bitmaps.values()))
+
+
+def _read_bitmap(source: _Source, number: int, disk_size: int, limit_bytes: int) -> SavedBitmap:
+    structure, place = f"bitmap {number}", source.offset
+    record = sidecar.parse_bitmap(source.take(sidecar.BITMAP_BYTES), place, number)
+    name = decode_name(source.take(record.name_size))
+    granularity = 1 << record.granularity_bits
+    bits = ceil_div(disk_size, granularity)
+    length = ceil_div(bits, 8)
+    if length > MAX_BITMAP_BYTES:
+        raise LimitError("the length of a bitmap in bytes", length, MAX_BITMAP_BYTES)
+    if length > limit_bytes:
+        raise LimitError("the length of the bits that are left in bytes", length, limit_bytes)
+    if record.data_size > length + length // 512 + 64:  # what zlib makes of noise
+        reason = f"is {record.data_size}, more than {length} bytes of bits can take"
+        raise FormatError(structure, "data_size", place, reason)
+    data_offset = source.offset
+    octets = _decompressed(source.take(record.data_size), length)
+    if octets is None:
+        raise FormatError(structure, "data", data_offset, "is damaged: save the bitmaps again")
+    if bits % 8 and octets[-1] >> bits % 8:
+        raise FormatError(structure, "data", data_offset, "has bits past the end of the disk")
+    return SavedBitmap(name, granularity, bool(record.flags & sidecar.AUTO), disk_size, octets)
+
+
+def _decompressed(data: bytes, length: int) -> bytes | None:
+    """So many bytes, if that is what comes out; never more memory than that."""
+    decompressor = zlib.decompressobj()
+    try:
+        octets = decompressor.decompress(data, length + 1)
+    except zlib.error:
+        return None
+    is_whole = decompressor.eof and not decompressor.unused_data
+    return octets if is_whole and len(octets) == length else None
+
+
+class _Source:
+    """Bytes in order, and the digest of those that were taken.
+
+    Attributes:
+        offset: how many were taken.
+    """
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self.offset = 0
+        self._pieces = iter(pieces)
+        self._waiting = bytearray()
+        self._digest = hashlib.sha256()
+
+    def take(self, length: int) -> bytes:
+        """The next so many bytes."""
+        data = self._take(length)
+        self._digest.update(data)
+        return data
+
+    def _take(self, length: int) -> bytes:
+        while len(self._waiting) < length:
+            piece = next(self._pieces, None)
+            if piece is None:
+                end = self.offset + len(self._waiting)
+                raise FormatError("sidecar", "", end, "is cut off: copy it again")
+            self._waiting += piece
+        data = bytes(self._waiting[:length])
+        del self._waiting[:length]
+        self.offset += length
+        return data
+
+    def end(self) -> None:
+        """Takes the digest that stands at the end, and compares it."""
+        place, expected = self.offset, self._digest.digest()
+        if self._take(sidecar.DIGEST_BYTES) != expected:
+            raise FormatError("sidecar", "sha256", place, "is another: the file is damaged")
+        if self._waiting or any(self._pieces):
+            raise FormatError("sidecar", "", self.offset, "must end here, and goes on")

@@ -1,0 +1,139 @@
+"""``sidecar save --qmp``: the bitmaps that a running QEMU has in memory.
+
+QMP does not give bits. So they are merged into bitmaps of a scratch image, all in one transaction,
+which QEMU stores there as soon as the image is closed. It is a file without a name, which QEMU is
+handed over the socket: it needs no access to any folder of ours.
+
+*Spec*: spec/sidecar.md, "A running machine".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, cast
+
+from qcow2bm.api import open, saved
+from qcow2bm.clusters.blank import blank_image
+from qcow2bm.errors import BitmapError, QmpError, StorageError
+from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
+from qcow2bm.qmp import actions, scratch
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.names import SCRATCH_NODE
+from qcow2bm.qmp.nodes import LiveBitmap, Machine, Node, look
+from qcow2bm.qmp.start import sha256
+from qcow2bm.units import escape
+
+
+def save(monitor: Monitor, name: str | None = None) -> tuple[Sidecar, list[str]]:
+    """The persistent bitmaps of a node, all of one moment; and of each left out, why.
+
+    *Guarantees*: nothing of the machine's own is changed. The node that is added is gone at the
+    end, or goes when this is done again.
+
+    Args:
+        monitor: the machine.
+        name: the node or device; not needed if only one has persistent bitmaps.
+
+    Raises:
+        StateError: it is not the time, see `Machine.require_settled`.
+        QmpError: QEMU does not answer, refuses, or did not store them.
+        StorageError: there is no room for temporary files.
+        ValueError: it is not clear which node is meant, or it has no such bitmaps.
+    """
+    machine = look(monitor)
+    machine.require_settled()
+    scratch.discard_leftover(monitor)
+    node = _chosen(machine, name)
+    persistent = [bitmap for bitmap in node.bitmaps if bitmap.is_persistent]
+    usable = [bitmap for bitmap in persistent if bitmap.is_usable]
+    left_out = [
+        f'bitmap "{escape(b.name)}" is {_why_not(b)}, and left out'
+        for b in persistent
+        if not b.is_usable
+    ]
+    if not usable:
+        raise ValueError("; ".join(left_out) or "has no persistent bitmaps")
+    with _blank(node.virtual_size) as file:
+        digests = _store(monitor, node, usable, file.fileno())
+        bitmaps = _read(file, usable, digests)
+    return Sidecar(node.virtual_size, b"", tuple(bitmaps)), left_out
+
+
+def _chosen(machine: Machine, name: str | None) -> Node:
+    nodes = machine.select([] if name is None else [name], lambda node: node.has_persistent)
+    if not nodes:
+        raise ValueError("no node has persistent bitmaps")
+    if len(nodes) > 1:
+        listed = ", ".join(f'"{escape(node.name)}"' for node in nodes)
+        raise ValueError(f"several nodes have bitmaps: choose one with --node ({listed})")
+    return nodes[0]
+
+
+def _why_not(bitmap: LiveBitmap) -> str:
+    return "inconsistent" if bitmap.is_inconsistent else "busy: a job uses it"
+
+
+@contextmanager
+def _blank(virtual_size: int) -> Iterator[BinaryIO]:
+    """An image without bitmaps, in a file without a name."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(TemporaryFile(buffering=0))
+            blank = blank_image(virtual_size)
+            file.write(blank.head)
+            file.truncate(blank.length)
+        except OSError as error:
+            raise StorageError.from_os(error, "a temporary file", 0, 0, "writing") from error
+        yield cast("BinaryIO", file)
+
+
+def _store(
+    monitor: Monitor, node: Node, bitmaps: Sequence[LiveBitmap], descriptor: int
+) -> list[str | None]:
+    """Has QEMU store copies of bitmaps in an image; their digests, where it gives them."""
+    fdset = monitor.lend(descriptor)
+    try:
+        image: dict[str, Any] = {"driver": "file", "filename": f"/dev/fdset/{fdset}"}
+        monitor.execute(
+            "blockdev-add", {"driver": "qcow2", "node-name": SCRATCH_NODE, "file": image}
+        )
+        try:
+            monitor.transaction([action for b in bitmaps for action in _copy(node, b)])
+            digests = [sha256(monitor, b._replace(node=SCRATCH_NODE)) for b in bitmaps]
+        except BaseException:
+            with suppress(QmpError):  # the one that is under way says more
+                scratch.discard(monitor)
+            raise
+        scratch.discard(monitor)
+    finally:
+        with suppress(QmpError):  # it goes with the connection anyway
+            monitor.take_back(fdset)
+    return digests
+
+
+def _copy(node: Node, bitmap: LiveBitmap) -> list[actions.Action]:
+    name, granularity = bitmap.name, bitmap.granularity
+    return [
+        actions.add(SCRATCH_NODE, name, granularity, persistent=True, enabled=False),
+        actions.merge(SCRATCH_NODE, name, name, node.name),
+    ]
+
+
+def _read(
+    file: BinaryIO, bitmaps: Sequence[LiveBitmap], digests: Sequence[str | None]
+) -> list[SavedBitmap]:
+    """What QEMU stored, which is compared with what it said of it."""
+    found = []
+    with open(file) as image:
+        for live, digest in zip(bitmaps, digests, strict=True):
+            try:
+                (bitmap,) = saved.save(image, [image.bitmaps[live.name]]).bitmaps
+            except BitmapError as error:
+                raise QmpError("blockdev-del", f"QEMU did not store a bitmap: {error}") from error
+            if digest not in (None, bitmap.sha256()):
+                reason = f'the bits of "{escape(live.name)}" are not what QEMU said they were'
+                raise QmpError("blockdev-del", reason)
+            found.append(bitmap._replace(enabled=live.is_recording))
+    return found
