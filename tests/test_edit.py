@@ -243,9 +243,15 @@ def test_bits_that_were_saved_are_loaded() -> None:
                 edit.load("other", 65536, saved)
             with pytest.raises(ValueError, match="has 127 bytes of bits, must have 128"):
                 edit.load("third", 65536, saved[1:])
-            with pytest.raises(ValueError, match="granularity"):
-                edit.load("third", 100 << 10, saved[:82])
+            for granularity in (100 << 10, 0, -1, 1 << 40):
+                with pytest.raises(ValueError, match="granularity"):
+                    edit.load("third", granularity, saved[:82])
+            for wrong in (saved.astype("uint16"), saved.astype("int64"), np.ones((128, 2))[:, 0]):
+                with pytest.raises((ValueError, BufferError)):
+                    edit.load("third", 65536, wrong)  # type: ignore[arg-type]
             assert edit.names == ["other", "daily"]
+            edit.load("third", 65536, bytes(saved))
+        assert opened.bitmaps["third"].sha256() == digest
 
 
 def test_every_public_method_is_among_the_uses() -> None:

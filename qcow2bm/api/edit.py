@@ -249,7 +249,11 @@ class Edit:
         self._draft.merge(target, packed, op)
 
     def load(
-        self, name: str, granularity: int, packed: NDArray[np.uint8], enabled: bool = True
+        self,
+        name: str,
+        granularity: int,
+        packed: NDArray[np.uint8] | bytes | memoryview,
+        enabled: bool = True,
     ) -> None:
         """Adds a bitmap with bits that were saved elsewhere.
 
@@ -260,21 +264,26 @@ class Edit:
             name: as in `add`.
             granularity: as in `add`.
             enabled: whether it is to record writes.
-            packed: uint8[ceil(bits / 8)], least significant bit first, as `Bitmap.packed` gives it.
+            packed: uint8[ceil(bits / 8)], least significant bit first, as `Bitmap.packed` gives it,
+                or so many bytes.
 
         Raises:
             As `add` does.
-            ValueError: ``packed`` has another length than such a bitmap of this disk.
+            ValueError: ``packed`` has another length than such a bitmap of this disk. Then, as
+                after every other error, the edit is as it was.
         """
+        import numpy as np
+
         from qcow2bm.store.draft import PackedSource
 
-        size = self._image.virtual_size
+        self._draft.require_granularity(granularity)
+        size, octets = self._image.virtual_size, np.frombuffer(packed, np.uint8)
         length = ceil_div(ceil_div(size, granularity), 8)
-        if len(packed) != length:
-            reason = f"has {len(packed)} bytes of bits, must have {length} for a disk of {size}"
+        if len(octets) != length:
+            reason = f"has {len(octets)} bytes of bits, must have {length} for a disk of {size}"
             raise ValueError(f'bitmap "{escape(name)}" {reason} bytes')
         self._draft.replace(name, granularity, enabled=enabled)
-        self._draft.merge(name, PackedSource(packed, granularity, size), "or")
+        self._draft.merge(name, PackedSource(octets, granularity, size), "or")
 
     def fit(self, name: str) -> None:
         """Makes a bitmap fit the disk after a resize by a program that left it as it was.

@@ -120,8 +120,6 @@ def load(
         BitmapError: one is there, or belongs to a disk of another size.
         ValueError: QEMU could not use such a name or granularity.
     """
-    import numpy as np
-
     size = image.virtual_size
     sentinels = [name for name in image.bitmaps if is_sentinel(name)]
     recorded = [n for n in sentinels if image.bitmaps[n].auto and image.bitmaps[n].status == VALID]
@@ -130,7 +128,7 @@ def load(
             reason = f"was saved from a disk of {disk_size} bytes, but this one has {size}"
             raise BitmapError(name, reason)
         if not is_sentinel(name):
-            edit.load(name, granularity, np.frombuffer(octets, np.uint8), enabled)
+            edit.load(name, granularity, octets, enabled)
             if is_all_dirty:
                 edit.set(name, 0, size)
             for sentinel in recorded if enabled else ():

@@ -13,6 +13,7 @@ from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKIN
 from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, KINDS
 from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
 from qcow2bm.store.entries import FITTABLE, GRANULARITY_BITS_LIMIT
 from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, VALID
@@ -158,6 +159,10 @@ def _needs(image: Image) -> str:
 
 def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[Problem]) -> None:
     """What it all means for backups, and for starting the VM."""
+    sentinels = [bitmap for bitmap in bitmaps if is_sentinel(bitmap.entry.name)]
+    if any(bitmap.status == INCONSISTENT for bitmap in sentinels):
+        print("a sentinel is inconsistent: a machine has the disk, or did not end properly")
+    bitmaps = [bitmap for bitmap in bitmaps if not is_sentinel(bitmap.entry.name)]
     statuses = Counter(bitmap.status for bitmap in bitmaps)
     if statuses[VALID] < len(bitmaps):
         lost = ", ".join(f"{n} {status}" for status, n in statuses.items() if status != VALID)

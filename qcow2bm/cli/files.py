@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -15,17 +16,25 @@ STANDARD = "-"
 _PIECE_BYTES = 1 << 17
 
 
-def source(path: str) -> tuple[str, Iterator[bytes]]:
-    """What messages call a file, a pipe or standard input, and its content as it comes.
+def name_of(path: str) -> str:
+    """What messages call it."""
+    return "standard input" if path == STANDARD else path
 
-    The iterator raises StorageError where reading fails.
+
+def drain(path: str, pieces: Iterator[bytes]) -> None:
+    """Reads the rest of a pipe, so that whoever writes into it does not fail."""
+    if not os.path.isfile(path):
+        for _ in pieces:
+            pass
+
+
+def pieces(path: str) -> Iterator[bytes]:
+    """The content of a file, a pipe or standard input, as it comes.
+
+    Raises:
+        StorageError: reading fails.
     """
-    name = "standard input" if path == STANDARD else path
-    return name, _pieces(path, name)
-
-
-def _pieces(path: str, name: str) -> Iterator[bytes]:
-    is_standard = path == STANDARD
+    is_standard, name = path == STANDARD, name_of(path)
     if is_standard and sys.stdin is None:
         raise StorageError(name, 0, 0, "is closed")
     try:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from qcow2bm.cli import report, rescue_json
 from qcow2bm.cli.console import fail
 from qcow2bm.cli.facts import count, size
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.units import escape, format_size
+
+if TYPE_CHECKING:
+    from qcow2bm.qmp.verdict import Settled
 
 _OUTCOMES = {"rescued": "rescued", "copied": "rescued, by a copy", "planned": "would be rescued"}
 _FATES = {"all-dirty": "dirty all over", "in-doubt": "may miss writes"}
@@ -45,12 +49,14 @@ def _start(arguments: argparse.Namespace, monitor: Monitor) -> int:
         safe = sum(one.is_safe for one in done.bitmaps)
         print(f"{safe} of {count(len(done.bitmaps), 'persistent bitmap')}", end=" ")
         print("would be rescued" if arguments.dry_run else "will be stored when the VM quits")
-        if done.bitmaps:
+        if safe:
             print("(which of them QEMU would have dropped cannot be seen: all are treated alike)")
-        if done.migration == "completed":
+        if safe < len(done.bitmaps):
+            print("of the others nothing is promised, not even that they are not stored")
+        if done.migration in ("completed", "failed"):
             print(
-                "note: the last migration completed. If another machine ran on the disks since, "
-                "the bitmaps miss what it wrote, whatever was done here"
+                f"note: the last migration {done.migration}. If another machine ran on the disks, "
+                "the bitmaps may miss what it wrote: only rescue verdict can tell, where armed"
             )
     return _status(not one.is_safe for one in done.bitmaps)
 
@@ -69,7 +75,12 @@ def _arm(arguments: argparse.Namespace, monitor: Monitor) -> int:
         for bitmap, reason in done.obstacles:
             place = _place(bitmap.node, bitmap.name)
             print(f"QEMU will refuse to migrate: {place} is {reason}")
-        if done.is_set:
+        for bitmap in done.left_out:
+            place = _place(bitmap.node, bitmap.name)
+            print(f"note: the mapping leaves out {place}, which stays here")
+        if not done.nodes:
+            print("nothing to arm: no node has persistent bitmaps")
+        elif done.is_set:
             print("the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps")
         else:
             command = {
@@ -82,26 +93,43 @@ def _arm(arguments: argparse.Namespace, monitor: Monitor) -> int:
 
 
 def _verdict(arguments: argparse.Namespace, monitor: Monitor) -> int:
-    from qcow2bm.qmp.verdict import verdict
+    from qcow2bm.qmp.verdict import judge, settle
 
-    found = verdict(monitor, arguments.nodes, arguments.remedy)
+    found = judge(monitor, arguments.nodes)
+    done = []
+    for verdict in found.nodes:
+        if arguments.output == "human":  # before anything is done that takes the evidence away
+            place = f'node "{escape(verdict.node.name)}"'
+            print(f"{place} {verdict.word}: {verdict.reason}", flush=True)
+        done.append(settle(monitor, verdict, arguments.remedy))
+        if arguments.output == "human":
+            _print_settled(done[-1], found.migration)
+    is_in_the_dark = not done and found.migration == "completed"
     if arguments.output == "json":
-        _print(rescue_json.of_verdicts(arguments.image, found))
-    else:
-        if not found:
-            print("no node is armed")
-        for node in found:
-            print(f'node "{escape(node.node)}" {node.word}: {node.reason}')
-            for bitmap, fate, reason in node.bitmaps:
-                more = f": {reason}" if reason else ""
-                print(f'  "{escape(bitmap.name)}" {_FATES.get(fate, fate)}{more}')
-            if node.is_safe and node.word == "untouched":
-                print("  now run rescue start, if the migration did not complete")
-            elif node.is_armed and not node.is_waiting:
-                print("  still armed: run it again with --remove or --all-dirty")
-            if node.word == "touched":
-                print("  the guest goes on with a disk that may not be what it remembers: stop it")
-    return _status(not node.is_safe for node in found)
+        _print(rescue_json.of_verdicts(arguments.image, found.migration, done))
+    elif not done:
+        print("no node is armed" + (_DARK if is_in_the_dark else ""))
+    return _status([is_in_the_dark, *(not one.is_safe for one in done)])
+
+
+_DARK = """, though the last migration completed
+go by what rescue verdict said before; if it said nothing, and another machine ran on the disks,
+their bitmaps may miss what it wrote: remove them, and take full backups"""
+
+
+def _print_settled(done: Settled, migration: str) -> None:
+    verdict = done.verdict
+    if done.obstacle:
+        print(f"  nothing was done: {done.obstacle}")
+    for bitmap, fate, reason in done.bitmaps:
+        more = f": {reason}" if reason else ""
+        print(f'  "{escape(bitmap.name)}" {_FATES.get(fate, fate)}{more}')
+    if verdict.is_bad and done.is_armed and not done.obstacle:
+        print("  decide before it quits, or these are stored as valid: --remove or --all-dirty")
+    if verdict.word == "touched":
+        print("  what the guest remembers of the disk may be wrong: shut it down when you decided")
+    if verdict.word == "untouched" and migration in ("cancelled", "failed") and not done.is_armed:
+        print("  now run rescue start")
 
 
 def _finish(arguments: argparse.Namespace) -> int:

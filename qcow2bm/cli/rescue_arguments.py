@@ -28,7 +28,8 @@ def define(parser: Parser) -> None:
     """Adds the commands of the second word."""
     commands = add_commands(parser, "action")
     for action, (summary, define_one) in COMMANDS.items():
-        add_command(commands, action, summary, "rescue", define_one, EPILOG)
+        epilog = EPILOG.partition("\n\n")[2] if action == "finish" else EPILOG
+        add_command(commands, action, summary, "rescue", define_one, epilog)
 
 
 def _define_start(parser: Parser) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qcow2bm.qmp.finish import Finished
     from qcow2bm.qmp.nodes import LiveBitmap
     from qcow2bm.qmp.start import Start
-    from qcow2bm.qmp.verdict import Verdict
+    from qcow2bm.qmp.verdict import Settled
 
 SCHEMA = 1
 
@@ -58,25 +58,27 @@ def of_arming(address: str, done: Arming) -> Document:
         "block-bitmap-mapping": done.mapping,
         "set": done.is_set,
         "obstacles": obstacles,
+        "left-out": [_place(bitmap) for bitmap in done.left_out],
     }
 
 
-def of_verdicts(address: str, found: Sequence[Verdict]) -> Document:
+def of_verdicts(address: str, migration: str, found: Sequence[Settled]) -> Document:
     """What ``rescue verdict`` found."""
     nodes = [
         {
-            "node": node.node,
-            "verdict": node.word,
-            "reason": node.reason,
-            "armed": node.is_armed,
+            "node": done.verdict.node.name,
+            "verdict": done.verdict.word,
+            "reason": done.verdict.reason,
+            "armed": done.is_armed,
+            "obstacle": done.obstacle or None,
             "bitmaps": [
                 {"name": bitmap.name, "outcome": fate, "reason": reason or None}
-                for bitmap, fate, reason in node.bitmaps
+                for bitmap, fate, reason in done.bitmaps
             ],
         }
-        for node in found
+        for done in found
     ]
-    return {**_head("qmp", address), "nodes": nodes}
+    return {**_head("qmp", address), "migration": migration or None, "nodes": nodes}
 
 
 def of_finish(name: str, done: Sequence[Finished], *, dry_run: bool) -> Document:

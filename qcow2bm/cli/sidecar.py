@@ -68,8 +68,8 @@ def _from_vm(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
 def _load(arguments: argparse.Namespace) -> int:
     from qcow2bm.cli.restore import restore
 
-    image, (arguments.image, pieces) = arguments.image, files.source(arguments.file)
-    sidecar = read_sidecar(pieces)
+    image, arguments.image = arguments.image, files.name_of(arguments.file)
+    sidecar = read_sidecar(files.pieces(arguments.file))
     arguments.image = image
     return restore(arguments, sidecar.bitmaps, sidecar.header)
 
@@ -77,8 +77,8 @@ def _load(arguments: argparse.Namespace) -> int:
 def _dump(arguments: argparse.Namespace) -> int:
     from qcow2bm.cli.sidecar_dump import print_dump
 
-    arguments.image, pieces = files.source(arguments.image)
-    print_dump(arguments.image, read_sidecar(pieces), arguments.output)
+    path, arguments.image = arguments.image, files.name_of(arguments.image)
+    print_dump(arguments.image, read_sidecar(files.pieces(path)), arguments.output)
     return 0
 
 

@@ -12,7 +12,8 @@ import sys
 from qcow2bm.cli import addressing, files, report
 from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.stream_dump import print_dump
-from qcow2bm.migration.stream_bitmaps import read_stream
+from qcow2bm.errors import Qcow2BmError
+from qcow2bm.migration.stream_bitmaps import StreamBitmaps, read_stream
 from qcow2bm.migration.stream_writer import Outgoing, write_stream
 from qcow2bm.storage.new_file import write_new
 from qcow2bm.units import escape
@@ -24,8 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _dump(arguments: argparse.Namespace) -> int:
-    arguments.image, pieces = files.source(arguments.image)  # as messages have it
-    bitmaps = read_stream(pieces)
+    path = arguments.image
+    arguments.image = files.name_of(path)  # as messages have it
+    bitmaps = _read(path)
     print_dump(arguments.image, bitmaps, arguments.output)
     return report.PROBLEMS_FOUND if bitmaps.fault else 0
 
@@ -33,11 +35,23 @@ def _dump(arguments: argparse.Namespace) -> int:
 def _restore(arguments: argparse.Namespace) -> int:
     from qcow2bm.cli import stream_restore
 
-    # An error is said of what is being read.
-    image, (arguments.image, pieces) = arguments.image, files.source(arguments.file)
-    arguments.file, bitmaps = arguments.image, read_stream(pieces)
+    path, image = arguments.file, arguments.image
+    arguments.file = arguments.image = files.name_of(path)  # what an error is about
+    bitmaps = _read(path)
     arguments.image = image
     return stream_restore.run(arguments, bitmaps)
+
+
+def _read(path: str) -> StreamBitmaps:
+    """The bitmaps of a stream. What writes into a pipe is let finish, whatever it writes."""
+    pieces = files.pieces(path)
+    try:
+        bitmaps = read_stream(pieces)
+    except Qcow2BmError:
+        files.drain(path, pieces)
+        raise
+    files.drain(path, pieces)
+    return bitmaps
 
 
 def _write(arguments: argparse.Namespace) -> int:

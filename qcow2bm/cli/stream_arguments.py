@@ -24,7 +24,9 @@ _STREAM_DUMP_EPILOG = """\
 FILE is what a VM sent that migrated with the capability dirty-bitmaps; - is standard input, which
 may be a pipe:
 
-  migrate "exec:qcow2bm stream dump --output=json - >bitmaps.json"
+  migrate "exec:tee vm.stream | qcow2bm stream dump --output=json - >bitmaps.json"
+
+It shows what came, and not the bits: keep the stream to restore bitmaps from it.
 
 exit status: 0 all bitmaps came; 1 no stream, or it could not be read; 2 it breaks off or breaks
 the rules, and only bitmaps that are complete are of use; 64 wrong usage

@@ -47,6 +47,8 @@ def _by_name(arguments: argparse.Namespace, bitmaps: StreamBitmaps) -> dict[str,
         raise ValueError(f'has no bitmaps of the node "{escape(node)}", but of {listed}')
     found = {b.bitmap_alias: b for b in bitmaps.complete if b.node_alias == node}
     names = dict(text.split("=", 1) for text in arguments.map)
+    if len(names) < len(arguments.map):
+        raise ValueError("is given two names for one bitmap by --map")
     for alias in names:
         if alias not in found:
             raise ValueError(f'has no complete bitmap "{escape(alias)}" of that node')

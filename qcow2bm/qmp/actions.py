@@ -13,6 +13,9 @@ Action = dict[str, Any]
 ABORT: Action = {"type": "abort", "data": {}}
 """Makes the transaction fail when all else is prepared, so that it is undone."""
 
+ABORTED = "aborted using Abort action"
+"""What QEMU then says, among other things."""
+
 
 def add(node: str, name: str, granularity: int, *, persistent: bool, enabled: bool) -> Action:
     """Adds a clean bitmap."""
@@ -23,11 +26,6 @@ def add(node: str, name: str, granularity: int, *, persistent: bool, enabled: bo
 def remove(node: str, name: str) -> Action:
     """Removes a bitmap, from the image as well."""
     return _action("remove", node, name)
-
-
-def disable(node: str, name: str) -> Action:
-    """Makes a bitmap record no more writes."""
-    return _action("disable", node, name)
 
 
 def merge(node: str, target: str, source: str, source_node: str | None = None) -> Action:

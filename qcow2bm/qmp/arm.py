@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qcow2bm.errors import StateError
-from qcow2bm.migration.sentinel import Sentinel, is_sentinel
-from qcow2bm.qmp import actions
+from qcow2bm.migration.sentinel import Sentinel
+from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
 from qcow2bm.qmp.nodes import LiveBitmap, Machine, Node, look
-from qcow2bm.units import escape
+from qcow2bm.store.entries import MAX_BITMAP_BYTES
+from qcow2bm.units import ceil_div, encode_name, escape
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")  # what QEMU takes as an alias
 _MAX_ALIAS_BYTES = 255
@@ -48,13 +49,14 @@ class Arming(NamedTuple):
     """What ``rescue arm`` did.
 
     ``mapping`` is the block-bitmap-mapping that leaves the sentinels out; ``is_set`` whether QEMU
-    has it.
+    has it. ``left_out`` are bitmaps that it leaves out as well: they stay in the image they are in.
     """
 
     nodes: tuple[Armed, ...]
     mapping: Mapping
     is_set: bool
     obstacles: tuple[Obstacle, ...]
+    left_out: tuple[LiveBitmap, ...]
 
 
 def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> Arming:
@@ -69,35 +71,48 @@ def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = Fals
     """
     machine = look(monitor)
     machine.require_settled()
+    scratch.discard_leftover(monitor)
     chosen = machine.select(nodes, lambda node: node.has_persistent and not node.is_read_only)
-    for node in chosen:
-        if node.twin:
-            _require_undecided(node, node.twin)
     mapping = mapping_of(machine)
-    if set_mapping and mapping != machine.mapping:
+    is_changing = set_mapping and mapping != machine.mapping
+    for node in chosen:
+        _require_decided(node, machine, is_changing=is_changing)
+    if is_changing and chosen:
         # First: a sentinel without the mapping would travel, and tell nothing.
         monitor.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
-    is_set = set_mapping or mapping == machine.mapping
-    armed = tuple(_arm(monitor, node) for node in chosen)
-    return Arming(armed, mapping, is_set, tuple(_obstacles(machine, mapping)))
+        machine = machine._replace(mapping=mapping)
+    is_set = mapping == machine.mapping
+    # One that was cancelled has vetoed sentinels that it carried.
+    is_renewed = is_changing and machine.migration == "cancelled"
+    armed = tuple(_arm(monitor, node, is_renewed=is_renewed) for node in chosen)
+    obstacles = tuple(_obstacles(machine, mapping))
+    return Arming(armed, mapping, is_set, obstacles, tuple(_left_out(machine, mapping)))
 
 
-def _require_undecided(node: Node, twin: LiveBitmap) -> None:
-    sentinel = node.find(sentinel_of(twin.name))
-    if not (sentinel and sentinel.is_recording and twin.is_recording):
+def _require_decided(node: Node, machine: Machine, *, is_changing: bool) -> None:
+    """Raises if what is there may have to tell yet what became of the last migration."""
+    twin = node.twin
+    if twin:
+        sentinel = node.find(sentinel_of(twin.name))
+        is_fresh = sentinel and sentinel.is_recording and twin.is_recording
+        # By what the mapping is, the verdict knows whether the sentinel travelled.
+        is_due = machine.migration in ("completed", "failed")
+        is_undecided = not is_fresh or (is_due and is_changing)
+    else:
+        is_undecided = node.tells_of_a_death
+    if is_undecided:
         subject = f'the node "{escape(node.name)}"'
         raise StateError("still armed for the last migration", "judged by rescue verdict", subject)
 
 
-def _arm(monitor: Monitor, node: Node) -> Armed:
-    if node.twin:
+def _arm(monitor: Monitor, node: Node, *, is_renewed: bool) -> Armed:
+    if node.twin and not is_renewed:
         return Armed(node.name, sentinel_of(node.twin.name), node.twin.granularity, False)
     sentinel = fresh_sentinel(node)
     name, granularity = sentinel.name, sentinel.granularity
-    leftovers = [bitmap.name for bitmap in node.bitmaps if is_sentinel(bitmap.name)]
     monitor.transaction(
         [
-            *(actions.remove(node.name, leftover) for leftover in leftovers),
+            *(actions.remove(node.name, leftover) for leftover in node.evidence),
             actions.add(node.name, name, granularity, persistent=True, enabled=True),
             actions.add(node.name, twin_of(name), granularity, persistent=False, enabled=True),
         ]
@@ -111,8 +126,10 @@ def fresh_sentinel(node: Node) -> Sentinel:
     What is all zeros takes no room in the image, however fine it is.
     """
     sentinel = Sentinel.fresh(node.virtual_size, node.cluster_size or _CLUSTER_SIZE)
-    recording = [b for b in node.bitmaps if b.is_recording and not is_evidence(b.name)]
+    recording = [bitmap for bitmap in node.subjects if bitmap.is_recording]
     finest = min((bitmap.granularity for bitmap in recording), default=sentinel.granularity)
+    while ceil_div(node.virtual_size, finest) > 8 * MAX_BITMAP_BYTES:
+        finest *= 2  # a transient bitmap may be finer than any that is stored
     return sentinel._replace(granularity=min(sentinel.granularity, finest))
 
 
@@ -126,7 +143,8 @@ def mapping_of(machine: Machine) -> Mapping:
     return [
         {"node-name": node.name, "alias": node.alias, "bitmaps": names}
         for node in machine.nodes
-        if (names := [{"name": b.name, "alias": b.name} for b in _travelling(node)])
+        if not node.is_read_only
+        and (names := [{"name": b.name, "alias": b.name} for b in _travelling(node)])
     ]
 
 
@@ -134,19 +152,37 @@ def _travelling(node: Node) -> list[LiveBitmap]:
     """What QEMU would carry without a mapping, and can."""
     if not _WELL_FORMED.fullmatch(node.alias):
         return []
-    return [bitmap for bitmap in node.bitmaps if not is_evidence(bitmap.name) and _fits(bitmap)]
+    return [bitmap for bitmap in node.subjects if _fits(bitmap)]
 
 
 def _fits(bitmap: LiveBitmap) -> bool:
-    return len(bitmap.name.encode("utf-8", "surrogateescape")) <= _MAX_ALIAS_BYTES
+    return len(encode_name(bitmap.name)) <= _MAX_ALIAS_BYTES
 
 
 def _obstacles(machine: Machine, mapping: Mapping) -> list[Obstacle]:
     """QEMU looks at all bitmaps of a node of which any is to travel."""
     listed = {node["node-name"] for node in mapping}
     return [
-        Obstacle(bitmap, "inconsistent: remove it" if bitmap.is_inconsistent else "busy: a job")
+        Obstacle(bitmap, reason)
         for node in machine.nodes
-        for bitmap in node.bitmaps
-        if node.name in listed and not bitmap.is_usable and not is_evidence(bitmap.name)
+        for bitmap in node.subjects
+        if node.name in listed and (reason := _why_not(node, bitmap))
+    ]
+
+
+def _why_not(node: Node, bitmap: LiveBitmap) -> str:
+    if bitmap.is_inconsistent:
+        return "inconsistent: remove it"
+    if node.is_read_only:
+        return "read-only: leave its node out of the mapping"
+    return "busy: a job" if bitmap.is_busy else ""
+
+
+def _left_out(machine: Machine, mapping: Mapping) -> list[LiveBitmap]:
+    listed = {(node["node-name"], one["name"]) for node in mapping for one in node["bitmaps"]}
+    return [
+        bitmap
+        for node in machine.nodes
+        for bitmap in node.subjects
+        if not node.is_read_only and (node.name, bitmap.name) not in listed
     ]

@@ -56,12 +56,11 @@ class Monitor:
         try:
             self._runner.run(asyncio.wait_for(connecting, _GREETING_SECONDS))
         except TimeoutError as error:
-            reason = "no greeting: somebody else is connected to it, or it is no QMP server"
+            reason = "no greeting: somebody else is connected, QEMU hangs, or it is no QMP server"
             raise QmpError("", reason) from error
         except (ConnectError, OSError) as error:
             cause = error.exc if isinstance(error, ConnectError) else error
-            known = isinstance(cause, OSError) and cause.errno and os.strerror(cause.errno)
-            raise QmpError("", _one_line(known or str(cause) or type(cause).__name__)) from error
+            raise QmpError("", _why(cause)) from error
 
     def __enter__(self) -> Self:
         return self
@@ -135,12 +134,30 @@ def _new_client() -> QMPClient:
     return QMPClient("qcow2bm")
 
 
+def _why(error: BaseException) -> str:
+    """What keeps a connection from being made, for people."""
+    if isinstance(error, EOFError):
+        return "it was closed at once"
+    if isinstance(error, OSError) and error.errno:  # a name that is not found has a negative one
+        return os.strerror(error.errno) if error.errno > 0 else _one_line(str(error.strerror))
+    said = _one_line(str(error)) or type(error).__name__
+    if "Greeting" in said:
+        return f"it is no QMP server; a human monitor will not do, it takes -qmp ({said})"
+    return said
+
+
 def _parse(address: str) -> str | tuple[str, int]:
-    """What qemu.qmp connects to; what exists as a file is one, whatever it looks like."""
-    found = _HOST_AND_PORT.fullmatch(address)
-    if found and not os.path.exists(address):
-        return found[1], int(found[2])
-    return address
+    """What qemu.qmp connects to; what exists as a file is one, whatever it looks like.
+
+    Otherwise it may be written as for QEMU: ``unix:PATH,server=on`` or ``tcp:HOST:PORT``.
+    """
+    if os.path.exists(address):
+        return address
+    kind, colon, rest = address.partition(":")
+    if colon and kind in ("unix", "tcp"):
+        address = rest.partition(",")[0]
+    found = None if kind == "unix" else _HOST_AND_PORT.fullmatch(address)
+    return (found[1], int(found[2])) if found else address
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,7 @@ from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 COPY_PREFIX = "qcow2bm-rescue-"
 TWIN_PREFIX = "qcow2bm-twin-"
 SCRATCH_NODE = "qcow2bm-scratch"
+COMPARED = "qcow2bm-compared-sentinel", "qcow2bm-compared-twin"
 
 
 def copy_of(name: str) -> str:
@@ -34,5 +35,5 @@ def sentinel_of(name: str) -> str:
 
 
 def is_evidence(name: str) -> bool:
-    """Whether it names a sentinel or a twin, and so no bitmap anybody would back up by."""
-    return is_sentinel(name) or bool(sentinel_of(name))
+    """Whether it names a sentinel, a twin or a copy of one, and no bitmap to back up by."""
+    return is_sentinel(name) or bool(sentinel_of(name)) or name in COMPARED

@@ -9,11 +9,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from qcow2bm.errors import QmpError, QmpRefusedError, StateError
+from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE, is_evidence, sentinel_of
 from qcow2bm.units import escape
 
 _T = TypeVar("_T")
+
+_FILTERS = (  # drivers that only pass requests on, by what QEMU calls them
+    "blkdebug",
+    "blklogwrites",
+    "blkreplay",
+    "commit_top",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "mirror_top",
+    "preallocate",
+    "throttle",
+)
+_PROBE = 'qemu-io {} "write 0 0"'
 
 _SETTLED = ("", "none", "cancelled", "failed", "completed")
 _WITHOUT_DISKS = (  # states of a machine in which its disks may be inactive, or change hands
@@ -52,7 +67,7 @@ class Node(NamedTuple):
     """A block node.
 
     ``alias`` is what QEMU calls it in a migration stream by default. ``is_active`` is None where
-    QEMU is too old to say.
+    that is not known, or not asked because no migration was ever begun.
     """
 
     name: str
@@ -69,13 +84,32 @@ class Node(NamedTuple):
 
     @property
     def twin(self) -> LiveBitmap | None:
-        """The twin of the sentinel it is armed with; None if it is not armed."""
-        return next((bitmap for bitmap in self.bitmaps if sentinel_of(bitmap.name)), None)
+        """The twin of the sentinel it is armed with; None if it is not armed.
+
+        What is persistent is none, whatever it is called: it came from somewhere else.
+        """
+        return next((b for b in self.bitmaps if sentinel_of(b.name) and not b.is_persistent), None)
+
+    @property
+    def evidence(self) -> list[str]:
+        """The names of what was added here to find out who writes."""
+        return [bitmap.name for bitmap in self.bitmaps if is_evidence(bitmap.name)]
+
+    @property
+    def subjects(self) -> list[LiveBitmap]:
+        """All other bitmaps."""
+        return [bitmap for bitmap in self.bitmaps if not is_evidence(bitmap.name)]
+
+    @property
+    def tells_of_a_death(self) -> bool:
+        """Whether a sentinel is inconsistent beside bitmaps that are not, which may miss writes."""
+        is_dead = any(b.is_inconsistent for b in self.bitmaps if is_sentinel(b.name))
+        return is_dead and not all(bitmap.is_inconsistent for bitmap in self.subjects)
 
     @property
     def has_persistent(self) -> bool:
         """Whether there is anything to lose here."""
-        return any(b.is_persistent and not is_evidence(b.name) for b in self.bitmaps)
+        return any(bitmap.is_persistent for bitmap in self.subjects)
 
 
 class Machine(NamedTuple):
@@ -147,7 +181,7 @@ def look(monitor: Monitor) -> Machine:
     parameters = monitor.execute("query-migrate-parameters")
     devices = monitor.execute("query-block")
     nodes = look_at_nodes(monitor, devices)
-    return _understood(
+    machine = _understood(
         "query-status",
         lambda: Machine(
             str(status["status"]),
@@ -156,6 +190,21 @@ def look(monitor: Monitor) -> Machine:
             nodes,
         ),
     )
+    if machine.migration in ("", "none"):
+        return machine
+    return machine._replace(nodes=tuple(_probed(monitor, node) for node in nodes))
+
+
+def _probed(monitor: Monitor, node: Node) -> Node:
+    """With `Node.is_active` where QEMU does not say: one that is not refuses an empty write."""
+    if node.is_active is not None or node.is_read_only or not node.bitmaps:
+        return node
+    try:
+        line = {"command-line": _PROBE.format(node.name)}
+        said = str(monitor.execute("human-monitor-command", line))
+    except QmpRefusedError:
+        return node
+    return node._replace(is_active="read-only" not in said)
 
 
 def look_at_nodes(
@@ -176,15 +225,49 @@ def look_at_nodes(
         raise StateError(state, required, "the machine") from error
 
     def parse() -> tuple[Node, ...]:
-        aliases = {
-            device["inserted"]["node-name"]: device["device"]
-            for device in devices or []
-            if device["device"] and "inserted" in device
-        }
+        aliases = _aliases(monitor, devices or [], found)
         nodes = [_node(one, aliases) for one in found if one["node-name"] != SCRATCH_NODE]
         return tuple(sorted(nodes, key=lambda node: node.name))
 
     return _understood("query-named-block-nodes", parse)
+
+
+def _aliases(
+    monitor: Monitor, devices: Sequence[dict[str, Any]], nodes: Sequence[dict[str, Any]]
+) -> dict[str, str]:
+    """What QEMU calls nodes by the device they belong to, below filters without bitmaps."""
+    by_name = {node["node-name"]: node for node in nodes}
+    below: dict[str, str] | None = None
+    aliases = {}
+    for device in devices:
+        if not device["device"] or "inserted" not in device:
+            continue
+        name = device["inserted"]["node-name"]
+        while (node := by_name.get(name)) and node["drv"] in _FILTERS and not _has_bitmaps(node):
+            below = _children(monitor) if below is None else below
+            if name not in below:
+                break
+            name = below.pop(name)
+        aliases[name] = device["device"]
+    return aliases
+
+
+def _has_bitmaps(node: dict[str, Any]) -> bool:
+    return any(bitmap.get("name") for bitmap in node.get("dirty-bitmaps", []))
+
+
+def _children(monitor: Monitor) -> dict[str, str]:
+    """The node below each node; empty where QEMU does not tell: it is a command for debugging."""
+    try:
+        graph = monitor.execute("x-debug-query-block-graph")
+    except QmpRefusedError:
+        return {}
+    names = {node["id"]: node["name"] for node in graph["nodes"]}
+    return {
+        names[edge["parent"]]: names[edge["child"]]
+        for edge in graph["edges"]
+        if edge["name"] in ("file", "backing")
+    }
 
 
 def find(monitor: Monitor, node: str, name: str) -> LiveBitmap | None:

@@ -13,7 +13,7 @@ from typing import Any
 from qcow2bm.errors import QmpError
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.units import escape
+from qcow2bm.units import align_up, escape
 
 NAME = "all"
 _COARSEST = 2 << 30
@@ -60,7 +60,7 @@ def discard_leftover(monitor: Monitor) -> None:
 def _require_all(monitor: Monitor, virtual_size: int) -> None:
     found = _scratch(monitor)
     counts = [one["count"] for one in (found or {}).get("dirty-bitmaps", [])]
-    if counts != [-(-virtual_size // _COARSEST) * _COARSEST]:
+    if counts != [align_up(virtual_size, _COARSEST)]:
         raise QmpError(_QEMU_IO, "writing to a scratch node did not set the bits of its bitmap")
 
 

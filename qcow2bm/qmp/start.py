@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from qcow2bm.errors import QmpRefusedError
-from qcow2bm.qmp import actions
+from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import copy_of, is_evidence, original_of
 from qcow2bm.qmp.nodes import LiveBitmap, Node, find, look
-from qcow2bm.units import escape
+from qcow2bm.units import encode_name, escape
 
 Outcome = Literal["rescued", "copied", "planned", "left", "lost"]
 Proof = Literal["sha256", "count"]
@@ -59,12 +59,18 @@ def start(monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False)
     Raises:
         StateError: it is not the time, see `Machine.require_settled`.
         QmpError: QEMU does not answer.
-        ValueError: there is no node of such a name.
+        ValueError: there is no node of such a name, or it has no persistent bitmaps.
     """
     machine = look(monitor)
     machine.require_settled()
+    chosen = machine.select(nodes, lambda node: node.has_persistent and not node.is_read_only)
+    for node in chosen:
+        if not node.has_persistent:
+            raise ValueError(f'the node "{escape(node.name)}" has no persistent bitmaps')
+    if not dry_run:
+        scratch.discard_leftover(monitor)
     done = []
-    for node in machine.select(nodes, lambda node: node.has_persistent):
+    for node in chosen:
         for bitmap, why_left in plan(node):
             if why_left:
                 done.append(Rescued(bitmap, "left", why_left))
@@ -110,7 +116,7 @@ def _rescue(monitor: Monitor, node: Node, bitmap: LiveBitmap, *, is_running: boo
         monitor.transaction([actions.remove(bitmap.node, bitmap.name), actions.ABORT])
     except QmpRefusedError as error:
         # It is to fail, but by the abort and nothing else.
-        if "abort" not in error.reason.lower():
+        if actions.ABORTED not in error.reason:
             return copy_and_rename(monitor, bitmap, digest, is_running=is_running)
     return _verified(monitor, bitmap, digest, "rescued", is_running=is_running)
 
@@ -124,7 +130,7 @@ def copy_and_rename(
     bits have another name, under which they are stored if the machine ends then.
     """
     name, copy = bitmap.name, copy_of(bitmap.name)
-    if len(copy.encode("utf-8", "surrogateescape")) > _MAX_NAME_BYTES:
+    if len(encode_name(copy)) > _MAX_NAME_BYTES:
         return Rescued(bitmap, "left", "its name is too long for a copy beside it")
     try:
         monitor.transaction(_replace(bitmap, copy))
@@ -170,6 +176,11 @@ def sha256(monitor: Monitor, bitmap: LiveBitmap) -> str | None:
         return None
 
 
+def _same(bitmap: LiveBitmap, other: LiveBitmap) -> bool:
+    """Whether only their bits may differ; a job may have begun to use it meanwhile."""
+    return bitmap._replace(dirty_bytes=0, is_busy=other.is_busy) == other._replace(dirty_bytes=0)
+
+
 def _verified(
     monitor: Monitor,
     before: LiveBitmap,
@@ -185,7 +196,7 @@ def _verified(
     now = sha256(monitor, after)
     more = after.dirty_bytes - before.dirty_bytes
     may_grow = is_running and before.is_recording
-    if after._replace(dirty_bytes=0) == before._replace(dirty_bytes=0):
+    if _same(after, before):
         if digest and now == digest:
             return Rescued(before, outcome, "", "sha256", now)
         if more > 0 if may_grow and digest else more == 0 and not digest:

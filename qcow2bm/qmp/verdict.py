@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
-from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.errors import QmpRefusedError
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.names import SCRATCH_NODE, is_evidence, sentinel_of
+from qcow2bm.qmp.names import COMPARED, SCRATCH_NODE, sentinel_of
 from qcow2bm.qmp.nodes import LiveBitmap, Machine, Node, look
 from qcow2bm.qmp.start import sha256
 from qcow2bm.units import escape
@@ -20,6 +20,22 @@ from qcow2bm.units import escape
 Word = Literal["untouched", "touched", "unknown", "left-over", "not-armed"]
 Remedy = Literal["remove", "all-dirty"]
 Fate = Literal["kept", "in-doubt", "removed", "all-dirty", "left"]
+
+_FATES: dict[Remedy, Fate] = {"remove": "removed", "all-dirty": "all-dirty"}
+
+
+class Verdict(NamedTuple):
+    """What was found on a node, and why; ``concerned`` are the bitmaps that something is due to."""
+
+    node: Node
+    word: Word
+    reason: str
+    concerned: tuple[LiveBitmap, ...] = ()
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether bitmaps may miss writes."""
+        return self.word in ("touched", "unknown")
 
 
 class Judged(NamedTuple):
@@ -30,39 +46,35 @@ class Judged(NamedTuple):
     reason: str
 
 
-class Verdict(NamedTuple):
-    """What was found on one node; ``is_armed`` is whether it still is."""
+class Settled(NamedTuple):
+    """What was done by a verdict.
 
-    node: str
-    word: Word
-    reason: str
+    ``is_armed`` is whether the node still is, because something is left to decide; ``obstacle``
+    why nothing could be done, if that is so.
+    """
+
+    verdict: Verdict
     is_armed: bool
     bitmaps: tuple[Judged, ...]
+    obstacle: str = ""
 
     @property
     def is_safe(self) -> bool:
         """Whether nothing is lost, in doubt, or left to do."""
-        return not self.is_armed and self.word not in ("touched", "unknown")
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a job has to end before anything can be done."""
-        return any(fate == "left" for _, fate, _ in self.bitmaps)
+        return not self.is_armed and not self.verdict.is_bad
 
 
-def verdict(
-    monitor: Monitor, nodes: Sequence[str] = (), remedy: Remedy | None = None
-) -> list[Verdict]:
-    """Judges these nodes, or all that were armed, and disarms those that need no decision.
+class Verdicts(NamedTuple):
+    """All that was found; ``migration`` is the last word of query-migrate, if any."""
 
-    *Guarantees*: a node is disarmed by the same transaction that does what is due to its bitmaps.
-    Until then doing it again finds the same.
+    migration: str
+    nodes: tuple[Verdict, ...]
 
-    Args:
-        monitor: the source of the migration, which goes on.
-        nodes: their names.
-        remedy: what to do with bitmaps that may miss writes of somebody else: remove them, or
-            make them dirty all over. Without it they stay, and the node stays armed.
+
+def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> Verdicts:
+    """Judges these nodes, or all that were armed.
+
+    *Guarantees*: nothing is changed that matters to what is found when this is done again.
 
     Raises:
         StateError: it is not the time, see `Machine.require_settled`.
@@ -72,117 +84,143 @@ def verdict(
     machine = look(monitor)
     machine.require_settled()
     scratch.discard_leftover(monitor)
-    chosen = machine.select(nodes, lambda node: any(is_evidence(b.name) for b in node.bitmaps))
-    return [_judge(monitor, machine, node, remedy) for node in chosen]
+    copies = [
+        actions.remove(node.name, bitmap.name)
+        for node in machine.nodes
+        for bitmap in node.bitmaps
+        if bitmap.name in COMPARED
+    ]
+    if copies:  # of somebody who was interrupted
+        monitor.transaction(copies)
+        machine = look(monitor)
+    chosen = machine.select(nodes, lambda node: bool(node.evidence))
+    return Verdicts(machine.migration, tuple(_judge(monitor, machine, node) for node in chosen))
 
 
-def _judge(monitor: Monitor, machine: Machine, node: Node, remedy: Remedy | None) -> Verdict:
+def settle(monitor: Monitor, verdict: Verdict, remedy: Remedy | None = None) -> Settled:
+    """Disarms a node if there is nothing to decide, or does what was decided.
+
+    *Guarantees*: a node is disarmed by the same transaction that does what is due to its bitmaps.
+    Until then judging it again finds the same.
+
+    Args:
+        monitor: the source of the migration, which goes on.
+        verdict: what `judge` found.
+        remedy: what to do with bitmaps that may miss writes of somebody else: remove them, or
+            make them dirty all over. Without it they stay, and the node stays armed.
+
+    Raises:
+        QmpError: QEMU does not answer.
+    """
+    node = verdict.node.name
+    if verdict.is_bad and not remedy:
+        return Settled(verdict, True, _fates(verdict, "in-doubt"))
+    busy = next((bitmap for bitmap in verdict.concerned if bitmap.is_busy), None)
+    if busy:
+        obstacle = f'"{escape(busy.name)}" is busy: try again when that has ended'
+        return Settled(verdict, True, _fates(verdict, "left"), obstacle)
+    fate: Fate = _FATES[remedy] if remedy and verdict.is_bad else "kept"
+    is_scratch_needed = fate == "all-dirty" and verdict.concerned
+    size = verdict.node.virtual_size
+    try:
+        with scratch.all_dirty(monitor, size) if is_scratch_needed else nullcontext():
+            work = [*_due(verdict, fate), *(actions.remove(node, n) for n in verdict.node.evidence)]
+            if work:
+                monitor.transaction(work)
+    except QmpRefusedError as error:
+        return Settled(verdict, True, _fates(verdict, "left"), f"QEMU refuses: {error.reason}")
+    return Settled(verdict, False, _fates(verdict, fate))
+
+
+def _due(verdict: Verdict, fate: Fate) -> list[actions.Action]:
+    """What is to be done with the bitmaps that are concerned."""
+    node = verdict.node.name
+    names = [bitmap.name for bitmap in verdict.concerned]
+    if fate == "removed":
+        return [actions.remove(node, name) for name in names]
+    if fate == "all-dirty":
+        return [actions.merge(node, name, scratch.NAME, SCRATCH_NODE) for name in names]
+    sentinel = sentinel_of(verdict.node.twin.name) if verdict.node.twin else ""
+    return [actions.merge(node, name, sentinel) for name in names]
+
+
+def _judge(monitor: Monitor, machine: Machine, node: Node) -> Verdict:
+    sound = tuple(bitmap for bitmap in node.subjects if not bitmap.is_inconsistent)
     if not node.twin:
-        return _without_twin(monitor, node)
-    sentinel = node.find(sentinel_of(node.twin.name))
-    word, reason = _evidence(monitor, machine, node, sentinel)
-    concerned = _concerned(machine, node)
-    busy = [bitmap for bitmap in concerned if bitmap.is_busy]
-    if busy and (word == "untouched" or remedy):
-        reason += f'; but "{escape(busy[0].name)}" is busy: try again when that has ended'
-        return Verdict(node.name, word, reason, True, _fates(node, concerned, "left"))
-    if word == "untouched":
-        assert sentinel
-        _disarm(monitor, node, [actions.merge(node.name, b.name, sentinel.name) for b in concerned])
-        return Verdict(node.name, word, reason, False, _fates(node, concerned, "kept"))
-    if not remedy:
-        return Verdict(node.name, word, reason, True, _fates(node, concerned, "in-doubt"))
-    if remedy == "remove":
-        _disarm(monitor, node, [actions.remove(node.name, b.name) for b in concerned])
-        return Verdict(node.name, word, reason, False, _fates(node, concerned, "removed"))
-    with ExitStack() as stack:
-        if concerned:
-            stack.enter_context(scratch.all_dirty(monitor, node.virtual_size))
-        merges = [actions.merge(node.name, b.name, scratch.NAME, SCRATCH_NODE) for b in concerned]
-        _disarm(monitor, node, merges)
-    return Verdict(node.name, word, reason, False, _fates(node, concerned, "all-dirty"))
+        if node.tells_of_a_death:
+            return Verdict(node, "touched", f"{_DEATH}, before this machine was started", sound)
+        if not node.evidence:
+            return Verdict(node, "not-armed", "it has no sentinel")
+        reason = "its sentinel is of another machine, or of before this one was started"
+        return Verdict(node, "left-over", reason)
+    word, reason = _evidence(monitor, machine, node, node.twin)
+    if word != "untouched":
+        # What they were when the disk went away, nobody knows: they may have been enabled, or made
+        # out of others, since then.
+        return Verdict(node, word, reason, sound)
+    return Verdict(node, word, reason, tuple(b for b in sound if _travelled(machine, b)))
 
 
-def _without_twin(monitor: Monitor, node: Node) -> Verdict:
-    """A sentinel alone came with the image: of a source that is not this machine any more."""
-    leftovers = [bitmap.name for bitmap in node.bitmaps if is_sentinel(bitmap.name)]
-    if not leftovers:
-        return Verdict(node.name, "not-armed", "it has no sentinel", False, ())
-    _disarm(monitor, node, [])
-    reason = "its sentinel is of another machine, or of before this one was started; it is removed"
-    return Verdict(node.name, "left-over", reason, False, ())
+_DEATH = "somebody opened the disk for writing, and did not end properly"
 
 
-def _evidence(
-    monitor: Monitor, machine: Machine, node: Node, sentinel: LiveBitmap | None
-) -> tuple[Word, str]:
-    twin = node.twin
-    assert twin
+def _evidence(monitor: Monitor, machine: Machine, node: Node, twin: LiveBitmap) -> tuple[Word, str]:
+    sentinel = node.find(sentinel_of(twin.name))
     if not sentinel:
         return "touched", "the sentinel is gone: a program wrote that does not know bitmaps"
     if sentinel.is_inconsistent:
-        return "touched", "somebody opened the disk for writing, and did not end properly"
-    if machine.migration not in ("", "none") and not _stayed_here(machine, node, sentinel):
-        return "unknown", "no block-bitmap-mapping left the sentinel out, so it travelled"
-    # Both at once, so that the guest cannot write between the two looks.
-    recording = [bitmap for bitmap in (sentinel, twin) if bitmap.is_recording]
-    if recording:
-        monitor.transaction([actions.disable(node.name, bitmap.name) for bitmap in recording])
-    digests = sha256(monitor, sentinel), sha256(monitor, twin)
+        return "touched", _DEATH
+    if not (sentinel.is_recording and twin.is_recording):
+        return "unknown", "the sentinel or its twin was disabled: writes are missing from it"
+    if machine.migration not in ("", "none") and not _stayed_here(machine, sentinel):
+        return "unknown", "the sentinel travelled: no block-bitmap-mapping left it out (arm --set)"
+    digests = _digests(monitor, node, sentinel, twin)
     if None in digests:
         return "unknown", "QEMU does not give digests of bitmaps"
     if digests[0] != digests[1]:
         return "touched", "the sentinel has writes that this machine did not make, or misses some"
-    return "untouched", "the sentinel has what this machine wrote, and nothing else"
+    return "untouched", "nobody wrote anywhere that this machine did not write, too"
 
 
-def _stayed_here(machine: Machine, node: Node, sentinel: LiveBitmap) -> bool:
-    if machine.mapping is None:
-        return False
-    return sentinel.name not in _mapped(machine, node)
+def _digests(
+    monitor: Monitor, node: Node, sentinel: LiveBitmap, twin: LiveBitmap
+) -> list[str | None]:
+    """Those of sentinel and twin at one moment, by copies: the guest may go on writing."""
+    copies = [twin._replace(name=name) for name in COMPARED]
+    work = []
+    for copied, original in zip(copies, (sentinel, twin), strict=True):
+        name, granularity = copied.name, original.granularity
+        work.append(actions.add(node.name, name, granularity, persistent=False, enabled=False))
+        work.append(actions.merge(node.name, name, original.name))
+    monitor.transaction(work)
+    digests = [sha256(monitor, copied) for copied in copies]
+    monitor.transaction([actions.remove(node.name, name) for name in COMPARED])
+    return digests
 
 
-def _mapped(machine: Machine, node: Node) -> set[str]:
+def _stayed_here(machine: Machine, sentinel: LiveBitmap) -> bool:
+    return machine.mapping is not None and sentinel.name not in _mapped(machine, sentinel.node)
+
+
+def _mapped(machine: Machine, node: str) -> set[str]:
     """The bitmaps of a node that travel by the mapping."""
-    listed = [one for one in machine.mapping or [] if one["node-name"] == node.name]
+    listed = [one for one in machine.mapping or [] if one["node-name"] == node]
     return {bitmap["name"] for one in listed for bitmap in one["bitmaps"]}
 
 
-def _concerned(machine: Machine, node: Node) -> list[LiveBitmap]:
-    """Those that recorded here, and that nobody carried on for us in the image.
-
-    The others were stored, and loaded again when the disk came back.
-    """
-    return [
-        bitmap
-        for bitmap in node.bitmaps
-        if bitmap.is_recording
-        and not bitmap.is_inconsistent
-        and not is_evidence(bitmap.name)
-        and (
-            not bitmap.is_persistent
-            or machine.mapping is None
-            or bitmap.name in _mapped(machine, node)
-        )
-    ]
+def _travelled(machine: Machine, bitmap: LiveBitmap) -> bool:
+    """Whether it recorded here, and nobody carried it on for us in the image."""
+    is_stored = bitmap.is_persistent and machine.mapping is not None
+    is_stored = is_stored and bitmap.name not in _mapped(machine, bitmap.node)
+    return bitmap.is_recording and not is_stored
 
 
-def _fates(node: Node, concerned: Sequence[LiveBitmap], fate: Fate) -> tuple[Judged, ...]:
+def _fates(verdict: Verdict, fate: Fate) -> tuple[Judged, ...]:
     return tuple(
-        Judged(bitmap, fate, "")
-        if bitmap in concerned
-        else Judged(bitmap, "kept", "inconsistent already")
-        if bitmap.is_inconsistent
-        else Judged(bitmap, "kept", "stored and loaded again")
-        if bitmap.is_recording
-        else Judged(bitmap, "kept", "it records no writes, and misses none")
-        for bitmap in node.bitmaps
-        if not is_evidence(bitmap.name)
+        Judged(
+            bitmap,
+            fate if bitmap in verdict.concerned else "kept",
+            "inconsistent already" if bitmap.is_inconsistent else "",
+        )
+        for bitmap in verdict.node.subjects
     )
-
-
-def _disarm(monitor: Monitor, node: Node, work: Sequence[actions.Action]) -> None:
-    """Removes what was added for the verdict, together with the work that it calls for."""
-    evidence = [b.name for b in node.bitmaps if is_evidence(b.name)]
-    removals = [actions.remove(node.name, name) for name in evidence]
-    monitor.transaction([*work, *removals])

@@ -178,7 +178,7 @@ class Draft:
         if granularity is None:
             limits = MIN_DEFAULT_GRANULARITY, MAX_DEFAULT_GRANULARITY
             granularity = max(limits[0], min(self._file.cluster_size, limits[1]))
-        self._require_granularity(granularity)
+        self.require_granularity(granularity)
         self.require_free(name)
         if len(self.bitmaps) >= MAX_BITMAPS:
             raise LimitError("the number of bitmaps", len(self.bitmaps) + 1, MAX_BITMAPS)
@@ -193,11 +193,12 @@ class Draft:
         """`add`, instead of one of that name that is in_use and not ours, if there is one."""
         old = self.bitmaps.get(encode_name(name))
         if old and old.is_in_use and name not in self._owned:
-            self._require_granularity(granularity)  # before anything is taken away
+            self.require_granularity(granularity)  # before anything is taken away
             self.remove(name)
         self.add(name, granularity, enabled=enabled)
 
-    def _require_granularity(self, granularity: int) -> None:
+    def require_granularity(self, granularity: int) -> None:
+        """Raises what `add` does for a granularity that QEMU could not use."""
         low, high = 1 << MIN_GRANULARITY_BITS, 1 << MAX_GRANULARITY_BITS
         granularity = index(granularity)
         if granularity & (granularity - 1) or not low <= granularity <= high:
@@ -380,7 +381,7 @@ class Draft:
             return
         granularity, size = found.entry.granularity, found.entry.bitmap_table_size
         if size != self._table_size(granularity):
-            self._require_granularity(granularity)
+            self.require_granularity(granularity)
         bits = DraftBits(self._file, granularity, read_words(self._file, found.entry))
         bits.fit()
         found.bits = bits

@@ -59,6 +59,7 @@ def test_start(qemu: FakeQemu, tmp_path: Path) -> None:
         "take a full backup",
         "1 of 2 persistent bitmaps will be stored when the VM quits",
         "(which of them QEMU would have dropped cannot be seen: all are treated alike)",
+        "of the others nothing is promised, not even that they are not stored",
     ]
     del qemu.bitmaps["old"]
     qemu.migration = "completed"
@@ -94,6 +95,7 @@ def test_arm(qemu: FakeQemu, tmp_path: Path) -> None:
     found = document(tmp_path, "arm", "ARM --node disk")
     assert found["block-bitmap-mapping"] == command["arguments"]["block-bitmap-mapping"]
     assert (found["set"], found["nodes"][0]["new"]) == (False, False)
+    rescue(tmp_path, "ARM --set")
     last = rescue(tmp_path, "ARM --set").out.splitlines()
     assert last[0].startswith('node "disk" was armed already: ')
     assert last[1] == "the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps"
@@ -122,18 +124,20 @@ def test_verdict(qemu: FakeQemu, tmp_path: Path) -> None:
     armed(qemu, tmp_path)
     assert rescue(tmp_path, "VERDICT") == Result(
         0,
-        'node "disk" untouched: the sentinel has what this machine wrote, and nothing else\n'
-        '  "daily" kept\n'
-        "  now run rescue start, if the migration did not complete\n",
+        'node "disk" untouched: nobody wrote anywhere that this machine did not write, too\n'
+        '  "daily" kept\n',
         "",
     )
+    armed(qemu, tmp_path)
+    qemu.migration = "cancelled"
+    assert rescue(tmp_path, "VERDICT").out.endswith("  now run rescue start\n")
     armed(qemu, tmp_path).inconsistent = True
     done = rescue(tmp_path, "VERDICT")
     assert (done.status, done.err) == (2, "")
     assert done.out.splitlines()[1:] == [
         '  "daily" may miss writes',
-        "  still armed: run it again with --remove or --all-dirty",
-        "  the guest goes on with a disk that may not be what it remembers: stop it",
+        "  decide before it quits, or these are stored as valid: --remove or --all-dirty",
+        "  what the guest remembers of the disk may be wrong: shut it down when you decided",
     ]
     (node,) = document(tmp_path, "verdict", "VERDICT", 2)["nodes"]
     assert (node["verdict"], node["armed"]) == ("touched", True)
@@ -152,8 +156,29 @@ def test_a_verdict_that_has_to_wait(qemu: FakeQemu, tmp_path: Path) -> None:
     qemu.bitmaps["daily"].busy = True
     done = rescue(tmp_path, "VERDICT")
     assert done.status == 2
-    assert '; but "daily" is busy: try again when that has ended\n  "daily" left\n' in done.out
+    said = '  nothing was done: "daily" is busy: try again when that has ended\n  "daily" left\n'
+    assert said in done.out
     assert "--remove" not in done.out
+
+
+@pytest.mark.spec("CLI-27")
+def test_a_verdict_where_nothing_tells(qemu: FakeQemu, tmp_path: Path) -> None:
+    qemu.migration = "completed"
+    done = rescue(tmp_path, "VERDICT")
+    assert (done.status, done.err) == (2, "")
+    assert done.out.startswith("no node is armed, though the last migration completed\n")
+    found = document(tmp_path, "verdict", "VERDICT", 2)
+    assert (found["migration"], found["nodes"]) == ("completed", [])
+    qemu.migration = "cancelled"
+    assert rescue(tmp_path, "VERDICT") == Result(0, "no node is armed\n", "")
+
+
+def test_the_word_is_said_before_the_evidence_goes(qemu: FakeQemu, tmp_path: Path) -> None:
+    armed(qemu, tmp_path).inconsistent = True
+    qemu.hang_up_after = 0
+    done = rescue(tmp_path, "VERDICT --remove")
+    assert done.status == 1
+    assert done.out.startswith('node "disk" touched: ')
 
 
 @pytest.mark.parametrize("command", ["START", "ARM", "VERDICT"])

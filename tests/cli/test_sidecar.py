@@ -11,6 +11,7 @@ from support.images import Stored, build_image
 from support.jsonspec import check_sidecar_dump
 
 import qcow2bm
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.migration.sidecar import read_sidecar
 
@@ -276,6 +277,19 @@ def test_names_are_escaped(folder: Path) -> None:
     text = run(["sidecar", "dump", "saved"], folder).out
     assert r'"a\x1b[31mred\nb"' in text
     check_sidecar_dump(json.loads(run(["sidecar", "dump", "saved", "--output=json"], folder).out))
+
+
+@pytest.mark.spec("CLI-30")
+def test_a_dump_of_an_image_with_sentinels(folder: Path) -> None:
+    before = run(["dump", "vm.qcow2"], folder).out
+    assert "usable for a backup" not in before
+    done(folder, *SAVE, "--sentinel")
+    assert "usable for a backup" not in run(["dump", "vm.qcow2"], folder).out
+    name = next(n for n in digests(folder) if is_sentinel(n) and not n.endswith("-canary"))
+    stored = [Stored(name.encode(), flags=FLAG_AUTO | FLAG_IN_USE), Stored(b"daily", flags=0)]
+    (folder / "vm.qcow2").write_bytes(build_image(*stored).data)
+    said = "a sentinel is inconsistent: a machine has the disk, or did not end properly"
+    assert run(["dump", "vm.qcow2"], folder).out.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize(

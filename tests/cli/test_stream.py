@@ -169,6 +169,25 @@ def test_a_pipe_is_read_to_its_end(folder: Path) -> None:
     assert json.loads(done.stdout) == dumped(folder)[1]
 
 
+@pytest.mark.spec("CLI-23")
+@pytest.mark.parametrize("content", [b"no stream", b"QEVM\0\0\0\3\2", b"QEVM\0\0\0\3\5\1x"])
+def test_a_pipe_is_read_to_its_end_after_a_fault_too(folder: Path, content: bytes) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "qcow2bm", "stream", "dump", "-"],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdin
+        for _ in range(8):
+            process.stdin.write(content + bytes(1 << 20))
+            process.stdin.flush()  # raises BrokenPipeError if nobody reads
+        process.stdin.close()
+        assert process.wait(60) in (1, 2)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_both_commands_over_a_named_pipe(folder: Path) -> None:
     os.mkfifo(folder / "pipe")

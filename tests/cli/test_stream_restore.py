@@ -157,6 +157,20 @@ def test_a_sentinel_that_is_no_evidence(folder: Path, what: str) -> None:
     assert "may have been written to" in refused(folder, *NODE)
 
 
+def test_two_names_for_one_bitmap(folder: Path) -> None:
+    arguments = ["--map", "allzero=a", "--map", "allzero=b", "--assert-unchanged"]
+    assert "two names for one bitmap" in refused(folder, *NODE, *arguments)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_error_names_the_file_that_it_is_about(folder: Path, swapped: bool) -> None:
+    files = ["vm.qcow2", "stream"] if swapped else ["other", "vm.qcow2"]
+    (folder / "other").write_bytes(b"no stream")
+    done = run(["stream", "restore", *files, "--assert-unchanged"], folder)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith(f"qcow2bm: {files[0]}: migration stream: magic at 0x0")
+
+
 @pytest.mark.spec("CLI-26")
 def test_a_bitmap_that_is_valid_is_not_replaced(folder: Path) -> None:
     restored(folder, "--assert-unchanged")

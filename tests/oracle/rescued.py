@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import pytest
 from support.edits import KiB
 from support.qemu import LEAKS, Disk
+from support.rescue import verdict
 from support.vm import Machine
 
 import qcow2bm
@@ -21,7 +22,7 @@ from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence
 from qcow2bm.qmp.start import start
-from qcow2bm.qmp.verdict import Remedy, Verdict, verdict
+from qcow2bm.qmp.verdict import Remedy, Settled
 
 from .alone import BEFORE, CASES, GRANULARITY, OLD, SIZE, Scene, UnusableError, misses
 
@@ -63,7 +64,7 @@ def rescued(case: str, way: Way, folder: Path) -> Result:
         found = _verdict(scene, address, remedy) if remedy else None
         if way != "alone":
             _start(source, address)
-        if way == "all-dirty" and found and found.word != "untouched":
+        if way == "all-dirty" and found and found.verdict.word != "untouched":
             counts = {n: b["count"] for n, b in source.bitmaps().items()}
             assert {name: counts[name] for name in ("p0", "s0", "n0")} == dict.fromkeys(
                 ("p0", "s0", "n0"), SIZE
@@ -71,7 +72,7 @@ def rescued(case: str, way: Way, folder: Path) -> Result:
         hashes = {name: source.sha256(name) for name in source.bitmaps()}
         source.quit()
     _check(disk, hashes, LEAKS if case == "unaware program wrote" else 0)
-    return Result(scene.outcome(), found.word if found else "")
+    return Result(scene.outcome(), found.verdict.word if found else "")
 
 
 def _arm(address: Path) -> None:
@@ -84,7 +85,7 @@ def _arm(address: Path) -> None:
     assert again == armed._replace(nodes=(node._replace(is_new=False),))
 
 
-def _verdict(scene: Scene, address: Path, remedy: Remedy) -> Verdict:
+def _verdict(scene: Scene, address: Path, remedy: Remedy) -> Settled:
     """Without the remedy first, which decides nothing; and once more, when there is no more."""
     source = scene.source
     with Monitor(str(address)) as monitor:
@@ -92,9 +93,9 @@ def _verdict(scene: Scene, address: Path, remedy: Remedy) -> Verdict:
         if first.is_armed:
             assert set(PERSISTENT) | {"n0"} <= source.bitmaps().keys()
             (found,) = verdict(monitor, remedy=remedy)
-            assert found.word == first.word
+            assert found.verdict.word == first.verdict.word
         else:
-            assert first.word == "untouched"
+            assert first.verdict.word == "untouched"
             found = first
         assert not found.is_armed
         assert not any(map(is_evidence, source.bitmaps()))
@@ -132,7 +133,7 @@ def _started_anew(scene: Scene, way: Way, address: Path) -> Result:
     address.unlink(missing_ok=True)
     with Machine(scene.disk.path, monitor=address) as again:
         with Monitor(str(address)) as monitor:
-            word = "".join(found.word for found in verdict(monitor))
+            word = "".join(found.verdict.word for found in verdict(monitor))
         hashes = {name: again.sha256(name) for name in again.bitmaps()}
         again.quit()
     _check(scene.disk, hashes, 0)

@@ -78,6 +78,7 @@ def test_the_mapping_is_that_of_qemu_without_one(qemu: FakeQemu, address: str) -
     ]  # fmt: skip
     assert not done.is_set
     assert qemu.mapping is None
+    qemu.migration = ""
     again = armed(address, "disk", set_mapping=True)
     assert (again.mapping, again.is_set) == (done.mapping, True)
     assert qemu.mapping == done.mapping
@@ -102,7 +103,7 @@ def test_the_mapping_is_set_before_there_is_a_sentinel(qemu: FakeQemu, address: 
 
 @pytest.mark.spec("RESCUE-12")
 def test_sentinels_of_others_go(qemu: FakeQemu, address: str) -> None:
-    qemu.bitmaps[OLD] = FakeBitmap(inconsistent=True)
+    qemu.bitmaps[OLD] = FakeBitmap()
     (node,) = armed(address).nodes
     assert node.is_new
     assert [name for name in qemu.bitmaps if is_sentinel(name)] == [node.sentinel]
@@ -121,6 +122,97 @@ def test_the_last_verdict_comes_first(qemu: FakeQemu, address: str, state: str) 
     with pytest.raises(StateError, match="judged by rescue verdict"):
         armed(address, set_mapping=True)
     assert qemu.changes() == []
+
+
+@pytest.mark.spec("RESCUE-12")
+def test_what_tells_of_a_death_is_judged_first(qemu: FakeQemu, address: str) -> None:
+    """Of bitmaps that look as they should beside it, nobody knows whether they miss writes."""
+    qemu.bitmaps[OLD] = FakeBitmap(inconsistent=True)
+    with pytest.raises(StateError, match="judged by rescue verdict"):
+        armed(address)
+    assert qemu.changes() == []
+    for name in ("a", "b"):
+        qemu.bitmaps[name].inconsistent = True
+    (node,) = armed(address, "disk").nodes
+    assert [name for name in qemu.bitmaps if is_sentinel(name)] == [node.sentinel]
+
+
+@pytest.mark.spec("RESCUE-12")
+def test_the_mapping_is_not_set_after_the_migration_that_it_was_for(
+    qemu: FakeQemu, address: str
+) -> None:
+    """The verdict would take it for what the sentinel went by."""
+    qemu.migration = ""
+    armed(address)
+    qemu.migration = "completed"
+    with pytest.raises(StateError, match="judged by rescue verdict"):
+        armed(address, set_mapping=True)
+    assert qemu.mapping is None
+
+
+@pytest.mark.spec("RESCUE-12")
+def test_a_sentinel_that_a_cancelled_migration_carried_is_replaced(
+    qemu: FakeQemu, address: str
+) -> None:
+    (first,) = armed(address).nodes
+    (again,) = armed(address).nodes
+    assert again == first._replace(is_new=False)
+    (renewed,) = armed(address, set_mapping=True).nodes
+    assert renewed.is_new
+    evidence = {name for name in qemu.bitmaps if is_evidence(name)}
+    assert evidence == {renewed.sentinel, twin_of(renewed.sentinel)}
+    (again,) = armed(address, set_mapping=True).nodes
+    assert again == renewed._replace(is_new=False)
+
+
+@pytest.mark.spec("RESCUE-11")
+def test_what_the_mapping_leaves_out_is_told(qemu: FakeQemu, address: str) -> None:
+    qemu.mapping = [mapped("a")]
+    assert [bitmap.name for bitmap in armed(address).left_out] == ["b"]
+    qemu.mapping = [mapped("a", "b")]
+    assert armed(address).left_out == ()
+
+
+@pytest.mark.spec("RESCUE-11")
+def test_nothing_is_set_where_nothing_is_armed(qemu: FakeQemu, address: str) -> None:
+    qemu.bitmaps.clear()
+    done = armed(address, set_mapping=True)
+    assert (done.nodes, done.is_set, qemu.mapping) == ((), False, None)
+
+
+@pytest.mark.spec("RESCUE-11")
+def test_read_only_nodes_stay_here(qemu: FakeQemu, address: str) -> None:
+    qemu.nodes["base"] = FakeNode({"c": FakeBitmap()}, read_only=True)
+    done = armed(address)
+    assert (done.mapping, done.obstacles, done.left_out) == ([mapped("a", "b")], (), ())
+    qemu.mapping = [mapped("a", "b"), mapped("c", node="base")]
+    reasons = [obstacle.reason for obstacle in armed(address).obstacles]
+    assert reasons == ["read-only: leave its node out of the mapping"]
+
+
+@pytest.mark.spec("RESCUE-11")
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_device_whose_disk_is_below_filters(qemu: FakeQemu, address: str, is_told: bool) -> None:
+    qemu.nodes["mirror"] = FakeNode(driver="mirror_top")
+    qemu.nodes["slow"] = FakeNode(driver="throttle")
+    qemu.devices["mirror"] = "drive0"
+    qemu.below = {"mirror": ("slow", "backing"), "slow": ("disk", "file"), "disk": ("f", "file")}
+    qemu.nodes["f"] = FakeNode(driver="file")
+    if not is_told:
+        qemu.refuse = lambda name, _: "no" if name == "x-debug-query-block-graph" else None
+    expected = mapped("a", "b", alias="drive0" if is_told else "disk")
+    assert armed(address).mapping == [expected]
+    qemu.nodes["slow"].bitmaps["c"] = FakeBitmap(persistent=False)  # there QEMU goes no further
+    expected_too = mapped("c", node="slow", alias="drive0" if is_told else "slow")
+    assert armed(address).mapping == [mapped("a", "b"), expected_too]
+
+
+@pytest.mark.spec("RESCUE-10")
+def test_a_transient_bitmap_may_be_finer_than_a_sentinel_can_be(
+    qemu: FakeQemu, address: str
+) -> None:
+    qemu.nodes["big"] = FakeNode({"t": FakeBitmap(512, persistent=False)}, 3 << 40)
+    assert [node.granularity for node in armed(address, "big").nodes] == [1024]
 
 
 @pytest.mark.spec("RESCUE-12")

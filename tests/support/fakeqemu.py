@@ -46,6 +46,11 @@ def _requests(client: socket.socket, descriptors: list[int]) -> Iterator[Argumen
             text = text[end:]
 
 
+def _changes(command: str, arguments: Arguments) -> bool:
+    """Whether it changes something; an empty write is a question."""
+    return command in CHANGES and " 0 0" not in arguments.get("command-line", "")
+
+
 class RefusedError(Exception):
     """What a command is answered with."""
 
@@ -115,6 +120,8 @@ class FakeQemu:
         commands: every command that came, and its arguments.
         hang_up_after: how many more commands are done before the connection breaks off without
             an answer to the last one; only those that change something count.
+        inactive: nodes that are not active, and do not say so.
+        below: the node below a node, and what the edge to it is called.
         refuse: asked for each command and each action of a transaction; a text refuses it.
         after: called after each command.
     """
@@ -128,6 +135,8 @@ class FakeQemu:
         self.greeting: object = GREETING
         self.commands: list[tuple[str, Arguments]] = []
         self.descriptors: list[int] = []
+        self.inactive: set[str] = set()
+        self.below: dict[str, tuple[str, str]] = {}
         self.hang_up_after: int | None = None
         self.refuse: Callable[[str, Arguments], str | None] = lambda command, arguments: None
         self.answers: dict[str, object] = {}
@@ -140,7 +149,7 @@ class FakeQemu:
 
     def changes(self) -> list[str]:
         """The commands so far that change something."""
-        return [command for command, _ in self.commands if command in CHANGES]
+        return [command for command, arguments in self.commands if _changes(command, arguments)]
 
     @contextmanager
     def serving(self, path: Path) -> Iterator[str]:
@@ -179,7 +188,7 @@ class FakeQemu:
                 answer["return"] = self._do(command, arguments)
             except RefusedError as error:
                 answer["error"] = {"class": "GenericError", "desc": str(error)}
-            if command in CHANGES and self.hang_up_after is not None:
+            if _changes(command, arguments) and self.hang_up_after is not None:
                 self.hang_up_after -= 1
                 if self.hang_up_after < 0:
                     self.hang_up_after = None
@@ -210,6 +219,16 @@ class FakeQemu:
 
     def _query_migrate_parameters(self) -> object:
         return {} if self.mapping is None else {"block-bitmap-mapping": self.mapping}
+
+    def _x_debug_query_block_graph(self) -> object:
+        numbers = {name: number for number, name in enumerate(self.nodes)}
+        return {
+            "nodes": [{"id": number, "name": name} for name, number in numbers.items()],
+            "edges": [
+                {"parent": numbers[name], "child": numbers[below], "name": edge}
+                for name, (below, edge) in self.below.items()
+            ],
+        }
 
     def _migrate_set_parameters(self, block_bitmap_mapping: list[Arguments]) -> object:
         self.mapping = block_bitmap_mapping
@@ -261,8 +280,11 @@ class FakeQemu:
         return {}
 
     def _human_monitor_command(self, command_line: str) -> object:
-        program, node, _, _, start, _ = command_line.replace('"', "").split()
+        program, node, _, *options, start, length = command_line.replace('"', "").split()
         assert program == "qemu-io"
+        if length == "0":  # to find out whether it is active
+            return "Block node is read-only" if node in self.inactive else "Permission conflict"
+        assert options == ["-q"]
         for bitmap in self.nodes[node].bitmaps.values():
             bitmap.bits.add(int(start) // bitmap.granularity)
         return ""

@@ -1,0 +1,15 @@
+"""``rescue verdict`` in one call, as the command line does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.verdict import Remedy, Settled, judge, settle
+
+
+def verdict(
+    monitor: Monitor, nodes: Sequence[str] = (), remedy: Remedy | None = None
+) -> list[Settled]:
+    """Judges all of these nodes, and then does what is due to each."""
+    return [settle(monitor, one, remedy) for one in judge(monitor, nodes).nodes]
