@@ -22,7 +22,12 @@ DIRECTORY = "bitmap directory"
 ENTRY = "bitmap directory entry"
 TABLE = "bitmap table"
 DATA = "bitmap data"
+CLUSTER = "cluster"
+REFCOUNT_TABLE = "refcount table"
+L1_TABLE = "L1 table"
+L2_TABLE = "L2 table"
 
+_PAST_EOF = "counting reference for region exceeding the end of the file"
 _CONSTRAINTS = "doesn't satisfy the constraints"
 _BAD_TABLE = "Could not read bitmap_table table from image for bitmap"
 _BROKEN_DIRECTORY = "Broken bitmap directory"
@@ -72,7 +77,12 @@ class Problem(NamedTuple):
     @property
     def breaks_bitmap(self) -> bool:
         """Whether the bitmap it concerns must not be read because of it."""
-        return self.severity in (REFUSED, UNUSABLE) and not KINDS[self.id].keeps_status
+        return self.severity in (REFUSED, UNUSABLE) and not kind_of(self.id).keeps_status
+
+
+def kind_of(id: str) -> Kind:
+    """What problems of that id have in common."""
+    return KINDS.get(id) or CHECKED_KINDS[id]
 
 
 def problem(
@@ -88,7 +98,7 @@ def problem(
     ``severity`` is given only where the case differs from the table's; ``element`` is the
     number of the field where the structure is an array.
     """
-    kind = KINDS[id]
+    kind = kind_of(id)
     severity = severity or kind.severity
     place = kind.structure
     if bitmap_index is not None:
@@ -105,7 +115,7 @@ def problem(
         bitmap_index,
         f"{what} at {offset:#x} {reason}",
         # Of a fault that makes QEMU refuse some images it says nothing where it does not.
-        kind.qemu_message if severity in (REFUSED, LEAK) else None,
+        kind.qemu_message if severity in (REFUSED, LEAK) or id in CHECKED_KINDS else None,
     )
 
 
@@ -370,3 +380,41 @@ KINDS: dict[str, Kind] = {
     "bitmap-table.entry.more": Kind(TABLE, "entry", NOTE),
     "bitmap-data.overlap": Kind(DATA, "", UNUSABLE),
 }
+"""What a reader finds, who looks at header, extensions, directory and tables."""
+
+CHECKED_KINDS: dict[str, Kind] = {
+    "bitmap-data.tail": Kind(DATA, "", COSMETIC),
+    "cluster.refcount.too-low": Kind(CLUSTER, "", UNUSABLE, "ERROR cluster"),
+    "cluster.refcount.leak": Kind(CLUSTER, "", LEAK, "Leaked cluster"),
+    "cluster.refcount.more": Kind(CLUSTER, "", NOTE),
+    "refcount-table.entry.invalid": Kind(
+        REFCOUNT_TABLE, "entry", UNUSABLE, "refcount table entry corrupted"
+    ),
+    "refcount-table.entry.past-eof": Kind(REFCOUNT_TABLE, "entry", UNUSABLE, "is outside image"),
+    "refcount-table.entry.shared": Kind(REFCOUNT_TABLE, "entry", UNUSABLE, "ERROR refcount block"),
+    "l1-table.past-eof": Kind(L1_TABLE, "", UNUSABLE, _PAST_EOF),
+    "l1-table.invalid": Kind(L1_TABLE, "", UNUSABLE, "L1 table"),
+    "l1-table.entry.reserved": Kind(
+        L1_TABLE, "entry", UNUSABLE, "ERROR found L1 entry with reserved bits set"
+    ),
+    "l1-table.entry.unaligned": Kind(
+        L1_TABLE, "entry", UNUSABLE, "Table is not cluster aligned; L1 entry corrupted"
+    ),
+    "l1-table.entry.past-eof": Kind(L1_TABLE, "entry", UNUSABLE, _PAST_EOF),
+    "l1-table.entry.copied": Kind(L1_TABLE, "entry", UNUSABLE, "OFLAG_COPIED L2 cluster"),
+    "l1-table.entry.more": Kind(L1_TABLE, "entry", NOTE),
+    "l2-table.entry.reserved": Kind(
+        L2_TABLE, "entry", UNUSABLE, "ERROR found l2 entry with reserved bits set"
+    ),
+    "l2-table.entry.unaligned": Kind(
+        L2_TABLE, "entry", UNUSABLE, "is not properly aligned; L2 entry corrupted"
+    ),
+    "l2-table.entry.past-eof": Kind(L2_TABLE, "entry", UNUSABLE, _PAST_EOF),
+    "l2-table.entry.copied": Kind(L2_TABLE, "entry", UNUSABLE, "OFLAG_COPIED data cluster"),
+    "l2-table.entry.compressed": Kind(L2_TABLE, "entry", UNUSABLE, "compressed cluster"),
+    "l2-table.entry.subclusters": Kind(
+        L2_TABLE, "entry", UNUSABLE, "corrupted subcluster allocation bitmap"
+    ),
+    "l2-table.entry.more": Kind(L2_TABLE, "entry", NOTE),
+}
+"""What it takes to look at every reference and refcount to find."""

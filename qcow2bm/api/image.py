@@ -27,6 +27,7 @@ from qcow2bm.store.status import as_error
 from qcow2bm.store.tables import Survey, survey
 
 if TYPE_CHECKING:
+    from qcow2bm.check.check import Check
     from qcow2bm.storage.sources import Source
     from qcow2bm.tracker.tracker import Tracker
 
@@ -261,6 +262,24 @@ class Image:
         """
         tables = self._tables().problems
         return (*self._header_problems, *self._directory.problems, *tables)
+
+    def check(self) -> Check:
+        """Follows every reference in the image, and compares them with the refcounts.
+
+        What it finds is not among `problems`, which need no more than headers and tables.
+
+        Raises:
+            ImageLockedError: somebody writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        from qcow2bm.check.check import check
+
+        self._tables()
+        with self._file.lock():
+            checked = check(self._file, self._directory)
+            verify_directory(self._file, self._directory)
+        return checked
 
     def bitmap(self, index: int) -> Bitmap:
         """The bitmap of a directory entry by its number, whatever its name.

@@ -47,7 +47,7 @@ def print_dump(
     out.write('],\n "problems": [')
     for number, found in enumerate(problems):
         out.write(",\n  " if number else "\n  ")
-        out.write(json.dumps(_problem(image, found)))
+        out.write(json.dumps(problem(image, found)))
     out.write("]}\n")
 
 
@@ -129,7 +129,8 @@ def _bitmap(bitmap: Bitmap, options: Options) -> str:
     return json.dumps(facts).removesuffix("}" if options.extents else "")
 
 
-def _problem(image: Image, found: Problem) -> dict[str, Any]:
+def problem(image: Image, found: Problem) -> dict[str, Any]:
+    """A problem, for programs."""
     index = found.bitmap_index
     return {
         "id": found.id,

@@ -23,11 +23,13 @@ class Part(NamedTuple):
 
 
 class SnapshotEntry(NamedTuple):
-    """Where an entry of the snapshot table is, its size, and that of its extra data."""
+    """Where an entry of the snapshot table is, its size, and what it leads to."""
 
     offset: int
     size: int
     extra_data_size: int
+    l1_table_offset: int
+    l1_size: int
 
 
 def snapshot_entries(file: ClusterFile) -> Iterator[SnapshotEntry]:
@@ -44,9 +46,9 @@ def snapshot_entries(file: ClusterFile) -> Iterator[SnapshotEntry]:
     for _ in range(min(file.header.nb_snapshots, MAX_SNAPSHOTS)):
         if not file.contains(place, snapshots.HEAD_LENGTH):
             return
-        size, extra = snapshots.measure_entry(file.read(place, snapshots.HEAD_LENGTH))
-        yield SnapshotEntry(place, size, extra)
-        place += size
+        measure = snapshots.measure_entry(file.read(place, snapshots.HEAD_LENGTH))
+        yield SnapshotEntry(place, *measure)
+        place += measure.size
 
 
 def fixed_parts(file: ClusterFile, header_problems: Iterable[Problem]) -> Iterator[Part]:

@@ -31,4 +31,5 @@ SUBCLUSTERS = BitStruct(
 
 L1_MASKS = bit_masks(L1_ENTRY)
 L2_MASKS = bit_masks(L2_ENTRY)
+SUBCLUSTER_MASKS = bit_masks(SUBCLUSTERS)
 """The mask of each field of an entry, as a big-endian integer of 64 bits sees it."""

@@ -65,11 +65,22 @@ class SnapshotHeader(NamedTuple):
         return HEAD_LENGTH + tail
 
 
-def measure_entry(head: bytes) -> tuple[int, int]:
-    """The size of an entry and of its extra data, from its first 40 bytes."""
+class SnapshotMeasure(NamedTuple):
+    """How long an entry and its extra data are in bytes, and what L1 table it leads to."""
+
+    size: int
+    extra_data_size: int
+    l1_table_offset: int
+    l1_size: int
+
+
+def measure_entry(head: bytes) -> SnapshotMeasure:
+    """What the first 40 bytes of an entry say."""
     fields = dict(zip(FIELD_OFFSETS, _READ_HEAD.unpack(head), strict=True))
-    tail = fields["extra_data_size"] + fields["id_str_size"] + fields["name_size"]
-    return HEAD_LENGTH + align_up(tail, 8), fields["extra_data_size"]
+    extra = fields["extra_data_size"]
+    tail = extra + fields["id_str_size"] + fields["name_size"]
+    size = HEAD_LENGTH + align_up(tail, 8)
+    return SnapshotMeasure(size, extra, fields["l1_table_offset"], fields["l1_size"])
 
 
 def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[SnapshotHeader, ...]:

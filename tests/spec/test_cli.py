@@ -71,8 +71,8 @@ def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
-        "dump, map, stream dump, stream restore, sidecar load, sidecar dump, edits, rescues",
-        "dump, map, stream write, sidecar save",
+        "dump, map, check, stream dump, stream restore, sidecar load, sidecar dump, edits, rescues",
+        "dump, map, check, stream write, sidecar save",
     )
     assert of["--dry-run"] == "edits, stream restore, sidecar load, rescue start, rescue finish"
     assert {of["--wait"], of["--no-lock"]} == {"edits, stream restore, sidecar load, rescue finish"}

@@ -12,7 +12,8 @@ import pytest
 from support.specreader import Table, page, pages
 
 from qcow2bm import problems
-from qcow2bm.cli import arguments, console, grammar, report, rescue_arguments
+from qcow2bm.check.meanings import MEANINGS
+from qcow2bm.cli import arguments, check, console, grammar, report, rescue_arguments
 from qcow2bm.format import (
     directory,
     extensions,
@@ -191,7 +192,7 @@ def alternatives(heading: str, key: str) -> set[str]:
 
 
 def test_problem_ids() -> None:
-    stated = {}
+    stated, meanings = {}, {}
     for found in page("problems.md").tables:
         if found.heading == "Severities":
             continue
@@ -199,7 +200,8 @@ def test_problem_ids() -> None:
             severity, _, kept = row["severity"].partition(", ")
             assert kept in ("", "status kept")
             assert row["id"] not in stated
-            assert row["what it means, and what to do"].endswith(".")
+            meanings[row["id"]] = row["what it means, and what to do"]
+            assert meanings[row["id"]].endswith(".")
             stated[row["id"]] = problems.Kind(
                 found.heading.lower(),
                 row["field"],
@@ -207,10 +209,10 @@ def test_problem_ids() -> None:
                 row["QEMU says"] or None,
                 bool(kept),
             )
-    expected = {
-        id: kind._replace(structure=kind.structure.lower()) for id, kind in problems.KINDS.items()
-    }
+    kinds = problems.KINDS | problems.CHECKED_KINDS
+    expected = {id: kind._replace(structure=kind.structure.lower()) for id, kind in kinds.items()}
     assert stated == expected
+    assert meanings == MEANINGS
 
 
 def test_lock_bytes() -> None:
@@ -234,7 +236,8 @@ def test_lock_bytes() -> None:
 
 def test_exit_statuses() -> None:
     stated = [int(text) for text in page("cli.md").table("Exit status").column("status")]
-    assert stated == [0, console.FAILED, report.PROBLEMS_FOUND, arguments.USAGE]
+    assert stated == [0, console.FAILED, report.PROBLEMS_FOUND, check.LEAKS, arguments.USAGE]
+    assert check.ERRORS == report.PROBLEMS_FOUND
 
 
 def all_commands(parser: arguments.Parser, name: str) -> Iterator[tuple[str, arguments.Parser]]:

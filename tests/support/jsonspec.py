@@ -31,6 +31,11 @@ def check_stream_dump(document: object) -> None:
     _check_object("stream dump", document, "stream dump")
 
 
+def check_check(document: object) -> None:
+    """Raises AssertionError unless the document is what ``check`` may print."""
+    _check_object("check", document, "check")
+
+
 def check_sidecar_dump(document: object) -> None:
     """Raises AssertionError unless the document is what ``sidecar dump`` may print."""
     _check_object("sidecar dump", document, "sidecar dump")

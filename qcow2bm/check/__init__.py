@@ -1,0 +1,4 @@
+"""Everything that is wrong with an image, refcounts included.
+
+*Spec*: spec/check.md.
+"""

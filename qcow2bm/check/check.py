@@ -1,0 +1,267 @@
+"""Checking an image: the reader's problems, and what needs every reference and refcount.
+
+*Spec*: spec/check.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcow2bm.bits.runs import ALLOCATED
+from qcow2bm.check.guest import GuestWalk, L1Table
+from qcow2bm.check.references import CHUNK, References, runs
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.layout import snapshot_entries
+from qcow2bm.clusters.problems import MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES
+from qcow2bm.errors import LimitError
+from qcow2bm.format import extensions
+from qcow2bm.format.directory import DirectoryEntry
+from qcow2bm.format.header import MAX_REFCOUNT_ORDER
+from qcow2bm.format.refcounts import (
+    ENTRY_LENGTH,
+    TABLE_OFFSET_MASK,
+    parse_refcount_block,
+    parse_refcount_table,
+)
+from qcow2bm.problems import UNUSABLE, Problem, kind_of, problem
+from qcow2bm.store.directory import BitmapDirectory
+from qcow2bm.store.entries import required_table_size
+from qcow2bm.store.tables import MAX_TABLES_BYTES, has_readable_table, read_words, table_runs
+from qcow2bm.units import ceil_div
+
+MAX_LISTED = 16
+"""So many problems of one id are listed one by one; then one Problem stands for the others."""
+
+
+class Check(NamedTuple):
+    """What checking found, beyond what a reader finds.
+
+    Attributes:
+        problems: those of one id together, `MAX_LISTED` of them at most.
+        leaked_clusters: how many clusters are counted more often than they are referred to.
+        is_complete: whether every reference could be followed. If not, what looks like a leak may
+            be none.
+    """
+
+    problems: tuple[Problem, ...]
+    leaked_clusters: int
+    is_complete: bool
+
+
+def check(file: ClusterFile, directory: BitmapDirectory) -> Check:
+    """Follows every reference in an image, and compares with the refcounts.
+
+    The caller holds the lock of ``file``, and verifies afterwards that nothing has changed.
+
+    Raises:
+        StorageError: reading failed.
+    """
+    return _Checker(file, directory).run()
+
+
+class _Checker:
+    def __init__(self, file: ClusterFile, directory: BitmapDirectory) -> None:
+        self._file = file
+        self._directory = directory
+        self._disk = References(file)  # apart, to find bitmaps that share clusters with it
+        self._others = References(file)
+        self._found: dict[str, list[Problem]] = {}
+        self._counts: Counter[str] = Counter()
+        self._blocks: dict[int, NDArray[np.uint64]] = {}
+        self._order = min(file.header.refcount_order, MAX_REFCOUNT_ORDER)
+        self._per_block = 8 * file.cluster_size >> self._order
+
+    def run(self) -> Check:
+        self._others.add(0, self._file.cluster_size)
+        self._read_refcounts()
+        self._walk_disk()
+        self._walk_bitmaps()
+        is_complete = not any(kind_of(id).severity == UNUSABLE for id in self._counts)
+        leaked = self._compare()
+        return Check(tuple(self._problems()), leaked, is_complete)
+
+    def _report(self, id: str, offset: int, reason: str, bitmap_index: int | None = None) -> None:
+        """A problem; the reason may begin with the number of the entry at fault."""
+        self._counts[id] += 1
+        if self._counts[id] > MAX_LISTED:
+            return
+        number, _, rest = reason.partition(" ")
+        is_entry = id.split(".")[1:2] == ["entry"] and number.isdigit()
+        element, reason = (int(number), rest) if is_entry else (None, reason)
+        self._found.setdefault(id, []).append(
+            problem(id, offset, reason, bitmap_index, None, element)
+        )
+
+    def _problems(self) -> Iterator[Problem]:
+        for id, found in self._found.items():
+            yield from found
+            more = self._counts[id] - len(found)
+            if more:
+                structure = id.split(".")[0]
+                last = f"{structure}.refcount.more" if structure == "cluster" else ""
+                last = last or f"{structure}.entry.more"
+                yield problem(last, found[-1].offset, f"is not the last: {more} more are like it")
+
+    # Refcounts as they are stored
+
+    def _read_refcounts(self) -> None:
+        header, size = self._file.header, self._file.cluster_size
+        length = header.refcount_table_clusters * size
+        offset = header.refcount_table_offset
+        if not length or length > MAX_REFCOUNT_TABLE_BYTES or offset % size:
+            return  # which is a problem of the header
+        try:
+            data = self._file.read(offset, length)
+        except LimitError:
+            return
+        self._others.add(offset, length)
+        words = parse_refcount_table(data)
+        for number, word in enumerate(words) if any(data) else ():
+            if word:
+                self._read_block(offset + ENTRY_LENGTH * number, number, word)
+
+    def _read_block(self, place: int, number: int, word: int) -> None:
+        size = self._file.cluster_size
+        offset = word & TABLE_OFFSET_MASK
+        if word != offset or offset % size:
+            self._report("refcount-table.entry.invalid", place, f"{number} is {word:#x}")
+        elif offset >= self._file.file_size:
+            reason = f"{number} leads to {offset:#x}, past the end of the file"
+            self._report("refcount-table.entry.past-eof", place, reason)
+        elif offset:
+            self._others.add(offset, size)
+            if int(self._others.counts(offset // size, offset // size + 1)[0]) > 1:
+                reason = f"{number} leads to {offset:#x}, which something else uses as well"
+                self._report("refcount-table.entry.shared", place, reason)
+            block = parse_refcount_block(self._file.read(offset, size), self._order)
+            self._blocks[number] = np.asarray(block).astype(np.uint64)
+
+    def _refcounts(self, clusters: NDArray[np.int64]) -> NDArray[np.uint64]:
+        found = np.zeros(len(clusters), np.uint64)
+        blocks = clusters // self._per_block
+        for number in np.unique(blocks).tolist():
+            if number in self._blocks:
+                here = blocks == number
+                found[here] = self._blocks[number][clusters[here] - number * self._per_block]
+        return found
+
+    # References
+
+    def _walk_disk(self) -> None:
+        header = self._file.header
+        walk = GuestWalk(self._file, self._disk, self._refcounts, self._report)
+        tables = [L1Table(header.l1_table_offset, header.l1_size, True)]
+        length = 0
+        for entry in snapshot_entries(self._file):
+            tables.append(L1Table(entry.l1_table_offset, entry.l1_size, False))
+            length += entry.size
+        self._others.add(header.snapshots_offset, length)
+        for table in tables:
+            is_small = 8 * table.entries <= MAX_L1_BYTES
+            if is_small and not table.offset % self._file.cluster_size:
+                walk.walk(table)
+            elif not table.is_active:  # of the active one the header's problems speak
+                self._report("l1-table.invalid", table.offset, "of a snapshot cannot be one")
+        crypto = self._file.find(extensions.CRYPTO)
+        if crypto and len(crypto.data) == extensions.CRYPTO_LENGTH:
+            place = extensions.parse_crypto_header(crypto.data)
+            self._others.add(place.offset, place.length)
+
+    def _walk_bitmaps(self) -> None:
+        directory, size = self._directory, self._file.cluster_size
+        if not directory.is_consistent or not directory.extension or directory.distrust:
+            return
+        start = directory.extension.bitmap_directory_offset
+        self._use("bitmap-directory.overlap", start, directory.size)
+        left = MAX_TABLES_BYTES
+        for entry in directory.entries:
+            length = ENTRY_LENGTH * entry.bitmap_table_size
+            if not has_readable_table(entry, self._file) or length > left:
+                continue
+            left -= length
+            index = entry.index
+            self._use("bitmap-table.overlap", entry.bitmap_table_offset, length, index)
+            words = read_words(self._file, entry)
+            for run in table_runs(words, size):
+                if run.kind == ALLOCATED:
+                    inside = min(run.entries, ceil_div(self._file.file_size - run.offset, size))
+                    if inside > 0:
+                        self._use("bitmap-data.overlap", run.offset, inside * size, index)
+            self._look_at_tail(entry, words[-1])
+
+    def _use(self, id: str, offset: int, length: int, index: int | None = None) -> None:
+        """Counts what a bitmap uses, and finds out whether the disk uses it, too."""
+        size = self._file.cluster_size
+        first, stop = offset // size, ceil_div(offset + length, size)
+        self._others.add(offset, length)
+        shared = np.flatnonzero(self._disk.counts(first, stop))
+        if len(shared):
+            place = (first + int(shared[0])) * size
+            self._report(id, place, "is also used by the disk itself", index)
+
+    def _look_at_tail(self, entry: DirectoryEntry, word: int) -> None:
+        """Bits behind the last that stands for a part of the disk should be clear."""
+        file = self._file
+        size, granularity = file.cluster_size, entry.granularity
+        if entry.bitmap_table_size != required_table_size(granularity, file.virtual_size, size):
+            return
+        if not word or word % size or not file.contains(word, size):
+            return
+        used = ceil_div(file.virtual_size, granularity) - 8 * size * (entry.bitmap_table_size - 1)
+        data = file.read(word, size)
+        rest = data[used // 8 :]
+        if any(rest[1:]) or (rest and rest[0] >> used % 8):
+            place = word + used // 8
+            self._report("bitmap-data.tail", place, "has bits set behind the disk", entry.index)
+
+    # Both together
+
+    def _compare(self) -> int:
+        """Reports where refcounts and references differ; the number of leaked clusters."""
+        end = max(self._disk.clusters, self._others.clusters)
+        leaked = 0
+        for number in self._numbers():
+            first = number * self._per_block
+            stop = min(first + self._per_block, end)
+            if first >= stop:
+                continue
+            stored = self._blocks.get(number, np.zeros(self._per_block, np.uint64))[: stop - first]
+            used = self._disk.counts(first, stop) + self._others.counts(first, stop)
+            leaked += int(np.count_nonzero(stored > used))
+            for id, where in (
+                ("cluster.refcount.too-low", stored < used),
+                ("cluster.refcount.leak", stored > used),
+            ):
+                for start, behind in runs(where):
+                    self._report_run(id, first + start, behind - start, stored, used, start)
+        return leaked
+
+    def _numbers(self) -> list[int]:
+        """The numbers of all refcount blocks there are, or should be."""
+        numbers = set(self._blocks)
+        for references in (self._disk, self._others):
+            for chunk in references.chunks():
+                low, high = chunk * CHUNK, (chunk + 1) * CHUNK
+                numbers.update(range(low // self._per_block, ceil_div(high, self._per_block)))
+        return sorted(numbers)
+
+    def _report_run(
+        self,
+        id: str,
+        cluster: int,
+        count: int,
+        stored: NDArray[np.uint64],
+        used: NDArray[np.uint32],
+        start: int,
+    ) -> None:
+        more = (
+            f", and so {'does' if count == 2 else 'do'} the next {count - 1}" if count > 1 else ""
+        )
+        refcount, references = int(stored[start]), int(used[start])
+        what = f"has refcount {refcount}, and {references} references{more}"
+        self._report(id, cluster * self._file.cluster_size, what)

@@ -1,0 +1,87 @@
+"""How often each cluster of a file is referred to.
+
+*Spec*: spec/check.md, "References".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.units import ceil_div
+
+_CHUNK_BITS = 15
+CHUNK = 1 << _CHUNK_BITS
+"""So many clusters are counted in one array; those that nobody refers to take no memory."""
+
+
+class References:
+    """Counts references to clusters, as QEMU does when it checks an image.
+
+    Attributes:
+        clusters: how many clusters there are: of the file, the last one in part, and one more if
+            a reference reaches there.
+    """
+
+    def __init__(self, file: ClusterFile) -> None:
+        """Of a file to which nothing refers so far."""
+        self._bits = file.header.cluster_bits
+        self._file_size = file.file_size
+        self._chunks: dict[int, NDArray[np.uint32]] = {}
+        self.clusters = ceil_div(file.file_size, file.cluster_size)
+
+    def add(self, offset: int, length: int) -> bool:
+        """Counts a range of bytes, in whole clusters; not one that leads out of the file.
+
+        That is one that ends a cluster or more behind its end. Returns whether it was counted.
+        """
+        if not length:
+            return True
+        if offset + length - self._file_size >= 1 << self._bits:
+            return False
+        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+        for number in range(first >> _CHUNK_BITS, (last >> _CHUNK_BITS) + 1):
+            start = number << _CHUNK_BITS
+            part = slice(max(first - start, 0), min(last - start + 1, CHUNK))
+            self._chunk(number)[part] += np.uint32(1)
+        self.clusters = max(self.clusters, last + 1)
+        return True
+
+    def add_clusters(self, numbers: NDArray[np.int64]) -> None:
+        """Counts clusters of the file by their numbers, int64[n]; one may be there repeatedly."""
+        if not len(numbers):
+            return
+        chunks = numbers >> _CHUNK_BITS
+        first, last = int(chunks.min()), int(chunks.max())
+        for number in [first] if first == last else np.unique(chunks).tolist():
+            here = numbers if first == last else numbers[chunks == number]
+            counts = np.bincount(here & (CHUNK - 1), minlength=CHUNK)
+            self._chunk(number)[:] += counts.astype(np.uint32)
+
+    def _chunk(self, number: int) -> NDArray[np.uint32]:
+        if number not in self._chunks:
+            self._chunks[number] = np.zeros(CHUNK, np.uint32)
+        return self._chunks[number]
+
+    def chunks(self) -> list[int]:
+        """The numbers of the chunks with clusters that somebody refers to, ascending."""
+        return sorted(self._chunks)
+
+    def counts(self, first: int, stop: int) -> NDArray[np.uint32]:
+        """The references to clusters ``first`` up to ``stop``, uint32[stop - first]."""
+        found = np.zeros(stop - first, np.uint32)
+        for number in range(first >> _CHUNK_BITS, ((stop - 1) >> _CHUNK_BITS) + 1):
+            if number in self._chunks:
+                start = number << _CHUNK_BITS
+                low, high = max(first, start), min(stop, start + CHUNK)
+                found[low - first : high - first] = self._chunks[number][low - start : high - start]
+        return found
+
+
+def runs(where: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """The stretches of an array in which it is true: (first, stop)."""
+    edges = np.flatnonzero(np.diff(where.astype(np.int8), prepend=0, append=0)).tolist()
+    return zip(edges[::2], edges[1::2], strict=True)
