@@ -252,7 +252,7 @@ class Edit:
         self,
         name: str,
         granularity: int,
-        packed: NDArray[np.uint8] | bytes | memoryview,
+        packed: NDArray[np.uint8] | bytes | bytearray | memoryview,
         enabled: bool = True,
     ) -> None:
         """Adds a bitmap with bits that were saved elsewhere.

@@ -44,7 +44,8 @@ def add_sentinel(image: Image) -> None:
     """
     old = [name for name in image.bitmaps if is_sentinel(name)]
     valid = (bitmap for bitmap in map(image.bitmaps.get, old) if bitmap and bitmap.status == VALID)
-    if not why_in_doubt(image, save(image, valid).bitmaps):
+    found = save(image, valid)
+    if not why_in_doubt(image, found.bitmaps, found.header):
         return
     sentinel = Sentinel.fresh(image.virtual_size, image.cluster_size)
     with image.edit() as edit:
@@ -52,14 +53,14 @@ def add_sentinel(image: Image) -> None:
             edit.remove(name)
         edit.add(sentinel.name, sentinel.granularity)
         edit.add(sentinel.canary_name, sentinel.granularity, enabled=False)
-        edit.set(sentinel.canary_name, 0, 1)
+        edit.set_many(sentinel.canary_name, sentinel.canary_ranges)
 
 
 def why_in_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b"") -> str:
     """What keeps an image from proving that its disk is as it was; nothing if it does prove it.
 
-    It does by a sentinel that was saved with the bitmaps, and is in the image without a write:
-    then nothing was written since it was made, which was before they were saved.
+    It does by a sentinel that was saved with the bitmaps without a write, and is in the image
+    without a write: then nothing was written since it was made, which was before they were saved.
 
     Args:
         image: what the bitmaps are to be put into.
@@ -76,9 +77,14 @@ def why_in_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b
     if header:
         file = parse_saved_header(header)
         before = found._replace(definition=Definition.of(file), token=_token(file))
+    elif found.definition.backing_file is not None:
+        return "of the backing file nothing is known"
     reason = "no sentinel was saved with the bitmaps"
     for bitmap in saved:
         if is_sentinel(bitmap.name) and not bitmap.name.endswith(CANARY_SUFFIX):
+            if bitmap.dirty_bytes:  # the image may be an older state of the disk
+                reason = "the sentinel had ranges that were written when it was saved"
+                continue
             sentinel = Sentinel(bitmap.name, bitmap.granularity, bitmap.disk_size)
             witness = Witness(_bits(image, sentinel.name), _bits(image, sentinel.canary_name))
             verdict = judge(Left(before, sentinel), found, witness)

@@ -78,7 +78,7 @@ def _arm(arguments: argparse.Namespace, monitor: Monitor) -> int:
         for bitmap in done.left_out:
             place = _place(bitmap.node, bitmap.name)
             print(f"note: the mapping leaves out {place}, which stays here")
-        if not done.nodes:
+        if not done.mapping and not done.nodes:
             print("nothing to arm: no node has persistent bitmaps")
         elif done.is_set:
             print("the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps")
@@ -87,9 +87,9 @@ def _arm(arguments: argparse.Namespace, monitor: Monitor) -> int:
                 "execute": "migrate-set-parameters",
                 "arguments": {"block-bitmap-mapping": done.mapping},
             }
-            print("before you migrate, set this, or the sentinel tells nothing:")
+            print("not armed yet: set this, and run it again; or let --set do it")
             print(json.dumps(command))
-    return _status(done.obstacles)
+    return _status([*done.obstacles, *([] if done.is_set else done.mapping)])
 
 
 def _verdict(arguments: argparse.Namespace, monitor: Monitor) -> int:

@@ -12,7 +12,7 @@ from qcow2bm.cli import files, report
 from qcow2bm.cli.console import fail, say
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.migration.sidecar import Sidecar, read_sidecar, write_sidecar
-from qcow2bm.storage.new_file import write_new
+from qcow2bm.storage.new_file import require_new, write_new
 from qcow2bm.units import escape
 
 
@@ -27,9 +27,14 @@ def _save(arguments: argparse.Namespace) -> int:
         arguments.parser.error("give FILE" if is_live else "give IMAGE and FILE, or --qmp and FILE")
     if is_live and (arguments.sentinel or arguments.force_share):
         arguments.parser.error("--sentinel and -U are of an IMAGE, not of --qmp")
+    if arguments.sentinel and arguments.force_share:
+        arguments.parser.error("--sentinel changes the image, so nobody else may use it: no -U")
+    if given[-1] == files.STANDARD:
+        arguments.parser.error("FILE has to be a file")
     if arguments.node is not None and not is_live:
         arguments.parser.error("--node is of --qmp")
     arguments.image = arguments.qmp if is_live else given[0]
+    require_new(given[-1])
     try:
         sidecar, left_out = (_from_vm if is_live else _from_image)(arguments)
     except ValueError as error:
@@ -45,7 +50,8 @@ def _save(arguments: argparse.Namespace) -> int:
 def _from_image(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
     if arguments.sentinel:
         with open(arguments.image, "r+") as image:
-            saved.add_sentinel(image)
+            if _saved(image)[0].bitmaps:
+                saved.add_sentinel(image)
             return _saved(image)
     with report.open_image(arguments) as image:
         return _saved(image)

@@ -18,7 +18,7 @@ from qcow2bm.cli.arguments import (
 
 _SAVE_EPILOG = """\
 FILE must not be there. Bitmaps that are not valid are left out, with a warning. With --qmp they are
-those that the VM has in memory, all of one moment.
+those that the VM has in memory, all of one moment unless its disk has an iothread.
 
 What the disk is written to afterwards is missing from FILE. With --sentinel, sidecar load can find
 out whether there is any such thing.
@@ -70,12 +70,12 @@ def _define_save(parser: Parser) -> None:
 
 
 def _define_load(parser: Parser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a sidecar")
+    parser.add_argument("file", metavar="FILE", help="a sidecar, or -")
     add_image(parser)
     add_evidence(parser)
     add_editing(parser)
 
 
 def _define_dump(parser: Parser) -> None:
-    add_image(parser, "a sidecar", "FILE")
+    add_image(parser, "a sidecar, or -", "FILE")
     add_output(parser)

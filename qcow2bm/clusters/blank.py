@@ -10,7 +10,8 @@ from qcow2bm.format.header import Header, build_header
 from qcow2bm.format.refcounts import build_refcount_block, build_refcount_table
 from qcow2bm.units import ceil_div
 
-_CLUSTER_BITS = 16
+_CLUSTER_BITS, _HUGE_CLUSTER_BITS = 16, 21
+_MAX_L1_BYTES = 32 << 20  # of QEMU
 
 
 class Blank(NamedTuple):
@@ -21,19 +22,24 @@ class Blank(NamedTuple):
 
 
 def blank_image(virtual_size: int) -> Blank:
-    """An image of version 3 with clusters of 64 KiB and no bitmaps; its disk is all zeros.
+    """An image of version 3 with no bitmaps; its disk is all zeros.
+
+    Clusters have 64 KiB, or 2 MiB where the L1 table would become too large.
 
     Raises:
         FormatError: a disk of that size does not fit such an image.
     """
-    cluster = 1 << _CLUSTER_BITS
+    cluster_bits = _CLUSTER_BITS
+    if virtual_size > _MAX_L1_BYTES // 8 << 2 * _CLUSTER_BITS - 3:
+        cluster_bits = _HUGE_CLUSTER_BITS
+    cluster = 1 << cluster_bits
     l1_size = ceil_div(virtual_size, cluster * cluster // 8)
     used = 3 + ceil_div(l1_size * 8, cluster)
     header = Header(
         version=3,
         backing_file_offset=0,
         backing_file_size=0,
-        cluster_bits=_CLUSTER_BITS,
+        cluster_bits=cluster_bits,
         size=virtual_size,
         crypt_method=0,
         l1_size=l1_size,

@@ -138,8 +138,8 @@ def judge(left: Left, found: Facts, witness: Witness) -> Verdict:
         return Verdict("changed", lack)
     if witness.sentinel is None or witness.canary is None:
         return Verdict("changed", "the sentinel is broken")
-    if not witness.canary[0] & 1:
-        return Verdict("changed", "bitmaps were cleared, the canary too")
+    if not left.sentinel.is_alive(witness.canary):
+        return Verdict("changed", "bitmaps were cleared, the canary too, or the disk was shrunk")
     written = left.sentinel.written(witness.sentinel)
     if len(written):
         return Verdict("changed", "the sentinel has ranges that were written", written)

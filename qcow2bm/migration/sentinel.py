@@ -30,9 +30,10 @@ _MIN_GRANULARITY, _MAX_GRANULARITY = 512, 2 << 30
 class Sentinel(NamedTuple):
     """The sentinel of one hand-over, and its canary.
 
-    The sentinel records writes, and begins with nothing. The canary is disabled, and its first bit
-    is set: no write to the disk ever changes it, so if that bit is clear, or the canary gone,
-    somebody cleared or removed bitmaps, and the sentinel tells nothing.
+    The sentinel records writes, and begins with nothing. The canary is disabled, and its first and
+    last bits are set: no write to the disk ever changes it, so if one of them is clear, or the
+    canary gone, somebody cleared or removed bitmaps, or made the disk shorter for a while, and the
+    sentinel tells nothing.
     """
 
     name: str
@@ -52,6 +53,16 @@ class Sentinel(NamedTuple):
     def canary_name(self) -> str:
         """The name of the canary, which has the same granularity."""
         return self.name + CANARY_SUFFIX
+
+    @property
+    def canary_ranges(self) -> list[tuple[int, int]]:
+        """What is dirty in the canary: (start, length) in guest bytes."""
+        return [(0, 1), (self.virtual_size - 1, 1)]
+
+    def is_alive(self, canary: NDArray[np.uint8]) -> bool:
+        """Whether the canary, by its bits, is as it was made."""
+        last = ceil_div(self.virtual_size, self.granularity) - 1
+        return bool(canary[0] & 1 and canary[last // 8] >> last % 8 & 1)
 
     def why_no_evidence(self, entry: DirectoryEntry | None, canary: DirectoryEntry | None) -> str:
         """What keeps it from telling which ranges were written; nothing if it can."""

@@ -43,7 +43,7 @@ class SavedBitmap(NamedTuple):
     granularity: int
     enabled: bool
     disk_size: int
-    octets: bytes | memoryview
+    octets: bytes | bytearray | memoryview
 
     @property
     def dirty_bytes(self) -> int:
@@ -98,6 +98,9 @@ def write_sidecar(disk_size: int, header: bytes, bitmaps: Sequence[SavedBitmap])
             raise BitmapError(bitmap.name, "is there twice")
         if bitmap.disk_size != disk_size:
             raise BitmapError(bitmap.name, "belongs to a disk of another size")
+    length = sum(len(bitmap.octets) for bitmap in bitmaps)
+    if length > MAX_BYTES:
+        raise LimitError("the length of the bits of all bitmaps", length, MAX_BYTES)
     if len(header) > sidecar.MAX_HEADER_BYTES:
         raise LimitError("the length of the header", len(header), sidecar.MAX_HEADER_BYTES)
     return _with_digest(_pieces(disk_size, header, bitmaps))
@@ -122,7 +125,7 @@ def _pieces(disk_size: int, header: bytes, bitmaps: Sequence[SavedBitmap]) -> It
         yield from data
 
 
-def _compressed(octets: bytes | memoryview) -> list[bytes]:
+def _compressed(octets: bytes | bytearray | memoryview) -> list[bytes]:
     compressor, view = zlib.compressobj(_LEVEL), memoryview(octets)
     starts = range(0, len(view), _PIECE)
     pieces = [compressor.compress(view[start : start + _PIECE]) for start in starts]
@@ -174,7 +177,7 @@ def _read_bitmap(source: _Source, number: int, disk_size: int, limit_bytes: int)
         reason = f"is {record.data_size}, more than {length} bytes of bits can take"
         raise FormatError(structure, "data_size", place, reason)
     data_offset = source.offset
-    octets = _decompressed(source.take(record.data_size), length)
+    octets = _decompressed(source.pieces(record.data_size), length)
     if octets is None:
         raise FormatError(structure, "data", data_offset, "is damaged: save the bitmaps again")
     if bits % 8 and octets[-1] >> bits % 8:
@@ -182,15 +185,21 @@ def _read_bitmap(source: _Source, number: int, disk_size: int, limit_bytes: int)
     return SavedBitmap(name, granularity, bool(record.flags & sidecar.AUTO), disk_size, octets)
 
 
-def _decompressed(data: bytes, length: int) -> bytes | None:
+def _decompressed(pieces: Iterable[bytes], length: int) -> bytearray | None:
     """So many bytes, if that is what comes out; never more memory than that."""
-    decompressor = zlib.decompressobj()
+    decompressor, octets, end = zlib.decompressobj(), bytearray(length), 0
     try:
-        octets = decompressor.decompress(data, length + 1)
+        for piece in pieces:
+            while piece:
+                part = decompressor.decompress(piece, _PIECE)
+                if end + len(part) > length or decompressor.unused_data:
+                    return None
+                octets[end : end + len(part)] = part
+                end += len(part)
+                piece = decompressor.unconsumed_tail
     except zlib.error:
         return None
-    is_whole = decompressor.eof and not decompressor.unused_data
-    return octets if is_whole and len(octets) == length else None
+    return octets if decompressor.eof and end == length else None
 
 
 class _Source:
@@ -211,6 +220,13 @@ class _Source:
         data = self._take(length)
         self._digest.update(data)
         return data
+
+    def pieces(self, length: int) -> Iterator[bytes]:
+        """The next so many bytes, piece by piece; all have to be taken."""
+        while length:
+            piece = self.take(min(length, _PIECE))
+            length -= len(piece)
+            yield piece
 
     def _take(self, length: int) -> bytes:
         while len(self._waiting) < length:

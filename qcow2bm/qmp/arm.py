@@ -62,7 +62,15 @@ class Arming(NamedTuple):
 def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> Arming:
     """Adds a sentinel to each of these nodes, or to all with persistent bitmaps.
 
+    Only where QEMU has the mapping that leaves sentinels out: what is made before that may travel,
+    and the verdict could not tell.
+
     *Guarantees*: a node has a sentinel and its twin or neither. Doing it again changes nothing.
+
+    Args:
+        monitor: the source of the migration to come.
+        nodes: their names.
+        set_mapping: set the mapping first, if it is not.
 
     Raises:
         StateError: it is not the time, or the verdict about the last migration is due.
@@ -74,47 +82,42 @@ def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = Fals
     scratch.discard_leftover(monitor)
     chosen = machine.select(nodes, lambda node: node.has_persistent and not node.is_read_only)
     mapping = mapping_of(machine)
-    is_changing = set_mapping and mapping != machine.mapping
-    for node in chosen:
-        _require_decided(node, machine, is_changing=is_changing)
-    if is_changing and chosen:
-        # First: a sentinel without the mapping would travel, and tell nothing.
-        monitor.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
-        machine = machine._replace(mapping=mapping)
     is_set = mapping == machine.mapping
-    # One that was cancelled has vetoed sentinels that it carried.
-    is_renewed = is_changing and machine.migration == "cancelled"
-    armed = tuple(_arm(monitor, node, is_renewed=is_renewed) for node in chosen)
+    for node in chosen:
+        _require_decided(node, is_set=is_set)
+    if set_mapping and chosen and not is_set:
+        monitor.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
+        is_set = True
+    armed = tuple(_arm(monitor, node) for node in chosen) if is_set else ()
     obstacles = tuple(_obstacles(machine, mapping))
     return Arming(armed, mapping, is_set, obstacles, tuple(_left_out(machine, mapping)))
 
 
-def _require_decided(node: Node, machine: Machine, *, is_changing: bool) -> None:
+def _require_decided(node: Node, *, is_set: bool) -> None:
     """Raises if what is there may have to tell yet what became of the last migration."""
     twin = node.twin
     if twin:
         sentinel = node.find(sentinel_of(twin.name))
-        is_fresh = sentinel and sentinel.is_recording and twin.is_recording
-        # By what the mapping is, the verdict knows whether the sentinel travelled.
-        is_due = machine.migration in ("completed", "failed")
-        is_undecided = not is_fresh or (is_due and is_changing)
+        is_undecided = not (is_set and sentinel and sentinel.is_recording and twin.is_recording)
     else:
         is_undecided = node.tells_of_a_death
     if is_undecided:
-        subject = f'the node "{escape(node.name)}"'
-        raise StateError("still armed for the last migration", "judged by rescue verdict", subject)
+        subject = f'the sentinel of the node "{escape(node.name)}"'
+        raise StateError("not judged yet", "judged by rescue verdict", subject)
 
 
-def _arm(monitor: Monitor, node: Node, *, is_renewed: bool) -> Armed:
-    if node.twin and not is_renewed:
+def _arm(monitor: Monitor, node: Node) -> Armed:
+    if node.twin:
         return Armed(node.name, sentinel_of(node.twin.name), node.twin.granularity, False)
     sentinel = fresh_sentinel(node)
     name, granularity = sentinel.name, sentinel.granularity
     monitor.transaction(
         [
             *(actions.remove(node.name, leftover) for leftover in node.evidence),
-            actions.add(node.name, name, granularity, persistent=True, enabled=True),
+            # What is written in between, in an iothread, is in both by the merge.
             actions.add(node.name, twin_of(name), granularity, persistent=False, enabled=True),
+            actions.add(node.name, name, granularity, persistent=True, enabled=True),
+            actions.merge(node.name, name, twin_of(name)),
         ]
     )
     return Armed(node.name, name, granularity, True)

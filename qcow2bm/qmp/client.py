@@ -21,6 +21,9 @@ from qcow2bm.units import escape
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
+LENT = "qcow2bm-scratch"
+"""What files that are given to QEMU are called there."""
+
 _GREETING_SECONDS = 10  # QEMU greets at once, or serves somebody else
 _HOST_AND_PORT = re.compile(r"\[?([^/\[\]]+)\]?:(\d{1,5})")
 
@@ -112,7 +115,7 @@ class Monitor:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError) as error:
             raise QmpError("add-fd", _one_line(str(error))) from error
-        return int(self.execute("add-fd")["fdset-id"])
+        return int(self.execute("add-fd", {"opaque": LENT})["fdset-id"])
 
     def take_back(self, fdset: int) -> None:
         """Lets QEMU forget an open file once it does not use it; raises as `execute` does."""

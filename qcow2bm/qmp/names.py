@@ -10,7 +10,7 @@ from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 COPY_PREFIX = "qcow2bm-rescue-"
 TWIN_PREFIX = "qcow2bm-twin-"
 SCRATCH_NODE = "qcow2bm-scratch"
-COMPARED = "qcow2bm-compared-sentinel", "qcow2bm-compared-twin"
+COMPARED = tuple(f"qcow2bm-compared-{number}" for number in range(4))
 
 
 def copy_of(name: str) -> str:

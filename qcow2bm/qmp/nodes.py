@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from qcow2bm.errors import QmpError, QmpRefusedError, StateError
-from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE, is_evidence, sentinel_of
 from qcow2bm.units import escape
@@ -103,7 +103,14 @@ class Node(NamedTuple):
     @property
     def tells_of_a_death(self) -> bool:
         """Whether a sentinel is inconsistent beside bitmaps that are not, which may miss writes."""
-        is_dead = any(b.is_inconsistent for b in self.bitmaps if is_sentinel(b.name))
+        is_dead = any(
+            bitmap.is_inconsistent
+            for bitmap in self.bitmaps
+            # One with a canary was made by somebody else, who looks after it.
+            if is_sentinel(bitmap.name)
+            and not bitmap.name.endswith(CANARY_SUFFIX)
+            and not self.find(bitmap.name + CANARY_SUFFIX)
+        )
         return is_dead and not all(bitmap.is_inconsistent for bitmap in self.subjects)
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from qcow2bm.api import open, saved
 from qcow2bm.clusters.blank import blank_image
-from qcow2bm.errors import BitmapError, QmpError, StorageError
+from qcow2bm.errors import BitmapError, QmpError, StateError, StorageError
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
@@ -27,7 +27,10 @@ from qcow2bm.units import escape
 
 
 def save(monitor: Monitor, name: str | None = None) -> tuple[Sidecar, list[str]]:
-    """The persistent bitmaps of a node, all of one moment; and of each left out, why.
+    """The persistent bitmaps of a node, as they are now; and of each left out, why.
+
+    All are of one moment, unless an iothread serves the disk: then each is of some moment while
+    the transaction is under way.
 
     *Guarantees*: nothing of the machine's own is changed. The node that is added is gone at the
     end, or goes when this is done again.
@@ -46,6 +49,9 @@ def save(monitor: Monitor, name: str | None = None) -> tuple[Sidecar, list[str]]
     machine.require_settled()
     scratch.discard_leftover(monitor)
     node = _chosen(machine, name)
+    if node.tells_of_a_death or (node.twin and machine.migration in ("completed", "failed")):
+        subject = f'the node "{escape(node.name)}"'
+        raise StateError("armed, and not judged", "judged by rescue verdict first", subject)
     persistent = [bitmap for bitmap in node.bitmaps if bitmap.is_persistent]
     usable = [bitmap for bitmap in persistent if bitmap.is_usable]
     left_out = [
@@ -96,11 +102,11 @@ def _store(
     fdset = monitor.lend(descriptor)
     try:
         image: dict[str, Any] = {"driver": "file", "filename": f"/dev/fdset/{fdset}"}
-        monitor.execute(
-            "blockdev-add", {"driver": "qcow2", "node-name": SCRATCH_NODE, "file": image}
-        )
         try:
-            monitor.transaction([action for b in bitmaps for action in _copy(node, b)])
+            monitor.execute(
+                "blockdev-add", {"driver": "qcow2", "node-name": SCRATCH_NODE, "file": image}
+            )
+            monitor.transaction([*map(_added, bitmaps), *(_merged(node, b) for b in bitmaps)])
             digests = [sha256(monitor, b._replace(node=SCRATCH_NODE)) for b in bitmaps]
         except BaseException:
             with suppress(QmpError):  # the one that is under way says more
@@ -108,17 +114,18 @@ def _store(
             raise
         scratch.discard(monitor)
     finally:
-        with suppress(QmpError):  # it goes with the connection anyway
+        with suppress(QmpError):  # the next command here does it
             monitor.take_back(fdset)
     return digests
 
 
-def _copy(node: Node, bitmap: LiveBitmap) -> list[actions.Action]:
+def _added(bitmap: LiveBitmap) -> actions.Action:
     name, granularity = bitmap.name, bitmap.granularity
-    return [
-        actions.add(SCRATCH_NODE, name, granularity, persistent=True, enabled=False),
-        actions.merge(SCRATCH_NODE, name, name, node.name),
-    ]
+    return actions.add(SCRATCH_NODE, name, granularity, persistent=True, enabled=False)
+
+
+def _merged(node: Node, bitmap: LiveBitmap) -> actions.Action:
+    return actions.merge(SCRATCH_NODE, bitmap.name, bitmap.name, node.name)
 
 
 def _read(

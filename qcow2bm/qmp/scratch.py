@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from qcow2bm.errors import QmpError
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.client import LENT, Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.units import align_up, escape
 
@@ -52,9 +52,12 @@ def discard(monitor: Monitor) -> None:
 
 
 def discard_leftover(monitor: Monitor) -> None:
-    """Removes the node if somebody who was interrupted left it."""
+    """Removes the node, and files that were lent, if somebody who was interrupted left them."""
     if _scratch(monitor):
         discard(monitor)
+    for fdset in monitor.execute("query-fdsets"):
+        if any(fd.get("opaque") == LENT for fd in fdset["fds"]):
+            monitor.take_back(fdset["fdset-id"])
 
 
 def _require_all(monitor: Monitor, virtual_size: int) -> None:

@@ -173,29 +173,36 @@ def _evidence(monitor: Monitor, machine: Machine, node: Node, twin: LiveBitmap) 
     if not (sentinel.is_recording and twin.is_recording):
         return "unknown", "the sentinel or its twin was disabled: writes are missing from it"
     if machine.migration not in ("", "none") and not _stayed_here(machine, sentinel):
-        return "unknown", "the sentinel travelled: no block-bitmap-mapping left it out (arm --set)"
-    digests = _digests(monitor, node, sentinel, twin)
-    if None in digests:
+        return "unknown", "the sentinel travelled: the block-bitmap-mapping does not leave it out"
+    is_equal = _are_equal(monitor, node, sentinel, twin)
+    if is_equal is None:
         return "unknown", "QEMU does not give digests of bitmaps"
-    if digests[0] != digests[1]:
+    if not is_equal:
         return "touched", "the sentinel has writes that this machine did not make, or misses some"
     return "untouched", "nobody wrote anywhere that this machine did not write, too"
 
 
-def _digests(
-    monitor: Monitor, node: Node, sentinel: LiveBitmap, twin: LiveBitmap
-) -> list[str | None]:
-    """Those of sentinel and twin at one moment, by copies: the guest may go on writing."""
-    copies = [twin._replace(name=name) for name in COMPARED]
-    work = []
-    for copied, original in zip(copies, (sentinel, twin), strict=True):
-        name, granularity = copied.name, original.granularity
-        work.append(actions.add(node.name, name, granularity, persistent=False, enabled=False))
-        work.append(actions.merge(node.name, name, original.name))
+def _are_equal(monitor: Monitor, node: Node, sentinel: LiveBitmap, twin: LiveBitmap) -> bool | None:
+    """Whether sentinel and twin have the same, though the guest may write meanwhile.
+
+    Copies are made in the order sentinel, twin, sentinel. The first must lie within the second,
+    and that within the third: then merging it changes no digest. None without digests.
+    """
+    first, second, last, union = (twin._replace(name=name) for name in COMPARED)
+    copied = (first, sentinel), (second, twin), (last, sentinel)
+    work = [
+        actions.add(node.name, name, twin.granularity, persistent=False, enabled=False)
+        for name in COMPARED
+    ]
+    work += [actions.merge(node.name, copy.name, source.name) for copy, source in copied]
+    work += [actions.merge(node.name, union.name, copy.name) for copy in (second, last)]
+    work += [actions.merge(node.name, first.name, second.name)]
     monitor.transaction(work)
-    digests = [sha256(monitor, copied) for copied in copies]
+    digests = [sha256(monitor, copy) for copy in (first, second, union, last)]
     monitor.transaction([actions.remove(node.name, name) for name in COMPARED])
-    return digests
+    if None in digests:
+        return None
+    return digests[0] == digests[1] and digests[2] == digests[3]
 
 
 def _stayed_here(machine: Machine, sentinel: LiveBitmap) -> bool:

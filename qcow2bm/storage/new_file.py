@@ -1,60 +1,86 @@
-"""Files that are written once, and whole: what a crash leaves of them is none, or all."""
+"""Files that are written once: a crash leaves the whole file under its name, or none."""
 
 from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterable
 
 from qcow2bm.errors import StorageError
 
 
-def write_new(path: str, pieces: Iterable[bytes]) -> None:
-    """Writes a file that was not there before, or into a pipe; what fails leaves no file.
+def require_new(path: str) -> None:
+    """Returns if `write_new` will find no such file, or a pipe.
 
-    A new file and its name are on the disk when this returns.
+    Raises:
+        StorageError: there is one, or what is there is no place to write to.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError.from_os(error, path, 0, 0, "writing") from error
+    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        reason = "is there already, and not overwritten: remove it, or choose another name"
+        raise StorageError(path, 0, 0, reason)
+
+
+def write_new(path: str, pieces: Iterable[bytes]) -> None:
+    """Writes a file that was not there before, or into a pipe.
+
+    A file gets its name when it is whole and on the disk. What fails leaves none; what is killed
+    leaves one with ``.part`` in its name at most.
 
     Raises:
         StorageError: there is such a file, or writing failed.
     """
+    require_new(path)
     try:
-        descriptor, is_new = _open_new(path)
-        try:
-            with open(descriptor, "wb") as file:
-                file.writelines(pieces)
-                if is_new:
-                    file.flush()
-                    os.fsync(descriptor)
-            if is_new:
-                _sync_folder(path)
-        except BaseException:
-            if is_new:
-                os.unlink(path)
-            raise
+        if os.path.exists(path):
+            _write_through(path, pieces)
+        else:
+            _write_whole(path, pieces)
+    except FileExistsError:
+        require_new(path)
+        raise
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError.from_os(error, path, 0, 0, "writing") from error
 
 
-def _open_new(path: str) -> tuple[int, bool]:
-    """A descriptor to write to, and whether the file was made for it."""
+def _write_through(path: str, pieces: Iterable[bytes]) -> None:
+    with open(path, "wb") as file:
+        if file.isatty():
+            raise StorageError(path, 0, 0, "is a terminal, and this is no text")
+        file.writelines(pieces)
+
+
+def _write_whole(path: str, pieces: Iterable[bytes]) -> None:
+    folder, name = os.path.split(path)
+    descriptor, part = tempfile.mkstemp(".part", f".{name[:100]}.", folder or ".")
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), True
-    except FileExistsError:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-            reason = "is there already, and not overwritten: remove it, or choose another name"
-            raise StorageError(path, 0, 0, reason) from None
-    descriptor = os.open(path, os.O_WRONLY)
-    if os.isatty(descriptor):
-        os.close(descriptor)
-        raise StorageError(path, 0, 0, "is a terminal, and this is no text")
-    return descriptor, False
+        with open(descriptor, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fchmod(descriptor, 0o666 & ~_umask())
+            os.fsync(descriptor)
+        os.link(part, path)  # unlike a rename, it never replaces anything
+    finally:
+        os.unlink(part)
+    _sync_folder(folder or ".")
 
 
-def _sync_folder(path: str) -> None:
-    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -97,7 +97,7 @@ def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> M
     draft = store.draft()
     sentinel = Sentinel.fresh(tracker._virtual_size, store.cluster_size)
     draft.add(sentinel.canary_name, sentinel.granularity, enabled=False)
-    draft.fill(sentinel.canary_name, [(0, 1)], is_set=True)
+    draft.fill(sentinel.canary_name, sentinel.canary_ranges, is_set=True)
     draft.add(sentinel.name, sentinel.granularity, enabled=True)
     draft.find(sentinel.name).flags |= FLAG_IN_USE  # the guest goes on writing
     length = draft.bits(sentinel.name).clusters * store.cluster_size

@@ -88,18 +88,21 @@ def test_without_bitmaps_there_is_nothing_to_do(qemu: FakeQemu, tmp_path: Path) 
 def test_arm(qemu: FakeQemu, tmp_path: Path) -> None:
     first = rescue(tmp_path, "ARM")
     lines = first.out.splitlines()
-    assert (first.status, first.err) == (0, "")
-    assert lines[0].startswith('node "disk" armed: qcow2bm-sentinel-')
-    assert lines[1] == "before you migrate, set this, or the sentinel tells nothing:"
-    command = json.loads(lines[2])
-    found = document(tmp_path, "arm", "ARM --node disk")
+    assert (first.status, first.err) == (2, "")
+    assert lines[0] == "not armed yet: set this, and run it again; or let --set do it"
+    command = json.loads(lines[1])
+    found = document(tmp_path, "arm", "ARM --node disk", 2)
     assert found["block-bitmap-mapping"] == command["arguments"]["block-bitmap-mapping"]
-    assert (found["set"], found["nodes"][0]["new"]) == (False, False)
-    rescue(tmp_path, "ARM --set")
-    last = rescue(tmp_path, "ARM --set").out.splitlines()
-    assert last[0].startswith('node "disk" was armed already: ')
-    assert last[1] == "the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps"
+    assert (found["set"], found["nodes"], qemu.mapping) == (False, [], None)
+    done = rescue(tmp_path, "ARM --set")
+    lines = done.out.splitlines()
+    assert (done.status, done.err) == (0, "")
+    assert lines[0].startswith('node "disk" armed: qcow2bm-sentinel-')
+    assert lines[1] == "the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps"
     assert qemu.mapping == found["block-bitmap-mapping"]
+    last = rescue(tmp_path, "ARM").out.splitlines()
+    assert last[0].startswith('node "disk" was armed already: ')
+    assert document(tmp_path, "arm", "ARM")["nodes"][0]["new"] is False
 
 
 @pytest.mark.spec("CLI-27")

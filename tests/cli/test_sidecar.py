@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from support.jsonspec import check_sidecar_dump
 import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.migration.sentinel import is_sentinel
-from qcow2bm.migration.sidecar import read_sidecar
+from qcow2bm.migration.sidecar import read_sidecar, write_sidecar
 
 from .images import crashed, empty, names, sound
 
@@ -110,6 +111,62 @@ def test_what_is_no_evidence(folder: Path, commands: list[str], said: str) -> No
     remove_all_but_sentinels(folder)
     assert said in refused(folder)
     assert "--assert-unchanged" in refused(folder)
+
+
+@pytest.mark.spec("SIDECAR-4")
+def test_a_sentinel_that_was_touched_when_it_was_saved_proves_nothing(folder: Path) -> None:
+    """The image may have been rolled back to before, where the sentinel has no write."""
+    done(folder, *SAVE, "--sentinel")
+    before = (folder / "vm.qcow2").read_bytes()
+    name = next(n for n in digests(folder) if is_sentinel(n) and not n.endswith("-canary"))
+    done(folder, "set", "vm.qcow2", name, "0:1")
+    done(folder, "sidecar", "save", "vm.qcow2", "later")
+    (folder / "vm.qcow2").write_bytes(before)
+    remove_all_but_sentinels(folder)
+    (folder / "saved").unlink()
+    (folder / "later").rename(folder / "saved")
+    assert "ranges that were written when it was saved" in refused(folder)
+
+
+@pytest.mark.spec("SIDECAR-4")
+def test_without_a_header_nothing_is_known_of_a_backing_file(folder: Path) -> None:
+    bitmap = Stored(b"daily", [b"\x05"])
+    built = build_image(bitmap, backing_name=b"base.qcow2")
+    (folder / "vm.qcow2").write_bytes(built.data)
+    done(folder, *SAVE, "--sentinel")
+    remove_all_but_sentinels(folder)
+    found = read_sidecar([(folder / "saved").read_bytes()])
+    (folder / "saved").write_bytes(b"".join(write_sidecar(*found._replace(header=b""))))
+    assert "of the backing file nothing is known" in refused(folder)
+    (folder / "saved").write_bytes(b"".join(write_sidecar(*found)))
+    done(folder, *LOAD)
+
+
+@pytest.mark.spec("CLI-28")
+def test_nothing_is_left_in_an_image_of_which_nothing_is_saved(folder: Path) -> None:
+    (folder / "there").write_bytes(b"")
+    before = (folder / "vm.qcow2").read_bytes()
+    assert run(["sidecar", "save", "--sentinel", "vm.qcow2", "there"], folder).status == 1
+    assert (folder / "vm.qcow2").read_bytes() == before
+    (folder / "vm.qcow2").write_bytes(empty().data)
+    assert run([*SAVE, "--sentinel"], folder).status == 1
+    assert (folder / "vm.qcow2").read_bytes() == empty().data
+
+
+@pytest.mark.spec("CLI-28")
+def test_a_file_gets_its_name_when_it_is_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*arguments: object) -> Iterator[bytes]:
+        yield b"half of it"
+        assert not (folder / "saved").exists()
+        assert len(list(folder.glob(".saved.*.part"))) == 1
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qcow2bm.cli.sidecar.write_sidecar", cut)
+    result = run(SAVE, folder)
+    assert (result.status, result.err) == (1, "qcow2bm: saved: No space left on device\n")
+    assert [path.name for path in folder.iterdir()] == ["vm.qcow2"]
 
 
 @pytest.mark.spec("SIDECAR-4")
@@ -304,6 +361,8 @@ def test_a_dump_of_an_image_with_sentinels(folder: Path) -> None:
         ["sidecar", "save", "--qmp", "socket", "vm.qcow2", "saved"],
         ["sidecar", "save", "--qmp", "socket", "--sentinel", "saved"],
         ["sidecar", "save", "--qmp", "socket", "-U", "saved"],
+        ["sidecar", "save", "vm.qcow2", "-"],
+        ["sidecar", "save", "--sentinel", "-U", "vm.qcow2", "saved"],
         ["sidecar", "save", "--node", "disk", "vm.qcow2", "saved"],
         ["sidecar", "load", "saved"],
         [*LOAD, "--assert-unchanged", "--as-dirty-ranges-unknown"],

@@ -178,10 +178,15 @@ class Step(NamedTuple):
             if is_sentinel(name) and not name.endswith(CANARY_SUFFIX):
                 if self.name.startswith("begin") and (bitmap.dirty or bitmap.status == "valid"):
                     raise BrokenStateError(f"{name} is not clean, or valid too early")
-                if canary is None or (canary.dirty, canary.status) != (1, "valid"):
+                if canary is None or canary.status != "valid" or canary.dirty != self._ends(canary):
                     raise BrokenStateError(f"{name} stands without its canary")
         if self.commits and self._kinds(found) not in (self._kinds(old), self._kinds(new)):
             raise BrokenStateError("some bitmaps are as before, others as after")
+
+    def _ends(self, canary: Recorded) -> int:
+        """Its first and last bits, as one number."""
+        size = int.from_bytes(self.image[24:32], "big") & ~511
+        return 1 | 1 << (size - 1) // canary.granularity
 
     @staticmethod
     def _kinds(found: Look) -> dict[str, Recorded]:

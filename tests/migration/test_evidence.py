@@ -72,7 +72,7 @@ def octets(*bits: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 SOUND = entry(SENTINEL.name, granularity_bits=9)
 CANARY = entry(SENTINEL.canary_name, 0, 9)
-UNTOUCHED = Witness(octets(), octets(0))
+UNTOUCHED = Witness(octets(), octets(0, BITS - 1))
 
 
 def ranges(verdict: Verdict) -> list[list[int]] | None:
@@ -102,11 +102,13 @@ def test_no_range_is_blind(bit: int) -> None:
 @pytest.mark.spec("LIFE-10")
 @given(st.sets(st.integers(0, BITS - 1), max_size=3), st.sets(st.integers(1, BITS - 1), max_size=3))
 def test_no_write_puts_back_a_canary_that_was_cleared(written: set[int], others: set[int]) -> None:
-    """Its first bit counts, whatever the sentinel has by then, and whatever else it has."""
+    """Its first and last bits count, whatever the sentinel has by then and it has else."""
     left, found = Left(facts(), SENTINEL), facts(SOUND, CANARY)
     verdict = judge(left, found, Witness(octets(*written), octets(*others)))
     assert (verdict.outcome, ranges(verdict)) == ("changed", None)
-    alive = judge(left, found, Witness(octets(*written), octets(0, *others)))
+    shrunk = judge(left, found, Witness(octets(*written), octets(0, *(others - {BITS - 1}))))
+    assert (shrunk.outcome, ranges(shrunk)) == ("changed", None)
+    alive = judge(left, found, Witness(octets(*written), octets(0, BITS - 1, *others)))
     assert alive.outcome == ("changed" if written else "unchanged")
     assert alive.changed is not None
     assert int(alive.changed[:, 1].sum()) == 512 * len(written)
@@ -198,7 +200,7 @@ def build(found: Found) -> tuple[Left, Facts, Witness]:
         broken={entry.name or "" for entry, lack in both if lack == "broken"},
     )
     canary = {"cleared": octets(), "its last bit only": octets(BITS - 1)}
-    witness = Witness(octets(*found.written), canary.get(found.canary_lack, octets(0)))
+    witness = Witness(octets(*found.written), canary.get(found.canary_lack, octets(0, BITS - 1)))
     nothing = (
         None if lack in ("gone", "broken") else bits
         for (_, lack), bits in zip(both, witness, strict=True)

@@ -479,7 +479,7 @@ def test_an_inconsistent_bitmap_is_left_and_keeps_its_entry(tmp_path: Path) -> N
             for _ in range(2):
                 found = [(one.bitmap.name, one.outcome) for one in start(monitor).bitmaps]
                 assert found == [("a", "left"), ("b", "rescued")]
-            assert [o.bitmap.name for o in arm(monitor).obstacles] == ["a"]
+            assert [o.bitmap.name for o in arm(monitor, set_mapping=True).obstacles] == ["a"]
             assert [found.verdict.word for found in verdict(monitor)] == ["untouched"]
         machine.quit()
     assert [(b["name"], b["flags"]) for b in disk.listed()] == [

@@ -14,7 +14,7 @@ from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
 OLD = PREFIX + "0f0e0d0c-0b0a-4908-8706-050403020100"
 
 
-def armed(address: str, *nodes: str, set_mapping: bool = False) -> Arming:
+def armed(address: str, *nodes: str, set_mapping: bool = True) -> Arming:
     with Monitor(address) as monitor:
         return arm(monitor, nodes, set_mapping=set_mapping)
 
@@ -33,10 +33,10 @@ def test_a_node_gets_both_or_neither(qemu: FakeQemu, address: str) -> None:
     assert sentinel_of(twin_of(node.sentinel)) == node.sentinel
     assert sentinel == FakeBitmap(node.granularity)
     assert twin == FakeBitmap(node.granularity, persistent=False)
-    assert qemu.changes() == ["transaction"]
+    assert qemu.changes() == ["migrate-set-parameters", "transaction"]
     (again,) = armed(address).nodes
     assert again == node._replace(is_new=False)
-    assert qemu.changes() == ["transaction"]
+    assert qemu.changes() == ["migrate-set-parameters", "transaction"]
     qemu.bitmaps.clear()
     qemu.bitmaps["a"] = FakeBitmap()
     qemu.refuse = lambda c, a: "no" if c.endswith("-add") and not a["persistent"] else None
@@ -72,32 +72,39 @@ def test_the_mapping_is_that_of_qemu_without_one(qemu: FakeQemu, address: str) -
     qemu.nodes["#block2"] = FakeNode({"no alias": FakeBitmap()})
     qemu.nodes["t"] = FakeNode({"t": FakeBitmap(persistent=False), "x" * 256: FakeBitmap()})
     qemu.devices["#block1"] = "drive0"
-    done = armed(address, "disk")
+    done = armed(address, "disk", set_mapping=False)
     assert done.mapping == [
         mapped("c", node="#block1", alias="drive0"), mapped("a", "b"), mapped("t", node="t")
     ]  # fmt: skip
-    assert not done.is_set
-    assert qemu.mapping is None
-    qemu.migration = ""
-    again = armed(address, "disk", set_mapping=True)
+    assert (done.is_set, done.nodes) == (False, ())
+    assert (qemu.mapping, qemu.changes()) == (None, [])
+    again = armed(address, "disk")
     assert (again.mapping, again.is_set) == (done.mapping, True)
     assert qemu.mapping == done.mapping
-    assert qemu.changes() == ["transaction", "migrate-set-parameters"]
+    assert qemu.changes() == ["migrate-set-parameters", "transaction"]
+    assert armed(address, "disk", set_mapping=False).is_set
     assert armed(address, "disk").is_set
-    assert armed(address, "disk", set_mapping=True).is_set
     assert len(qemu.changes()) == 2
+
+
+@pytest.mark.spec("RESCUE-11")
+def test_whoever_sets_the_mapping_gets_a_sentinel(qemu: FakeQemu, address: str) -> None:
+    qemu.mapping = armed(address, set_mapping=False).mapping
+    (node,) = armed(address, set_mapping=False).nodes
+    assert node.is_new
+    assert qemu.changes() == ["transaction"]
 
 
 @pytest.mark.spec("RESCUE-11")
 def test_a_mapping_that_is_there_stays_without_sentinels(qemu: FakeQemu, address: str) -> None:
     qemu.mapping = [mapped("a", OLD, twin_of(OLD), alias="other")]
-    done = armed(address, set_mapping=True)
+    done = armed(address)
     assert done.mapping == qemu.mapping == [mapped("a", alias="other")]
 
 
 @pytest.mark.spec("RESCUE-11")
 def test_the_mapping_is_set_before_there_is_a_sentinel(qemu: FakeQemu, address: str) -> None:
-    armed(address, set_mapping=True)
+    armed(address)
     assert qemu.changes() == ["migrate-set-parameters", "transaction"]
 
 
@@ -120,7 +127,7 @@ def test_the_last_verdict_comes_first(qemu: FakeQemu, address: str, state: str) 
         del qemu.bitmaps[node.sentinel]
     qemu.commands.clear()
     with pytest.raises(StateError, match="judged by rescue verdict"):
-        armed(address, set_mapping=True)
+        armed(address)
     assert qemu.changes() == []
 
 
@@ -138,31 +145,30 @@ def test_what_tells_of_a_death_is_judged_first(qemu: FakeQemu, address: str) -> 
 
 
 @pytest.mark.spec("RESCUE-12")
-def test_the_mapping_is_not_set_after_the_migration_that_it_was_for(
-    qemu: FakeQemu, address: str
-) -> None:
-    """The verdict would take it for what the sentinel went by."""
-    qemu.migration = ""
-    armed(address)
-    qemu.migration = "completed"
+def test_a_mapping_that_lets_the_sentinel_travel(qemu: FakeQemu, address: str) -> None:
+    """Somebody set another one: nobody knows what became of the sentinel."""
+    (node,) = armed(address).nodes
+    qemu.mapping = [mapped("a", "b", node.sentinel)]
     with pytest.raises(StateError, match="judged by rescue verdict"):
-        armed(address, set_mapping=True)
-    assert qemu.mapping is None
+        armed(address)
+
+
+@pytest.mark.spec("RESCUE-9")
+def test_what_is_written_between_twin_and_sentinel_is_in_both(qemu: FakeQemu, address: str) -> None:
+    (node,) = armed(address).nodes
+    (work,) = (a["actions"] for command, a in qemu.commands if command == "transaction")
+    names = node.sentinel, twin_of(node.sentinel)
+    assert [action["data"].get("name") for action in work[:2]] == [names[1], names[0]]
+    merged = {"node": "disk", "target": names[0], "bitmaps": [{"node": "disk", "name": names[1]}]}
+    assert work[2]["data"] == merged
 
 
 @pytest.mark.spec("RESCUE-12")
-def test_a_sentinel_that_a_cancelled_migration_carried_is_replaced(
-    qemu: FakeQemu, address: str
-) -> None:
-    (first,) = armed(address).nodes
-    (again,) = armed(address).nodes
-    assert again == first._replace(is_new=False)
-    (renewed,) = armed(address, set_mapping=True).nodes
-    assert renewed.is_new
-    evidence = {name for name in qemu.bitmaps if is_evidence(name)}
-    assert evidence == {renewed.sentinel, twin_of(renewed.sentinel)}
-    (again,) = armed(address, set_mapping=True).nodes
-    assert again == renewed._replace(is_new=False)
+def test_a_sentinel_with_a_canary_is_of_somebody_else(qemu: FakeQemu, address: str) -> None:
+    qemu.bitmaps[OLD] = FakeBitmap(inconsistent=True)
+    qemu.bitmaps[f"{OLD}-canary"] = FakeBitmap(inconsistent=True)
+    (node,) = armed(address).nodes
+    assert [name for name in qemu.bitmaps if is_sentinel(name)] == [node.sentinel]
 
 
 @pytest.mark.spec("RESCUE-11")
@@ -176,7 +182,7 @@ def test_what_the_mapping_leaves_out_is_told(qemu: FakeQemu, address: str) -> No
 @pytest.mark.spec("RESCUE-11")
 def test_nothing_is_set_where_nothing_is_armed(qemu: FakeQemu, address: str) -> None:
     qemu.bitmaps.clear()
-    done = armed(address, set_mapping=True)
+    done = armed(address)
     assert (done.nodes, done.is_set, qemu.mapping) == ((), False, None)
 
 
@@ -201,10 +207,10 @@ def test_a_device_whose_disk_is_below_filters(qemu: FakeQemu, address: str, is_t
     if not is_told:
         qemu.refuse = lambda name, _: "no" if name == "x-debug-query-block-graph" else None
     expected = mapped("a", "b", alias="drive0" if is_told else "disk")
-    assert armed(address).mapping == [expected]
+    assert armed(address, set_mapping=False).mapping == [expected]
     qemu.nodes["slow"].bitmaps["c"] = FakeBitmap(persistent=False)  # there QEMU goes no further
     expected_too = mapped("c", node="slow", alias="drive0" if is_told else "slow")
-    assert armed(address).mapping == [mapped("a", "b"), expected_too]
+    assert armed(address, set_mapping=False).mapping == [mapped("a", "b"), expected_too]
 
 
 @pytest.mark.spec("RESCUE-10")
@@ -238,8 +244,8 @@ def test_interrupted_anywhere_and_done_again_it_is_armed_once(qemu: FakeQemu, ad
     for number in range(3):
         qemu.hang_up_after = number
         with pytest.raises(QmpError, match="the connection is lost"):
-            armed(address, set_mapping=True)
-        done = armed(address, set_mapping=True)
+            armed(address)
+        done = armed(address)
         assert [node.is_new for node in done.nodes] == [number < 1, number < 2]
         for node in qemu.nodes.values():
             evidence = [name for name in node.bitmaps if is_evidence(name)]

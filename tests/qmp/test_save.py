@@ -12,6 +12,7 @@ from support.fakeqemu import SIZE, FakeBitmap, FakeNode, FakeQemu
 
 from qcow2bm.errors import QmpError, StateError
 from qcow2bm.migration.sidecar import read_sidecar
+from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.qmp.save import save
@@ -74,6 +75,17 @@ def test_not_while_a_migration_is_under_way(qemu: FakeQemu, address: str, state:
     assert qemu.changes() == []
 
 
+@pytest.mark.spec("SIDECAR-10")
+@pytest.mark.parametrize("migration", ["completed", "failed"])
+def test_not_before_the_verdict(qemu: FakeQemu, address: str, migration: str) -> None:
+    with Monitor(address) as monitor:
+        arm(monitor, set_mapping=True)
+        assert save(monitor)[0].bitmaps
+        qemu.migration = migration
+        with pytest.raises(StateError, match="judged by rescue verdict"):
+            save(monitor)
+
+
 def test_which_node(qemu: FakeQemu, address: str, tmp_path: Path) -> None:
     qemu.nodes["other"] = FakeNode({"c": FakeBitmap()})
     qemu.nodes["bare"] = FakeNode()
@@ -113,7 +125,7 @@ def test_interrupted_at_every_command(qemu: FakeQemu, address: str, how: str) ->
         bitmaps = {n: node.bitmaps for n, node in qemu.nodes.items() if n != SCRATCH_NODE}
         assert bitmaps == {"disk": before["disk"].bitmaps}
         assert saved(address) == expected(qemu)
-        assert qemu.nodes == before
+        assert (qemu.nodes, qemu.descriptors) == (before, [])
 
 
 @pytest.mark.spec("SIDECAR-8")

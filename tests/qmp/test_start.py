@@ -172,7 +172,7 @@ def test_what_is_left_and_why(qemu: FakeQemu, address: str) -> None:
     qemu.nodes["fixed"] = FakeNode({"x": FakeBitmap()}, read_only=True)
     qemu.nodes["armed"] = FakeNode({"y": FakeBitmap()})
     with Monitor(address) as monitor:
-        arm(monitor, ["armed"])
+        arm(monitor, ["armed"], set_mapping=True)
     assert "x" not in outcomes(started(address))  # unless it is asked for, nobody misses it
     done = started(address, "disk", "fixed", "armed")
     found = {one.bitmap.name: (one.outcome, one.reason) for one in done.bitmaps}

@@ -144,6 +144,25 @@ def test_a_guest_that_writes_between_two_looks_is_not_somebody_else(
     assert len(armed.bitmaps["a"].bits) > 5  # it goes on recording
 
 
+@pytest.mark.spec("RESCUE-13")
+@pytest.mark.parametrize("bits", [{3, 4, 9}, {3}])
+def test_what_the_guest_writes_between_the_copies_changes_no_verdict(
+    armed: FakeQemu, address: str, bits: set[int]
+) -> None:
+    """As an iothread can, in the middle of a transaction."""
+    armed.bitmaps[SENTINEL].bits = set(bits)
+
+    def write(kind: str, data: dict[str, object]) -> None:
+        if kind.endswith("-merge"):
+            for name in (SENTINEL, TWIN):
+                armed.bitmaps[name].bits.add(100 + len(armed.bitmaps[TWIN].bits))
+
+    armed.during = write
+    assert one(address).verdict.word == "touched"
+    armed.bitmaps[SENTINEL].bits = set(armed.bitmaps[TWIN].bits)
+    assert one(address).verdict.word == "untouched"
+
+
 @pytest.mark.spec("RESCUE-14", "RESCUE-16")
 def test_which_bitmaps_are_concerned(armed: FakeQemu, address: str) -> None:
     armed.bitmaps["stored"] = FakeBitmap()

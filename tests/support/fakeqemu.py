@@ -124,6 +124,7 @@ class FakeQemu:
         below: the node below a node, and what the edge to it is called.
         refuse: asked for each command and each action of a transaction; a text refuses it.
         after: called after each command.
+        during: called before each action of a transaction, which works on what there is then.
     """
 
     def __init__(self) -> None:
@@ -141,6 +142,7 @@ class FakeQemu:
         self.refuse: Callable[[str, Arguments], str | None] = lambda command, arguments: None
         self.answers: dict[str, object] = {}
         self.after: Callable[[str], None] = lambda command: None
+        self.during: Callable[[str, Arguments], None] | None = None
 
     @property
     def bitmaps(self) -> dict[str, FakeBitmap]:
@@ -254,7 +256,14 @@ class FakeQemu:
     def _x_debug_block_dirty_bitmap_sha256(self, node: str, name: str) -> object:
         return {"sha256": self._find(self.nodes, node, name).digest(self.nodes[node].size)}
 
-    def _add_fd(self) -> object:
+    def _query_fdsets(self) -> object:
+        return [
+            {"fdset-id": fd, "fds": [{"fd": fd, "opaque": "qcow2bm-scratch"}]}
+            for fd in self.descriptors
+        ]
+
+    def _add_fd(self, opaque: str) -> object:
+        assert opaque == "qcow2bm-scratch"
         return {"fdset-id": self.descriptors[-1], "fd": self.descriptors[-1]}
 
     def _remove_fd(self, fdset_id: int) -> object:
@@ -272,6 +281,8 @@ class FakeQemu:
         return {}
 
     def _blockdev_del(self, node_name: str) -> object:
+        if node_name not in self.nodes:
+            raise RefusedError(f"Failed to find node with node-name='{node_name}'")
         self.nodes.pop(node_name).close()
         return {}
 
@@ -295,6 +306,9 @@ class FakeQemu:
         try:
             for action in actions:
                 kind, data = action["type"], action["data"]
+                if self.during:
+                    self.during(kind, data)
+                    self._take_over(after)
                 if reason := self.refuse(kind, data):
                     raise RefusedError(reason)
                 if kind == "block-dirty-bitmap-remove":
@@ -306,6 +320,13 @@ class FakeQemu:
             raise
         self.nodes = after
         return {}
+
+    def _take_over(self, nodes: dict[str, FakeNode]) -> None:
+        """Lets a transaction see what was written since it began."""
+        for name, node in self.nodes.items():
+            for key, bitmap in node.bitmaps.items():
+                if key in nodes[name].bitmaps and bitmap.recording:
+                    nodes[name].bitmaps[key].bits |= bitmap.bits
 
     def _act(self, nodes: dict[str, FakeNode], kind: str, data: Arguments) -> None:
         if kind == "abort":
