@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from qcow2bm.check.guest import GuestWalk, L1Table
 from qcow2bm.check.references import CHUNK, References, runs
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import snapshot_entries
+from qcow2bm.clusters.plan import SECTOR_SIZE, Write
 from qcow2bm.clusters.problems import MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES
 from qcow2bm.errors import LimitError
 from qcow2bm.format import extensions
@@ -25,6 +27,7 @@ from qcow2bm.format.header import MAX_REFCOUNT_ORDER
 from qcow2bm.format.refcounts import (
     ENTRY_LENGTH,
     TABLE_OFFSET_MASK,
+    build_refcount_block,
     parse_refcount_block,
     parse_refcount_table,
 )
@@ -46,11 +49,14 @@ class Check(NamedTuple):
         leaked_clusters: how many clusters are counted more often than they are referred to.
         is_complete: whether every reference could be followed. If not, what looks like a leak may
             be none.
+        end: the number of the cluster behind the last one that something refers to, also where
+            the disk does so wrongly behind the end of the file.
     """
 
     problems: tuple[Problem, ...]
     leaked_clusters: int
     is_complete: bool
+    end: int
 
 
 def check(file: ClusterFile, directory: BitmapDirectory) -> Check:
@@ -64,6 +70,16 @@ def check(file: ClusterFile, directory: BitmapDirectory) -> Check:
     return _Checker(file, directory).run()
 
 
+def refcount_mends(file: ClusterFile, directory: BitmapDirectory) -> list[Write]:
+    """What makes refcounts right: the sectors of refcount blocks, in order.
+
+    Leaked clusters are given back, but those that a stale bitmaps extension names, which are the
+    last trace of its bitmaps. What the disk does not use is counted as often as it is used.
+    Nothing if not every reference could be followed. Raises as `check` does.
+    """
+    return _Checker(file, directory).mends()
+
+
 class _Checker:
     def __init__(self, file: ClusterFile, directory: BitmapDirectory) -> None:
         self._file = file
@@ -73,6 +89,7 @@ class _Checker:
         self._found: dict[str, list[Problem]] = {}
         self._counts: Counter[str] = Counter()
         self._blocks: dict[int, NDArray[np.uint64]] = {}
+        self._places: dict[int, int] = {}
         self._order = min(file.header.refcount_order, MAX_REFCOUNT_ORDER)
         self._per_block = 8 * file.cluster_size >> self._order
 
@@ -83,7 +100,46 @@ class _Checker:
         self._walk_bitmaps()
         is_complete = not any(kind_of(id).severity == UNUSABLE for id in self._counts)
         leaked = self._compare()
-        return Check(tuple(self._problems()), leaked, is_complete)
+        end = max(self._disk.reach, self._others.clusters)
+        return Check(tuple(self._problems()), leaked, is_complete, end)
+
+    def mends(self) -> list[Write]:
+        """See `refcount_mends`."""
+        if not self.run().is_complete:
+            return []
+        references, stale = self._others, References(self._file)
+        if self._directory.extension and not self._directory.is_consistent:
+            self._others = stale
+            self._use_bitmaps()
+        end = max(self._disk.clusters, references.clusters)
+        limit = (1 << (1 << self._order)) - 1
+        writes: list[Write] = []
+        for number, stored in sorted(self._blocks.items()):
+            first = number * self._per_block
+            stop = min(first + self._per_block, end)
+            if first >= stop:
+                continue
+            disk, named = self._disk.counts(first, stop), stale.counts(first, stop)
+            used = (disk + references.counts(first, stop)).astype(np.uint64)
+            wanted = stored.copy()
+            part = wanted[: stop - first]
+            is_leak = (part > used) & (named == 0)
+            is_low = (part < used) & (disk == 0) & (used <= limit)
+            part[is_leak | is_low] = used[is_leak | is_low]
+            writes += self._sectors(number, np.flatnonzero(wanted != stored), wanted)
+        return writes
+
+    def _sectors(
+        self, number: int, changed: NDArray[np.intp], counts: NDArray[np.uint64]
+    ) -> Iterator[Write]:
+        """The sectors of a block with the counts that change."""
+        per_sector = 8 * SECTOR_SIZE >> self._order
+        code = "B" if self._order <= 3 else "HIQ"[self._order - 4]
+        for sector in np.unique(changed // per_sector).tolist():
+            start = sector * per_sector
+            part = array(code, counts[start : start + per_sector].tolist())
+            place = self._places[number] + sector * SECTOR_SIZE
+            yield Write(place, (build_refcount_block(part, self._order),), "refcounts")
 
     def _report(self, id: str, offset: int, reason: str, bitmap_index: int | None = None) -> None:
         """A problem; the reason may begin with the number of the entry at fault."""
@@ -140,6 +196,7 @@ class _Checker:
                 self._report("refcount-table.entry.shared", place, reason)
             block = parse_refcount_block(self._file.read(offset, size), self._order)
             self._blocks[number] = np.asarray(block).astype(np.uint64)
+            self._places[number] = offset
 
     def _refcounts(self, clusters: NDArray[np.int64]) -> NDArray[np.uint64]:
         found = np.zeros(len(clusters), np.uint64)
@@ -173,8 +230,12 @@ class _Checker:
             self._others.add(place.offset, place.length)
 
     def _walk_bitmaps(self) -> None:
+        if self._directory.is_consistent:
+            self._use_bitmaps()
+
+    def _use_bitmaps(self) -> None:
         directory, size = self._directory, self._file.cluster_size
-        if not directory.is_consistent or not directory.extension or directory.distrust:
+        if not directory.extension or directory.distrust:
             return
         start = directory.extension.bitmap_directory_offset
         self._use("bitmap-directory.overlap", start, directory.size)

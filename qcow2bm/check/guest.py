@@ -143,6 +143,9 @@ class GuestWalk:
             self._each(
                 "l2-table.entry.past-eof", table, is_outside, "leads past the end of the file"
             )
+            if is_outside.any():
+                reach = int(offsets[is_outside].max()) >> self._bits
+                self._references.reach = max(self._references.reach, reach + 2)
             self._references.add_clusters(
                 offsets[is_used & ~is_outside & ~is_unaligned] >> self._bits
             )

@@ -24,6 +24,7 @@ class References:
     Attributes:
         clusters: how many clusters there are: of the file, the last one in part, and one more if
             a reference reaches there.
+        reach: how many there would be if every reference were right.
     """
 
     def __init__(self, file: ClusterFile) -> None:
@@ -31,7 +32,7 @@ class References:
         self._bits = file.header.cluster_bits
         self._file_size = file.file_size
         self._chunks: dict[int, NDArray[np.uint32]] = {}
-        self.clusters = ceil_div(file.file_size, file.cluster_size)
+        self.clusters = self.reach = ceil_div(file.file_size, file.cluster_size)
 
     def add(self, offset: int, length: int) -> bool:
         """Counts a range of bytes, in whole clusters; not one that leads out of the file.
@@ -40,6 +41,7 @@ class References:
         """
         if not length:
             return True
+        self.reach = max(self.reach, (offset + length - 1 >> self._bits) + 1)
         if offset + length - self._file_size >= 1 << self._bits:
             return False
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits

@@ -133,9 +133,10 @@ def add_sharing(parser: Parser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no warnings on standard error")
 
 
-def add_editing(parser: Parser) -> None:
-    """The options of a command that changes an image."""
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be written")
+def add_editing(parser: Parser, ways: argparse._ActionsContainer | None = None) -> None:
+    """The options of a command that changes an image; ``ways`` is what a dry run excludes."""
+    dry_run = ways or parser
+    dry_run.add_argument("--dry-run", action="store_true", help="only show what would be written")
     parser.add_argument(
         "--output",
         choices=("human", "json"),

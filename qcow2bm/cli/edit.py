@@ -164,6 +164,12 @@ def _print_text(plan: Plan) -> None:
 
 
 def _print_json(name: str, plan: Plan) -> None:
+    document = {"schema": SCHEMA, "filename": json_text(name), **plan_as_json(plan)}
+    print(json.dumps(document, indent=1))
+
+
+def plan_as_json(plan: Plan) -> dict[str, object]:
+    """A plan, for programs."""
     steps = [
         {
             "type": "barrier" if plan.is_barrier(number) else "write",
@@ -174,11 +180,4 @@ def _print_json(name: str, plan: Plan) -> None:
         }
         for number, step in enumerate(plan.steps)
     ]
-    document = {
-        "schema": SCHEMA,
-        "filename": json_text(name),
-        "bytes": plan.length,
-        "barriers": plan.barriers,
-        "steps": steps,
-    }
-    print(json.dumps(document, indent=1))
+    return {"bytes": plan.length, "barriers": plan.barriers, "steps": steps}

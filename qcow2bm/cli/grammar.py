@@ -41,6 +41,21 @@ exit status: 0 all is well; 1 it could not be checked; 2 there are errors; 3 the
 clusters, and nothing else; 64 wrong usage
 """
 
+_REPAIR_EPILOG = """\
+What can be proved is mended; a bitmap of which that is not so is dropped, and named: "lost: NAME
+(why)". Sound bitmaps stay as they are. FILE must not be there; it is on the disk before anything
+else is written.
+
+exit status: 0 mended, or nothing to do; 1 could not do it, and all is as before unless it says
+otherwise; 2 not everything is mended, or in a dry run: there is something to mend; 64 wrong usage
+"""
+
+_UNDO_EPILOG = """\
+Nothing is changed if the image is not as the repair left it. If it is interrupted, do it again.
+
+exit status: 0 all is as before the repair; 1 could not do it; 64 wrong usage
+"""
+
 _REMOVE_EPILOG = """
 Stale bitmaps can only be removed with --all. Their clusters stay leaked: qemu-img check -r leaks.
 """
@@ -145,6 +160,10 @@ def _define(parser: Parser) -> None:
     add_command(commands, "map", summary, "map", _define_map)
     summary = "find everything that is wrong with an image, and say what it means"
     add_command(commands, "check", summary, "check", _define_check, _CHECK_EPILOG)
+    summary = "mend the metadata of bitmaps, so that QEMU opens the image"
+    add_command(commands, "repair", summary, "repair", _define_repair, _REPAIR_EPILOG)
+    summary = "take back a repair"
+    add_command(commands, "undo", summary, "repair", _define_undo, _UNDO_EPILOG)
     for command in EDITS:
         _add_edit(commands, command)
     for group, summary in _GROUPS.items():
@@ -205,6 +224,21 @@ def _define_check(parser: Parser) -> None:
     add_image(parser)
     add_output(parser)
     add_sharing(parser)
+
+
+def _define_repair(parser: Parser) -> None:
+    add_image(parser, "a qcow2 file or block device that nobody uses")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--undo", metavar="FILE", help="where the way back is kept, for undo")
+    way.add_argument("--no-undo", action="store_true", help="keep no way back")
+    add_editing(parser, way)
+    parser.add_argument("--lossless", action="store_true", help="do only what loses no bitmap")
+
+
+def _define_undo(parser: Parser) -> None:
+    add_image(parser, "the image that was repaired")
+    parser.add_argument("file", metavar="FILE", help="what the repair left")
+    add_editing(parser)
 
 
 def _define_demo(parser: Parser) -> None:

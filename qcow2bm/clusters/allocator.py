@@ -42,9 +42,15 @@ class Allocator:
     """Plans allocations and frees in an image."""
 
     def __init__(
-        self, file: ClusterFile, taken: Iterable[Run], near: int, capacity: int | None
+        self,
+        file: ClusterFile,
+        taken: Iterable[Run],
+        near: int,
+        capacity: int | None,
+        *,
+        is_behind: bool = False,
     ) -> None:
-        """Searches from the refcount block of cluster ``near`` on.
+        """Searches from the refcount block of cluster ``near`` on; or only behind all others.
 
         ``taken`` are clusters known to be in use, and ``capacity`` is the length in bytes that
         the storage cannot outgrow, if there is one.
@@ -62,6 +68,7 @@ class Allocator:
         self._fresh: list[Run] = []
         self._old_table: Run | None = None
         self._has_structures = False
+        self._is_behind = is_behind
 
     def allocate(self, runs: Sequence[int], loose: int) -> Allocation:
         """Counts free clusters as used: runs of these lengths, and ``loose`` more anywhere.
@@ -90,6 +97,12 @@ class Allocator:
         self, runs: Sequence[int], loose: int
     ) -> tuple[list[Run | None], list[Run], int, int]:
         """As `_place`, and the first of the clusters behind all others for what is still wanted."""
+        if self._is_behind:
+            wanted = sum(runs) + loose
+            start = self._extend(wanted, ())
+            if start is None:
+                raise self._no_room(wanted)
+            return [None] * len(runs), [], wanted, start
         blocks = self.refcounts.blocks()
         near = bisect_left(blocks, self._near)
         blocks = blocks[near:] + blocks[:near]

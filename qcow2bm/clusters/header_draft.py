@@ -291,6 +291,11 @@ class HeaderDraft:
         self._set_autoclear(is_set=True)
         return steps, self._write(_AUTOCLEAR, stop, "autoclear bit of the bitmaps")
 
+    def clear_bitmaps_bit(self) -> Switch:
+        """Clears the autoclear bit of bitmaps that are not there."""
+        self._set_autoclear(is_set=False)
+        return Switch(self._write(_AUTOCLEAR, _AUTOCLEAR + 8, "autoclear bit of the bitmaps"))
+
     def remove(self) -> Switch:
         """Takes away the bitmaps extension and its autoclear bit, which goes first.
 

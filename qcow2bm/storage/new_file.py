@@ -51,6 +51,21 @@ def write_new(path: str, pieces: Iterable[bytes]) -> None:
         raise StorageError.from_os(error, path, 0, 0, "writing") from error
 
 
+def append(path: str, data: bytes) -> None:
+    """Adds bytes to the end of a file, durably.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError.from_os(error, path, 0, 0, "writing") from error
+
+
 def _write_through(path: str, pieces: Iterable[bytes]) -> None:
     with open(path, "wb") as file:
         if file.isatty():

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.clusters.allocator import Allocator, Run
@@ -90,7 +90,7 @@ def plan_commit(
     allocator.free(_freed(file, directory, draft, tables))
     lowered = allocator.refcounts.take_count_writes("refcounts of freed clusters")
     written = (*fresh, *switch.before, *counted, *renewed)
-    return _ordered(prepared, written, switch, lowered)
+    return ordered(prepared, written, switch, lowered)
 
 
 def allocator_of(
@@ -125,9 +125,10 @@ def _has_new_table(bitmap: DraftBitmap) -> bool:
     return bits is not None and (bool(bits.changed) or len(bits.words) != bits.clusters)
 
 
-def _ordered(
-    prepared: list[Step], written: tuple[Write, ...], switch: Switch, lowered: list[Write]
+def ordered(
+    prepared: Sequence[Step], written: Sequence[Write], switch: Switch, lowered: Sequence[Write]
 ) -> Plan:
+    """The commit order of all that writes bitmaps: see spec/edit.md."""
     steps: list[Step] = [*prepared]
     if written:
         steps += [*coalesce(written), Barrier("new bitmap data, tables and directory")]

@@ -88,7 +88,8 @@ FOUND: dict[str, tuple[list[Patch], int]] = {
 
 
 def test_the_image_they_are_planted_in_is_sound() -> None:
-    assert checked(with_disk()) == checked(image()) == Check((), 0, True)
+    assert checked(with_disk()) == Check((), 0, True, 26)
+    assert checked(image()) == Check((), 0, True, 12)
 
 
 @pytest.mark.spec("CHECK-2")

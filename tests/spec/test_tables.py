@@ -25,6 +25,7 @@ from qcow2bm.format import (
     snapshots,
     stream,
     table,
+    undo,
 )
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.storage import locks
@@ -39,6 +40,9 @@ FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("bitmaps.md", "Bitmaps extension"): extensions._BITMAPS,
     ("bitmaps.md", "Bitmap directory"): directory.ENTRY,
     ("refcounts.md", "Snapshot table"): snapshots.SNAPSHOT,
+    ("repair.md", "Undo file"): undo._HEAD,
+    ("repair.md", "Step"): undo._STEP,
+    ("repair.md", "Seal"): undo._SEAL,
     ("sidecar.md", "Head"): sidecar._HEAD,
     ("sidecar.md", "Bitmap"): sidecar._BITMAP,
     ("stream.md", "Envelope"): stream._ENVELOPE,

@@ -36,6 +36,11 @@ def check_check(document: object) -> None:
     _check_object("check", document, "check")
 
 
+def check_repair(document: object) -> None:
+    """Raises AssertionError unless the document is what ``repair`` may print."""
+    _check_object("repair", document, "repair")
+
+
 def check_sidecar_dump(document: object) -> None:
     """Raises AssertionError unless the document is what ``sidecar dump`` may print."""
     _check_object("sidecar dump", document, "sidecar dump")

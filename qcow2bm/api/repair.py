@@ -1,0 +1,116 @@
+"""Repairing an image, and undoing that.
+
+*Spec*: spec/repair.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from qcow2bm.check.repair import Repair, plan_repair
+from qcow2bm.check.undo import plan_undo, undo_of
+from qcow2bm.clusters.plan import Plan, execute
+from qcow2bm.format.undo import Undo
+from qcow2bm.storage.held import HeldStorage
+from qcow2bm.storage.sources import open_source, open_writable
+
+if TYPE_CHECKING:
+    from qcow2bm.storage.base import WritableStorage
+    from qcow2bm.storage.sources import Source
+
+
+def look(source: Source, *, lossless: bool = False, lock_timeout: float = 0) -> Repair:
+    """What a repair would do; nothing is written.
+
+    Raises:
+        As `repair` does.
+    """
+    storage = open_source(source, lock_timeout)
+    try:
+        with storage.read_lock():
+            return plan_repair(storage, lossless=lossless)
+    finally:
+        if storage is not source:
+            storage.close()
+
+
+def repair(
+    source: Source,
+    keep: Callable[[Undo], Callable[[int], None]] | None = None,
+    *,
+    lossless: bool = False,
+    lock_timeout: float = 0,
+    locking: bool = True,
+) -> Repair:
+    """Mends what is wrong with the bitmaps of an image; what cannot be proved is dropped.
+
+    Args:
+        source: as for ``qcow2bm.open(source, "r+")``.
+        keep: called before anything is written, with what it takes to undo the repair; it
+            returns once that is safe. What it returns is called with the time of the last write
+            when all is done.
+        lossless: do only what loses no bitmap.
+        lock_timeout: how many seconds to wait while somebody else uses the image.
+        locking: False where the file system has no locks.
+
+    Raises:
+        FormatError: it is no image, or its refcounts are too damaged to put anything anywhere.
+        UnsupportedError: it has incompatible features that are unknown here.
+        ImageLockedError: somebody uses it.
+        CommitError: writing failed.
+        StorageError: reading failed, or there is no room.
+    """
+    with _held(source, lock_timeout, locking=locking) as storage:
+        done = plan_repair(storage, lossless=lossless, capacity=storage.capacity())
+        if not done.plan.steps:
+            return done
+        sealed = keep(undo_of(storage, done.plan)) if keep else None
+        execute(done.plan, storage, storage.size())
+        token = storage.change_token()
+        if sealed and isinstance(token, tuple):
+            sealed(token[0])
+        return done
+
+
+def look_back(source: Source, what: Undo, *, lock_timeout: float = 0) -> Plan:
+    """What undoing a repair would do; nothing is written. Raises as `undo` does."""
+    storage = open_source(source, lock_timeout)
+    try:
+        with storage.read_lock():
+            return plan_undo(storage, what)
+    finally:
+        if storage is not source:
+            storage.close()
+
+
+def undo(source: Source, what: Undo, *, lock_timeout: float = 0, locking: bool = True) -> bool:
+    """Puts everything back that a repair changed; whether there was anything to put back.
+
+    Raises:
+        StateError: the image is not as the repair left it.
+        ImageLockedError: somebody uses it.
+        CommitError: writing failed; undo it again.
+        StorageError: reading failed.
+    """
+    with _held(source, lock_timeout, locking=locking) as storage:
+        plan = plan_undo(storage, what)
+        if not plan.steps:
+            return False
+        execute(plan, storage, None)
+        storage.truncate(what.file_size)
+        storage.barrier()
+        return True
+
+
+@contextmanager
+def _held(source: Source, lock_timeout: float, *, locking: bool) -> Iterator[WritableStorage]:
+    with ExitStack() as stack:
+        storage = open_writable(source, locking=locking)
+        if storage is not source:
+            stack.callback(storage.close)
+        held = HeldStorage(storage)
+        stack.callback(held.release)
+        held.acquire(lock_timeout)
+        yield held

@@ -1,0 +1,480 @@
+"""Mending the metadata of bitmaps, as a plan: what can be proved is mended, the rest is dropped.
+
+*Spec*: spec/repair.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from qcow2bm.check.check import Check, check, refcount_mends
+from qcow2bm.clusters.allocator import Allocator
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.header_draft import HeaderDraft, Switch
+from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce
+from qcow2bm.clusters.problems import header_problems
+from qcow2bm.errors import UnsupportedError
+from qcow2bm.format.directory import (
+    FIELD_OFFSETS,
+    FLAG_EXTRA_DATA_COMPATIBLE,
+    TYPE_DIRTY_TRACKING,
+    Directory,
+    DirectoryEntry,
+    build_directory,
+    parse_directory,
+)
+from qcow2bm.format.directory import HEAD_LENGTH as ENTRY_LENGTH
+from qcow2bm.format.extensions import (
+    BITMAPS,
+    BITMAPS_LENGTH,
+    HEAD_LENGTH,
+    BitmapsExtension,
+    build_bitmaps_extension,
+)
+from qcow2bm.format.features import AUTOCLEAR_BITMAPS
+from qcow2bm.problems import REFUSED, UNUSABLE, Problem
+from qcow2bm.storage.base import Storage
+from qcow2bm.storage.overlay import OverlayStorage
+from qcow2bm.store.commit import ordered
+from qcow2bm.store.directory import (
+    MAX_BITMAPS,
+    MAX_DIRECTORY_SIZE,
+    BitmapDirectory,
+    load_directory,
+)
+from qcow2bm.store.entries import MAX_NAME_SIZE
+from qcow2bm.store.tables import Survey, survey
+from qcow2bm.units import ceil_div, decode_name
+
+_EVIDENT = (  # of an entry; of a name that is there twice, see below
+    "directory-entry.extra_data.compatible",
+    "directory-entry.flags.extra-data-compatible",
+    "directory-entry.name_size.too-large",
+)
+_DUPLICATE = "directory-entry.name.duplicate"
+_UNREAD = "bitmap-table.limit"  # which says nothing against the bitmap
+_OURS = ("header-extension.bitmaps.length",)
+_BAD_ENDS = (
+    "bitmaps-extension.nb_bitmaps.zero",
+    "bitmaps-extension.nb_bitmaps.too-large",
+    "bitmaps-extension.nb_bitmaps.less",
+    "bitmaps-extension.nb_bitmaps.more",
+    "bitmaps-extension.bitmap_directory_size.zero",
+    "bitmaps-extension.bitmap_directory_size.too-large",
+    "bitmaps-extension.bitmap_directory_size.past-eof",
+    "bitmap-directory.rest",
+    "bitmap-directory.zeroes",
+    "bitmap-directory.zero-entries",
+    "directory-entry.truncated",
+)
+_MAX_RESYNCHRONISED = 1000  # entries: whoever has more of them has other problems
+_MAX_ENTRY = ENTRY_LENGTH + MAX_NAME_SIZE + 1
+
+_Patch = tuple[int, bytes]
+
+
+class Lost(NamedTuple):
+    """A bitmap that is dropped, or all of them where ``name`` is None, and why."""
+
+    name: str | None
+    reason: str
+
+
+class Repair(NamedTuple):
+    """What a repair does.
+
+    Attributes:
+        plan: all writes and barriers; none if there is nothing to do.
+        lost: the bitmaps that are dropped.
+        renamed: (old, new) names of bitmaps.
+        problems: all there are before.
+        left: the serious ones there will be afterwards.
+        leaked_clusters: how many clusters will leak then.
+    """
+
+    plan: Plan
+    lost: tuple[Lost, ...]
+    renamed: tuple[tuple[str, str], ...]
+    problems: tuple[Problem, ...]
+    left: tuple[Problem, ...]
+    leaked_clusters: int
+
+
+class _View(NamedTuple):
+    """An image as it is at some time of the repair."""
+
+    file: ClusterFile
+    header: tuple[Problem, ...]
+    directory: BitmapDirectory
+    survey: Survey
+    check: Check
+
+    @classmethod
+    def of(cls, storage: Storage) -> _View:
+        file = ClusterFile(storage, force_share=True)
+        header = header_problems(file)
+        directory = load_directory(file, header)
+        return cls(file, header, directory, survey(file, directory, header), check(file, directory))
+
+    @property
+    def read_problems(self) -> tuple[Problem, ...]:
+        """What a reader finds."""
+        return (*self.header, *self.directory.problems, *self.survey.problems)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """All there are, each once."""
+        return tuple(dict.fromkeys((*self.read_problems, *self.check.problems)))
+
+
+def plan_repair(storage: Storage, *, lossless: bool = False, capacity: int | None = None) -> Repair:
+    """How an image is repaired; nothing is written.
+
+    Args:
+        storage: the image; the caller holds its locks.
+        lossless: do only what loses no bitmap.
+        capacity: the length in bytes that the storage cannot outgrow, if there is one.
+
+    Raises:
+        FormatError: it is no image, or its refcounts are too damaged to put anything anywhere.
+        UnsupportedError: it has incompatible features that are unknown here.
+        StorageError: reading failed, or there is no room.
+    """
+    overlay = OverlayStorage(storage)
+    before = view = _View.of(overlay)
+    for found in view.header:
+        if found.id == "header.incompatible_features.unknown":
+            raise UnsupportedError(f"repairing an image that {found.reason}")
+    first = _right_length(view)
+    if first:
+        _apply(overlay, first)
+        view = _View.of(overlay)
+    # As long as QEMU refuses the header, nothing is gained by giving up bitmaps; and what the
+    # header says wrongly of the disk may be all that is wrong with them.
+    is_header_refused = any(p.severity == REFUSED and p.id not in _OURS for p in view.header)
+    believed = _believed(view)
+    work = _Directory(view, believed, lossless=lossless or is_header_refused, capacity=capacity)
+    plan = work.plan()
+    steps = [*first, *plan.steps]
+    commit_point = 0 if first else None
+    if plan.commit_point is not None:
+        commit_point = len(first) + plan.commit_point
+    _apply(overlay, plan.steps)
+    view = _View.of(overlay) if plan.steps else view
+    mends = [*_tails(view)]
+    # Clusters of a bitmap that cannot be read look like leaks.
+    if not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems):
+        mends += refcount_mends(view.file, view.directory)
+    if mends:
+        more: list[Step] = [*coalesce(mends), Barrier("refcounts and tails")]
+        if not steps:  # unknown features are told before anything is written
+            more = [*HeaderDraft(view.file).clear_unknown_autoclear(), *more]
+        steps += more
+        _apply(overlay, more)
+        view = _View.of(overlay)
+    left = tuple(p for p in view.problems if p.severity in (REFUSED, UNUSABLE))
+    return Repair(
+        Plan(tuple(steps), commit_point),
+        tuple(work.lost),
+        tuple(work.renamed),
+        before.problems,
+        left,
+        view.check.leaked_clusters,
+    )
+
+
+def _right_length(view: _View) -> list[Step]:
+    """Gives the bitmaps extension the length it must have, if that makes the header right."""
+    faults = [found for found in view.header if found.id in _OURS]
+    if len(faults) != 1:
+        return []
+    overlay = OverlayStorage(view.file.storage)
+    write = Write(faults[0].offset, (BITMAPS_LENGTH.to_bytes(4, "big"),), "length of the extension")
+    overlay.write(write.offset, write.parts)
+    if any(found.severity == REFUSED for found in _View.of(overlay).header):
+        return []
+    return [write, Barrier(write.what)]
+
+
+def _believed(view: _View) -> _View:
+    """The image with a directory that all but one of the facts about it agree to, if any.
+
+    The facts are the count, the size, and the length of each entry. Each is doubted in turn, and
+    what leaves the fewest faults is believed, if that is no worse in any way.
+    """
+    faults = _faults(view)
+    is_disjointed = any(
+        found.id in _BAD_ENDS or found.id.startswith("directory-entry.bitmap_table_")
+        for found in view.directory.problems
+    )
+    if not view.directory.extension or view.directory.distrust or not is_disjointed:
+        return view
+    best = view
+    for patches in (*_other_payloads(view), *_other_lengths(view)):
+        overlay = OverlayStorage(view.file.storage)
+        for offset, data in patches:
+            overlay.write(offset, (data,))
+        other = _View.of(overlay)
+        is_whole = not any(found.id in _BAD_ENDS for found in other.directory.problems)
+        if is_whole and _faults(other) < faults and not _doubts(other) - _doubts(view):
+            best, faults = other, _faults(other)
+    return best
+
+
+def _faults(view: _View) -> int:
+    """How many faults of the directory and its entries keep QEMU from opening the image."""
+    found = view.directory.problems
+    return sum(p.severity == REFUSED or p.id in _BAD_ENDS for p in found)
+
+
+def _other_payloads(view: _View) -> Iterator[list[_Patch]]:
+    """The extension with another count, and with another size."""
+    file, extension = view.file, view.directory.extension
+    assert extension
+    area = zip(file.area.extensions, file.area.offsets(file.extensions_offset), strict=True)
+    place = [at + HEAD_LENGTH for found, at in area if found.type == BITMAPS][-1]
+    entries, count = view.directory.entries, extension.nb_bitmaps
+    if entries and 0 < extension.bitmap_directory_size <= MAX_DIRECTORY_SIZE:
+        other = extension._replace(nb_bitmaps=len(entries))
+        yield [(place, build_bitmaps_extension(other))]
+    if 0 < count <= MAX_BITMAPS:
+        start = extension.bitmap_directory_offset
+        length = min(MAX_DIRECTORY_SIZE, file.file_size - start)
+        found = parse_directory(file.read(start, length), start, count).entries
+        size = sum(entry.size for entry in found)
+        if len(found) == count and size <= length:
+            other = extension._replace(bitmap_directory_size=size)
+            yield [(place, build_bitmaps_extension(other))]
+
+
+def _other_lengths(view: _View) -> Iterator[list[_Patch]]:
+    """One entry of another length, so that count and size are right.
+
+    Behind it so many entries must follow as are missing, up to the end; and its own name, without
+    extra data, must end there, up to padding of zeros.
+    """
+    file, extension = view.file, view.directory.extension
+    assert extension
+    start, count = extension.bitmap_directory_offset, extension.nb_bitmaps
+    size = min(extension.bitmap_directory_size, MAX_DIRECTORY_SIZE, file.file_size - start)
+    if not 0 < count <= _MAX_RESYNCHRONISED or size != extension.bitmap_directory_size:
+        return
+    data = file.read(start, size)
+    begin = 0
+    for index in range(count):
+        left = count - index - 1
+        ends = range(begin + ENTRY_LENGTH + 8, min(size, begin + _MAX_ENTRY) + 1, 8)
+        for end in ends:
+            if (end == size) == (left == 0) and _parses(data[end:], left, file):
+                name = data[begin + ENTRY_LENGTH : end].rstrip(b"\0")
+                if name and b"\0" not in name and end - begin - ENTRY_LENGTH - len(name) < 8:
+                    place = start + begin
+                    yield [
+                        (place + FIELD_OFFSETS["name_size"], len(name).to_bytes(2, "big")),
+                        (place + FIELD_OFFSETS["extra_data_size"], bytes(4)),
+                    ]
+        entries = parse_directory(data[begin:], start + begin, 1).entries
+        if not entries or entries[0].name_bytes is None:
+            return
+        begin += entries[0].size
+
+
+def _parses(data: bytes, count: int, file: ClusterFile) -> bool:
+    """Whether so many entries, and nothing else, stand there, none of them impossible."""
+    entries, rest = parse_directory(data, 0, count + 1)
+    return (
+        len(entries) == count
+        and not rest
+        and all(
+            entry.name_bytes
+            and not any(entry.padding)
+            and entry.type == TYPE_DIRTY_TRACKING
+            and entry.bitmap_table_offset % (1 << 56) > 0
+            and not entry.bitmap_table_offset % file.cluster_size
+            for entry in entries
+        )
+    )
+
+
+def _doubts(view: _View) -> set[tuple[str, int]]:
+    """What entries have that begin in the right place and end in a wrong one."""
+    ids = "directory-entry.name.nul", "directory-entry.padding.nonzero"
+    return {(found.id, found.offset) for found in view.directory.problems if found.id in ids}
+
+
+def _apply(storage: OverlayStorage, steps: Iterable[Step]) -> None:
+    for step in steps:
+        if isinstance(step, Write):
+            storage.write(step.offset, step.parts)
+
+
+def _tails(view: _View) -> Iterator[Write]:
+    """Clears bits behind the end of the disk, sector by sector, where nothing else is at fault."""
+    broken = {p.bitmap_index for p in view.problems if p.severity in (REFUSED, UNUSABLE)}
+    if view.directory.distrust or view.survey.distrust:
+        return
+    for found in view.check.problems:
+        index = found.bitmap_index
+        if found.id != "bitmap-data.tail" or index is None or index in broken:
+            continue
+        entry, file = view.directory.entries[index], view.file
+        bits = ceil_div(file.virtual_size, entry.granularity) % (8 * file.cluster_size)
+        start = found.offset // file.cluster_size * file.cluster_size
+        data = bytearray(file.read(start, file.cluster_size))
+        used = bits // 8
+        clean = bytearray(data)
+        clean[used + 1 :] = bytes(len(clean) - used - 1)
+        clean[used] &= (1 << bits % 8) - 1
+        for place in range(0, len(data), SECTOR_SIZE):
+            sector = bytes(clean[place : place + SECTOR_SIZE])
+            if sector != data[place : place + SECTOR_SIZE]:
+                yield Write(start + place, (sector,), "bits behind the end of the disk")
+
+
+class _Directory:
+    """What becomes of extension, directory and entries.
+
+    Attributes:
+        lost: the bitmaps that are dropped.
+        renamed: those that get another name.
+    """
+
+    def __init__(
+        self, stored: _View, believed: _View, *, lossless: bool, capacity: int | None
+    ) -> None:
+        """``believed`` is the image with the right count and size of its directory."""
+        self.lost: list[Lost] = []
+        self.renamed: list[tuple[str, str]] = []
+        self._stored = stored
+        self._view = view = believed
+        self._lossless = lossless
+        self._capacity = capacity
+        self._by_entry: dict[int, list[Problem]] = {}
+        for found in view.problems:
+            if found.bitmap_index is not None:
+                self._by_entry.setdefault(found.bitmap_index, []).append(found)
+
+    def plan(self) -> Plan:
+        """The steps that mend them."""
+        view, header = self._view, HeaderDraft(self._stored.file)
+        directory = view.directory
+        if not directory.extension:
+            return self._without_extension(header)
+        if not directory.is_consistent:
+            return Plan()  # QEMU does not look at it, and it is the last trace of what it names
+        distrust = directory.distrust or view.survey.distrust
+        overlaps = [p for p in view.check.problems if p.id == "bitmap-directory.overlap"]
+        if distrust or overlaps:
+            reason = (distrust or overlaps[0]).message
+            return self._give_up(header, reason)
+        kept = self._kept()
+        if self._lossless and self.lost:
+            self.lost, self.renamed = [], []
+            return Plan()
+        if not kept:
+            self.lost = self.lost or [Lost(None, "the directory has no entry that can be read")]
+            return self._removed(header)
+        return self._replaced(header, kept)
+
+    def _without_extension(self, header: HeaderDraft) -> Plan:
+        file = self._view.file
+        if file.find(BITMAPS):
+            found = next(p for p in self._view.header if p.id == "header-extension.bitmaps.length")
+            return self._give_up(header, found.message)
+        is_set = file.header.autoclear_features & AUTOCLEAR_BITMAPS
+        if not is_set or not file.has_extension_area or file.area.fault:
+            return Plan()
+        prepared = header.clear_unknown_autoclear()
+        return ordered(prepared, header.renew_generation(), header.clear_bitmaps_bit(), ())
+
+    def _give_up(self, header: HeaderDraft, reason: str) -> Plan:
+        if self._lossless:
+            return Plan()
+        named = [Lost(e.name, reason) for e in self._view.directory.entries if e.name is not None]
+        self.lost = named or [Lost(None, reason)]
+        return self._removed(header)
+
+    def _removed(self, header: HeaderDraft) -> Plan:
+        prepared = header.clear_unknown_autoclear()
+        renewed = header.renew_generation()
+        return ordered(prepared, renewed, header.remove(), ())
+
+    def _kept(self) -> list[DirectoryEntry]:
+        """The entries there are to be, mended; the others are lost."""
+        entries = self._view.directory.entries
+        extension = self._view.directory.extension
+        assert extension
+        names: set[bytes] = set()
+        kept = []
+        for entry in entries:
+            reason = self._why_lost(entry)
+            if reason:
+                self.lost.append(Lost(entry.name, reason))
+                continue
+            mended = self._mended(entry, names)
+            names.add((mended.name_bytes or b"").partition(b"\0")[0])
+            kept.append(mended)
+        missing = min(extension.nb_bitmaps, MAX_BITMAPS) - len(entries)
+        if missing > 0:
+            reason = f"{missing} of {extension.nb_bitmaps} entries are not in the directory"
+            self.lost.append(Lost(None, reason))
+        return kept
+
+    def _why_lost(self, entry: DirectoryEntry) -> str:
+        """What is wrong with it and cannot be mended; what two of one name share is such, too."""
+        for found in self._by_entry.get(entry.index, ()):
+            is_serious = found.severity in (REFUSED, UNUSABLE)
+            if is_serious and found.id not in (*_EVIDENT, _DUPLICATE, _UNREAD):
+                return found.message
+        return ""
+
+    def _mended(self, entry: DirectoryEntry, names: set[bytes]) -> DirectoryEntry:
+        name = (entry.name_bytes or b"")[:MAX_NAME_SIZE]
+        number = 2
+        stem = name
+        while name.partition(b"\0")[0] in names:
+            ending = f"-{number}".encode()
+            name, number = (
+                stem.partition(b"\0")[0][: MAX_NAME_SIZE - len(ending)] + ending,
+                number + 1,
+            )
+        if name != entry.name_bytes:
+            self.renamed.append((entry.name or "", decode_name(name)))
+        return entry._replace(
+            flags=entry.flags & ~FLAG_EXTRA_DATA_COMPATIBLE,
+            name_size=len(name),
+            extra_data_size=0,
+            extra_data=b"",
+            name_bytes=name,
+            padding=bytes(-len(name) % 8),
+        )
+
+    def _replaced(self, header: HeaderDraft, kept: Sequence[DirectoryEntry]) -> Plan:
+        directory, file = self._view.directory, self._stored.file
+        extension = directory.extension
+        assert extension
+        size = sum(entry.size for entry in kept)
+        payload = BitmapsExtension(len(kept), 0, size, extension.bitmap_directory_offset)
+        content = build_directory(Directory(tuple(kept), b""))
+        is_same = file.read(extension.bitmap_directory_offset, size) == content
+        if is_same and payload == self._stored.directory.extension:
+            return Plan()
+        prepared = [*header.clear_unknown_autoclear(), *header.straighten()]
+        renewed = header.renew_generation()
+        written: list[Write] = []
+        if not is_same:
+            capacity, end = self._capacity, self._view.check.end
+            allocator = Allocator(file, [(0, end)], 0, capacity, is_behind=True)
+            length = ceil_div(size, file.cluster_size)
+            (first,) = allocator.allocate([length], 0).firsts
+            preparation = allocator.preparation()
+            header.apply(preparation)
+            prepared += preparation
+            content = content.ljust(length * file.cluster_size, b"\0")
+            place = first * file.cluster_size
+            written.append(Write(place, (content,), "new bitmap directory", is_fresh=True))
+            payload = payload._replace(bitmap_directory_offset=place)
+            written += allocator.refcounts.take_count_writes("refcounts of new clusters")
+        switch: Switch = header.replace(build_bitmaps_extension(payload))
+        return ordered(prepared, (*written, *switch.before, *renewed), switch, ())

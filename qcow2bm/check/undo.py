@@ -1,0 +1,143 @@
+"""Undoing a repair: what it needs, and how it goes.
+
+*Spec*: spec/repair.md, "Undo".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.layout import fixed_parts
+from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write
+from qcow2bm.clusters.problems import header_problems
+from qcow2bm.errors import StateError
+from qcow2bm.format.table import ENTRY_LENGTH
+from qcow2bm.format.undo import BARRIER_STEP, Undo, UndoStep
+from qcow2bm.storage.base import Storage
+from qcow2bm.storage.overlay import OverlayStorage
+from qcow2bm.store.directory import load_directory
+from qcow2bm.store.tables import has_readable_table
+
+
+def undo_of(storage: Storage, plan: Plan) -> Undo:
+    """What it takes to undo a plan that was made for this storage, and is not done yet.
+
+    Raises:
+        StorageError: reading failed.
+    """
+    overlay = OverlayStorage(storage)
+    steps = []
+    for step in plan.steps:
+        if isinstance(step, Barrier):
+            steps.append(BARRIER_STEP)
+            continue
+        new = b"".join(step.parts)
+        steps.append(UndoStep(step.offset, _read(overlay, step.offset, len(new)), new))
+        overlay.write(step.offset, [new])
+    return Undo(storage.size(), _state(overlay), tuple(steps))
+
+
+def plan_undo(storage: Storage, undo: Undo) -> Plan:
+    """The way back, interval by interval; afterwards the storage is cut to its old length.
+
+    *Guarantees*: an undoing that was interrupted can be done again.
+
+    Raises:
+        StateError: the image is not as the repair left it, or as undoing leaves it on the way.
+        StorageError: reading failed.
+    """
+    if _is_undone(storage, undo):
+        return Plan()
+    _require_unchanged(storage, undo)
+    steps: list[Step] = []
+    for step in reversed(undo.steps):
+        if step.is_barrier:
+            if steps:
+                steps.append(Barrier("what was there before"))
+        else:
+            inside = step.old[: max(0, undo.file_size - step.offset)]
+            if inside:
+                steps.append(Write(step.offset, (inside,), "what was there before"))
+    steps.append(Barrier("what was there before"))
+    return Plan(tuple(steps))
+
+
+def _is_undone(storage: Storage, undo: Undo) -> bool:
+    """Whether everything is as it was before the repair."""
+    first: dict[int, bytes] = {}
+    for step in undo.steps:
+        for place, old, _ in _sectors(step):
+            first.setdefault(place, old)
+    return storage.size() == undo.file_size and all(
+        _read(storage, place, len(old)) == old for place, old in first.items()
+    )
+
+
+def _require_unchanged(storage: Storage, undo: Undo) -> None:
+    """Whoever wrote to the image since may need what would be taken back."""
+    known: dict[int, set[bytes]] = {}
+    for step in undo.steps:
+        for place, old, new in _sectors(step):
+            known.setdefault(place, set()).update((old, new))
+    for place, contents in known.items():
+        length = len(next(iter(contents)))
+        if _read(storage, place, length) not in contents:
+            raise _changed(f"at {place:#x} stands what neither the repair nor undoing it wrote")
+    overlay = OverlayStorage(storage)
+    for step in undo.steps:
+        if not step.is_barrier:
+            overlay.write(step.offset, [step.new])
+    if _state(overlay) != undo.state:
+        raise _changed("other metadata changed since the repair")
+    token = storage.change_token()
+    is_begun = any(
+        _read(storage, place, len(new)) != _read(overlay, place, len(new))
+        for step in undo.steps
+        for place, _, new in _sectors(step)
+    )
+    is_later = isinstance(token, tuple) and undo.mtime_ns not in (None, token[0])
+    if is_later and not is_begun:
+        raise _changed("it was written to since, or is a copy that has another time")
+
+
+def _changed(reason: str) -> StateError:
+    return StateError(f"another than the repair left ({reason})", "as the repair left it")
+
+
+def _sectors(step: UndoStep) -> Iterable[tuple[int, bytes, bytes]]:
+    """What was in each sector, or part of one, and what the step wrote there."""
+    place = 0
+    while place < len(step.new):
+        stop = min(len(step.new), place + SECTOR_SIZE - (step.offset + place) % SECTOR_SIZE)
+        yield step.offset + place, step.old[place:stop], step.new[place:stop]
+        place = stop
+
+
+def _read(storage: Storage, offset: int, length: int) -> bytes:
+    """So many bytes; behind the end of the file stand zeros."""
+    buffer = bytearray(length)
+    if offset < storage.size():
+        storage.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _state(storage: Storage) -> bytes:
+    """A digest of all metadata of an image: whoever allocates or frees a cluster changes it."""
+    digest = hashlib.sha256(storage.size().to_bytes(8, "big"))
+    file = ClusterFile(storage, force_share=True)
+    header = header_problems(file)
+    directory = load_directory(file, header)
+    places = [(part.offset, part.length) for part in fixed_parts(file, header)]
+    if directory.extension and directory.is_consistent:
+        places.append((directory.extension.bitmap_directory_offset, directory.size))
+        places += [
+            (entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size)
+            for entry in directory.entries
+            if has_readable_table(entry, file)
+        ]
+    for offset, length in places:
+        digest.update(offset.to_bytes(8, "big") + length.to_bytes(8, "big"))
+        digest.update(_read(storage, offset, length))
+    return digest.digest()

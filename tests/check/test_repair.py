@@ -1,0 +1,286 @@
+"""Repairing: what is sound stays, what can be proved is mended, and all of it can be taken back."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+from support.broken import broken_images
+from support.crash import intervals
+from support.faults import IDS, broken, image
+from support.images import Stored, build_image
+
+import qcow2bm
+from qcow2bm.api import repair as api
+from qcow2bm.check.repair import Repair, plan_repair
+from qcow2bm.check.undo import plan_undo, undo_of
+from qcow2bm.clusters.plan import Plan, Write
+from qcow2bm.errors import FormatError, Qcow2BmError, StateError, StorageError
+from qcow2bm.format.undo import Undo, build_undo, parse_undo
+from qcow2bm.problems import KINDS
+from qcow2bm.storage.memory import MemoryStorage
+
+BROKEN = dict(broken_images())
+NAMES = "daily", "weekly", "crashed"
+FOREIGN = ("header", "snapshot table", "header extension")
+
+
+class Bitmap(NamedTuple):
+    """What a bitmap is to a reader."""
+
+    status: str
+    flags: int
+    granularity: int
+    digest: str
+
+
+def bitmaps(data: bytes | bytearray) -> dict[str, Bitmap]:
+    """All bitmaps of an image by name; a digest only of those that are valid."""
+    found = {}
+    with qcow2bm.open(bytes(data)) as opened:
+        for name, bitmap in opened.bitmaps.items():
+            digest = bitmap.sha256() if bitmap.status == "valid" else ""
+            flags = bitmap.entry.flags & 3
+            found[name] = Bitmap(bitmap.status, flags, bitmap.granularity, digest)
+    return found
+
+
+def after(data: bytes, plan: Plan, size: int | None = None) -> bytearray:
+    storage = MemoryStorage(bytearray(data))
+    for step in plan.steps:
+        if isinstance(step, Write):
+            storage.write(step.offset, step.parts)
+    if size is not None:
+        storage.truncate(size)
+    content = bytearray(storage.size())
+    storage.read_into(0, memoryview(content))
+    return content
+
+
+def planned(data: bytes, *, lossless: bool = False) -> Repair:
+    return plan_repair(MemoryStorage(data), lossless=lossless)
+
+
+@cache
+def sound() -> dict[str, Bitmap]:
+    return bitmaps(image())
+
+
+def require_repaired(data: bytes) -> Repair:
+    """What a repair did, after all was asserted that can be said of any."""
+    done = planned(data)
+    repaired = after(data, done.plan)
+    with qcow2bm.open(bytes(repaired)) as opened:
+        serious = [p for p in (*opened.problems, *opened.check().problems) if p.is_serious]
+    left = [p for p in serious if p.severity != "leak"]
+    assert [p.id for p in left] == [p.id for p in done.left]
+    again = planned(bytes(repaired))
+    assert again.plan.steps == ()
+    before, now = bitmaps(data), bitmaps(repaired)
+    lost = {name for name, _ in done.lost}
+    renamed = dict(done.renamed)
+    for name, bitmap in before.items():
+        if bitmap.status == "valid" and name in NAMES and name not in lost and not done.left:
+            assert now[renamed.get(name, name)] == bitmap
+    # Nothing becomes valid that is not as it was stored when all was well.
+    for name, bitmap in now.items():
+        if bitmap.status == "valid" and name in NAMES and name not in renamed.values():
+            assert bitmap.digest in {b.digest for b in (*before.values(), *sound().values())}
+    undo = undo_of(MemoryStorage(data), done.plan)
+    assert parse_undo(b"".join(build_undo(undo))) == undo
+    back = plan_undo(MemoryStorage(bytes(repaired)), undo)
+    assert after(bytes(repaired), back, undo.file_size) == data
+    return done
+
+
+@pytest.mark.spec("REPAIR-1")
+@pytest.mark.parametrize("id", IDS)
+def test_every_problem_there_is(id: str) -> None:
+    if id == "header.incompatible_features.unknown":
+        with pytest.raises(qcow2bm.UnsupportedError):
+            planned(broken(id))
+        return
+    done = require_repaired(broken(id))
+    kind = KINDS[id]
+    if kind.structure not in FOREIGN and id not in ("bitmap-table.entry.unaligned",):
+        assert not done.left
+
+
+@pytest.mark.spec("REPAIR-1", "REPAIR-2")
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_images(what: str) -> None:
+    data = BROKEN[what]
+    if what.startswith(("cut", "refcount")):  # there may be nothing to put a directory in
+        try:
+            planned(data)
+        except Qcow2BmError:
+            return
+    done = require_repaired(data)
+    # A fault of one entry costs no other bitmap.
+    if what.startswith(("entry", "table")) and " and " not in what and not done.left:
+        index = int(what.split()[1][0])
+        shared = {name for name, reason in done.lost if "also used by" in reason}
+        repaired = bitmaps(after(data, done.plan))
+        for number, name in enumerate(NAMES):
+            if number != index and name not in shared and name not in dict(done.renamed):
+                assert repaired.get(name) == sound()[name], (name, done.lost)
+
+
+def test_there_are_enough_broken_images() -> None:
+    print(len(BROKEN), "broken images")
+    assert len(BROKEN) >= 300
+
+
+@pytest.mark.spec("REPAIR-1")
+@pytest.mark.parametrize("order", range(7))
+def test_of_a_sound_image_no_byte_is_changed(order: int) -> None:
+    stored = [Stored(b"a", (b"\x05",)), Stored(b"b", flags=0), Stored(b"c", flags=3)]
+    data = build_image(*stored, refcount_order=order).data
+    for lossless in (False, True):
+        done = planned(bytes(data), lossless=lossless)
+        assert (done.plan, done.lost, done.left) == (Plan(), (), ())
+
+
+@pytest.mark.spec("REPAIR-3")
+@pytest.mark.parametrize("id", IDS)
+def test_lossless_loses_nothing(id: str) -> None:
+    if id == "header.incompatible_features.unknown":
+        return
+    data = broken(id)
+    done = planned(data, lossless=True)
+    assert done.lost == ()
+    repaired = bitmaps(after(data, done.plan))
+    for name, bitmap in bitmaps(data).items():
+        assert dict(done.renamed).get(name, name) in repaired
+        if bitmap.status == "valid":
+            assert repaired[dict(done.renamed).get(name, name)] == bitmap
+    # Nothing is given back of which it is not known whether it is a bitmap's.
+    if done.left:
+        assert not any(step.what == "refcounts" for step in done.plan.steps)
+    full = planned(data)
+    assert bool(full.lost) == bool(done.left) or full.left
+
+
+@pytest.mark.spec("REPAIR-4")
+def test_a_stale_extension_and_what_it_names_stay() -> None:
+    data = bytearray(broken("bitmaps-extension.autoclear.off"))
+    done = planned(bytes(data))
+    assert done.plan.steps == ()
+    assert done.leaked_clusters == 6
+    data[0x400 + 2 * 20 : 0x400 + 2 * 20 + 2] = b"\0\1"  # a leak that it does not name
+    data.extend(bytes(21 * 512 - len(data)))
+    done = planned(bytes(data))
+    assert done.leaked_clusters == 6
+    with qcow2bm.open(bytes(after(bytes(data), done.plan))) as opened:
+        assert opened.check().leaked_clusters == 6
+        assert len(opened.directory) == 3
+
+
+# --- crashes ------------------------------------------------------------------------------------
+
+CRASHES = (
+    "directory-entry.type.unknown", "bitmaps-extension.nb_bitmaps.less", "bitmap-data.overlap",
+    "header.autoclear_features.no-bitmaps", "header-extension.bitmaps.length",
+    "bitmap-table.entry.past-eof", "directory-entry.name.duplicate", "bitmap-directory.rest",
+    "directory-entry.extra_data.compatible", "bitmaps-extension.bitmap_directory_offset.zero",
+)  # fmt: skip
+
+
+def require_no_worse(data: bytes | bytearray, states: tuple[dict[str, Bitmap], ...]) -> None:
+    """What a crash left has the bitmaps of one of the two states."""
+    found = bitmaps(data)
+    assert found in states, found
+
+
+@pytest.mark.spec("REPAIR-5")
+@pytest.mark.parametrize("id", CRASHES)
+@pytest.mark.parametrize("way", ["repair", "undo"])
+def test_a_crash_leaves_the_image_as_before_or_repaired(id: str, way: str) -> None:
+    import random
+
+    data = broken(id)
+    done = planned(data)
+    repaired = bytes(after(data, done.plan))
+    undo = undo_of(MemoryStorage(data), done.plan)
+    states = bitmaps(data), bitmaps(repaired)
+    start, plan = (
+        (data, done.plan)
+        if way == "repair"
+        else (repaired, plan_undo(MemoryStorage(repaired), undo))
+    )
+    rng, count = random.Random(1), 0
+    for interval in intervals(start, plan):
+        for choice in interval.choices(rng):
+            state = interval.image(choice)
+            require_no_worse(state, states)
+            count += 1
+            if way == "undo":  # which can be done again
+                back = plan_undo(MemoryStorage(bytes(state)), undo)
+                assert after(bytes(state), back, undo.file_size) == data
+            elif count % 7 == 0:  # and a repair, too
+                again = planned(bytes(state))
+                assert bitmaps(after(bytes(state), again.plan)) == states[1]
+                assert not again.left
+    assert count
+
+
+@pytest.mark.spec("REPAIR-6")
+@pytest.mark.parametrize("what", ["guest", "bitmap", "longer", "refcount", "header"])
+def test_an_image_that_changed_since_is_not_undone(what: str) -> None:
+    data = broken("directory-entry.type.unknown")
+    done = planned(data)
+    undo = undo_of(MemoryStorage(data), done.plan)
+    repaired = after(data, done.plan)
+    if what == "guest":
+        repaired[0x600:0x608] = (1 << 63 | 0x3000).to_bytes(8, "big")  # an L2 table
+    elif what == "bitmap":
+        with qcow2bm.open(repaired, "r+") as opened, opened.edit() as edit:
+            edit.add("new")
+    elif what == "longer":
+        repaired += bytes(512)
+    elif what == "refcount":
+        repaired[0x400 + 2 * 30] ^= 1
+    else:
+        repaired[0x58] ^= 0x40
+    with pytest.raises(StateError, match="as the repair left it"):
+        plan_undo(MemoryStorage(bytes(repaired)), undo)
+
+
+def test_the_way_back_is_kept_before_anything_is_written() -> None:
+    data = bytearray(broken("directory-entry.type.unknown"))
+    before = bytes(data)
+
+    def fail(undo: Undo) -> object:
+        raise StorageError("undo", 0, 0, "No space left on device")
+
+    with pytest.raises(StorageError):
+        api.repair(data, fail)  # type: ignore[arg-type]
+    assert data == before
+    kept: list[Undo] = []
+
+    def keep(undo: Undo) -> object:
+        assert data == before
+        kept.append(undo)
+        return lambda mtime: None
+
+    assert api.repair(data, keep).plan.steps  # type: ignore[arg-type]
+    assert data != before
+    assert api.undo(data, kept[0])
+    assert data == before
+    assert not api.undo(data, kept[0])
+
+
+@pytest.mark.spec("REPAIR-6")
+def test_an_undo_file_that_is_damaged_is_refused() -> None:
+    data = broken("directory-entry.type.unknown")
+    undo = b"".join(build_undo(undo_of(MemoryStorage(data), planned(data).plan)))
+    for length in range(0, len(undo), 7):
+        with pytest.raises(FormatError):
+            parse_undo(undo[:length])
+    damaged = bytearray(undo)
+    for place in range(0, len(undo), 11):
+        damaged[place] ^= 1
+        with pytest.raises(Qcow2BmError):
+            parse_undo(bytes(damaged))
+        damaged[place] ^= 1

@@ -1,0 +1,150 @@
+"""The commands ``repair`` and ``undo``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from support.console import Result, run
+from support.faults import IDS, broken, image
+from support.images import Stored, build_image
+from support.jsonspec import check_dry_run, check_repair
+
+REPAIR = ["repair", "vm.qcow2"]
+UNDO = ["undo", "vm.qcow2", "way back"]
+LOST = "directory-entry.type.unknown"
+MENDED = "bitmaps-extension.nb_bitmaps.less"
+
+
+def written(folder: Path, id: str) -> bytes:
+    data = broken(id)
+    (folder / "vm.qcow2").write_bytes(data)
+    return data
+
+
+def content(folder: Path) -> bytes:
+    return (folder / "vm.qcow2").read_bytes()
+
+
+@pytest.mark.spec("REPAIR-8")
+def test_what_is_said_of_a_repair_and_of_its_undoing(tmp_path: Path) -> None:
+    before = written(tmp_path, LOST)
+    lost = (
+        'lost: "daily" (bitmap directory entry 0: type at 0xc10 is 2, must be 1 (dirty tracking))'
+    )
+    dry = run([*REPAIR, "--dry-run"], tmp_path)
+    assert (dry.status, dry.err) == (2, "")
+    assert dry.out.startswith(f"{lost}\n1560 bytes in 4 writes, 3 barriers; nothing was written\n")
+    assert content(tmp_path) == before
+    done = run([*REPAIR, "--undo", "way back"], tmp_path)
+    assert done == Result(
+        0, f"{lost}\nmended\nto take it back: qcow2bm undo vm.qcow2 way back\n", ""
+    )
+    repaired = content(tmp_path)
+    assert run(["check", "vm.qcow2"], tmp_path) == (0, "no errors\n", "")
+    assert run([*REPAIR, "--no-undo"], tmp_path) == (0, "nothing to mend\n", "")
+    shown = run([*UNDO, "--dry-run"], tmp_path)
+    assert (shown.status, content(tmp_path)) == (0, repaired)
+    assert run(UNDO, tmp_path) == (0, "all is as before the repair\n", "")
+    assert content(tmp_path) == before
+    assert run(UNDO, tmp_path) == (0, "nothing to take back\n", "")
+
+
+@pytest.mark.spec("REPAIR-8")
+@pytest.mark.parametrize("id", IDS)
+def test_the_document(id: str, tmp_path: Path) -> None:
+    before = written(tmp_path, id)
+    done = run([*REPAIR, "--dry-run", "--output=json"], tmp_path)
+    if id == "header.incompatible_features.unknown":
+        assert (done.status, done.out) == (1, "")
+        return
+    document = json.loads(done.out)
+    check_repair(document)
+    is_something = bool(document["left"] or document["plan"]["steps"])
+    assert (done.status, done.err) == (2 if is_something else 0, "")
+    really = run([*REPAIR, "--no-undo", "--output=json"], tmp_path)
+    assert json.loads(really.out) == {**document, "dry-run": False}
+    assert really.status == (2 if document["left"] else 0)
+    assert (content(tmp_path) == before) == (not document["plan"]["steps"])
+
+
+@pytest.mark.spec("REPAIR-3")
+def test_lossless(tmp_path: Path) -> None:
+    before = written(tmp_path, LOST)
+    done = run([*REPAIR, "--no-undo", "--lossless"], tmp_path)
+    assert (done.status, done.err) == (2, "")
+    assert done.out.endswith("(directory-entry.type.unknown)\nnothing was changed\n")
+    assert content(tmp_path) == before
+    written(tmp_path, MENDED)
+    assert run([*REPAIR, "--no-undo", "--lossless"], tmp_path) == (0, "mended\n", "")
+    assert content(tmp_path) == image()
+
+
+def test_the_way_back_is_not_overwritten_and_nothing_else_either(tmp_path: Path) -> None:
+    before = written(tmp_path, LOST)
+    (tmp_path / "there").write_bytes(b"precious")
+    for path in ("there", "vm.qcow2", ".", "no/folder"):
+        done = run([*REPAIR, "--undo", path], tmp_path)
+        assert (done.status, done.out) == (1, "")
+        assert len(done.err.splitlines()) == 1
+    assert content(tmp_path) == before
+    assert (tmp_path / "there").read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["there", "vm.qcow2"]
+
+
+@pytest.mark.spec("REPAIR-6")
+@pytest.mark.parametrize("how", ["written to", "damaged file", "another image", "no undo file"])
+def test_what_cannot_be_undone(how: str, tmp_path: Path) -> None:
+    written(tmp_path, LOST)
+    assert run([*REPAIR, "--undo", "way back"], tmp_path).status == 0
+    path = tmp_path / "way back"
+    if how == "written to":
+        os.utime(tmp_path / "vm.qcow2", ns=(1, 1))
+    elif how == "damaged file":
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    elif how == "another image":
+        (tmp_path / "vm.qcow2").write_bytes(build_image(Stored(b"b"), size=1 << 30).data)
+    else:
+        path.write_bytes(image())
+    before = content(tmp_path)
+    done = run(UNDO, tmp_path)
+    assert (done.status, done.out, content(tmp_path)) == (1, "", before)
+    (line,) = done.err.splitlines()
+    subject = "vm.qcow2" if how in ("written to", "another image") else "way back"
+    assert line.startswith(f"qcow2bm: {subject}: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        REPAIR,
+        [*REPAIR, "--undo", "x", "--no-undo"],
+        [*REPAIR, "--undo", "x", "--dry-run"],
+        ["repair", "--no-undo"],
+        ["undo", "vm.qcow2"],
+    ],
+)
+def test_wrong_usage(arguments: list[str], tmp_path: Path) -> None:
+    written(tmp_path, LOST)
+    done = run(arguments, tmp_path)
+    assert (done.status, done.out) == (64, "")
+    assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [[*REPAIR, "--no-undo"], [*REPAIR, "--dry-run"]])
+def test_what_is_no_image(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "vm.qcow2").write_bytes(b"no image")
+    done = run(command, tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith("qcow2bm: vm.qcow2: ")
+
+
+def test_the_dry_run_of_undo_for_programs(tmp_path: Path) -> None:
+    written(tmp_path, LOST)
+    assert run([*REPAIR, "--undo", "way back"], tmp_path).status == 0
+    done = run([*UNDO, "--dry-run", "--output=json"], tmp_path)
+    check_dry_run(json.loads(done.out))
