@@ -11,16 +11,14 @@ from qcow2bm.cli.dump import Options, totals
 from qcow2bm.cli.facts import count, print_facts, size
 from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
 from qcow2bm.format.extensions import DATA_FILE
-from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, KINDS
-from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.format.features import KINDS
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
 from qcow2bm.store.entries import FITTABLE, GRANULARITY_BITS_LIMIT
 from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, VALID
 from qcow2bm.units import escape, format_size
 
-# QEMU looks at none of these while the autoclear bit of the bitmaps is off.
-_GONE_WITHOUT_BITMAPS = (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
+_REPAIRABLE = (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
 
 _MEANING = {
     VALID: "valid",
@@ -148,15 +146,6 @@ def _print_problems(image: Image, problems: Sequence[Problem]) -> None:
         print(f"            ({found.id}{says})")
 
 
-def _needs(image: Image) -> str:
-    """What QEMU needs to check the image, as a remark behind the command."""
-    if image.header.crypt_method:
-        return "  # needs the key: see --object and --image-opts of qemu-img"
-    if image.header.incompatible_features & INCOMPATIBLE_DATA_FILE:
-        return "  # needs the data file in its place"
-    return ""
-
-
 def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[Problem]) -> None:
     """What it all means for backups, and for starting the VM."""
     sentinels = [bitmap for bitmap in bitmaps if is_sentinel(bitmap.entry.name)]
@@ -177,12 +166,8 @@ def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[P
             "the bitmaps do not fit the disk, which was resized without them; to mend that:\n"
             "  qcow2bm fit IMAGE --all"
         )
-    elif all(found.structure in _GONE_WITHOUT_BITMAPS for found in refused):
-        byte = image.header.autoclear_features & 0xFE
-        place = FIELD_OFFSETS["autoclear_features"] + 7
+    elif all(found.structure in _REPAIRABLE for found in refused):
         print(
-            "to start the VM without its bitmaps, on a copy and with no VM running:\n"
-            f"  printf '\\{byte:03o}' | dd of=IMAGE bs=1 seek={place} conv=notrunc\n"
-            f"  qemu-img check -r leaks IMAGE{_needs(image)}\n"
-            "then take full backups: this gives up all bitmaps of the image, valid ones too"
+            "to mend that, with no VM running; bitmaps that cannot be mended are dropped:\n"
+            "  qcow2bm repair IMAGE --undo UNDO_FILE"
         )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from support.console import run
-from support.faults import IDS, broken, in_entry, in_header, patched
+from support.faults import IDS, broken, in_entry, patched
 from support.qemu import Disk
 
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, KINDS, REFUSED, TABLE
@@ -29,16 +28,7 @@ def recipe(data: bytes, folder: Path) -> list[str]:
     result = run(["dump", "vm.qcow2"], folder)
     assert (result.status, result.err) == (2, "")
     assert "QEMU will not open this image\n" in result.out
-    return re.findall(r"^  (printf .*|qemu-img .*|qcow2bm .*)$", result.out, re.MULTILINE)
-
-
-def apply(command: str, folder: Path) -> int:
-    """The exit status of a command that somebody copied from the dump."""
-    line = command.replace("IMAGE", "vm.qcow2")
-    done = subprocess.run(
-        ["sh", "-c", line], cwd=folder, capture_output=True, timeout=60, check=False
-    )
-    return done.returncode
+    return re.findall(r"^  (qcow2bm .*)$", result.out, re.MULTILINE)
 
 
 @pytest.mark.spec("CLI-16")
@@ -56,18 +46,16 @@ def test_bitmaps_that_do_not_fit_are_made_to(id: str, tmp_path: Path) -> None:
 
 @pytest.mark.spec("CLI-16")
 @pytest.mark.parametrize("id", [id for id in OF_BITMAPS if id not in WITHOUT_LOSS])
-def test_without_its_bitmaps_the_image_opens_and_is_sound(id: str, tmp_path: Path) -> None:
-    data = broken(id)
-    start, repair = recipe(data, tmp_path)
-    assert apply(start, tmp_path) == 0
+def test_what_is_repaired_opens_and_is_sound(id: str, tmp_path: Path) -> None:
+    (command,) = recipe(broken(id), tmp_path)
+    program, *arguments = command.replace("IMAGE", "vm.qcow2").split()
+    assert program == "qcow2bm"
+    done = run(arguments, tmp_path)
+    assert (done.status, done.err) == (2 if id in OTHERWISE_BROKEN else 0, "")
     disk = Disk(tmp_path / "vm.qcow2")
-    left = disk.path.read_bytes()
-    assert [at for at, byte in enumerate(data) if left[at] != byte] == [95]
-    assert len(left) == len(data)
-    assert disk.listed() == []
+    disk.info()
     if id in OTHERWISE_BROKEN:
         return
-    assert apply(repair, tmp_path) == 0
     assert disk.check().returncode == 0
     disk.io("write -P 1 0 64k")
     assert disk.check().returncode == 0
@@ -94,19 +82,8 @@ def test_other_autoclear_bits_survive(tmp_path: Path) -> None:
     assert data[95] == 0b11
     entry = int.from_bytes(data[data.index(b"\x23\x85\x28\x75") + 24 :][:8], "big")
     data[entry + 16] = 9  # its type
-    for command in recipe(bytes(data), tmp_path):
-        assert apply(command, tmp_path) == 0
+    (command,) = recipe(bytes(data), tmp_path)
+    assert run(command.replace("IMAGE", "vm.qcow2").split()[1:], tmp_path).status == 0
     assert disk.path.read_bytes()[95] == 0b10
     assert disk.info()["format-specific"]["data"]["data-file-raw"] is True
     assert disk.check().returncode == 0
-
-
-@pytest.mark.spec("CLI-16")
-def test_bits_that_nobody_knows_survive(tmp_path: Path) -> None:
-    """Until QEMU opens the image for writing: it clears those, which is its business."""
-    bits = 1 << 63 | 0x85
-    data = patched(broken("directory-entry.type.unknown"), *in_header(autoclear_features=bits))
-    start, _ = recipe(data, tmp_path)
-    assert apply(start, tmp_path) == 0
-    left = (tmp_path / "vm.qcow2").read_bytes()
-    assert left == patched(data, *in_header(autoclear_features=bits - 1))

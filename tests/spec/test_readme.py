@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from support.console import ROOT, run
 
+import qcow2bm
+
 README = ROOT / "README.md"
 
 
@@ -87,6 +89,22 @@ def test_the_python_example_runs(
     printed = capsys.readouterr().out
     assert "1173504 bytes are dirty" in printed
     assert "inconsistent" in printed
+
+
+def test_the_image_that_does_not_boot(folder: Path) -> None:
+    (shown,) = blocks("text", "My VM does not boot")
+    data = bytearray((folder / "tests/data/three.qcow2").read_bytes())
+    with qcow2bm.open(bytes(data)) as image:
+        data[image.bitmaps["daily"].entry.offset_of("flags") + 2] |= 1
+    (folder / "vm.qcow2").write_bytes(data)
+    commands = re.split(r"^\$ ", shown, flags=re.MULTILINE)[1:]
+    printed = 0
+    for command, output in (text.split("\n", 1) for text in commands):
+        program, *arguments = command.split()
+        if program == "qcow2bm":
+            assert run(arguments, folder).out == output
+            printed += 1
+    assert printed == 2
 
 
 def test_messages_of_qemu_are_those_of_the_problems() -> None:
