@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from qcow2bm.storage.sources import Source
 
 
-def look(source: Source, *, lossless: bool = False, lock_timeout: float = 0) -> Repair:
+def look(
+    source: Source,
+    *,
+    lossless: bool = False,
+    only: Collection[str] | None = None,
+    lock_timeout: float = 0,
+) -> Repair:
     """What a repair would do; nothing is written.
 
     Raises:
@@ -30,7 +36,7 @@ def look(source: Source, *, lossless: bool = False, lock_timeout: float = 0) -> 
     storage = open_source(source, lock_timeout)
     try:
         with storage.read_lock():
-            return plan_repair(storage, lossless=lossless)
+            return plan_repair(storage, lossless=lossless, only=only)
     finally:
         if storage is not source:
             storage.close()
@@ -41,6 +47,7 @@ def repair(
     keep: Callable[[Undo], Callable[[int], None]] | None = None,
     *,
     lossless: bool = False,
+    only: Collection[str] | None = None,
     lock_timeout: float = 0,
     locking: bool = True,
 ) -> Repair:
@@ -52,6 +59,7 @@ def repair(
             returns once that is safe. What it returns is called with the time of the last write
             when all is done.
         lossless: do only what loses no bitmap.
+        only: which of `qcow2bm.check.repair.REPAIRS` to do; by default all but "stale".
         lock_timeout: how many seconds to wait while somebody else uses the image.
         locking: False where the file system has no locks.
 
@@ -63,7 +71,8 @@ def repair(
         StorageError: reading failed, or there is no room.
     """
     with _held(source, lock_timeout, locking=locking) as storage:
-        done = plan_repair(storage, lossless=lossless, capacity=storage.capacity())
+        capacity = storage.capacity()
+        done = plan_repair(storage, lossless=lossless, only=only, capacity=capacity)
         if not done.plan.steps:
             return done
         sealed = keep(undo_of(storage, done.plan)) if keep else None

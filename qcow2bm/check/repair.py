@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from qcow2bm.check.check import Check, check, refcount_mends
@@ -33,7 +33,17 @@ from qcow2bm.format.extensions import (
     build_bitmaps_extension,
 )
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
-from qcow2bm.problems import REFUSED, UNUSABLE, Problem
+from qcow2bm.problems import (
+    BITMAPS_EXTENSION,
+    CLUSTER,
+    DATA,
+    DIRECTORY,
+    ENTRY,
+    REFUSED,
+    TABLE,
+    UNUSABLE,
+    Problem,
+)
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.overlay import OverlayStorage
 from qcow2bm.store.commit import ordered
@@ -70,6 +80,17 @@ _BAD_ENDS = (
 )
 _MAX_RESYNCHRONISED = 1000  # entries: whoever has more of them has other problems
 _MAX_ENTRY = ENTRY_LENGTH + MAX_NAME_SIZE + 1
+
+_STALE = "bitmaps-extension.autoclear.off", "bitmaps-extension.version.too-old"
+_NO_BITMAPS = "header.autoclear_features.no-bitmaps"
+
+REPAIRS = {
+    "directory": "extension, directory, entries and tables of bitmaps",
+    "tails": "bits behind the end of the disk",
+    "refcounts": "leaked clusters, and refcounts that are too low",
+    "stale": "a stale bitmaps extension, which is removed; not done unless it is asked for",
+}
+"""What can be repaired, by what it is called."""
 
 _Patch = tuple[int, bytes]
 
@@ -128,12 +149,31 @@ class _View(NamedTuple):
         return tuple(dict.fromkeys((*self.read_problems, *self.check.problems)))
 
 
-def plan_repair(storage: Storage, *, lossless: bool = False, capacity: int | None = None) -> Repair:
+def repairs_of(found: Problem) -> tuple[str, ...]:
+    """What of `REPAIRS` concerns a problem; nothing where there is no repair."""
+    if found.id in _STALE:
+        return ("stale",) if found.id == _STALE[0] else ()
+    if found.id == "bitmap-data.tail":
+        return ("tails",)
+    if found.structure == CLUSTER:
+        return ("refcounts",)
+    is_ours = found.structure in (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE, DATA)
+    return ("directory",) if is_ours or found.id in (*_OURS, _NO_BITMAPS) else ()
+
+
+def plan_repair(
+    storage: Storage,
+    *,
+    lossless: bool = False,
+    only: Collection[str] | None = None,
+    capacity: int | None = None,
+) -> Repair:
     """How an image is repaired; nothing is written.
 
     Args:
         storage: the image; the caller holds its locks.
         lossless: do only what loses no bitmap.
+        only: which of `REPAIRS` to do; by default all but "stale".
         capacity: the length in bytes that the storage cannot outgrow, if there is one.
 
     Raises:
@@ -146,7 +186,8 @@ def plan_repair(storage: Storage, *, lossless: bool = False, capacity: int | Non
     for found in view.header:
         if found.id == "header.incompatible_features.unknown":
             raise UnsupportedError(f"repairing an image that {found.reason}")
-    first = _right_length(view)
+    chosen = [id for id in REPAIRS if id != "stale"] if only is None else only
+    first = _right_length(view) if "directory" in chosen else []
     if first:
         _apply(overlay, first)
         view = _View.of(overlay)
@@ -155,20 +196,22 @@ def plan_repair(storage: Storage, *, lossless: bool = False, capacity: int | Non
     is_header_refused = any(p.severity == REFUSED and p.id not in _OURS for p in view.header)
     believed = _believed(view)
     work = _Directory(view, believed, lossless=lossless or is_header_refused, capacity=capacity)
-    plan = work.plan()
+    plan = work.plan(chosen)
     steps = [*first, *plan.steps]
     commit_point = 0 if first else None
     if plan.commit_point is not None:
         commit_point = len(first) + plan.commit_point
     _apply(overlay, plan.steps)
     view = _View.of(overlay) if plan.steps else view
-    mends = [*_tails(view)]
+    mends = [*_tails(view)] if "tails" in chosen else []
     # Clusters of a bitmap that cannot be read look like leaks.
-    if not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems):
+    if "refcounts" in chosen and not any(
+        p.severity in (REFUSED, UNUSABLE) for p in view.read_problems
+    ):
         mends += refcount_mends(view.file, view.directory)
     if mends:
         more: list[Step] = [*coalesce(mends), Barrier("refcounts and tails")]
-        if not steps:  # unknown features are told before anything is written
+        if not steps and view.file.header.version > 2:  # unknown features are told before
             more = [*HeaderDraft(view.file).clear_unknown_autoclear(), *more]
         steps += more
         _apply(overlay, more)
@@ -355,14 +398,18 @@ class _Directory:
             if found.bitmap_index is not None:
                 self._by_entry.setdefault(found.bitmap_index, []).append(found)
 
-    def plan(self) -> Plan:
-        """The steps that mend them."""
+    def plan(self, chosen: Collection[str]) -> Plan:
+        """The steps that mend them, as far as that is among the repairs that are chosen."""
         view, header = self._view, HeaderDraft(self._stored.file)
         directory = view.directory
+        if directory.extension and not directory.is_consistent:
+            # QEMU does not look at it, and it is the last trace of what it names.
+            is_known = view.file.header.version > 2 and "stale" in chosen
+            return self._removed(header) if is_known and not self._lossless else Plan()
+        if "directory" not in chosen:
+            return Plan()
         if not directory.extension:
             return self._without_extension(header)
-        if not directory.is_consistent:
-            return Plan()  # QEMU does not look at it, and it is the last trace of what it names
         distrust = directory.distrust or view.survey.distrust
         overlaps = [p for p in view.check.problems if p.id == "bitmap-directory.overlap"]
         if distrust or overlaps:

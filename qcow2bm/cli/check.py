@@ -12,6 +12,7 @@ from textwrap import wrap
 
 from qcow2bm.api import Image
 from qcow2bm.check.meanings import MEANINGS
+from qcow2bm.check.repair import repairs_of
 from qcow2bm.cli import report
 from qcow2bm.cli.dump_json import problem
 from qcow2bm.cli.facts import count, json_text
@@ -52,6 +53,7 @@ def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -
                 **problem(image, found),
                 "meaning": MEANINGS[found.id],
                 "qemu-message": found.qemu_message,
+                "repairs": repairs_of(found),
             }
             for found in problems
         ],
@@ -69,7 +71,8 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
             print(f'    QEMU says "{found.qemu_message}"')
         for line in wrap(MEANINGS[found.id], _WIDTH - 4):
             print(f"    {line}")
-        print(f"    ({found.id})")
+        repairs = "".join(f"; repair --only {repair}" for repair in repairs_of(found))
+        print(f"    ({found.id}{repairs})")
     if problems:
         print()
     if leaked_clusters:

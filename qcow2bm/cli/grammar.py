@@ -233,6 +233,14 @@ def _define_repair(parser: Parser) -> None:
     way.add_argument("--no-undo", action="store_true", help="keep no way back")
     add_editing(parser, way)
     parser.add_argument("--lossless", action="store_true", help="do only what loses no bitmap")
+    parser.add_argument(
+        "--only",
+        metavar="ID",
+        action="append",
+        default=[],
+        choices=("directory", "tails", "refcounts", "stale"),
+        help="only this repair, as check names it; may be repeated",
+    )
 
 
 def _define_undo(parser: Parser) -> None:

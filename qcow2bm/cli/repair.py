@@ -32,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    wait, lossless = arguments.wait, arguments.lossless
+    wait, lossless, only = arguments.wait, arguments.lossless, arguments.only or None
     if arguments.dry_run:
-        done = api.look(arguments.image, lossless=lossless, lock_timeout=wait)
+        done = api.look(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
     else:
         keep = None
         if arguments.undo is not None:
@@ -42,7 +42,12 @@ def _repair(arguments: argparse.Namespace) -> int:
             keep = _keeper(arguments.undo)
         locking = not arguments.no_lock
         done = api.repair(
-            arguments.image, keep, lossless=lossless, lock_timeout=wait, locking=locking
+            arguments.image,
+            keep,
+            lossless=lossless,
+            only=only,
+            lock_timeout=wait,
+            locking=locking,
         )
     if arguments.output == "json":
         print(json.dumps(_document(arguments, done), indent=1))

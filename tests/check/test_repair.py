@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import cache
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ from support.broken import broken_images
 from support.crash import intervals
 from support.faults import IDS, broken, image
 from support.images import Stored, build_image
+from support.specreader import page
 
 import qcow2bm
 from qcow2bm.api import repair as api
-from qcow2bm.check.repair import Repair, plan_repair
+from qcow2bm.check.repair import REPAIRS, Repair, plan_repair, repairs_of
 from qcow2bm.check.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, Write
 from qcow2bm.errors import FormatError, Qcow2BmError, StateError, StorageError
@@ -175,6 +177,53 @@ def test_a_stale_extension_and_what_it_names_stay() -> None:
     with qcow2bm.open(bytes(after(bytes(data), done.plan))) as opened:
         assert opened.check().leaked_clusters == 6
         assert len(opened.directory) == 3
+
+
+@pytest.mark.spec("REPAIR-4", "REPAIR-9")
+def test_a_stale_extension_goes_if_that_is_asked_for() -> None:
+    data = broken("bitmaps-extension.autoclear.off")
+    done = plan_repair(MemoryStorage(data), only=["stale"])
+    removed = after(data, done.plan)
+    assert done.leaked_clusters == 6
+    with qcow2bm.open(bytes(removed)) as opened:
+        assert opened.bitmaps_extension is None
+        assert {problem.id for problem in opened.check().problems} == {"cluster.refcount.leak"}
+    both = plan_repair(MemoryStorage(data), only=["stale", "refcounts"])
+    assert (both.leaked_clusters, both.left) == (0, ())
+    again = plan_repair(MemoryStorage(bytes(removed)))
+    assert after(bytes(removed), again.plan) == after(data, both.plan)
+    too_old = broken("bitmaps-extension.version.too-old")
+    assert plan_repair(MemoryStorage(too_old), only=list(REPAIRS)).plan.steps == ()
+
+
+@pytest.mark.spec("REPAIR-9")
+@pytest.mark.parametrize("id", IDS)
+def test_each_repair_alone_does_what_check_says_it_does(id: str) -> None:
+    if id == "header.incompatible_features.unknown":
+        return
+    data = broken(id)
+    with qcow2bm.open(data) as opened:
+        problems = *opened.problems, *opened.check().problems
+    named = {repair for found in problems for repair in repairs_of(found)}
+    for repair in REPAIRS:
+        done = plan_repair(MemoryStorage(data), only=[repair])
+        if done.plan.steps:
+            assert repair in named
+    assert plan_repair(MemoryStorage(data), only=[]).plan.steps == ()
+
+
+def test_the_repairs_that_are_named() -> None:
+    from qcow2bm.cli.grammar import root
+
+    found = {row["repair"]: row["what"] for row in page("repair.md").tables[1].rows}
+    assert found == REPAIRS
+    parser = root()
+    parser.complete()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    repair = commands.choices["repair"]
+    repair.complete()
+    (only,) = (action for action in repair._actions if action.dest == "only")
+    assert only.choices == tuple(REPAIRS)
 
 
 # --- crashes ------------------------------------------------------------------------------------

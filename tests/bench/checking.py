@@ -1,0 +1,87 @@
+"""How fast checking is, as ratios to qemu-img check.
+
+    .venv/bin/python tests/bench/checking.py [--rounds 5]
+
+The image is of a disk of 16 TiB, of which 10 GiB are allocated, with a bitmap of 32 MiB that is
+random. Commands are run in turn (A B A B ...) after one round that is thrown away, and medians
+compared. Needs qemu-utils, and 50 MB in the folder for temporary files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import qcow2bm  # noqa: E402
+
+DISK, ALLOCATED, GRANULARITY = 16 << 40, "10G", 64 << 10
+
+
+def make_image(path: Path) -> None:
+    """Made by QEMU, but for the bits."""
+    preallocated = ["-o", "preallocation=metadata"]
+    run("qemu-img", "create", "-q", "-f", "qcow2", *preallocated, path, ALLOCATED)
+    run("qemu-img", "resize", "-q", path, str(DISK))
+    bits = np.random.default_rng(1).integers(1, 255, DISK // GRANULARITY // 8, np.uint8)
+    with qcow2bm.open(path, "r+") as image, image.edit() as edit:
+        edit.load("daily", GRANULARITY, bits)
+
+
+def run(*command: str | Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
+    subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def check(path: Path) -> None:
+    with qcow2bm.open(path) as image:
+        assert not image.problems
+        assert not image.check().problems
+
+
+def compare(
+    title: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int
+) -> None:
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for round_ in range(rounds + 1):
+        for name, work in (("ours", ours), ("theirs", theirs)):
+            start = time.perf_counter()
+            work()
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    a, b = median(times["ours"]), median(times["theirs"])
+    ratio = f"{b / a:5.2f}x faster" if b > a else f"{a / b:5.2f}x slower"
+    print(f"{title:<50}{a * 1e3:9.1f} ms {b * 1e3:9.1f} ms  {ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory(prefix="qcow2bm-bench-") as folder:
+        path = Path(folder, "vm.qcow2")
+        make_image(path)
+
+        def theirs() -> None:
+            run("qemu-img", "check", path)
+
+        compare("check, in process / qemu-img check", lambda: check(path), theirs, rounds)
+        python = sys.executable, "-m", "qcow2bm"
+        compare("check / qemu-img check", lambda: run(*python, "check", path), theirs, rounds)
+        dry_run = "repair", path, "--dry-run"
+        compare("repair --dry-run / qemu-img check", lambda: run(*python, *dry_run), theirs, rounds)
+
+
+if __name__ == "__main__":
+    main()
