@@ -384,6 +384,7 @@ KINDS: dict[str, Kind] = {
 
 CHECKED_KINDS: dict[str, Kind] = {
     "bitmap-data.tail": Kind(DATA, "", COSMETIC),
+    "bitmap-data.beyond": Kind(DATA, "", UNUSABLE),
     "cluster.refcount.too-low": Kind(CLUSTER, "", UNUSABLE, "ERROR cluster"),
     "cluster.refcount.leak": Kind(CLUSTER, "", LEAK, "Leaked cluster"),
     "cluster.refcount.more": Kind(CLUSTER, "", NOTE),

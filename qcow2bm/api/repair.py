@@ -83,19 +83,30 @@ def repair(
         return done
 
 
-def look_back(source: Source, what: Undo, *, lock_timeout: float = 0) -> Plan:
+def look_back(
+    source: Source, what: Undo, *, is_asserted: bool = False, lock_timeout: float = 0
+) -> Plan:
     """What undoing a repair would do; nothing is written. Raises as `undo` does."""
     storage = open_source(source, lock_timeout)
     try:
         with storage.read_lock():
-            return plan_undo(storage, what)
+            return plan_undo(storage, what, is_asserted=is_asserted)
     finally:
         if storage is not source:
             storage.close()
 
 
-def undo(source: Source, what: Undo, *, lock_timeout: float = 0, locking: bool = True) -> bool:
+def undo(
+    source: Source,
+    what: Undo,
+    *,
+    is_asserted: bool = False,
+    lock_timeout: float = 0,
+    locking: bool = True,
+) -> bool:
     """Puts everything back that a repair changed; whether there was anything to put back.
+
+    ``is_asserted``: somebody says that nobody wrote to the disk since, if that is not proved.
 
     Raises:
         StateError: the image is not as the repair left it.
@@ -104,7 +115,7 @@ def undo(source: Source, what: Undo, *, lock_timeout: float = 0, locking: bool =
         StorageError: reading failed.
     """
     with _held(source, lock_timeout, locking=locking) as storage:
-        plan = plan_undo(storage, what)
+        plan = plan_undo(storage, what, is_asserted=is_asserted)
         if not plan.steps:
             return False
         execute(plan, storage, None)

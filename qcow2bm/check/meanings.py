@@ -99,6 +99,7 @@ MEANINGS: dict[str, str] = {
     "bitmap-table.entry.more": "The table has more bad entries than are listed, as a table that was overwritten does.",
     "bitmap-data.overlap": "Bitmap data lies where something else is too, so one of them was overwritten; take a full backup, and check the image.",
     "bitmap-data.tail": "Bits that stand for nothing are set behind the end of the disk, as QEMU itself leaves them; nothing to do.",
+    "bitmap-data.beyond": "Bits that stand for nothing are set far behind the end of the disk, where no program leaves any, so granularity or size are not what they were; take a full backup, and let repair drop the bitmap.",
     "cluster.refcount.too-low": "The cluster is in use more often than it is counted, so a writer may take it for free and overwrite what is there; take a copy, then run qemu-img check -r all.",
     "cluster.refcount.leak": "The cluster is counted but nothing uses it: space is lost, nothing else; qemu-img check -r leaks gives it back.",
     "cluster.refcount.more": "There are more clusters with such a refcount than are listed; nothing more to do than for those.",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from qcow2bm.problems import (
     DATA,
     DIRECTORY,
     ENTRY,
+    REFCOUNT_TABLE,
     REFUSED,
     TABLE,
     UNUSABLE,
@@ -54,6 +56,7 @@ from qcow2bm.store.directory import (
     load_directory,
 )
 from qcow2bm.store.entries import MAX_NAME_SIZE
+from qcow2bm.store.status import as_error
 from qcow2bm.store.tables import Survey, survey
 from qcow2bm.units import ceil_div, decode_name
 
@@ -78,7 +81,8 @@ _BAD_ENDS = (
     "bitmap-directory.zero-entries",
     "directory-entry.truncated",
 )
-_MAX_RESYNCHRONISED = 1000  # entries: whoever has more of them has other problems
+_DOUBTFUL = "directory-entry.name.nul", "directory-entry.padding.nonzero"
+_MAX_RESYNCHRONISED = 100  # entries: it takes the square of that
 _MAX_ENTRY = ENTRY_LENGTH + MAX_NAME_SIZE + 1
 
 _STALE = "bitmaps-extension.autoclear.off", "bitmaps-extension.version.too-old"
@@ -194,7 +198,7 @@ def plan_repair(
     # As long as QEMU refuses the header, nothing is gained by giving up bitmaps; and what the
     # header says wrongly of the disk may be all that is wrong with them.
     is_header_refused = any(p.severity == REFUSED and p.id not in _OURS for p in view.header)
-    believed = _believed(view)
+    believed = _believed(view) if "directory" in chosen else [view]
     work = _Directory(view, believed, lossless=lossless or is_header_refused, capacity=capacity)
     plan = work.plan(chosen)
     steps = [*first, *plan.steps]
@@ -204,10 +208,7 @@ def plan_repair(
     _apply(overlay, plan.steps)
     view = _View.of(overlay) if plan.steps else view
     mends = [*_tails(view)] if "tails" in chosen else []
-    # Clusters of a bitmap that cannot be read look like leaks.
-    if "refcounts" in chosen and not any(
-        p.severity in (REFUSED, UNUSABLE) for p in view.read_problems
-    ):
+    if "refcounts" in chosen and _can_be_counted(before, view, work):
         mends += refcount_mends(view.file, view.directory)
     if mends:
         more: list[Step] = [*coalesce(mends), Barrier("refcounts and tails")]
@@ -227,6 +228,19 @@ def plan_repair(
     )
 
 
+def _can_be_counted(before: _View, view: _View, work: _Directory) -> bool:
+    """Whether refcounts can be set to what is referred to.
+
+    Clusters of bitmaps that cannot be read, or found, look like leaks. And where there are leaks
+    and refcounts that are too low at once, bitmaps may lead to what was given back long ago.
+    """
+    is_gone = any(found.id == _NO_BITMAPS for found in before.header)
+    is_low = any(found.id == "cluster.refcount.too-low" for found in before.check.problems)
+    is_ambiguous = is_low and before.check.leaked_clusters > 0 and not work.lost
+    is_readable = not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems)
+    return is_readable and not is_gone and not is_ambiguous
+
+
 def _right_length(view: _View) -> list[Step]:
     """Gives the bitmaps extension the length it must have, if that makes the header right."""
     faults = [found for found in view.header if found.id in _OURS]
@@ -240,29 +254,41 @@ def _right_length(view: _View) -> list[Step]:
     return [write, Barrier(write.what)]
 
 
-def _believed(view: _View) -> _View:
+def _believed(view: _View) -> list[_View]:
     """The image with a directory that all but one of the facts about it agree to, if any.
 
-    The facts are the count, the size, and the length of each entry. Each is doubted in turn, and
-    what leaves the fewest faults is believed, if that is no worse in any way.
+    The facts are the count, the size, and the length of each entry, and the refcounts of what it
+    leads to. Each of the first is doubted in turn. What leaves the fewest faults is believed; if
+    there are several such, they are all returned.
     """
-    faults = _faults(view)
     is_disjointed = any(
         found.id in _BAD_ENDS or found.id.startswith("directory-entry.bitmap_table_")
         for found in view.directory.problems
     )
     if not view.directory.extension or view.directory.distrust or not is_disjointed:
-        return view
-    best = view
+        return [view]
+    best, fewest = [view], _score(view)
     for patches in (*_other_payloads(view), *_other_lengths(view)):
         overlay = OverlayStorage(view.file.storage)
         for offset, data in patches:
             overlay.write(offset, (data,))
         other = _View.of(overlay)
-        is_whole = not any(found.id in _BAD_ENDS for found in other.directory.problems)
-        if is_whole and _faults(other) < faults and not _doubts(other) - _doubts(view):
-            best, faults = other, _faults(other)
+        found = other.directory
+        is_whole = not any(p.id in _BAD_ENDS or p.id in _DOUBTFUL for p in found.problems)
+        score = _score(other)
+        if not is_whole or score > fewest or (score == fewest and best[0] is view):
+            continue
+        if score < fewest:
+            best, fewest = [], score
+        if all(found.entries != known.directory.entries for known in best):
+            best.append(other)
     return best
+
+
+def _score(view: _View) -> tuple[int, int]:
+    """How much speaks against a directory: faults of its own, and refcounts that do not fit."""
+    low = sum(found.id == "cluster.refcount.too-low" for found in view.check.problems)
+    return _faults(view), low + view.check.leaked_clusters
 
 
 def _faults(view: _View) -> int:
@@ -340,12 +366,6 @@ def _parses(data: bytes, count: int, file: ClusterFile) -> bool:
     )
 
 
-def _doubts(view: _View) -> set[tuple[str, int]]:
-    """What entries have that begin in the right place and end in a wrong one."""
-    ids = "directory-entry.name.nul", "directory-entry.padding.nonzero"
-    return {(found.id, found.offset) for found in view.directory.problems if found.id in ids}
-
-
 def _apply(storage: OverlayStorage, steps: Iterable[Step]) -> None:
     for step in steps:
         if isinstance(step, Write):
@@ -375,6 +395,20 @@ def _tails(view: _View) -> Iterator[Write]:
                 yield Write(start + place, (sector,), "bits behind the end of the disk")
 
 
+def _essence(entry: DirectoryEntry) -> tuple[object, ...]:
+    """What an entry says, wherever it stands."""
+    return (*entry[2:7], entry.name_bytes)
+
+
+def _short_name(entry: DirectoryEntry) -> bytes:
+    """A name without padding that was counted, and no longer than QEMU takes."""
+    return (entry.name_bytes or b"").rstrip(b"\0")[:MAX_NAME_SIZE]
+
+
+def _seen_by_qemu(name: bytes) -> bytes:
+    return name.partition(b"\0")[0]
+
+
 class _Directory:
     """What becomes of extension, directory and entries.
 
@@ -384,13 +418,21 @@ class _Directory:
     """
 
     def __init__(
-        self, stored: _View, believed: _View, *, lossless: bool, capacity: int | None
+        self,
+        stored: _View,
+        believed: Sequence[_View],
+        *,
+        lossless: bool,
+        capacity: int | None,
     ) -> None:
-        """``believed`` is the image with the right count and size of its directory."""
+        """``believed`` is the image as its directory can be read, perhaps in several ways."""
         self.lost: list[Lost] = []
         self.renamed: list[tuple[str, str]] = []
         self._stored = stored
-        self._view = view = believed
+        self._view = view = believed[0]
+        self._agreed = set.intersection(
+            *({_essence(entry) for entry in other.directory.entries} for other in believed)
+        )
         self._lossless = lossless
         self._capacity = capacity
         self._by_entry: dict[int, list[Problem]] = {}
@@ -430,16 +472,16 @@ class _Directory:
             found = next(p for p in self._view.header if p.id == "header-extension.bitmaps.length")
             return self._give_up(header, found.message)
         is_set = file.header.autoclear_features & AUTOCLEAR_BITMAPS
-        if not is_set or not file.has_extension_area or file.area.fault:
+        if not is_set or not file.has_extension_area or file.area.fault or self._lossless:
             return Plan()
+        self.lost = [Lost(None, "the bitmaps extension is gone; what it named is not given back")]
         prepared = header.clear_unknown_autoclear()
         return ordered(prepared, header.renew_generation(), header.clear_bitmaps_bit(), ())
 
     def _give_up(self, header: HeaderDraft, reason: str) -> Plan:
         if self._lossless:
             return Plan()
-        named = [Lost(e.name, reason) for e in self._view.directory.entries if e.name is not None]
-        self.lost = named or [Lost(None, reason)]
+        self.lost = [Lost(None, reason)]
         return self._removed(header)
 
     def _removed(self, header: HeaderDraft) -> Plan:
@@ -452,16 +494,16 @@ class _Directory:
         entries = self._view.directory.entries
         extension = self._view.directory.extension
         assert extension
-        names: set[bytes] = set()
-        kept = []
+        sound = []
         for entry in entries:
             reason = self._why_lost(entry)
             if reason:
                 self.lost.append(Lost(entry.name, reason))
-                continue
-            mended = self._mended(entry, names)
-            names.add((mended.name_bytes or b"").partition(b"\0")[0])
-            kept.append(mended)
+            else:
+                sound.append(entry)
+        names = Counter(_seen_by_qemu(_short_name(entry)) for entry in sound)
+        taken = set(names)
+        kept = [self._mended(entry, names, taken) for entry in sound]
         missing = min(extension.nb_bitmaps, MAX_BITMAPS) - len(entries)
         if missing > 0:
             reason = f"{missing} of {extension.nb_bitmaps} entries are not in the directory"
@@ -470,22 +512,25 @@ class _Directory:
 
     def _why_lost(self, entry: DirectoryEntry) -> str:
         """What is wrong with it and cannot be mended; what two of one name share is such, too."""
+        if _essence(entry) not in self._agreed:
+            return "the directory can be read in several ways, and not in all of them it is there"
         for found in self._by_entry.get(entry.index, ()):
             is_serious = found.severity in (REFUSED, UNUSABLE)
             if is_serious and found.id not in (*_EVIDENT, _DUPLICATE, _UNREAD):
                 return found.message
         return ""
 
-    def _mended(self, entry: DirectoryEntry, names: set[bytes]) -> DirectoryEntry:
-        name = (entry.name_bytes or b"")[:MAX_NAME_SIZE]
-        number = 2
-        stem = name
-        while name.partition(b"\0")[0] in names:
+    def _mended(
+        self, entry: DirectoryEntry, names: Counter[bytes], taken: set[bytes]
+    ) -> DirectoryEntry:
+        """An entry as it should be. Of a name that several have, nobody knows who it belongs to."""
+        name = _short_name(entry)
+        stem, number = _seen_by_qemu(name), 1
+        while names[stem] > 1 and _seen_by_qemu(name) in taken:
             ending = f"-{number}".encode()
-            name, number = (
-                stem.partition(b"\0")[0][: MAX_NAME_SIZE - len(ending)] + ending,
-                number + 1,
-            )
+            name = stem[: MAX_NAME_SIZE - len(ending)] + ending
+            number += 1
+        taken.add(name)
         if name != entry.name_bytes:
             self.renamed.append((entry.name or "", decode_name(name)))
         return entry._replace(
@@ -511,6 +556,9 @@ class _Directory:
         renewed = header.renew_generation()
         written: list[Write] = []
         if not is_same:
+            damage = (p for p in self._view.check.problems if p.structure == REFCOUNT_TABLE)
+            if found := next(damage, None):
+                raise as_error(found, ": mend the refcounts first (qemu-img check -r all)")
             capacity, end = self._capacity, self._view.check.end
             allocator = Allocator(file, [(0, end)], 0, capacity, is_behind=True)
             length = ceil_div(size, file.cluster_size)

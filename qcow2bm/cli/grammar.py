@@ -246,6 +246,12 @@ def _define_repair(parser: Parser) -> None:
 def _define_undo(parser: Parser) -> None:
     add_image(parser, "the image that was repaired")
     parser.add_argument("file", metavar="FILE", help="what the repair left")
+    parser.add_argument(
+        "--assert-unchanged",
+        dest="is_unchanged",
+        action="store_true",
+        help="you know that nobody wrote to the disk since",
+    )
     add_editing(parser)
 
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qcow2bm.api import repair as api
 from qcow2bm.cli import files, report
-from qcow2bm.cli.console import fail
+from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.edit import plan_as_json, print_plan
 from qcow2bm.cli.facts import count, json_text
-from qcow2bm.errors import StateError
+from qcow2bm.errors import StateError, StorageError
 from qcow2bm.format.undo import Undo, build_seal, build_undo, parse_undo
 from qcow2bm.storage.new_file import append, require_new, write_new
 from qcow2bm.units import escape
@@ -59,9 +60,18 @@ def _repair(arguments: argparse.Namespace) -> int:
 def _keeper(path: str) -> Callable[[Undo], Callable[[int], None]]:
     def keep(undo: Undo) -> Callable[[int], None]:
         write_new(path, build_undo(undo))
-        return lambda mtime_ns: append(path, build_seal(mtime_ns))
+        return lambda mtime_ns: _seal(path, mtime_ns)
 
     return keep
+
+
+def _seal(path: str, mtime_ns: int) -> None:
+    """Notes the time of the last write; without it the way back needs somebody's word."""
+    if os.path.isfile(path):
+        try:
+            append(path, build_seal(mtime_ns))
+        except StorageError as error:
+            say(f"warning: {error}; the image is repaired, undo will need --assert-unchanged")
 
 
 def _document(arguments: argparse.Namespace, done: Repair) -> dict[str, object]:
@@ -109,10 +119,17 @@ def _undo(arguments: argparse.Namespace) -> int:
     arguments.image = image
     try:
         if arguments.dry_run:
-            print_plan(arguments, api.look_back(image, undo, lock_timeout=arguments.wait))
+            wait, word = arguments.wait, arguments.is_unchanged
+            print_plan(arguments, api.look_back(image, undo, is_asserted=word, lock_timeout=wait))
             return 0
-        is_done = api.undo(image, undo, lock_timeout=arguments.wait, locking=not arguments.no_lock)
+        is_done = api.undo(
+            image,
+            undo,
+            is_asserted=arguments.is_unchanged,
+            lock_timeout=arguments.wait,
+            locking=not arguments.no_lock,
+        )
     except StateError as error:
-        return fail(image, str(error))
+        return fail(image, f"{error}; if you know better: --assert-unchanged")
     print("all is as before the repair" if is_done else "nothing to take back")
     return 0

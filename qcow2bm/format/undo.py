@@ -106,10 +106,7 @@ def parse_undo(data: bytes) -> Undo:
         raise FormatError("undo file", "magic", 0, "is not that of an undo file")
     if found.version != VERSION:
         raise UnsupportedError(f"version {found.version} of undo files, only {VERSION}")
-    mtime_ns, data = _split_seal(data)
-    end = len(data) - DIGEST_BYTES
-    if end < HEAD_BYTES or hashlib.sha256(data[:end]).digest() != data[end:]:
-        raise FormatError("undo file", "sha256", max(end, 0), "is another: the file is damaged")
+    end = len(data)
     steps, place = [], HEAD_BYTES
     for number in range(found.nb_steps):
         step = parse(_STEP, data[place : place + STEP_BYTES], f"step {number}", place)
@@ -124,15 +121,14 @@ def parse_undo(data: bytes) -> Undo:
         old, new = data[place + STEP_BYTES : middle], data[middle:stop]
         steps.append(UndoStep(step.offset, old, new))
         place = stop
-    if place != end:
-        raise FormatError("undo file", "", place, "goes on where it should end")
-    return Undo(found.file_size, found.state, tuple(steps), mtime_ns)
+    if hashlib.sha256(data[:place]).digest() != data[place : place + DIGEST_BYTES]:
+        raise FormatError("undo file", "sha256", place, "is another: the file is damaged")
+    return Undo(found.file_size, found.state, tuple(steps), _sealed(data[place + DIGEST_BYTES :]))
 
 
-def _split_seal(data: bytes) -> tuple[int | None, bytes]:
-    """The time in the seal, if there is a whole one, and what stands before it."""
-    seal = data[-SEAL_BYTES:]
-    is_whole = hashlib.sha256(seal[:-DIGEST_BYTES]).digest() == seal[-DIGEST_BYTES:]
-    if not is_whole or not seal.startswith(SEAL_MAGIC):
-        return None, data
-    return int(parse(_SEAL, seal, "seal", 0).mtime_ns), data[:-SEAL_BYTES]
+def _sealed(seal: bytes) -> int | None:
+    """The time in a seal; None where it did not come to that, or only to a part of it."""
+    is_whole = len(seal) == SEAL_BYTES and seal.startswith(SEAL_MAGIC)
+    if not is_whole or hashlib.sha256(seal[:-DIGEST_BYTES]).digest() != seal[-DIGEST_BYTES:]:
+        return None
+    return int(parse(_SEAL, seal, "seal", 0).mtime_ns)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import struct
 from functools import cache
 from typing import NamedTuple
 
 import pytest
 from support.broken import broken_images
 from support.crash import intervals
-from support.faults import IDS, broken, image
+from support.faults import IDS, broken, image, in_entry, patched
 from support.images import Stored, build_image
 from support.specreader import page
 
@@ -78,7 +79,10 @@ def require_repaired(data: bytes) -> Repair:
     left = [p for p in serious if p.severity != "leak"]
     assert [p.id for p in left] == [p.id for p in done.left]
     again = planned(bytes(repaired))
-    assert again.plan.steps == ()
+    # What leaks then, because nobody knew whose it was, is given back the next time.
+    assert {step.what for step in again.plan.steps} <= {"refcounts", "refcounts and tails"}
+    if not again.leaked_clusters < done.leaked_clusters:
+        assert again.plan.steps == ()
     before, now = bitmaps(data), bitmaps(repaired)
     lost = {name for name, _ in done.lost}
     renamed = dict(done.renamed)
@@ -91,7 +95,7 @@ def require_repaired(data: bytes) -> Repair:
             assert bitmap.digest in {b.digest for b in (*before.values(), *sound().values())}
     undo = undo_of(MemoryStorage(data), done.plan)
     assert parse_undo(b"".join(build_undo(undo))) == undo
-    back = plan_undo(MemoryStorage(bytes(repaired)), undo)
+    back = plan_undo(MemoryStorage(bytes(repaired)), undo, is_asserted=True)
     assert after(bytes(repaired), back, undo.file_size) == data
     return done
 
@@ -226,6 +230,62 @@ def test_the_repairs_that_are_named() -> None:
     assert only.choices == tuple(REPAIRS)
 
 
+def test_a_refcount_block_in_guest_data_is_not_written_to() -> None:
+    """A refcount table entry leads to a cluster of the disk."""
+    from check.test_check import DATA, REFCOUNT_TABLE, with_disk, word
+
+    shared = REFCOUNT_TABLE + 8, word(DATA)
+    data = with_disk(shared, *in_entry(0, flags=4))
+    with pytest.raises(FormatError, match="something else uses as well"):
+        planned(data)
+    payload = with_disk(shared, (0x78, (2).to_bytes(4, "big")))
+    done = planned(payload)
+    assert not any(step.what == "refcounts" for step in done.plan.steps)
+
+
+def test_an_entry_that_swallows_the_next_one() -> None:
+    """Its name would have NUL bytes inside; the length of the entry is what is wrong."""
+    data = patched(image(), *in_entry(0, name_size=5 + 32))
+    done = planned(data)
+    assert (done.lost, done.left) == ((), ())
+    assert bitmaps(after(data, done.plan)) == sound()
+
+
+def test_of_a_name_that_two_have_nobody_knows_whose_it_is() -> None:
+    data = broken("directory-entry.name.duplicate")
+    done = planned(data)
+    assert done.renamed == (("daily", "daily-1"), ("daily", "daily-2"))
+    assert "daily" not in bitmaps(after(data, done.plan))
+
+
+def test_a_granularity_that_bits_speak_against_is_not_believed() -> None:
+    size = 64 << 20
+    octets = bytes([4] + 119 * [0] + [1])
+    data = bytearray(build_image(Stored(b"b", (octets,)), size=size).data)
+    with qcow2bm.open(bytes(data)) as opened:
+        place = opened.directory[0].offset_of("granularity_bits")
+    data[place] += 1
+    done = planned(bytes(data))
+    assert [name for name, _ in done.lost] == ["b"]
+
+
+def test_a_size_that_reaches_over_an_old_entry_revives_nothing() -> None:
+    stored = [Stored(b"a", (b"\x05",)), Stored(b"b", (b"\x06",)), Stored(b"c", (b"\x07",))]
+    data = bytearray(build_image(*stored).data)
+    with qcow2bm.open(data, "r+") as opened, opened.edit() as edit:
+        edit.remove("c")
+    with qcow2bm.open(bytes(data)) as opened:
+        extension = opened.bitmaps_extension
+        assert extension
+        payload = next(o for o, e in opened.extensions if e.type == 0x23852875) + 8
+        new = extension.bitmap_directory_offset
+    entry = struct.pack(">QIIBBHI", new + 512 * 5, 1, 2, 1, 16, 1, 0) + b"c" + bytes(7)
+    data[new + 64 : new + 96] = entry
+    data[payload + 8 : payload + 16] = (96).to_bytes(8, "big")
+    done = planned(bytes(data))
+    assert set(bitmaps(after(bytes(data), done.plan))) == {"a", "b"}
+
+
 # --- crashes ------------------------------------------------------------------------------------
 
 CRASHES = (
@@ -256,7 +316,7 @@ def test_a_crash_leaves_the_image_as_before_or_repaired(id: str, way: str) -> No
     start, plan = (
         (data, done.plan)
         if way == "repair"
-        else (repaired, plan_undo(MemoryStorage(repaired), undo))
+        else (repaired, plan_undo(MemoryStorage(repaired), undo, is_asserted=True))
     )
     rng, count = random.Random(1), 0
     for interval in intervals(start, plan):
@@ -265,7 +325,7 @@ def test_a_crash_leaves_the_image_as_before_or_repaired(id: str, way: str) -> No
             require_no_worse(state, states)
             count += 1
             if way == "undo":  # which can be done again
-                back = plan_undo(MemoryStorage(bytes(state)), undo)
+                back = plan_undo(MemoryStorage(bytes(state)), undo, is_asserted=True)
                 assert after(bytes(state), back, undo.file_size) == data
             elif count % 7 == 0:  # and a repair, too
                 again = planned(bytes(state))
@@ -293,7 +353,7 @@ def test_an_image_that_changed_since_is_not_undone(what: str) -> None:
     else:
         repaired[0x58] ^= 0x40
     with pytest.raises(StateError, match="as the repair left it"):
-        plan_undo(MemoryStorage(bytes(repaired)), undo)
+        plan_undo(MemoryStorage(bytes(repaired)), undo, is_asserted=True)
 
 
 def test_the_way_back_is_kept_before_anything_is_written() -> None:
@@ -315,7 +375,7 @@ def test_the_way_back_is_kept_before_anything_is_written() -> None:
 
     assert api.repair(data, keep).plan.steps  # type: ignore[arg-type]
     assert data != before
-    assert api.undo(data, kept[0])
+    assert api.undo(data, kept[0], is_asserted=True)
     assert data == before
     assert not api.undo(data, kept[0])
 
