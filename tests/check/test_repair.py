@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 from support.broken import broken_images
 from support.crash import intervals
-from support.faults import IDS, broken, image, in_entry, patched
+from support.faults import HUGE, IDS, broken, image, in_entry, patched
 from support.images import Stored, build_image
 from support.specreader import page
 
@@ -25,6 +25,9 @@ from qcow2bm.problems import KINDS
 from qcow2bm.storage.memory import MemoryStorage
 
 BROKEN = dict(broken_images())
+each_id = pytest.mark.parametrize(
+    "id", [pytest.param(id, marks=pytest.mark.deep) if id == HUGE else id for id in IDS]
+)
 NAMES = "daily", "weekly", "crashed"
 FOREIGN = ("header", "snapshot table", "header extension")
 
@@ -101,7 +104,7 @@ def require_repaired(data: bytes) -> Repair:
 
 
 @pytest.mark.spec("REPAIR-1")
-@pytest.mark.parametrize("id", IDS)
+@each_id
 def test_every_problem_there_is(id: str) -> None:
     if id == "header.incompatible_features.unknown":
         with pytest.raises(qcow2bm.UnsupportedError):
@@ -149,7 +152,7 @@ def test_of_a_sound_image_no_byte_is_changed(order: int) -> None:
 
 
 @pytest.mark.spec("REPAIR-3")
-@pytest.mark.parametrize("id", IDS)
+@each_id
 def test_lossless_loses_nothing(id: str) -> None:
     if id == "header.incompatible_features.unknown":
         return
@@ -201,7 +204,7 @@ def test_a_stale_extension_goes_if_that_is_asked_for() -> None:
 
 
 @pytest.mark.spec("REPAIR-9")
-@pytest.mark.parametrize("id", IDS)
+@each_id
 def test_each_repair_alone_does_what_check_says_it_does(id: str) -> None:
     if id == "header.incompatible_features.unknown":
         return
