@@ -393,6 +393,7 @@ CHECKED_KINDS: dict[str, Kind] = {
     ),
     "refcount-table.entry.past-eof": Kind(REFCOUNT_TABLE, "entry", UNUSABLE, "is outside image"),
     "refcount-table.entry.shared": Kind(REFCOUNT_TABLE, "entry", UNUSABLE, "ERROR refcount block"),
+    "refcount-table.entry.more": Kind(REFCOUNT_TABLE, "entry", NOTE),
     "l1-table.past-eof": Kind(L1_TABLE, "", UNUSABLE, _PAST_EOF),
     "l1-table.invalid": Kind(L1_TABLE, "", UNUSABLE, "L1 table"),
     "l1-table.entry.reserved": Kind(

@@ -38,14 +38,14 @@ from qcow2bm.store.tables import MAX_TABLES_BYTES, has_readable_table, read_word
 from qcow2bm.units import ceil_div
 
 MAX_LISTED = 16
-"""So many problems of one id are listed one by one; then one Problem stands for the others."""
+"""So many problems of one id that is not a bitmap's are listed; then one stands for the others."""
 
 
 class Check(NamedTuple):
     """What checking found, beyond what a reader finds.
 
     Attributes:
-        problems: those of one id together, `MAX_LISTED` of them at most.
+        problems: those of one id together; not more than `MAX_LISTED` of them, but of bitmaps all.
         leaked_clusters: how many clusters are counted more often than they are referred to.
         is_complete: whether every reference could be followed. If not, what looks like a leak may
             be none.
@@ -88,6 +88,7 @@ class _Checker:
         self._others = References(file)
         self._found: dict[str, list[Problem]] = {}
         self._counts: Counter[str] = Counter()
+        self._shared: set[tuple[str, int | None]] = set()
         self._blocks: dict[int, NDArray[np.uint64]] = {}
         self._places: dict[int, int] = {}
         self._order = min(file.header.refcount_order, MAX_REFCOUNT_ORDER)
@@ -143,14 +144,18 @@ class _Checker:
             place = self._places[number] + sector * SECTOR_SIZE
             yield Write(place, (build_refcount_block(part, self._order),), "refcounts")
 
-    def _report(self, id: str, offset: int, reason: str, bitmap_index: int | None = None) -> None:
-        """A problem; the reason may begin with the number of the entry at fault."""
+    def _report(
+        self,
+        id: str,
+        offset: int,
+        reason: str,
+        element: int | None = None,
+        bitmap_index: int | None = None,
+    ) -> None:
+        """A problem. Those of bitmaps are few, at most one of an id each, and all are needed."""
         self._counts[id] += 1
-        if self._counts[id] > MAX_LISTED:
+        if bitmap_index is None and self._counts[id] > MAX_LISTED:
             return
-        number, _, rest = reason.partition(" ")
-        is_entry = id.split(".")[1:2] == ["entry"] and number.isdigit()
-        element, reason = (int(number), rest) if is_entry else (None, reason)
         self._found.setdefault(id, []).append(
             problem(id, offset, reason, bitmap_index, None, element)
         )
@@ -160,9 +165,8 @@ class _Checker:
             yield from found
             more = self._counts[id] - len(found)
             if more:
-                structure = id.split(".")[0]
-                last = f"{structure}.refcount.more" if structure == "cluster" else ""
-                last = last or f"{structure}.entry.more"
+                structure, field, *_ = id.split(".")
+                last = f"{structure}.{'refcount' if field == 'refcount' else 'entry'}.more"
                 yield problem(last, found[-1].offset, f"is not the last: {more} more are like it")
 
     # Refcounts as they are stored
@@ -187,10 +191,10 @@ class _Checker:
         size = self._file.cluster_size
         offset = word & TABLE_OFFSET_MASK
         if word != offset or offset % size:
-            self._report("refcount-table.entry.invalid", place, f"{number} is {word:#x}")
+            self._report("refcount-table.entry.invalid", place, f"is {word:#x}", number)
         elif offset >= self._file.file_size:
-            reason = f"{number} leads to {offset:#x}, past the end of the file"
-            self._report("refcount-table.entry.past-eof", place, reason)
+            reason = f"leads to {offset:#x}, past the end of the file"
+            self._report("refcount-table.entry.past-eof", place, reason, number)
         elif offset:
             self._others.add(offset, size)
             block = parse_refcount_block(self._file.read(offset, size), self._order)
@@ -204,8 +208,8 @@ class _Checker:
             used = (r.counts(cluster, cluster + 1) for r in (self._disk, self._others))
             if sum(int(count[0]) for count in used) > 1:
                 place = self._file.header.refcount_table_offset + ENTRY_LENGTH * number
-                reason = f"{number} leads to {offset:#x}, which something else uses as well"
-                self._report("refcount-table.entry.shared", place, reason)
+                reason = f"leads to {offset:#x}, which something else uses as well"
+                self._report("refcount-table.entry.shared", place, reason, number)
 
     def _refcounts(self, clusters: NDArray[np.int64]) -> NDArray[np.uint64]:
         found = np.zeros(len(clusters), np.uint64)
@@ -265,14 +269,18 @@ class _Checker:
             self._look_at_tail(entry, words[-1])
 
     def _use(self, id: str, offset: int, length: int, index: int | None = None) -> None:
-        """Counts what a bitmap uses, and finds out whether the disk uses it, too."""
+        """Counts what a bitmap uses, and finds out whether the disk uses it, too.
+
+        The first place where it does is enough: the bitmap is worth nothing then.
+        """
         size = self._file.cluster_size
         first, stop = offset // size, ceil_div(offset + length, size)
         self._others.add(offset, length)
         shared = np.flatnonzero(self._disk.counts(first, stop))
-        if len(shared):
+        if len(shared) and (id, index) not in self._shared:
+            self._shared.add((id, index))
             place = (first + int(shared[0])) * size
-            self._report(id, place, "is also used by the disk itself", index)
+            self._report(id, place, "is also used by the disk itself", None, index)
 
     def _look_at_tail(self, entry: DirectoryEntry, word: int) -> None:
         """Bits behind the last that stands for a part of the disk should be clear."""
@@ -287,10 +295,12 @@ class _Checker:
         rest = data[used // 8 :]
         if any(data[8 * ceil_div(used, 64) :]):  # which no program leaves there
             reason = "has bits set far behind the disk: size or granularity are not what they were"
-            self._report("bitmap-data.beyond", word + used // 8, reason, entry.index)
+            self._report("bitmap-data.beyond", word + used // 8, reason, None, entry.index)
         elif any(rest[1:]) or (rest and rest[0] >> used % 8):
             place = word + used // 8
-            self._report("bitmap-data.tail", place, "has bits set behind the disk", entry.index)
+            self._report(
+                "bitmap-data.tail", place, "has bits set behind the disk", None, entry.index
+            )
 
     # Both together
 

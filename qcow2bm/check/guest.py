@@ -27,8 +27,8 @@ from qcow2bm.format.l2 import (
 _L1_RESERVED = L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"]
 _L2_RESERVED = L2_MASKS["reserved_high"] | L2_MASKS["reserved_low"]
 
-Report = Callable[[str, int, str], None]
-"""Takes the id of a problem, the host offset, and what is wrong."""
+Report = Callable[[str, int, str, int | None], None]
+"""Takes the id of a problem, the host offset, what is wrong, and the number of the entry."""
 RefcountsOf = Callable[[NDArray[np.int64]], NDArray[np.uint64]]
 """The refcounts of clusters by their numbers."""
 
@@ -68,7 +68,7 @@ class GuestWalk:
         try:
             data = self._file.read(table.offset, length)
         except LimitError:
-            self._report("l1-table.past-eof", table.offset, "lies outside the file")
+            self._report("l1-table.past-eof", table.offset, "lies outside the file", None)
             return
         self._references.add(table.offset, length)
         words = np.frombuffer(data, ">u8").astype(np.uint64)
@@ -79,7 +79,7 @@ class GuestWalk:
             self._l2(table, number, int(words[number]))
 
     def _entry(self, table: int, number: int, id: str, reason: str) -> None:
-        self._report(id, table + L1_ENTRY_LENGTH * number, f"{number} {reason}")
+        self._report(id, table + L1_ENTRY_LENGTH * number, reason, number)
 
     def _l2(self, l1: L1Table, number: int, word: int) -> None:
         offset = word & L1_MASKS["offset"]
@@ -192,7 +192,7 @@ class GuestWalk:
     def _each(self, id: str, table: int, where: NDArray[np.bool_], reason: str) -> None:
         for number in np.flatnonzero(where).tolist() if where.any() else ():
             place = table + L2_ENTRY_LENGTH * self._words * number
-            self._report(id, place, f"{number} {reason}")
+            self._report(id, place, reason, number)
 
 
 def _set(is_set: bool) -> str:

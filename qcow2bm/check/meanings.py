@@ -106,6 +106,7 @@ MEANINGS: dict[str, str] = {
     "refcount-table.entry.invalid": "The entry leads to no refcount block, so the clusters that it counts pass for free; take a copy, then run qemu-img check -r all.",
     "refcount-table.entry.past-eof": "The file was cut off before the refcount block; take a copy, then run qemu-img check -r all.",
     "refcount-table.entry.shared": "The refcount block is used as something else as well, and either will overwrite the other; take a copy, then run qemu-img check -r all.",
+    "refcount-table.entry.more": "There are more such entries than are listed; nothing more to do than for those.",
     "l1-table.past-eof": "The file was cut off before the L1 table; the content of that disk or snapshot is lost.",
     "l1-table.invalid": "The snapshot's L1 table is not where a table can be, so the snapshot is lost; the disk is not.",
     "l1-table.entry.reserved": "The entry has bits that mean nothing, so it was overwritten; take a copy, and compare the disk with a backup.",

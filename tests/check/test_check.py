@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.clusters import after
 from support.console import run
 from support.faults import (
     CLUSTER,
@@ -30,6 +31,7 @@ from support.jsonspec import check_check
 import qcow2bm
 from qcow2bm.check.check import MAX_LISTED, Check
 from qcow2bm.check.references import CHUNK, References
+from qcow2bm.check.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.problems import CHECKED_KINDS, KINDS
 from qcow2bm.storage.memory import MemoryStorage
@@ -182,6 +184,57 @@ def test_many_alike_are_listed_in_part() -> None:
     entries = [(L2 + 8 * n, word(1 << 40)) for n in range(1, 40)]
     ids = [problem.id for problem in checked(with_disk(*entries)).problems]
     assert ids == ["l2-table.entry.past-eof"] * MAX_LISTED + ["l2-table.entry.more"]
+
+
+@pytest.mark.spec("CHECK-5")
+def test_whatever_there_can_be_many_of_has_an_id_for_those_not_listed() -> None:
+    for id, kind in CHECKED_KINDS.items():
+        if not kind.structure.startswith("bitmap"):
+            structure, field, *_ = id.split(".")
+            more = (
+                f"{structure}.refcount.more" if field == "refcount" else f"{structure}.entry.more"
+            )
+            assert CHECKED_KINDS[more].severity == "note"
+    entries = [(REFCOUNT_TABLE + 8 * n, word(0x401)) for n in range(20, 40)]
+    found = checked(with_disk(*entries)).problems
+    ids = [problem.id for problem in found]
+    assert ids == ["refcount-table.entry.invalid"] * MAX_LISTED + ["refcount-table.entry.more"]
+    assert found[0].message == "refcount table: entry 20 at 0x2a0 is 0x401"
+
+
+@pytest.mark.spec("CHECK-5")
+def test_problems_of_bitmaps_are_listed_for_all_bitmaps() -> None:
+    count = MAX_LISTED + 4
+    stored = [Stored(b"b%d" % n, [bytes(20) + b"\1" + bytes(491)]) for n in range(count)]
+    data = build_image(*stored, size=160 * 65536, cluster_bits=9).data
+    found = checked(data).problems
+    assert {problem.id for problem in found} == {"bitmap-data.tail"}
+    assert [problem.bitmap_index for problem in found] == list(range(count))
+    plan = plan_repair(MemoryStorage(data)).plan
+    assert checked(after(data, plan.steps)).problems == ()
+
+
+def test_many_shared_clusters_of_one_bitmap_hide_no_other() -> None:
+    """The disk uses 20 clusters of the first bitmap, and one of the second."""
+    octets = [b"\5".ljust(512, b"\0")] * (MAX_LISTED + 4)
+    size = 65536 * 8 * 512 * len(octets)
+    few: list[int | bytes] = [octets[0], *[0] * (len(octets) - 1)]
+    built = build_image(Stored(b"a", octets), Stored(b"b", few), size=size, cluster_bits=9)
+    data = bytearray(built.data)
+    with qcow2bm.open(bytes(data)) as opened:
+        l1 = opened.header.l1_table_offset
+        words = [
+            word_
+            for entry in opened.directory
+            for word_ in struct.unpack_from(f">{len(octets)}Q", data, entry.bitmap_table_offset)
+            if word_
+        ]
+    l2 = len(data)
+    data[l1 : l1 + 8] = word(COPIED | l2)
+    data += b"".join(word(COPIED | offset) for offset in words).ljust(512, b"\0")
+    found = [p for p in checked(data).problems if p.id == "bitmap-data.overlap"]
+    assert [problem.bitmap_index for problem in found] == [0, 1]
+    assert [name for name, _ in plan_repair(MemoryStorage(bytes(data))).lost] == ["a", "b"]
 
 
 def test_clusters_that_follow_one_another_are_one_problem() -> None:
