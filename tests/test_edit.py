@@ -19,6 +19,7 @@ from support.scripted import ScriptedStorage
 
 import qcow2bm
 from qcow2bm.clusters.plan import execute
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.storage.memory import MemoryStorage
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ WEEKLY = Stored(b"weekly", [ZEROES, b"\x02"])
 
 def image_of(*bitmaps: Stored, **options: Any) -> Built:
     return build_image(*(bitmaps or (DAILY, WEEKLY)), size=SIZE, **options)
+
+
+def image_for_all_uses() -> bytearray:
+    return image_of(DAILY, WEEKLY, Stored(b"crashed", flags=FLAG_AUTO | FLAG_IN_USE)).data
 
 
 class Problematic(MemoryStorage):
@@ -224,6 +229,7 @@ USES: dict[str, Callable[[qcow2bm.Edit], object]] = {
     "merge": lambda edit: edit.merge("daily", "weekly"),
     "load": lambda edit: edit.load("new", 2 << 30, np.zeros(1, np.uint8)),
     "fit": lambda edit: edit.fit("daily"),
+    "salvage": lambda edit: edit.salvage("crashed"),
 }
 
 
@@ -261,7 +267,7 @@ def test_every_public_method_is_among_the_uses() -> None:
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("end", ["committed", "failed", "dry run"])
 def test_after_the_block_an_edit_is_finished(use: str, end: str) -> None:
-    with qcow2bm.open(image_of().data, "r+") as image:
+    with qcow2bm.open(image_for_all_uses(), "r+") as image:
         try:
             with image.edit(dry_run=end == "dry run") as edit:
                 edit.clear("daily")
@@ -277,7 +283,7 @@ def test_after_the_block_an_edit_is_finished(use: str, end: str) -> None:
 
 @pytest.mark.parametrize("use", USES)
 def test_before_the_block_an_edit_is_not_begun(use: str) -> None:
-    with qcow2bm.open(image_of().data, "r+") as image:
+    with qcow2bm.open(image_for_all_uses(), "r+") as image:
         edit = image.edit()
         with pytest.raises(qcow2bm.StateError, match="the edit is not begun"):
             USES[use](edit)
@@ -316,7 +322,7 @@ def test_an_edit_is_entered_once(dry_run: bool) -> None:
 
 @pytest.mark.parametrize("use", USES)
 def test_a_closed_image_is_not_edited(use: str) -> None:
-    data = image_of().data
+    data = image_for_all_uses()
     before = bytes(data)
     image = qcow2bm.open(data, "r+")
     with pytest.raises(qcow2bm.StateError, match="closed"), image.edit() as edit:  # noqa: PT012
@@ -450,7 +456,7 @@ def test_every_public_property_is_among_the_uses() -> None:
 @pytest.mark.parametrize("use", BITMAP_USES)
 @pytest.mark.parametrize("looked_at", [False, True])
 def test_a_bitmap_from_before_a_commit_is_outdated(use: str, looked_at: bool) -> None:
-    with qcow2bm.open(image_of().data, "r+") as image:
+    with qcow2bm.open(image_for_all_uses(), "r+") as image:
         bitmaps = image.bitmaps
         daily, weekly = bitmaps["daily"], image.bitmap(1)
         if looked_at:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qcow2bm.api.image import Image
+    from qcow2bm.store.draft import PackedSource
     from qcow2bm.store.edit import Draft, Ranges
 
 
@@ -272,18 +273,73 @@ class Edit:
             ValueError: ``packed`` has another length than such a bitmap of this disk. Then, as
                 after every other error, the edit is as it was.
         """
+        self._draft.require_granularity(granularity)
+        source = self._source(name, granularity, packed)
+        self._draft.replace(name, granularity, enabled=enabled)
+        self._draft.merge(name, source, "or")
+
+    def salvage(
+        self,
+        name: str,
+        packed: NDArray[np.uint8] | bytes | bytearray | memoryview | None = None,
+        *,
+        trust_stored: bool = False,
+    ) -> None:
+        """Makes a bitmap valid that is in_use or stale; it keeps name, granularity and flags.
+
+        Without further arguments everything in it is dirty, so that the next incremental backup
+        saves all of the disk.
+
+        If the bitmaps are stale, the others are inconsistent (in_use) afterwards, and can be
+        salvaged, too. Those whose clusters were given to others have nothing but a name then.
+
+        Args:
+            name: the bitmap.
+            packed: bits it is to have instead, as in `load`: what differs from the last backup.
+            trust_stored: the bits that are stored. What was written since they were stored is
+                missing from them, and from every backup that relies on them.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+            BitmapError: it is valid; or with ``trust_stored`` its bits are gone.
+            FormatError: the directory of stale bitmaps is damaged.
+            LimitError: a bitmap of this granularity would be larger than QEMU allows.
+            StorageError: reading failed.
+            ValueError: ``packed`` has another length than such a bitmap of this disk, or there
+                is ``trust_stored`` as well. Then, as after every error, the edit is as it was.
+        """
+        if packed is not None and trust_stored:
+            raise ValueError("packed and trust_stored exclude each other")
+        granularity = self._draft.salvageable(name)
+        source = None if packed is None else self._source(name, granularity, packed)
+        if self._draft.is_stale:
+            from qcow2bm.check.salvage import intact_bitmaps
+
+            with self._image._file.lock():
+                intact = intact_bitmaps(self._image._storage)
+            self._draft.revive(intact, name if trust_stored else None)
+        self._draft.salvage(name, trusts_stored=trust_stored)
+        if source:
+            self._draft.clear(name)
+            self._draft.merge(name, source, "or")
+
+    def _source(
+        self,
+        name: str,
+        granularity: int,
+        packed: NDArray[np.uint8] | bytes | bytearray | memoryview,
+    ) -> PackedSource:
+        """Bits somebody has in memory; raises `ValueError` if they are not those of this disk."""
         import numpy as np
 
         from qcow2bm.store.draft import PackedSource
 
-        self._draft.require_granularity(granularity)
         size, octets = self._image.virtual_size, np.frombuffer(packed, np.uint8)
         length = ceil_div(ceil_div(size, granularity), 8)
         if len(octets) != length:
             reason = f"has {len(octets)} bytes of bits, must have {length} for a disk of {size}"
             raise ValueError(f'bitmap "{escape(name)}" {reason} bytes')
-        self._draft.replace(name, granularity, enabled=enabled)
-        self._draft.merge(name, PackedSource(octets, granularity, size), "or")
+        return PackedSource(octets, granularity, size)
 
     def fit(self, name: str) -> None:
         """Makes a bitmap fit the disk after a resize by a program that left it as it was.

@@ -80,6 +80,23 @@ def refcount_mends(file: ClusterFile, directory: BitmapDirectory) -> list[Write]
     return _Checker(file, directory).mends()
 
 
+def undercounted_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> frozenset[int]:
+    """The bitmaps, by the indexes of their entries, with a cluster that is counted too low.
+
+    Whoever looks for a free cluster may take it, or has done so. Raises as `check` does.
+    """
+    return _Checker(file, directory).undercounted()
+
+
+class _Use(NamedTuple):
+    """Bytes that a bitmap uses, and what problem it is if the disk does so as well."""
+
+    id: str
+    offset: int
+    length: int
+    bitmap_index: int | None
+
+
 class _Checker:
     def __init__(self, file: ClusterFile, directory: BitmapDirectory) -> None:
         self._file = file
@@ -131,6 +148,19 @@ class _Checker:
             part[is_leak | is_low] = used[is_leak | is_low]
             writes += self._sectors(number, np.flatnonzero(wanted != stored), wanted)
         return writes
+
+    def undercounted(self) -> frozenset[int]:
+        """See `undercounted_bitmaps`."""
+        self.run()
+        found = set()
+        for use in self._bitmap_uses():
+            first, stop = self._clusters(use)
+            used = self._disk.counts(first, stop) + self._others.counts(first, stop)
+            if (
+                self._refcounts(np.arange(first, stop)) < used
+            ).any() and use.bitmap_index is not None:
+                found.add(use.bitmap_index)
+        return frozenset(found)
 
     def _sectors(
         self, number: int, changed: NDArray[np.intp], counts: NDArray[np.uint64]
@@ -245,42 +275,57 @@ class _Checker:
     def _walk_bitmaps(self) -> None:
         if self._directory.is_consistent:
             self._use_bitmaps()
+            for entry, words in self._tables():
+                self._look_at_tail(entry, words[-1])
 
     def _use_bitmaps(self) -> None:
-        directory, size = self._directory, self._file.cluster_size
-        if not directory.extension or directory.distrust:
+        for use in self._bitmap_uses():
+            self._use(use)
+
+    def _tables(self) -> Iterator[tuple[DirectoryEntry, array[int]]]:
+        """The entries that lead to a table, with it, as far as all tables are not too much."""
+        if not self._directory.extension or self._directory.distrust:
             return
-        start = directory.extension.bitmap_directory_offset
-        self._use("bitmap-directory.overlap", start, directory.size)
         left = MAX_TABLES_BYTES
-        for entry in directory.entries:
+        for entry in self._directory.entries:
             length = ENTRY_LENGTH * entry.bitmap_table_size
-            if not has_readable_table(entry, self._file) or length > left:
-                continue
-            left -= length
+            if has_readable_table(entry, self._file) and length <= left:
+                left -= length
+                yield entry, read_words(self._file, entry)
+
+    def _bitmap_uses(self) -> Iterator[_Use]:
+        """All that the bitmaps use, within the file."""
+        extension, size = self._directory.extension, self._file.cluster_size
+        if not extension or self._directory.distrust:
+            return
+        start = extension.bitmap_directory_offset
+        yield _Use("bitmap-directory.overlap", start, self._directory.size, None)
+        for entry, words in self._tables():
+            length = ENTRY_LENGTH * entry.bitmap_table_size
             index = entry.index
-            self._use("bitmap-table.overlap", entry.bitmap_table_offset, length, index)
-            words = read_words(self._file, entry)
+            yield _Use("bitmap-table.overlap", entry.bitmap_table_offset, length, index)
             for run in table_runs(words, size):
                 if run.kind == ALLOCATED:
                     inside = min(run.entries, ceil_div(self._file.file_size - run.offset, size))
                     if inside > 0:
-                        self._use("bitmap-data.overlap", run.offset, inside * size, index)
-            self._look_at_tail(entry, words[-1])
+                        yield _Use("bitmap-data.overlap", run.offset, inside * size, index)
 
-    def _use(self, id: str, offset: int, length: int, index: int | None = None) -> None:
+    def _use(self, use: _Use) -> None:
         """Counts what a bitmap uses, and finds out whether the disk uses it, too.
 
         The first place where it does is enough: the bitmap is worth nothing then.
         """
-        size = self._file.cluster_size
-        first, stop = offset // size, ceil_div(offset + length, size)
-        self._others.add(offset, length)
+        first, stop = self._clusters(use)
+        self._others.add(use.offset, use.length)
         shared = np.flatnonzero(self._disk.counts(first, stop))
-        if len(shared) and (id, index) not in self._shared:
-            self._shared.add((id, index))
-            place = (first + int(shared[0])) * size
-            self._report(id, place, "is also used by the disk itself", None, index)
+        if len(shared) and (use.id, use.bitmap_index) not in self._shared:
+            self._shared.add((use.id, use.bitmap_index))
+            place = (first + int(shared[0])) * self._file.cluster_size
+            self._report(use.id, place, "is also used by the disk itself", None, use.bitmap_index)
+
+    def _clusters(self, use: _Use) -> tuple[int, int]:
+        size = self._file.cluster_size
+        return use.offset // size, ceil_div(use.offset + use.length, size)
 
     def _look_at_tail(self, entry: DirectoryEntry, word: int) -> None:
         """Bits behind the last that stands for a part of the disk should be clear."""

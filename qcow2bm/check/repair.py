@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from qcow2bm.check.check import Check, check, refcount_mends
+from qcow2bm.check.check import refcount_mends
+from qcow2bm.check.view import View
 from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce
-from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import UnsupportedError
 from qcow2bm.format.directory import (
     FIELD_OFFSETS,
@@ -52,12 +52,9 @@ from qcow2bm.store.commit import ordered
 from qcow2bm.store.directory import (
     MAX_BITMAPS,
     MAX_DIRECTORY_SIZE,
-    BitmapDirectory,
-    load_directory,
 )
 from qcow2bm.store.entries import MAX_NAME_SIZE
 from qcow2bm.store.status import as_error
-from qcow2bm.store.tables import Survey, survey
 from qcow2bm.units import ceil_div, decode_name
 
 _EVIDENT = (  # of an entry; of a name that is there twice, see below
@@ -126,33 +123,6 @@ class Repair(NamedTuple):
     leaked_clusters: int
 
 
-class _View(NamedTuple):
-    """An image as it is at some time of the repair."""
-
-    file: ClusterFile
-    header: tuple[Problem, ...]
-    directory: BitmapDirectory
-    survey: Survey
-    check: Check
-
-    @classmethod
-    def of(cls, storage: Storage) -> _View:
-        file = ClusterFile(storage, force_share=True)
-        header = header_problems(file)
-        directory = load_directory(file, header)
-        return cls(file, header, directory, survey(file, directory, header), check(file, directory))
-
-    @property
-    def read_problems(self) -> tuple[Problem, ...]:
-        """What a reader finds."""
-        return (*self.header, *self.directory.problems, *self.survey.problems)
-
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        """All there are, each once."""
-        return tuple(dict.fromkeys((*self.read_problems, *self.check.problems)))
-
-
 def repairs_of(found: Problem) -> tuple[str, ...]:
     """What of `REPAIRS` concerns a problem; nothing where there is no repair."""
     if found.id in _STALE:
@@ -186,7 +156,7 @@ def plan_repair(
         StorageError: reading failed, or there is no room.
     """
     overlay = OverlayStorage(storage)
-    before = view = _View.of(overlay)
+    before = view = View.of(overlay)
     for found in view.header:
         if found.id == "header.incompatible_features.unknown":
             raise UnsupportedError(f"repairing an image that {found.reason}")
@@ -194,7 +164,7 @@ def plan_repair(
     first = _right_length(view) if "directory" in chosen else []
     if first:
         _apply(overlay, first)
-        view = _View.of(overlay)
+        view = View.of(overlay)
     # As long as QEMU refuses the header, nothing is gained by giving up bitmaps; and what the
     # header says wrongly of the disk may be all that is wrong with them.
     is_header_refused = any(p.severity == REFUSED and p.id not in _OURS for p in view.header)
@@ -206,7 +176,7 @@ def plan_repair(
     if plan.commit_point is not None:
         commit_point = len(first) + plan.commit_point
     _apply(overlay, plan.steps)
-    view = _View.of(overlay) if plan.steps else view
+    view = View.of(overlay) if plan.steps else view
     mends = [*_tails(view)] if "tails" in chosen else []
     if "refcounts" in chosen and _can_be_counted(before, view, work):
         mends += refcount_mends(view.file, view.directory)
@@ -216,7 +186,7 @@ def plan_repair(
             more = [*HeaderDraft(view.file).clear_unknown_autoclear(), *more]
         steps += more
         _apply(overlay, more)
-        view = _View.of(overlay)
+        view = View.of(overlay)
     left = tuple(p for p in view.problems if p.severity in (REFUSED, UNUSABLE))
     return Repair(
         Plan(tuple(steps), commit_point),
@@ -228,7 +198,7 @@ def plan_repair(
     )
 
 
-def _can_be_counted(before: _View, view: _View, work: _Directory) -> bool:
+def _can_be_counted(before: View, view: View, work: _Directory) -> bool:
     """Whether refcounts can be set to what is referred to.
 
     Clusters of bitmaps that cannot be read, or found, look like leaks. And where there are leaks
@@ -241,7 +211,7 @@ def _can_be_counted(before: _View, view: _View, work: _Directory) -> bool:
     return is_readable and not is_gone and not is_ambiguous
 
 
-def _right_length(view: _View) -> list[Step]:
+def _right_length(view: View) -> list[Step]:
     """Gives the bitmaps extension the length it must have, if that makes the header right."""
     faults = [found for found in view.header if found.id in _OURS]
     if len(faults) != 1:
@@ -249,12 +219,12 @@ def _right_length(view: _View) -> list[Step]:
     overlay = OverlayStorage(view.file.storage)
     write = Write(faults[0].offset, (BITMAPS_LENGTH.to_bytes(4, "big"),), "length of the extension")
     overlay.write(write.offset, write.parts)
-    if any(found.severity == REFUSED for found in _View.of(overlay).header):
+    if any(found.severity == REFUSED for found in View.of(overlay).header):
         return []
     return [write, Barrier(write.what)]
 
 
-def _believed(view: _View) -> list[_View]:
+def _believed(view: View) -> list[View]:
     """The image with a directory that all but one of the facts about it agree to, if any.
 
     The facts are the count, the size, and the length of each entry, and the refcounts of what it
@@ -272,7 +242,7 @@ def _believed(view: _View) -> list[_View]:
         overlay = OverlayStorage(view.file.storage)
         for offset, data in patches:
             overlay.write(offset, (data,))
-        other = _View.of(overlay)
+        other = View.of(overlay)
         found = other.directory
         is_whole = not any(p.id in _BAD_ENDS or p.id in _DOUBTFUL for p in found.problems)
         score = _score(other)
@@ -285,19 +255,19 @@ def _believed(view: _View) -> list[_View]:
     return best
 
 
-def _score(view: _View) -> tuple[int, int]:
+def _score(view: View) -> tuple[int, int]:
     """How much speaks against a directory: faults of its own, and refcounts that do not fit."""
     low = sum(found.id == "cluster.refcount.too-low" for found in view.check.problems)
     return _faults(view), low + view.check.leaked_clusters
 
 
-def _faults(view: _View) -> int:
+def _faults(view: View) -> int:
     """How many faults of the directory and its entries keep QEMU from opening the image."""
     found = view.directory.problems
     return sum(p.severity == REFUSED or p.id in _BAD_ENDS for p in found)
 
 
-def _other_payloads(view: _View) -> Iterator[list[_Patch]]:
+def _other_payloads(view: View) -> Iterator[list[_Patch]]:
     """The extension with another count, and with another size."""
     file, extension = view.file, view.directory.extension
     assert extension
@@ -317,7 +287,7 @@ def _other_payloads(view: _View) -> Iterator[list[_Patch]]:
             yield [(place, build_bitmaps_extension(other))]
 
 
-def _other_lengths(view: _View) -> Iterator[list[_Patch]]:
+def _other_lengths(view: View) -> Iterator[list[_Patch]]:
     """One entry of another length, so that count and size are right.
 
     Behind it so many entries must follow as are missing, up to the end; and its own name, without
@@ -372,7 +342,7 @@ def _apply(storage: OverlayStorage, steps: Iterable[Step]) -> None:
             storage.write(step.offset, step.parts)
 
 
-def _tails(view: _View) -> Iterator[Write]:
+def _tails(view: View) -> Iterator[Write]:
     """Clears bits behind the end of the disk, sector by sector, where nothing else is at fault."""
     broken = {p.bitmap_index for p in view.problems if p.severity in (REFUSED, UNUSABLE)}
     if view.directory.distrust or view.survey.distrust:
@@ -419,8 +389,8 @@ class _Directory:
 
     def __init__(
         self,
-        stored: _View,
-        believed: Sequence[_View],
+        stored: View,
+        believed: Sequence[View],
         *,
         lossless: bool,
         capacity: int | None,

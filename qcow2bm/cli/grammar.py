@@ -56,6 +56,18 @@ Nothing is changed if the image is not as the repair left it. If it is interrupt
 exit status: 0 all is as before the repair; 1 could not do it; 64 wrong usage
 """
 
+_SALVAGE_EPILOG = """\
+With --compare the bitmap gets exactly what differs between OLD, which must be the exact content of
+the last backup, and NEW, what the disk holds now: IMAGE itself, or its raw data file. Both are raw
+files or block devices, or qcow2 images, which qemu-nbd reads. IMAGE is locked meanwhile. With
+--trust-stale every write since the bitmap was stored last is missing from it.
+
+The change is atomic, as that of every edit. Other stale bitmaps become inconsistent: salvage them
+next, or remove them.
+
+exit status: 0 done; 1 could not do it, all is as before unless it says otherwise; 64 wrong usage
+"""
+
 _REMOVE_EPILOG = """
 Stale bitmaps can only be removed with --all. Their clusters stay leaked: qemu-img check -r leaks.
 """
@@ -164,6 +176,8 @@ def _define(parser: Parser) -> None:
     add_command(commands, "repair", summary, "repair", _define_repair, _REPAIR_EPILOG)
     summary = "take back a repair"
     add_command(commands, "undo", summary, "repair", _define_undo, _UNDO_EPILOG)
+    summary = "make a bitmap valid that is inconsistent or stale"
+    add_command(commands, "salvage", summary, "salvage", _define_salvage, _SALVAGE_EPILOG)
     for command in EDITS:
         _add_edit(commands, command)
     for group, summary in _GROUPS.items():
@@ -252,6 +266,29 @@ def _define_undo(parser: Parser) -> None:
         action="store_true",
         help="you know that nobody wrote to the disk since",
     )
+    add_editing(parser)
+
+
+def _define_salvage(parser: Parser) -> None:
+    add_image(parser, "a qcow2 file or block device that nobody uses")
+    parser.add_argument("name", metavar="NAME", help="the bitmap")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--all-dirty", action="store_true", help="the next backup saves all")
+    way.add_argument(
+        "--compare",
+        metavar=("OLD", "NEW"),
+        nargs=2,
+        help="the next backup saves what differs between the last one and the disk",
+    )
+    way.add_argument(
+        "--trust-stale", action="store_true", help="as it is stored, though writes are missing"
+    )
+    for which, metavar in (("old", "OLD"), ("new", "NEW")):
+        parser.add_argument(
+            f"--{which}-format",
+            choices=("raw", "qcow2"),
+            help=f"what {metavar} is, if it begins like a qcow2 image",
+        )
     add_editing(parser)
 
 

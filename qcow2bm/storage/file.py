@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -121,6 +122,17 @@ class FileStorage:
         except OSError as error:
             raise StorageError.from_os(error, self.name, offset, len(buffer)) from error
         return done
+
+    def next_data(self, offset: int) -> int:
+        """Where the first data from ``offset`` on begin, with a hole before; else the size.
+
+        Where the system tells of no holes, all are data.
+        """
+        descriptor, size = self._open_descriptor(), self.size()
+        try:
+            return os.lseek(descriptor, offset, os.SEEK_DATA)
+        except (OSError, AttributeError) as error:
+            return size if getattr(error, "errno", None) == errno.ENXIO else min(offset, size)
 
     def change_token(self) -> object:
         """Times of the last write and change, and length; None for a block device, which has none.

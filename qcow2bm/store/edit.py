@@ -14,6 +14,7 @@ from qcow2bm.bits.ranges import checked, outside
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import (
     BitmapBrokenError,
+    BitmapError,
     BitmapExistsError,
     BitmapInconsistentError,
     BitmapNotFoundError,
@@ -21,7 +22,7 @@ from qcow2bm.errors import (
     LimitError,
     UnsupportedError,
 )
-from qcow2bm.format.directory import FLAG_AUTO, HEAD_LENGTH, DirectoryEntry
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE, HEAD_LENGTH, DirectoryEntry
 from qcow2bm.store.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, BitmapDirectory
 from qcow2bm.store.draft import MANY_RANGES, DraftBits, Source
 from qcow2bm.store.entries import (
@@ -58,11 +59,7 @@ class DraftBitmap:
     entry: DirectoryEntry | None
     place: int  # bitmaps stand in the directory in the order of these
     bits: DraftBits | None = None  # None as long as nobody looks at them
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether it can only be removed."""
-        return self.entry is not None and self.entry.in_use
+    is_in_use: bool = False  # by whoever wrote it, so that it can only be removed, or salvaged
 
     @property
     def size(self) -> int:
@@ -87,10 +84,20 @@ class Draft:
         Those of the names ``owned`` are in_use by whoever makes this edit.
         """
         self._file = file
+        self._directory = directory
         self._owned = owned
         self._is_stale = directory.extension is not None and not directory.is_consistent
-        entries = () if self._is_stale else directory.entries
-        self.bitmaps: dict[bytes, DraftBitmap] = {
+        self.bitmaps: dict[bytes, DraftBitmap] = {}
+        self._next_place = 0
+        self._cut_names: set[bytes] = set()
+        if not self._is_stale:
+            self._begin(directory.entries)
+        self.removed: list[DirectoryEntry] = []
+        self.drops_extension = False
+
+    def _begin(self, entries: Collection[DirectoryEntry]) -> None:
+        """Begins with stored bitmaps."""
+        self.bitmaps = {
             entry.name_bytes: DraftBitmap(
                 entry.name_bytes,
                 entry.flags,
@@ -98,14 +105,13 @@ class Draft:
                 entry.extra_data,
                 entry,
                 entry.number,
+                is_in_use=entry.in_use,
             )
             for entry in entries
             if entry.name_bytes is not None
         }
         self._cut_names = {name.partition(b"\0")[0] for name in self.bitmaps if b"\0" in name}
         self._next_place = len(entries)
-        self.removed: list[DirectoryEntry] = []
-        self.drops_extension = False
 
     def find(self, name: str) -> DraftBitmap:
         """The bitmap of that name, for any use but removing it.
@@ -385,6 +391,79 @@ class Draft:
         bits = DraftBits(self._file, granularity, read_words(self._file, found.entry))
         bits.fit()
         found.bits = bits
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the bitmaps are outdated, and nobody has taken them up again."""
+        return self._is_stale
+
+    def salvageable(self, name: str) -> int:
+        """The granularity of a bitmap that is in_use or stale.
+
+        Raises:
+            BitmapNotFoundError: there is none of that name.
+            BitmapError: it is neither.
+            LimitError: a bitmap of this granularity would be larger than QEMU allows.
+        """
+        stored = self._directory.entries if self._is_stale else ()
+        names = [entry.name for entry in stored]
+        if name in names:
+            granularity = stored[names.index(name)].granularity
+        elif self._is_stale:
+            raise BitmapNotFoundError(name, why_not_found(n for n in names if n is not None))
+        elif not self._known(name).is_in_use:
+            raise BitmapError(name, "is neither in_use nor stale: there is nothing to salvage")
+        else:
+            granularity = 1 << self._known(name).granularity_bits
+        self.require_granularity(granularity)
+        return granularity
+
+    def revive(self, intact: Collection[int], wanted: str | None) -> None:
+        """Takes up stale bitmaps again, all of them in_use.
+
+        Those that are not ``intact``, by the indexes of their entries, get a table of their own
+        in which everything is dirty: what theirs leads to is somebody else's by now.
+
+        Raises:
+            BitmapError: the one that is ``wanted`` with its bits is not intact.
+        """
+        lost = [entry for entry in self._directory.entries if entry.index not in intact]
+        if wanted is not None and wanted in (entry.name for entry in lost):
+            reason = "has no bits any more: its clusters were given to others, or the disk resized"
+            raise BitmapError(wanted, reason)
+        self._is_stale = False
+        self._begin(self._directory.entries)
+        for found in self.bitmaps.values():
+            found.flags, found.is_in_use = found.flags | FLAG_IN_USE, True
+            if found.entry in lost:
+                found.entry, found.bits = None, self._all_dirty(1 << found.granularity_bits)
+
+    def _all_dirty(self, granularity: int) -> DraftBits:
+        bits = DraftBits(self._file, granularity, None)
+        bits.fill(0, bits.bits, is_set=True)
+        return bits
+
+    def salvage(self, name: str, *, trusts_stored: bool) -> None:
+        """Makes a bitmap that is in_use valid: all dirty, or with the bits that are stored.
+
+        Raises:
+            As `salvageable` does.
+            BitmapError: it has no stored bits.
+        """
+        granularity = self.salvageable(name)
+        found = self._known(name)
+        flags = found.flags & ~FLAG_IN_USE
+        if not trusts_stored:
+            self._drop(found)
+            key, bits = found.name_bytes, self._all_dirty(granularity)
+            self.bitmaps[key] = DraftBitmap(
+                key, flags, found.granularity_bits, b"", None, found.place, bits
+            )
+        elif found.entry:
+            found.flags, found.is_in_use = flags, False
+            self.fit(name)
+        else:
+            raise BitmapError(name, "has no bits of its own")
 
     @property
     def directory_size(self) -> int:

@@ -33,9 +33,15 @@ HEADER_ONLY = ("add", "remove", "remove all", "remove all, add")
 REFCOUNTS_ONLY = ("add two", "remove", "set", "several")
 """Those that differ most in how they allocate and free."""
 
-IN_USE_ONLY = ("remove one in_use", "remove all", "set", "several")
+IN_USE_ONLY = (
+    *("remove one in_use", "remove all", "set", "several"),
+    *("salvage one in_use", "salvage one in_use as it is stored"),
+)
 
-STALE_ONLY = ("remove all", "remove all, add")
+STALE_ONLY = (
+    *("remove all", "remove all, add"),
+    *("salvage a stale one", "salvage a stale one as it is stored"),
+)
 
 MISFIT_ONLY = ("add", "remove", "remove all", "remove all, add", "disable", "rename")
 """Those that do without the bits of b00."""

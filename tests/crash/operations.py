@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from crash.judge import Judge, Recorded, look
-from crash.layouts import Layout
+from crash.layouts import Layout, image
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan
-from qcow2bm.format.directory import FLAG_AUTO
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 
 Bitmaps = dict[str, Recorded]
 
@@ -157,6 +157,23 @@ def _add_two_model(disk: Disk) -> None:
     disk.put("second", ~0)
 
 
+def _salvage(name: str, *, is_stale: bool, is_all_dirty: bool) -> Callable[[Disk], None]:
+    """The others of a stale extension are in_use afterwards."""
+
+    def model(disk: Disk) -> None:
+        if is_stale:
+            for known in look(image(12, 3)).bitmaps:
+                flags = known.flags | FLAG_IN_USE
+                disk.bitmaps[known.name] = known._replace(flags=flags, status="inconsistent")
+        known = disk.bitmaps[name]
+        flags = known.flags & ~FLAG_IN_USE
+        disk.bitmaps[name] = known._replace(flags=flags, status="valid")
+        if is_all_dirty:
+            disk.put(name, ~0)
+
+    return model
+
+
 OPERATIONS = (
     Operation("add", 0, lambda e: e.add("new", 65536), lambda d: d.add("new", 65536)),
     Operation("add two", 0, _add_two, _add_two_model),
@@ -202,6 +219,30 @@ ODD_ONES = (
         1,
         lambda e: e.remove("crash"),
         lambda d: d.bitmaps.__delitem__("crash"),
+    ),
+    Operation(
+        "salvage one in_use",
+        1,
+        lambda e: e.salvage("crash"),
+        _salvage("crash", is_stale=False, is_all_dirty=True),
+    ),
+    Operation(
+        "salvage one in_use as it is stored",
+        1,
+        lambda e: e.salvage("crash", trust_stored=True),
+        _salvage("crash", is_stale=False, is_all_dirty=False),
+    ),
+    Operation(
+        "salvage a stale one",
+        1,
+        lambda e: e.salvage("b01"),
+        _salvage("b01", is_stale=True, is_all_dirty=True),
+    ),
+    Operation(
+        "salvage a stale one as it is stored",
+        1,
+        lambda e: e.salvage("b01", trust_stored=True),
+        _salvage("b01", is_stale=True, is_all_dirty=False),
     ),
     Operation("fit a longer table", 1, lambda e: e.fit("b00"), _fit(is_longer=True)),
     Operation("fit a shorter table", 1, lambda e: e.fit("b00"), _fit(is_longer=False)),

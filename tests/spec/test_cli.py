@@ -71,16 +71,16 @@ def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
-        "dump, map, check, repair, undo, stream dump, stream restore, sidecar load, sidecar dump, "
-        "edits, rescues",
+        "dump, map, check, repair, undo, salvage, stream dump, stream restore, sidecar load, "
+        "sidecar dump, edits, rescues",
         "dump, map, check, stream write, sidecar save",
     )
     assert (
         of["--dry-run"]
-        == "repair, undo, edits, stream restore, sidecar load, rescue start, rescue finish"
+        == "repair, undo, salvage, edits, stream restore, sidecar load, rescue start, rescue finish"
     )
     assert {of["--wait"], of["--no-lock"]} == {
-        "repair, undo, edits, stream restore, sidecar load, rescue finish"
+        "repair, undo, salvage, edits, stream restore, sidecar load, rescue finish"
     }
 
 

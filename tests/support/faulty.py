@@ -299,6 +299,11 @@ def _unknown_autoclear() -> bytearray:
     return build_image(DAILY, size=SIZE, header=bits).data
 
 
+def _stale() -> bytearray:
+    """Bitmaps that a program without bitmap support left behind; nobody else has their clusters."""
+    return build_image(DAILY, WEEKLY, size=SIZE, autoclear=False).data
+
+
 def _first(edit: Edit) -> None:
     edit.add("first", 512)
     edit.set("first", COVERED - 512, 1024)
@@ -368,6 +373,16 @@ EDITS = {
     ),
     "unknown autoclear": Interrupted(
         _unknown_autoclear, lambda edit: edit.clear("daily"), {"daily": []}
+    ),
+    "salvage": Interrupted(
+        _three,
+        lambda edit: edit.salvage("crashed"),
+        {"daily": DAILY_EXTENTS, "crashed": [[0, SIZE]], "coarse": COARSE_EXTENTS},
+    ),
+    "salvage a stale one": Interrupted(
+        _stale,
+        lambda edit: edit.salvage("daily", trust_stored=True),
+        {"daily": DAILY_EXTENTS},
     ),
     "refcount block": Interrupted(
         lambda: _nearly_full(28), _first, _rest(28) | {"first": [[COVERED - 512, 1024]]}

@@ -41,6 +41,11 @@ def check_repair(document: object) -> None:
     _check_object("repair", document, "repair")
 
 
+def check_salvage(document: object) -> None:
+    """Raises AssertionError unless the document is what ``salvage`` may print."""
+    _check_object("salvage", document, "salvage")
+
+
 def check_sidecar_dump(document: object) -> None:
     """Raises AssertionError unless the document is what ``sidecar dump`` may print."""
     _check_object("sidecar dump", document, "sidecar dump")

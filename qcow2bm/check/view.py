@@ -1,0 +1,41 @@
+"""All that is known of an image at some time: what a reader finds, and what a check finds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qcow2bm.check.check import Check, check
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.problems import header_problems
+from qcow2bm.problems import Problem
+from qcow2bm.storage.base import Storage
+from qcow2bm.store.directory import BitmapDirectory, load_directory
+from qcow2bm.store.tables import Survey, survey
+
+
+class View(NamedTuple):
+    """An image that nobody changes meanwhile."""
+
+    file: ClusterFile
+    header: tuple[Problem, ...]
+    directory: BitmapDirectory
+    survey: Survey
+    check: Check
+
+    @classmethod
+    def of(cls, storage: Storage) -> View:
+        """Looks at everything; raises what opening and checking an image do."""
+        file = ClusterFile(storage, force_share=True)
+        header = header_problems(file)
+        directory = load_directory(file, header)
+        return cls(file, header, directory, survey(file, directory, header), check(file, directory))
+
+    @property
+    def read_problems(self) -> tuple[Problem, ...]:
+        """What a reader finds."""
+        return (*self.header, *self.directory.problems, *self.survey.problems)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """All there are, each once."""
+        return tuple(dict.fromkeys((*self.read_problems, *self.check.problems)))

@@ -1,0 +1,1 @@
+"""Comparing the contents of two disks."""

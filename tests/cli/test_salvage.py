@@ -1,0 +1,321 @@
+"""The command ``salvage``, on images in which QEMU has no part; raw files are compared."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from support.clusters import after
+from support.console import run
+from support.faults import broken
+from support.images import Stored, build_image
+from support.jsonspec import check_salvage
+
+import qcow2bm
+from qcow2bm.compare import differences
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+
+GRANULE = 65536
+SIZE = 160 * GRANULE
+CRASHED = Stored(b"crashed", [b"\5"], flags=FLAG_AUTO | FLAG_IN_USE)
+DISABLED = Stored(b"disabled", [b"\5"], flags=FLAG_IN_USE)
+SOUND = Stored(b"sound", [b"\3"])
+NOTE = (
+    "qcow2bm: note: old must be exactly what the last backup holds: whatever is the same in new "
+    "will not be saved by the next one\n"
+)
+
+
+def write(folder: Path, *bitmaps: Stored, autoclear: bool = True) -> bytes:
+    data = bytes(build_image(*bitmaps, size=SIZE, autoclear=autoclear).data)
+    (folder / "vm.qcow2").write_bytes(data)
+    return data
+
+
+def dirty(folder: Path) -> dict[str, list[int] | str]:
+    """The dirty granules of the valid bitmaps, and what the others are."""
+    found: dict[str, list[int] | str] = {}
+    with qcow2bm.open(folder / "vm.qcow2") as image:
+        assert not [p for p in image.check().problems if p.severity != "leak"]
+        for name, bitmap in image.bitmaps.items():
+            found[name] = bitmap.status
+            if bitmap.status == "valid":
+                ranges = [r for part in bitmap.extents() for r in part.tolist()]
+                found[name] = [
+                    n
+                    for start, length in ranges
+                    for n in range(start // GRANULE, -(-(start + length) // GRANULE))
+                ]
+    return found
+
+
+ALL = list(range(160))
+
+
+@pytest.mark.spec("SALVAGE-1", "SALVAGE-2")
+def test_all_dirty(tmp_path: Path) -> None:
+    write(tmp_path, CRASHED, SOUND, DISABLED)
+    done = run(["salvage", "vm.qcow2", "crashed", "--all-dirty"], tmp_path)
+    size = "10 MiB (10485760 bytes)"
+    assert done.status == 0
+    assert done.out == (
+        f'"crashed" is valid: {size} of {size} dirty\n'
+        '"disabled" is inconsistent: salvage it, too, or remove it\n'
+    )
+    assert done.err == ""
+    assert dirty(tmp_path) == {"crashed": ALL, "sound": [0, 1], "disabled": "inconsistent"}
+    done = run(["salvage", "vm.qcow2", "@2", "--all-dirty", "--output=json"], tmp_path)
+    document = json.loads(done.out)
+    check_salvage(document)
+    assert (document["dirty-bytes"], document["inconsistent"]) == (SIZE, [])
+    with qcow2bm.open(tmp_path / "vm.qcow2") as image:
+        assert list(image.bitmaps) == ["crashed", "sound", "disabled"]
+        assert [b.auto for b in image.bitmaps.values()] == [True, True, False]
+        assert image.check().problems == ()
+
+
+@pytest.mark.spec("SALVAGE-2")
+def test_what_is_not_salvaged(tmp_path: Path) -> None:
+    before = write(tmp_path, CRASHED, SOUND)
+    for name, message in (
+        ("sound", 'bitmap "sound" is neither in_use nor stale: there is nothing to salvage'),
+        ("nobody", 'bitmap "nobody" not found; the image has "crashed", "sound"'),
+    ):
+        done = run(["salvage", "vm.qcow2", name, "--all-dirty"], tmp_path)
+        assert done == (1, "", f"qcow2bm: vm.qcow2: {message}\n")
+    assert (tmp_path / "vm.qcow2").read_bytes() == before
+    (tmp_path / "vm.qcow2").write_bytes(broken("directory-entry.type.unknown"))
+    done = run(["salvage", "vm.qcow2", "crashed", "--all-dirty"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert "an image with such a fault is not edited" in done.err
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    before = write(tmp_path, CRASHED)
+    done = run(["salvage", "vm.qcow2", "crashed", "--all-dirty", "--dry-run"], tmp_path)
+    assert done.status == 0
+    assert "nothing was written" in done.out
+    arguments = ["salvage", "vm.qcow2", "crashed", "--trust-stale", "--dry-run", "--output=json"]
+    document = json.loads(run(arguments, tmp_path).out)
+    check_salvage(document)
+    assert document["plan"]["steps"]
+    assert document["dirty-bytes"] is None
+    assert (tmp_path / "vm.qcow2").read_bytes() == before
+
+
+@pytest.mark.spec("SALVAGE-4")
+def test_as_it_is_stored_it_may_miss_writes_which_is_said(tmp_path: Path) -> None:
+    write(tmp_path, CRASHED)
+    done = run(["salvage", "vm.qcow2", "crashed", "--trust-stale"], tmp_path)
+    assert (done.status, done.err) == (
+        0,
+        'qcow2bm: warning: writes since "crashed" was stored last are missing from it, and so '
+        "from all backups that go by it\n",
+    )
+    assert dirty(tmp_path) == {"crashed": [0, 2]}
+
+
+# --- stale bitmaps ------------------------------------------------------------------------------
+
+STALE = Stored(b"a", [b"\1"]), Stored(b"b", [b"\2"]), Stored(b"c", [b"\4"], flags=0)
+
+
+@pytest.mark.spec("SALVAGE-3")
+def test_stale_bitmaps_are_salvaged_one_after_the_other(tmp_path: Path) -> None:
+    write(tmp_path, *STALE, autoclear=False)
+    assert run(["salvage", "vm.qcow2", "b", "--all-dirty"], tmp_path).status == 0
+    assert dirty(tmp_path) == {"a": "inconsistent", "b": ALL, "c": "inconsistent"}
+    assert run(["salvage", "vm.qcow2", "c", "--trust-stale"], tmp_path).status == 0
+    assert run(["salvage", "vm.qcow2", "a", "--trust-stale"], tmp_path).status == 0
+    assert dirty(tmp_path) == {"a": [0], "b": ALL, "c": [2]}
+    run(["repair", "vm.qcow2", "--no-undo"], tmp_path)
+    with qcow2bm.open(tmp_path / "vm.qcow2") as image:
+        assert image.check().problems == ()
+        assert [b.auto for b in image.bitmaps.values()] == [True, True, False]
+
+
+@pytest.mark.spec("SALVAGE-3")
+def test_of_stale_bitmaps_whose_clusters_are_not_counted_only_the_names_are_left(
+    tmp_path: Path,
+) -> None:
+    """`qemu-img check -r leaks` gave the clusters back."""
+    data = bytearray(write(tmp_path, *STALE, autoclear=False))
+    with qcow2bm.open(bytes(data)) as image:
+        counts = [
+            (p.offset, p.message) for p in image.check().problems if p.id.endswith("refcount.leak")
+        ]
+        block = int.from_bytes(data[image.header.refcount_table_offset :][:8], "big")
+        size = image.cluster_size
+    assert len(counts) == 1
+    first = counts[0][0] // size
+    data[block + 2 * first : block + 2 * (len(data) // size)] = bytes(
+        2 * (len(data) // size - first)
+    )
+    (tmp_path / "vm.qcow2").write_bytes(data)
+    refused = run(["salvage", "vm.qcow2", "a", "--trust-stale"], tmp_path)
+    assert refused.status == 1
+    assert "its clusters were given to others" in refused.err
+    assert (tmp_path / "vm.qcow2").read_bytes() == data
+    assert run(["salvage", "vm.qcow2", "a", "--all-dirty"], tmp_path).status == 0
+    assert dirty(tmp_path) == {"a": ALL, "b": "inconsistent", "c": "inconsistent"}
+    assert run(["salvage", "vm.qcow2", "b", "--trust-stale"], tmp_path).status == 0
+    assert dirty(tmp_path) == {"a": ALL, "b": ALL, "c": "inconsistent"}
+
+
+@pytest.mark.spec("SALVAGE-3")
+@pytest.mark.parametrize("what", ["type", "disk", "count"])
+def test_a_stale_directory_that_is_damaged_is_not_taken_up(what: str, tmp_path: Path) -> None:
+    data = bytearray(write(tmp_path, *STALE, autoclear=False))
+    with qcow2bm.open(bytes(data)) as image:
+        entry, extension = image.directory[1], image.bitmaps_extension
+        l1 = image.header.l1_table_offset
+    assert extension
+    if what == "type":
+        data[entry.offset_of("type")] = 9
+    elif what == "count":
+        place = data.index(extension.bitmap_directory_offset.to_bytes(8, "big"))
+        data[place - 13] += 1
+    else:  # a program gave the cluster to the disk, as an L2 table: all zeros but for ours
+        data[l1 : l1 + 8] = (1 << 63 | extension.bitmap_directory_offset).to_bytes(8, "big")
+    (tmp_path / "vm.qcow2").write_bytes(data)
+    done = run(["salvage", "vm.qcow2", "a", "--all-dirty"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert "remove --all" in done.err
+    assert (tmp_path / "vm.qcow2").read_bytes() == data
+
+
+@pytest.mark.spec("SALVAGE-3")
+def test_a_stale_table_that_the_disk_has_overwritten(tmp_path: Path) -> None:
+    """The disk uses a cluster of one bitmap: the others are whole."""
+    data = bytearray(write(tmp_path, *STALE, autoclear=False))
+    with qcow2bm.open(bytes(data)) as image:
+        table, l1 = image.directory[1].bitmap_table_offset, image.header.l1_table_offset
+    data[table : table + 512] = bytes(512)
+    data[l1 : l1 + 8] = (1 << 63 | table).to_bytes(8, "big")
+    (tmp_path / "vm.qcow2").write_bytes(data)
+    assert run(["salvage", "vm.qcow2", "a", "--trust-stale"], tmp_path).status == 0
+    assert run(["salvage", "vm.qcow2", "c", "--trust-stale"], tmp_path).status == 0
+    assert run(["salvage", "vm.qcow2", "b", "--trust-stale"], tmp_path).status == 0
+    assert dirty(tmp_path) == {"a": [0], "b": ALL, "c": [2]}
+
+
+def test_an_edit_goes_on_after_a_salvage_that_failed() -> None:
+    data = bytearray(build_image(*STALE, size=SIZE, autoclear=False).data)
+    before = bytes(data)
+    with qcow2bm.open(data, "r+") as image:
+        with image.edit() as edit:
+            for _ in range(2):
+                with pytest.raises(qcow2bm.BitmapNotFoundError, match="the image has"):
+                    edit.salvage("nobody")
+                with pytest.raises(ValueError, match="must have 20"):
+                    edit.salvage("a", b"\0" * 19)
+                with pytest.raises(ValueError, match="exclude each other"):
+                    edit.salvage("a", b"\0" * 20, trust_stored=True)
+        assert data == before
+        with image.edit(dry_run=True) as edit:
+            edit.salvage("a", b"\3".ljust(20, b"\0"))
+            edit.set("a", SIZE - 1, 1)
+            plan = edit.plan()
+    with qcow2bm.open(after(before, plan.steps)) as image:
+        assert image.bitmaps["a"].packed().tolist() == [3, *18 * [0], 128]
+        assert image.bitmaps["b"].status == "inconsistent"
+
+
+# --- comparing ----------------------------------------------------------------------------------
+
+
+def write_raw(folder: Path, name: str, *granules: int, size: int = SIZE) -> None:
+    with (folder / name).open("wb") as file:
+        for number in granules:
+            file.seek(number * GRANULE + 100)
+            file.write(b"x")
+        file.truncate(size)
+
+
+COMPARE = ["salvage", "vm.qcow2", "crashed", "--compare", "old", "new"]
+
+
+@pytest.mark.spec("SALVAGE-5")
+def test_what_differs_is_dirty(tmp_path: Path) -> None:
+    write(tmp_path, CRASHED)
+    write_raw(tmp_path, "old", 3, 7, 159)
+    write_raw(tmp_path, "new", 3, 8)
+    done = run(COMPARE, tmp_path)
+    assert (done.status, done.err) == (0, NOTE)
+    assert dirty(tmp_path) == {"crashed": [7, 8, 159]}
+
+
+@pytest.mark.spec("SALVAGE-5")
+def test_what_an_old_one_that_is_shorter_lacks_is_dirty(tmp_path: Path) -> None:
+    write(tmp_path, CRASHED)
+    write_raw(tmp_path, "old", 1, size=150 * GRANULE + 512)
+    write_raw(tmp_path, "new")
+    assert run(COMPARE, tmp_path).status == 0
+    assert dirty(tmp_path) == {"crashed": [1, *range(150, 160)]}
+
+
+@pytest.mark.spec("SALVAGE-5", "SALVAGE-6")
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("size", f"new: has {SIZE - 512} bytes, but the disk has {SIZE}"),
+        ("same", "old: is not the last backup, but the disk that is compared with it"),
+        ("image", "old: is not the last backup, but the disk that is compared with it"),
+        ("missing", "old: there is no such file"),
+        ("qcow2", "old: begins like a qcow2 image: say --old-format qcow2 if it is one"),
+        ("folder", "old: is a directory; an image is a regular file or a block device"),
+    ],
+)
+def test_what_is_not_compared(what: str, message: str, tmp_path: Path) -> None:
+    before = write(tmp_path, CRASHED)
+    write_raw(tmp_path, "old")
+    write_raw(tmp_path, "new", size=SIZE - 512 if what == "size" else SIZE)
+    if what != "size":
+        os.unlink(tmp_path / "old")
+    if what == "same":
+        os.link(tmp_path / "new", tmp_path / "old")
+    if what == "image":
+        os.link(tmp_path / "vm.qcow2", tmp_path / "old")
+    if what == "qcow2":
+        (tmp_path / "old").write_bytes(b"QFI\xfb" + bytes(SIZE - 4))
+    if what == "folder":
+        (tmp_path / "old").mkdir()
+    done = run(COMPARE, tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith(f"{NOTE}qcow2bm: {message}")
+    assert len(done.err.splitlines()) == 2
+    assert (tmp_path / "vm.qcow2").read_bytes() == before
+
+
+@pytest.mark.spec("SALVAGE-6")
+def test_a_raw_disk_on_which_a_guest_wrote_a_header_is_raw_if_somebody_says_so(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, CRASHED)
+    write_raw(tmp_path, "new")
+    (tmp_path / "old").write_bytes(b"QFI\xfb" + bytes(SIZE - 4))
+    assert run([*COMPARE, "--old-format=raw"], tmp_path).status == 0
+    assert dirty(tmp_path) == {"crashed": [0]}
+
+
+@pytest.mark.spec("SALVAGE-1")
+def test_nobody_else_gets_the_image_while_disks_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, CRASHED)
+    write_raw(tmp_path, "old", 1)
+    write_raw(tmp_path, "new")
+    compare, tried = differences.differences, []
+
+    def compare_and_try(*arguments: object, **options: object) -> object:
+        with pytest.raises(qcow2bm.ImageLockedError):
+            qcow2bm.open(tmp_path / "vm.qcow2", "r+")
+        tried.append(True)
+        return compare(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(differences, "differences", compare_and_try)
+    assert run(COMPARE, tmp_path).status == 0
+    assert tried
+    assert dirty(tmp_path) == {"crashed": [1]}
