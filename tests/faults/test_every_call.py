@@ -10,20 +10,21 @@ from itertools import takewhile
 from random import Random
 
 import pytest
-from support.faulty import EDITS, Fault, FaultyStorage, State, calls, plan, state_of, states
+from support.faulty import (
+    EDITS,
+    Fault,
+    FaultyStorage,
+    State,
+    calls,
+    faults_at,
+    plan,
+    state_of,
+    states,
+)
 
 import qcow2bm
 from qcow2bm.clusters.plan import Write
 from qcow2bm.errors import CommitError, StateError, StorageError
-
-WRITE_FAULTS = [
-    Fault(0, errno.EIO),
-    Fault(0, errno.EIO, is_sticky=True),
-    Fault(0, errno.ENOSPC, share=0.5),
-    Fault(0, errno.ENOSPC, is_sticky=True, share=0.5),
-    Fault(0, errno.EIO, share=1),
-]
-OTHER_FAULTS = [Fault(0, errno.EIO), Fault(0, errno.EIO, is_sticky=True)]
 
 every_edit = pytest.mark.parametrize("name", EDITS)
 watched = pytest.mark.parametrize("is_watched", [True, False], ids=["watched", "unwatched"])
@@ -31,9 +32,7 @@ watched = pytest.mark.parametrize("is_watched", [True, False], ids=["watched", "
 
 def faults(name: str, *, is_watched: bool = True) -> Iterator[Fault]:
     """Each kind of fault at each call."""
-    for number, call in enumerate(calls(name, is_watched=is_watched)):
-        for fault in WRITE_FAULTS if call == "write" else OTHER_FAULTS:
-            yield fault._replace(number=number)
+    return faults_at(calls(name, is_watched=is_watched))
 
 
 def run_faulty(name: str, storage: FaultyStorage) -> str:

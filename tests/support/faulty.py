@@ -64,6 +64,23 @@ class Fault(NamedTuple):
         raise StorageError("<faulty>", 0, 0, os.strerror(self.error), self.error)
 
 
+_WRITE_FAULTS = [
+    Fault(0, errno.EIO),
+    Fault(0, errno.EIO, is_sticky=True),
+    Fault(0, errno.ENOSPC, share=0.5),
+    Fault(0, errno.ENOSPC, is_sticky=True, share=0.5),
+    Fault(0, errno.EIO, share=1),
+]
+_OTHER_FAULTS = [Fault(0, errno.EIO), Fault(0, errno.EIO, is_sticky=True)]
+
+
+def faults_at(calls: Sequence[str]) -> Iterator[Fault]:
+    """Each kind of fault at each of the calls."""
+    for number, call in enumerate(calls):
+        for fault in _WRITE_FAULTS if call == "write" else _OTHER_FAULTS:
+            yield fault._replace(number=number)
+
+
 class FaultyStorage:
     """An image in memory that lists every call, and fails where its fault says.
 

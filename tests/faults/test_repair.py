@@ -1,0 +1,109 @@
+"""A storage that fails at any one call of a repair, or of undoing one.
+
+Each bitmap is as before or as after, and what was kept before the first write leads back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from random import Random
+
+import pytest
+from check.test_repair import CRASHES, bitmaps
+from support.faults import broken
+from support.faulty import Fault, FaultyStorage, faults_at
+
+from qcow2bm.api import repair as api
+from qcow2bm.check.undo import plan_undo
+from qcow2bm.clusters.plan import execute
+from qcow2bm.errors import CommitError, StorageError
+from qcow2bm.format.undo import Undo
+from qcow2bm.storage.memory import MemoryStorage
+
+Work = Callable[[FaultyStorage], object]
+
+each = pytest.mark.parametrize("id", CRASHES)
+both_ways = pytest.mark.parametrize("way", ["repair", "undo"])
+
+
+@cache
+def states(id: str) -> tuple[bytes, bytes, Undo]:
+    """An image before a repair and after it, and what leads back."""
+    data, kept = bytearray(broken(id)), []
+
+    def keep(undo: Undo) -> Callable[[int], None]:
+        kept.append(undo)
+        return lambda mtime_ns: None
+
+    api.repair(data, keep)
+    (undo,) = kept
+    return broken(id), bytes(data), undo
+
+
+def begun(id: str, way: str) -> tuple[bytes, bytes, Work]:
+    """What there is, what there is to be, and what is done about it."""
+    before, after, undo = states(id)
+    if way == "undo":
+        return after, before, lambda storage: api.undo(storage, undo, is_asserted=True)
+    return before, after, lambda storage: api.repair(storage)
+
+
+@cache
+def calls(id: str, way: str) -> tuple[str, ...]:
+    """The calls where nothing fails."""
+    start, end, work = begun(id, way)
+    storage = FaultyStorage(bytearray(start))
+    work(storage)
+    assert storage.data == end
+    return tuple(storage.calls)
+
+
+def run_faulty(id: str, way: str, fault: Fault, keeps: Callable[[int], bool]) -> str:
+    """What came of it, after checking everything that must be so whatever comes of it."""
+    start, end, work = begun(id, way)
+    storage = FaultyStorage(bytearray(start), fault, keeps=keeps)
+    try:
+        work(storage)
+        came = "done"
+        assert storage.data == end
+    except CommitError as error:
+        came = error.outcome
+    except StorageError:
+        came = "after all" if storage.effects else "refused"
+    data = bytes(storage.data)
+    if came == "refused":
+        assert data == start
+    before, after, undo = states(id)
+    assert bitmaps(data) in (bitmaps(before), bitmaps(after))
+    back = MemoryStorage(bytearray(data))
+    plan = plan_undo(back, undo, is_asserted=True)
+    execute(plan, back, None)
+    back.truncate(undo.file_size)
+    content = bytearray(back.size())
+    back.read_into(0, memoryview(content))
+    assert content == before
+    return came
+
+
+@each
+@both_ways
+def test_some_faults(id: str, way: str) -> None:
+    found = list(faults_at(calls(id, way)))
+    for fault in Random(f"{id} {way}").sample(found, min(len(found), 15)):
+        run_faulty(id, way, fault, lambda sector: True)
+
+
+@pytest.mark.deep
+@each
+@both_ways
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_every_fault(id: str, way: str, kept: int) -> None:
+    """Of what was written before a barrier that fails all is kept, every other sector, or none."""
+    came: Counter[str] = Counter()
+    for fault in faults_at(calls(id, way)):
+        came[run_faulty(id, way, fault, lambda sector: kept == 1 or sector % 2 == kept - 2)] += 1
+    print(f"{way} of {id}: {came.total()} faults: {dict(came)}")
+    assert came["refused"] > 0
+    assert came["old"] + came["unknown"] > 0
