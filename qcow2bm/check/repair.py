@@ -55,6 +55,7 @@ from qcow2bm.store.directory import (
 )
 from qcow2bm.store.entries import MAX_NAME_SIZE
 from qcow2bm.store.status import as_error
+from qcow2bm.store.tables import survey
 from qcow2bm.units import ceil_div, decode_name
 
 _EVIDENT = (  # of an entry; of a name that is there twice, see below
@@ -78,6 +79,7 @@ _BAD_ENDS = (
     "bitmap-directory.zero-entries",
     "directory-entry.truncated",
 )
+_PLACE_OF_TABLE = "directory-entry.bitmap_table_"
 _DOUBTFUL = "directory-entry.name.nul", "directory-entry.padding.nonzero"
 _MAX_RESYNCHRONISED = 100  # entries: it takes the square of that
 _MAX_ENTRY = ENTRY_LENGTH + MAX_NAME_SIZE + 1
@@ -232,7 +234,7 @@ def _believed(view: View) -> list[View]:
     there are several such, they are all returned.
     """
     is_disjointed = any(
-        found.id in _BAD_ENDS or found.id.startswith("directory-entry.bitmap_table_")
+        found.id in _BAD_ENDS or found.id.startswith(_PLACE_OF_TABLE)
         for found in view.directory.problems
     )
     if not view.directory.extension or view.directory.distrust or not is_disjointed:
@@ -365,6 +367,23 @@ def _tails(view: View) -> Iterator[Write]:
                 yield Write(start + place, (sector,), "bits behind the end of the disk")
 
 
+def _tables(view: View) -> tuple[Problem, ...]:
+    """What is wrong with tables, and with clusters that bitmaps share.
+
+    An entry that cannot be right about where its table is, or how long, is no reason to drop
+    others that use the same clusters: it is dropped, and they are counted without it.
+    """
+    wrong = {
+        found.bitmap_index
+        for found in view.directory.problems
+        if found.id.startswith(_PLACE_OF_TABLE) and found.severity in (REFUSED, UNUSABLE)
+    }
+    if not wrong:
+        return view.survey.problems
+    without = {index for index in wrong if index is not None}
+    return survey(view.file, view.directory, view.header, without).problems
+
+
 def _essence(entry: DirectoryEntry) -> tuple[object, ...]:
     """What an entry says, wherever it stands."""
     return (*entry[2:7], entry.name_bytes)
@@ -406,7 +425,7 @@ class _Directory:
         self._lossless = lossless
         self._capacity = capacity
         self._by_entry: dict[int, list[Problem]] = {}
-        for found in view.problems:
+        for found in (*view.directory.problems, *_tables(view), *view.check.problems):
             if found.bitmap_index is not None:
                 self._by_entry.setdefault(found.bitmap_index, []).append(found)
 
