@@ -50,7 +50,7 @@ MEANINGS: dict[str, str] = {
     "header-extension.bitmaps.length": "The bitmaps extension has a length it cannot have, so no bitmap can be found; take full backups, and clear autoclear bit 0 only after the length is right, as QEMU checks it even then.",
     "snapshot-table.size.too-large": "The snapshot table is longer than 64 MiB, more than QEMU reads: it was overwritten, or has thousands of snapshots; take a copy, then let qemu-img check -r all drop what is too much. Bitmaps can be read.",
     "snapshot-table.extra_data_size.too-large": "A newer program stored more about a snapshot than QEMU reads, or the table was overwritten; take a copy, then let qemu-img check -r all drop what is too much. Bitmaps can be read.",
-    "bitmaps-extension.autoclear.off": "A program without bitmap support wrote to the image, so every bitmap misses writes; take a full backup, and run qemu-img check -r leaks to get the space back.",
+    "bitmaps-extension.autoclear.off": "A program without bitmap support wrote to the image, so every bitmap misses writes; salvage those whose backups are to go on, before a writer drops them, or take a full backup; repair --only stale --only refcounts gives the space back.",
     "bitmaps-extension.version.too-old": "The image was made one of version 2, which has no bitmaps, so every bitmap misses writes; take a full backup, and run qemu-img check -r leaks to get the space back.",
     "bitmaps-extension.nb_bitmaps.zero": "The number of bitmaps is wrong; the bitmaps found in the directory are shown and can be read.",
     "bitmaps-extension.nb_bitmaps.too-large": "The number of bitmaps is wrong; the bitmaps found in the directory are shown and can be read.",

@@ -59,7 +59,7 @@ class DraftBitmap:
     entry: DirectoryEntry | None
     place: int  # bitmaps stand in the directory in the order of these
     bits: DraftBits | None = None  # None as long as nobody looks at them
-    is_in_use: bool = False  # by whoever wrote it, so that it can only be removed, or salvaged
+    is_in_use: bool = False  # by whoever wrote it, so it is removed or salvaged, and nothing else
 
     @property
     def size(self) -> int:
@@ -126,7 +126,7 @@ class Draft:
             raise BitmapInconsistentError(
                 name,
                 "is inconsistent (in_use is set) and cannot be used: writes may be missing from "
-                "it; all that can be done is to remove it",
+                "it; remove it, or salvage it",
             )
         return found
 
@@ -134,8 +134,8 @@ class Draft:
         if self._is_stale:
             raise BitmapStaleError(
                 name,
-                "is stale, so writes are missing from it: all that can be done is to drop all "
-                "bitmaps: remove --all (Edit.remove_all)",
+                "is stale, so writes are missing from it: salvage it, or drop all bitmaps: "
+                "remove --all (Edit.remove_all)",
             )
         found = self.bitmaps.get(encode_name(name))
         if not found:
@@ -230,7 +230,7 @@ class Draft:
             raise BitmapStaleError(
                 name,
                 "cannot be added: the image has stale bitmaps, which a program without bitmap "
-                "support left behind; drop them first: remove --all (Edit.remove_all)",
+                "support left behind; salvage them, or drop them: remove --all (Edit.remove_all)",
             )
         known = self.bitmaps.get(key)
         if known and known.is_in_use:

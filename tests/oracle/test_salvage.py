@@ -10,6 +10,7 @@ import pytest
 from support import qemu
 from support.console import run
 from support.qemu import Disk
+from support.specreader import page
 
 import qcow2bm
 
@@ -197,3 +198,39 @@ def test_the_data_file_of_an_image_is_compared_raw(tmp_path: Path) -> None:
         assert done.status == 0, done.err
         assert granules(tmp_path / name, "daily") == [80]
     assert os.path.getsize(tmp_path / "data") == SIZE
+
+
+@pytest.mark.parametrize("row", page("troubleshooting.md").table("A bitmap cannot be used").rows)
+def test_what_qemu_says_of_a_bitmap_that_cannot_be_used(
+    row: dict[str, str], tmp_path: Path
+) -> None:
+    path = make(tmp_path)
+    tool("qemu-img", "bitmap", "--add", path, "daily")
+    write(path, "write 0 64k", crash=True)
+    bitmap = ("qemu-img", "bitmap")
+    commands: dict[str, list[tuple[str | Path, ...]]] = {
+        "is inconsistent and cannot be used": [
+            (*bitmap, "--clear", path, "daily"),
+            (*bitmap, "--enable", path, "daily"),
+            (*bitmap, "--merge", "daily", path, "new"),
+            ("qemu-img", "resize", path, "128M"),
+            ("qemu-nbd", "-r", "-B", "daily", "-k", tmp_path / "socket", path),
+        ],
+        "Cannot copy inconsistent bitmap": [
+            ("qemu-img", "convert", "--bitmaps", "-O", "qcow2", path, tmp_path / "copy")
+        ],
+        "Bitmap already exists": [(*bitmap, "--add", path, "daily")],
+        "not found": [(*bitmap, "--clear", path, "nobody")],
+    }
+    for command in commands[row["QEMU says"]]:
+        before = path.read_bytes()
+        if "new" in command:
+            tool(*bitmap, "--add", path, "new")
+        done = qemu.run(*command)
+        assert done.returncode != 0
+        assert row["QEMU says"] in done.stderr, command
+        path.write_bytes(before)
+    assert run(["salvage", "vm.qcow2", "daily", "--all-dirty"], tmp_path).status == 0
+    for command in commands[row["QEMU says"]][:2]:
+        if row["QEMU says"] not in ("Bitmap already exists", "not found"):
+            tool(*command)

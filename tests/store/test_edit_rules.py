@@ -74,7 +74,7 @@ def test_what_is_in_use_can_only_be_removed(operation: str) -> None:
         image.data,
         lambda edit: OPERATIONS[operation](edit, "crashed"),
         qcow2bm.BitmapInconsistentError,
-        "crashed.* is inconsistent .* to remove it",
+        "crashed.* is inconsistent .* remove it, or salvage it",
     )
 
 
