@@ -33,7 +33,7 @@ from qcow2bm.format.refcounts import (
 )
 from qcow2bm.problems import UNUSABLE, Problem, kind_of, problem
 from qcow2bm.store.directory import BitmapDirectory
-from qcow2bm.store.entries import required_table_size
+from qcow2bm.store.entries import MAX_BITMAP_BYTES, required_table_size
 from qcow2bm.store.tables import MAX_TABLES_BYTES, has_readable_table, read_words, table_runs
 from qcow2bm.units import ceil_div
 
@@ -300,10 +300,14 @@ class _Checker:
             return
         start = extension.bitmap_directory_offset
         yield _Use("bitmap-directory.overlap", start, self._directory.size, None)
-        for entry, words in self._tables():
+        for entry in self._directory.entries:
             length = ENTRY_LENGTH * entry.bitmap_table_size
+            past = entry.bitmap_table_offset + length - self._file.file_size
+            is_cut = 0 < past < size and entry.bitmap_table_size * size <= MAX_BITMAP_BYTES
+            if is_cut or has_readable_table(entry, self._file):
+                yield _Use("bitmap-table.overlap", entry.bitmap_table_offset, length, entry.index)
+        for entry, words in self._tables():
             index = entry.index
-            yield _Use("bitmap-table.overlap", entry.bitmap_table_offset, length, index)
             for run in table_runs(words, size):
                 if run.kind == ALLOCATED:
                     inside = min(run.entries, ceil_div(self._file.file_size - run.offset, size))
