@@ -1,21 +1,25 @@
-"""How fast checking is, as ratios to qemu-img check.
+"""How fast checking is, and comparing two disks, as ratios to qemu-img and cmp.
 
     .venv/bin/python tests/bench/checking.py [--rounds 5]
 
 The image is of a disk of 16 TiB, of which 10 GiB are allocated, with a bitmap of 32 MiB that is
-random. Commands are run in turn (A B A B ...) after one round that is thrown away, and medians
-compared. Needs qemu-utils, and 50 MB in the folder for temporary files.
+random. Two raw files of 4 GiB are compared as `salvage --compare` does: equal, full of random
+bytes, in the page cache if there is room for them; one also as a qcow2 image. Commands are run in
+turn (A B A B ...) after one round that is thrown away, and medians compared. Needs qemu-utils,
+and 13 GB in the folder for temporary files.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 
@@ -25,8 +29,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import qcow2bm  # noqa: E402
+from qcow2bm.compare.content import Content, RawContent  # noqa: E402
+from qcow2bm.compare.differences import WORKERS, differences  # noqa: E402
+from qcow2bm.compare.qemu_nbd import served  # noqa: E402
+from qcow2bm.storage.file import FileStorage  # noqa: E402
 
 DISK, ALLOCATED, GRANULARITY = 16 << 40, "10G", 64 << 10
+COMPARED = 4 << 30
 
 
 def make_image(path: Path) -> None:
@@ -48,6 +57,27 @@ def check(path: Path) -> None:
     with qcow2bm.open(path) as image:
         assert not image.problems
         assert not image.check().problems
+
+
+def differing(old: Path, new: Path) -> None:
+    with closing(FileStorage(old)) as one, ExitStack() as opened:
+        if new.suffix == ".qcow2":
+            content: Content = opened.enter_context(served(str(new), WORKERS))
+        else:
+            content = RawContent(opened.enter_context(closing(FileStorage(new))))
+        assert not differences(RawContent(one), content, GRANULARITY).any()
+
+
+def make_disks(folder: Path) -> tuple[Path, Path, Path]:
+    """Two raw files, and a qcow2 image, that hold the same."""
+    old, new, image = folder / "old.raw", folder / "new.raw", folder / "new.qcow2"
+    random = np.random.default_rng(1)
+    with old.open("wb") as file:
+        for _ in range(COMPARED >> 26):
+            file.write(random.bytes(1 << 26))
+    shutil.copyfile(old, new)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", old, image)
+    return old, new, image
 
 
 def compare(
@@ -81,6 +111,16 @@ def main() -> None:
         compare("check / qemu-img check", lambda: run(*python, "check", path), theirs, rounds)
         dry_run = "repair", path, "--dry-run"
         compare("repair --dry-run / qemu-img check", lambda: run(*python, *dry_run), theirs, rounds)
+        old, new, image = make_disks(Path(folder))
+        title = "two raw files of 4 GiB / cmp"
+        compare(title, lambda: differing(old, new), lambda: run("cmp", old, new), rounds)
+        both = "qemu-img", "compare", "-f", "raw", "-F"
+        title = "two raw files of 4 GiB / qemu-img compare"
+        compare(title, lambda: differing(old, new), lambda: run(*both, "raw", old, new), rounds)
+        title = "raw and qcow2, 4 GiB / qemu-img compare"
+        compare(
+            title, lambda: differing(old, image), lambda: run(*both, "qcow2", old, image), rounds
+        )
 
 
 if __name__ == "__main__":
