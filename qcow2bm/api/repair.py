@@ -18,7 +18,7 @@ from qcow2bm.storage.held import HeldStorage
 from qcow2bm.storage.sources import open_source, open_writable
 
 if TYPE_CHECKING:
-    from qcow2bm.storage.base import WritableStorage
+    from qcow2bm.storage.base import Storage, WritableStorage
     from qcow2bm.storage.sources import Source
 
 
@@ -34,13 +34,8 @@ def look(
     Raises:
         As `repair` does.
     """
-    storage = open_source(source, lock_timeout)
-    try:
-        with storage.read_lock():
-            return plan_repair(storage, lossless=lossless, only=only)
-    finally:
-        if storage is not source:
-            storage.close()
+    with _looked_at(source, lock_timeout) as storage:
+        return plan_repair(storage, lossless=lossless, only=only)
 
 
 def repair(
@@ -90,13 +85,8 @@ def look_back(
     source: Source, what: Undo, *, is_asserted: bool = False, lock_timeout: float = 0
 ) -> Plan:
     """What undoing a repair would do; nothing is written. Raises as `undo` does."""
-    storage = open_source(source, lock_timeout)
-    try:
-        with storage.read_lock():
-            return plan_undo(storage, what, is_asserted=is_asserted)
-    finally:
-        if storage is not source:
-            storage.close()
+    with _looked_at(source, lock_timeout) as storage:
+        return plan_undo(storage, what, is_asserted=is_asserted)
 
 
 def undo(
@@ -125,6 +115,16 @@ def undo(
         storage.truncate(what.file_size)
         storage.barrier()
         return True
+
+
+@contextmanager
+def _looked_at(source: Source, lock_timeout: float) -> Iterator[Storage]:
+    with ExitStack() as stack:
+        storage = open_source(source, lock_timeout)
+        if storage is not source:
+            stack.callback(storage.close)
+        stack.enter_context(storage.read_lock())
+        yield storage
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import BitmapError
 from qcow2bm.migration.evidence import Definition, Facts, Left, Witness, judge
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, Sentinel, is_sentinel
@@ -76,7 +75,7 @@ def why_in_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b
     before = found
     if header:
         file = parse_saved_header(header)
-        before = found._replace(definition=Definition.of(file), token=_token(file))
+        before = found._replace(definition=Definition.of(file), token=file.token)
     elif found.definition.backing_file is not None:
         return "of the backing file nothing is known"
     reason = "no sentinel was saved with the bitmaps"
@@ -97,16 +96,12 @@ def why_in_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b
 def _facts(image: Image) -> Facts:
     return Facts(
         Definition.of(image._file),
-        _token(image._file),
+        image._file.token,
         None,
         image.is_consistent,
         {name: bitmap.entry for name, bitmap in image.bitmaps.items()},
         {name for name, bitmap in image.bitmaps.items() if bitmap.status == BROKEN},
     )
-
-
-def _token(file: ClusterFile) -> bytes | None:
-    return file.generation.token if file.generation else None
 
 
 def _bits(image: Image, name: str) -> NDArray[np.uint8] | None:

@@ -9,7 +9,7 @@ import os
 
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.errors import BitmapNotFoundError
-from qcow2bm.units import escape
+from qcow2bm.units import decode_name, escape
 
 
 def find(image: Image, name: str) -> Bitmap:
@@ -37,7 +37,7 @@ def new_name(name: str) -> str:
 def _plain(name: str) -> str:
     # Arguments come decoded by the locale; names in images are UTF-8 where they are text.
     raw = os.fsencode(name.removeprefix("@") if name.startswith("@@") else name)
-    return raw.decode("utf-8", "surrogateescape")
+    return decode_name(raw)
 
 
 def _by_index(image: Image, name: str) -> Bitmap:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qcow2bm.errors import StorageError
 
@@ -19,6 +21,14 @@ _PIECE_BYTES = 1 << 17
 def name_of(path: str) -> str:
     """What messages call it."""
     return "standard input" if path == STANDARD else path
+
+
+@contextmanager
+def named(arguments: argparse.Namespace, path: str) -> Iterator[None]:
+    """Meanwhile messages are about that file instead of the image."""
+    image, arguments.image = arguments.image, name_of(path)
+    yield
+    arguments.image = image  # unless there was an error, which is to be told
 
 
 def drain(path: str, pieces: Iterator[bytes]) -> None:

@@ -114,9 +114,9 @@ def _name(lost: Lost) -> str:
 
 
 def _undo(arguments: argparse.Namespace) -> int:
-    image, arguments.image = arguments.image, files.name_of(arguments.file)
-    undo = parse_undo(b"".join(files.pieces(arguments.file)))
-    arguments.image = image
+    image = arguments.image
+    with files.named(arguments, arguments.file):
+        undo = parse_undo(b"".join(files.pieces(arguments.file)))
     try:
         if arguments.dry_run:
             wait, word = arguments.wait, arguments.is_unchanged

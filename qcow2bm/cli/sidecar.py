@@ -74,9 +74,8 @@ def _from_vm(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
 def _load(arguments: argparse.Namespace) -> int:
     from qcow2bm.cli.restore import restore
 
-    image, arguments.image = arguments.image, files.name_of(arguments.file)
-    sidecar = read_sidecar(files.pieces(arguments.file))
-    arguments.image = image
+    with files.named(arguments, arguments.file):
+        sidecar = read_sidecar(files.pieces(arguments.file))
     return restore(arguments, sidecar.bitmaps, sidecar.header)
 
 

@@ -16,7 +16,7 @@ from qcow2bm.errors import Qcow2BmError
 from qcow2bm.migration.stream_bitmaps import StreamBitmaps, read_stream
 from qcow2bm.migration.stream_writer import Outgoing, write_stream
 from qcow2bm.storage.new_file import write_new
-from qcow2bm.units import escape
+from qcow2bm.units import decode_name, escape
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,10 +35,9 @@ def _dump(arguments: argparse.Namespace) -> int:
 def _restore(arguments: argparse.Namespace) -> int:
     from qcow2bm.cli import stream_restore
 
-    path, image = arguments.file, arguments.image
-    arguments.file = arguments.image = files.name_of(path)  # what an error is about
-    bitmaps = _read(path)
-    arguments.image = image
+    path, arguments.file = arguments.file, files.name_of(arguments.file)
+    with files.named(arguments, path):
+        bitmaps = _read(path)
     return stream_restore.run(arguments, bitmaps)
 
 
@@ -65,7 +64,7 @@ def _write(arguments: argparse.Namespace) -> int:
             bitmaps, warnings = [addressing.find(image, name) for name in arguments.names], []
         if not bitmaps:
             return fail(image.name, "no bitmap is valid")
-        alias = os.fsencode(arguments.node_alias).decode("utf-8", "surrogateescape")
+        alias = decode_name(os.fsencode(arguments.node_alias))
         size = image.virtual_size
         outgoing = [
             Outgoing(alias, b.name, b.granularity, b.auto, True, b.packed().data, size)

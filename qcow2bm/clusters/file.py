@@ -115,6 +115,11 @@ class ClusterFile:
         return extensions.parse_generation(found.data)
 
     @property
+    def token(self) -> bytes | None:
+        """That of the generation, if it is recorded."""
+        return self.generation.token if self.generation else None
+
+    @property
     def known_autoclear(self) -> int:
         """The autoclear bits that a writer here keeps true; it has to clear all others."""
         return KNOWN_AUTOCLEAR | (AUTOCLEAR_GENERATION if self.generation else 0)

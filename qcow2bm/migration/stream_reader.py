@@ -13,7 +13,7 @@ from qcow2bm.format import ram, stream
 from qcow2bm.format.stream import Section
 from qcow2bm.format.window import NotYetError, Window
 from qcow2bm.migration.stream_records import BitmapRecords, Event, StreamEnds
-from qcow2bm.units import escape
+from qcow2bm.units import decode_name, escape
 
 
 class StreamReader:
@@ -264,4 +264,4 @@ class StreamReader:
 
 
 def _text(idstr: bytes) -> str:
-    return escape(idstr.decode("utf-8", "surrogateescape"))
+    return escape(decode_name(idstr))

@@ -11,14 +11,13 @@ from qcow2bm.bits.plain import fill
 from qcow2bm.errors import FormatError, LimitError
 from qcow2bm.format import stream
 from qcow2bm.format.stream import Bits, Record, Start
-from qcow2bm.units import align_up, ceil_div
+from qcow2bm.store.directory import MAX_BITMAPS
+from qcow2bm.units import align_up, ceil_div, decode_name
 
 SECTOR_SIZE = 512
-MAX_BITMAPS = 65535
-"""So many an image can have; a stream has to say little to make each of them."""
-
 _WORD_BITS = 64
-_PADDING = 32  # a buffer may be padded to a multiple of so many bytes
+PADDING = 32
+"""A buffer may be padded to a multiple of so many bytes."""
 
 
 class BitmapBegins(NamedTuple):
@@ -87,7 +86,7 @@ class BitmapRecords:
         """The name of a bitmap that is not complete, if there is any."""
         for (_, name), bitmap in self._bitmaps.items():
             if not bitmap.is_complete:
-                return _decoded(name)
+                return decode_name(name)
         return None
 
     def take(self, record: Record, offset: int) -> Event:
@@ -123,12 +122,12 @@ class BitmapRecords:
         if key in self._bitmaps:
             self._reject("START record", "names", "are of a bitmap that began before")
         number = len(self._bitmaps)
-        if number == MAX_BITMAPS:
+        if number == MAX_BITMAPS:  # a stream has to say little to make each of them
             raise LimitError("the number of bitmaps in the stream", number + 1, MAX_BITMAPS)
         self._bitmaps[key] = _Incoming(number, start.granularity)
         enabled = bool(start.bitmap_flags & stream.ENABLED)
         persistent = bool(start.bitmap_flags & stream.PERSISTENT)
-        node_alias, bitmap_alias = map(_decoded, key)
+        node_alias, bitmap_alias = map(decode_name, key)
         return BitmapBegins(
             number, node_alias, bitmap_alias, start.granularity, enabled, persistent
         )
@@ -146,10 +145,10 @@ class BitmapRecords:
         bits = ceil_div(length, bitmap.granularity)
         if data is not None:
             needed = 8 * ceil_div(bits, _WORD_BITS)
-            if not needed <= len(data) <= align_up(needed, _PADDING):
-                reason = f"is {len(data)}, but {needed} are needed, padded to {_PADDING} at most"
+            if not needed <= len(data) <= align_up(needed, PADDING):
+                reason = f"is {len(data)}, but {needed} are needed, padded to {PADDING} at most"
                 self._reject("BITS record", "size", reason)
-            data = _trimmed(data, bits)
+            data = first_bits(data, bits)
         bitmap.next_sector += nr_sectors
         bitmap.is_cut = length % (_WORD_BITS * bitmap.granularity) != 0
         start = start_sector * SECTOR_SIZE
@@ -165,11 +164,7 @@ class BitmapRecords:
         raise FormatError(structure, field, self._offset, reason)
 
 
-def _decoded(alias: bytes) -> str:
-    return alias.decode("utf-8", "surrogateescape")
-
-
-def _trimmed(data: bytes, bits: int) -> bytes:
+def first_bits(data: bytes, bits: int) -> bytes:
     """So many bits, without padding and clear past the last one (INV-TAIL)."""
     if 8 * len(data) == bits:
         return data

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2bm.bits.plain import fill
 from qcow2bm.errors import BitmapError
 from qcow2bm.format import stream
 from qcow2bm.format.stream import Bits, Record, Section, Start, build_record, build_section
-from qcow2bm.migration.stream_records import SECTOR_SIZE
-from qcow2bm.units import align_up, ceil_div
+from qcow2bm.migration.stream_records import PADDING, SECTOR_SIZE, first_bits
+from qcow2bm.units import align_up, ceil_div, encode_name
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -23,7 +22,6 @@ CHUNK_BYTES = 1024
 
 _SECTION_ID = 1
 _SECTORS_LIMIT = 1 << 32  # of a record, which counts them in 32 bits
-_PADDING = 32  # to a multiple of so many bytes
 _ZEROES = bytes(CHUNK_BYTES)
 
 
@@ -46,11 +44,7 @@ class Outgoing(NamedTuple):
     @property
     def key(self) -> tuple[bytes, bytes]:
         """Both names as they are sent."""
-        return _encoded(self.node_alias), _encoded(self.name)
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
+        return encode_name(self.node_alias), encode_name(self.name)
 
 
 def write_stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]:
@@ -73,14 +67,14 @@ def write_stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[b
     for bitmap in bitmaps:
         _check(bitmap)
     _check_names(bitmaps)
-    if machine is not None and not 1 <= len(_encoded(machine)) <= stream.MAX_NAME:
+    if machine is not None and not 1 <= len(encode_name(machine)) <= stream.MAX_NAME:
         raise ValueError(f"the name of a machine has 1 to {stream.MAX_NAME} bytes")
     return _stream(bitmaps, machine)
 
 
 def _check(bitmap: Outgoing) -> None:
     granularity, size = bitmap.granularity, bitmap.disk_size
-    if not 1 <= len(_encoded(bitmap.node_alias)) <= stream.MAX_NAME:
+    if not 1 <= len(encode_name(bitmap.node_alias)) <= stream.MAX_NAME:
         raise ValueError(f"a node alias has 1 to {stream.MAX_NAME} bytes")
     if granularity.bit_count() != 1 or not stream.MIN_GRANULARITY <= granularity < 1 << 32:
         reason = (
@@ -97,7 +91,7 @@ def _check(bitmap: Outgoing) -> None:
 def _check_names(bitmaps: Iterable[Outgoing]) -> None:
     keys = set()
     for bitmap in bitmaps:
-        length = len(_encoded(bitmap.name))
+        length = len(encode_name(bitmap.name))
         if not 1 <= length <= stream.MAX_NAME:
             reason = f"has a name of {length} bytes, but a stream takes 1 to {stream.MAX_NAME}"
             raise BitmapError(bitmap.name, reason)
@@ -108,7 +102,7 @@ def _check_names(bitmaps: Iterable[Outgoing]) -> None:
 
 def _stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]:
     if machine is not None:
-        yield stream.build_envelope() + stream.build_configuration(_encoded(machine))
+        yield stream.build_envelope() + stream.build_configuration(encode_name(machine))
     idstr, version = stream.DIRTY_BITMAP, stream.DIRTY_BITMAP_VERSION
     end = build_record(Record(stream.EOS)) + build_section(Section(stream.FOOTER, _SECTION_ID))
     named = _Names()
@@ -151,7 +145,7 @@ def _chunks(bitmap: Outgoing) -> Iterator[Bits]:
     """All bits in order; only the last chunk needs padding."""
     sectors = bitmap.disk_size // SECTOR_SIZE
     per_bit = bitmap.granularity // SECTOR_SIZE
-    length = (_SECTORS_LIMIT - 1) // (per_bit * 8 * _PADDING) * _PADDING
+    length = (_SECTORS_LIMIT - 1) // (per_bit * 8 * PADDING) * PADDING
     length = min(CHUNK_BYTES, length)
     octets = memoryview(bitmap.packed).cast("B")
     for place, start in enumerate(range(0, sectors, 8 * length * per_bit)):
@@ -166,6 +160,5 @@ def _chunks(bitmap: Outgoing) -> Iterator[Bits]:
 
 def _padded(data: bytes, bits: int) -> bytes:
     """So many bits, clear past the last one, and as long as QEMU sends them."""
-    octets = bytearray(data[: ceil_div(bits, 8)])
-    fill(octets, bits, 8 * len(octets), is_set=False)
-    return bytes(octets.ljust(align_up(len(octets), _PADDING), b"\0"))
+    octets = first_bits(data, bits)
+    return octets.ljust(align_up(len(octets), PADDING), b"\0")

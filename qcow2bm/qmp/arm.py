@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qcow2bm.errors import StateError
+from qcow2bm.format.stream import MAX_NAME
 from qcow2bm.migration.sentinel import Sentinel
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
@@ -23,7 +24,6 @@ from qcow2bm.store.entries import MAX_BITMAP_BYTES
 from qcow2bm.units import ceil_div, encode_name, escape
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")  # what QEMU takes as an alias
-_MAX_ALIAS_BYTES = 255
 _CLUSTER_SIZE = 64 << 10  # where QEMU does not say
 
 Mapping = list[dict[str, Any]]
@@ -159,7 +159,7 @@ def _travelling(node: Node) -> list[LiveBitmap]:
 
 
 def _fits(bitmap: LiveBitmap) -> bool:
-    return len(encode_name(bitmap.name)) <= _MAX_ALIAS_BYTES
+    return len(encode_name(bitmap.name)) <= MAX_NAME
 
 
 def _obstacles(machine: Machine, mapping: Mapping) -> list[Obstacle]:

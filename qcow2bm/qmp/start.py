@@ -17,12 +17,11 @@ from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import copy_of, is_evidence, original_of
 from qcow2bm.qmp.nodes import LiveBitmap, Node, find, look
+from qcow2bm.store.entries import MAX_NAME_SIZE
 from qcow2bm.units import encode_name, escape
 
 Outcome = Literal["rescued", "copied", "planned", "left", "lost"]
 Proof = Literal["sha256", "count"]
-
-_MAX_NAME_BYTES = 1023
 
 
 class Rescued(NamedTuple):
@@ -130,7 +129,7 @@ def copy_and_rename(
     bits have another name, under which they are stored if the machine ends then.
     """
     name, copy = bitmap.name, copy_of(bitmap.name)
-    if len(encode_name(copy)) > _MAX_NAME_BYTES:
+    if len(encode_name(copy)) > MAX_NAME_SIZE:
         return Rescued(bitmap, "left", "its name is too long for a copy beside it")
     try:
         monitor.transaction(_replace(bitmap, copy))

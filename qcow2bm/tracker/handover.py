@@ -290,7 +290,7 @@ class _Comeback:
 def _token(file: ClusterFile, migration: Migration) -> bytes | None:
     """That of the generation; what we ourselves made of it counts as what it was."""
     assert migration.left
-    found = file.generation.token if file.generation else None
+    found = file.token
     return migration.left.facts.token if found == migration.next_token else found
 
 
