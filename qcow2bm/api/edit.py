@@ -43,6 +43,7 @@ class Edit:
         self._open_draft = Draft(file, directory)
         self._generation = image._generation
         self._state = "not begun"
+        self._intact_bitmaps: frozenset[int] | None = None
 
     def __enter__(self) -> Edit:
         if self._state != "not begun":
@@ -301,9 +302,9 @@ class Edit:
 
         Raises:
             BitmapNotFoundError: there is none of that name.
-            BitmapError: it is valid; or with ``trust_stored`` its bits are gone.
-            FormatError: the directory of stale bitmaps is damaged.
-            LimitError: a bitmap of this granularity would be larger than QEMU allows.
+            BitmapError: it is valid, or QEMU could not use it. Or it shares clusters with somebody,
+                or has lost them, where its stored bits are to be trusted, or it is in_use.
+            FormatError: the image, or the directory of stale bitmaps, is damaged.
             StorageError: reading failed.
             ValueError: ``packed`` has another length than such a bitmap of this disk, or there
                 is ``trust_stored`` as well. Then, as after every error, the edit is as it was.
@@ -312,16 +313,26 @@ class Edit:
             raise ValueError("packed and trust_stored exclude each other")
         granularity = self._draft.salvageable(name)
         source = None if packed is None else self._source(name, granularity, packed)
+        intact = self._intact()
+        is_intact = self._image.bitmaps[name].index in intact
+        if not is_intact and (trust_stored or not self._draft.is_stale):
+            reason = "shares clusters with others by now, or has lost them, or its table is damaged"
+            raise BitmapError(name, f"{reason}: see what check says of it")
         if self._draft.is_stale:
-            from qcow2bm.check.salvage import intact_bitmaps
-
-            with self._image._file.lock():
-                intact = intact_bitmaps(self._image._storage)
-            self._draft.revive(intact, name if trust_stored else None)
+            self._draft.revive(intact)
         self._draft.salvage(name, trusts_stored=trust_stored)
         if source:
             self._draft.clear(name)
             self._draft.merge(name, source, "or")
+
+    def _intact(self) -> frozenset[int]:
+        """The bitmaps whose clusters are theirs alone, by the indexes of their entries."""
+        if self._intact_bitmaps is None:
+            from qcow2bm.check.salvage import intact_bitmaps
+
+            with self._image._file.lock():
+                self._intact_bitmaps = intact_bitmaps(self._image._storage)
+        return self._intact_bitmaps
 
     def _source(
         self,

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2bm.bits.runs import ALLOCATED
 from qcow2bm.check.guest import GuestWalk, L1Table
 from qcow2bm.check.references import CHUNK, References, runs
 from qcow2bm.clusters.file import ClusterFile
@@ -33,8 +32,8 @@ from qcow2bm.format.refcounts import (
 )
 from qcow2bm.problems import UNUSABLE, Problem, kind_of, problem
 from qcow2bm.store.directory import BitmapDirectory
-from qcow2bm.store.entries import MAX_BITMAP_BYTES, required_table_size
-from qcow2bm.store.tables import MAX_TABLES_BYTES, has_readable_table, read_words, table_runs
+from qcow2bm.store.entries import required_table_size
+from qcow2bm.store.tables import Used, readable_tables, used_by_bitmaps
 from qcow2bm.units import ceil_div
 
 MAX_LISTED = 16
@@ -86,15 +85,6 @@ def undercounted_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> froze
     Whoever looks for a free cluster may take it, or has done so. Raises as `check` does.
     """
     return _Checker(file, directory).undercounted()
-
-
-class _Use(NamedTuple):
-    """Bytes that a bitmap uses, and what problem it is if the disk does so as well."""
-
-    id: str
-    offset: int
-    length: int
-    bitmap_index: int | None
 
 
 class _Checker:
@@ -152,14 +142,13 @@ class _Checker:
     def undercounted(self) -> frozenset[int]:
         """See `undercounted_bitmaps`."""
         self.run()
-        found = set()
-        for use in self._bitmap_uses():
-            first, stop = self._clusters(use)
+        found: set[int] = set()
+        for part in used_by_bitmaps(self._file, self._directory):
+            first, stop = self._clusters(part)
             used = self._disk.counts(first, stop) + self._others.counts(first, stop)
-            if (
-                self._refcounts(np.arange(first, stop)) < used
-            ).any() and use.bitmap_index is not None:
-                found.add(use.bitmap_index)
+            is_low = self._refcounts(np.arange(first, stop)) < used
+            if is_low.any() and part.bitmap_index is not None:
+                found.add(part.bitmap_index)
         return frozenset(found)
 
     def _sectors(
@@ -275,61 +264,30 @@ class _Checker:
     def _walk_bitmaps(self) -> None:
         if self._directory.is_consistent:
             self._use_bitmaps()
-            for entry, words in self._tables():
+            for entry, words in readable_tables(self._file, self._directory):
                 self._look_at_tail(entry, words[-1])
 
     def _use_bitmaps(self) -> None:
-        for use in self._bitmap_uses():
-            self._use(use)
+        for used in used_by_bitmaps(self._file, self._directory):
+            self._use(used)
 
-    def _tables(self) -> Iterator[tuple[DirectoryEntry, array[int]]]:
-        """The entries that lead to a table, with it, as far as all tables are not too much."""
-        if not self._directory.extension or self._directory.distrust:
-            return
-        left = MAX_TABLES_BYTES
-        for entry in self._directory.entries:
-            length = ENTRY_LENGTH * entry.bitmap_table_size
-            if has_readable_table(entry, self._file) and length <= left:
-                left -= length
-                yield entry, read_words(self._file, entry)
-
-    def _bitmap_uses(self) -> Iterator[_Use]:
-        """All that the bitmaps use, within the file."""
-        extension, size = self._directory.extension, self._file.cluster_size
-        if not extension or self._directory.distrust:
-            return
-        start = extension.bitmap_directory_offset
-        yield _Use("bitmap-directory.overlap", start, self._directory.size, None)
-        for entry in self._directory.entries:
-            length = ENTRY_LENGTH * entry.bitmap_table_size
-            past = entry.bitmap_table_offset + length - self._file.file_size
-            is_cut = 0 < past < size and entry.bitmap_table_size * size <= MAX_BITMAP_BYTES
-            if is_cut or has_readable_table(entry, self._file):
-                yield _Use("bitmap-table.overlap", entry.bitmap_table_offset, length, entry.index)
-        for entry, words in self._tables():
-            index = entry.index
-            for run in table_runs(words, size):
-                if run.kind == ALLOCATED:
-                    inside = min(run.entries, ceil_div(self._file.file_size - run.offset, size))
-                    if inside > 0:
-                        yield _Use("bitmap-data.overlap", run.offset, inside * size, index)
-
-    def _use(self, use: _Use) -> None:
+    def _use(self, part: Used) -> None:
         """Counts what a bitmap uses, and finds out whether the disk uses it, too.
 
         The first place where it does is enough: the bitmap is worth nothing then.
         """
-        first, stop = self._clusters(use)
-        self._others.add(use.offset, use.length)
+        first, stop = self._clusters(part)
+        self._others.add(part.offset, part.length)
         shared = np.flatnonzero(self._disk.counts(first, stop))
-        if len(shared) and (use.id, use.bitmap_index) not in self._shared:
-            self._shared.add((use.id, use.bitmap_index))
+        id = f"{part.structure.replace(' ', '-')}.overlap"
+        if len(shared) and (id, part.bitmap_index) not in self._shared:
+            self._shared.add((id, part.bitmap_index))
             place = (first + int(shared[0])) * self._file.cluster_size
-            self._report(use.id, place, "is also used by the disk itself", None, use.bitmap_index)
+            self._report(id, place, "is also used by the disk itself", None, part.bitmap_index)
 
-    def _clusters(self, use: _Use) -> tuple[int, int]:
+    def _clusters(self, part: Used) -> tuple[int, int]:
         size = self._file.cluster_size
-        return use.offset // size, ceil_div(use.offset + use.length, size)
+        return part.offset // size, ceil_div(part.offset + part.length, size)
 
     def _look_at_tail(self, entry: DirectoryEntry, word: int) -> None:
         """Bits behind the last that stands for a part of the disk should be clear."""

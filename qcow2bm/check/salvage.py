@@ -1,4 +1,4 @@
-"""Which bitmaps are left of those that a stale bitmaps extension names.
+"""Which of the bitmaps that miss writes still have their clusters to themselves.
 
 *Spec*: spec/repair.md, "Salvage".
 """
@@ -19,26 +19,33 @@ _TABLE_FIELDS = "directory-entry.bitmap_table_"
 
 
 def intact_bitmaps(storage: Storage) -> frozenset[int]:
-    """The stale bitmaps whose clusters are still theirs, by the indexes of their entries.
+    """The bitmaps whose clusters are theirs alone, by the indexes of their entries.
 
-    Those of the others were given to somebody else, or their tables do not fit the disk any more.
+    So it is found for stale bitmaps, too. The caller holds a lock.
 
     Raises:
-        FormatError: the directory is not what it was, so nothing in it can be taken up again.
+        FormatError: the directory is not what it was, so no bitmap can be believed; or the disk is
+            damaged, and the bitmaps are not stale anyway.
         StorageError: reading failed.
     """
     overlay = OverlayStorage(storage)
     header = ClusterFile(overlay, force_share=True).header
+    is_stale = not header.autoclear_features & AUTOCLEAR_BITMAPS
     autoclear = header.autoclear_features | AUTOCLEAR_BITMAPS
     overlay.write(FIELD_OFFSETS["autoclear_features"], (autoclear.to_bytes(8, "big"),))
     view = View.of(overlay)
     serious = [p for p in view.problems if p.severity in (REFUSED, UNUSABLE)]
-    of_all = view.directory.distrust or view.survey.distrust
-    of_all = of_all or next((p for p in serious if p.id == "bitmap-directory.overlap"), None)
-    for found in (of_all, *view.directory.problems):
-        if found in serious and found and not found.id.startswith(_TABLE_FIELDS):
-            raise as_error(found, ": stale bitmaps like that can only be removed (remove --all)")
-    if any(p.bitmap_index is None and p.structure != CLUSTER for p in serious):
-        return frozenset()  # so who uses what is not known
+    if is_stale:
+        of_all = view.directory.distrust or view.survey.distrust
+        of_all = of_all or next((p for p in serious if p.id == "bitmap-directory.overlap"), None)
+        for found in (of_all, *view.directory.problems):
+            if found in serious and found and not found.id.startswith(_TABLE_FIELDS):
+                what = ": stale bitmaps like that can only be removed (remove --all)"
+                raise as_error(found, what)
+    for found in serious:
+        if found.bitmap_index is None and found.structure != CLUSTER:
+            if is_stale:
+                return frozenset()  # so who uses what is not known
+            raise as_error(found, ": mend that first; check says how")
     broken = {p.bitmap_index for p in serious} | undercounted_bitmaps(view.file, view.directory)
     return frozenset(e.index for e in view.directory.entries if e.index not in broken)

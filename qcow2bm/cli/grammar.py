@@ -57,10 +57,12 @@ exit status: 0 all is as before the repair; 1 could not do it; 64 wrong usage
 """
 
 _SALVAGE_EPILOG = """\
-With --compare the bitmap gets exactly what differs between OLD, which must be the exact content of
-the last backup, and NEW, what the disk holds now: IMAGE itself, or its raw data file. Both are raw
-files or block devices, or qcow2 images, which qemu-nbd reads. IMAGE is locked meanwhile. With
---trust-stale every write since the bitmap was stored last is missing from it.
+With --compare the bitmap gets exactly what differs between OLD and NEW. OLD must be what the last
+backup restores to: the full backup with all increments. NEW is what the disk holds now: IMAGE
+itself, or its data file. Both are raw files or block devices, or qcow2 images, which qemu-nbd
+reads. IMAGE is locked meanwhile. With --trust-stale every
+write since the bitmap was stored last is missing from it: only for who knows that there was none.
+There is no undo.
 
 The change is atomic, as that of every edit. Other stale bitmaps become inconsistent: salvage them
 next, or remove them.
@@ -289,6 +291,12 @@ def _define_salvage(parser: Parser) -> None:
             choices=("raw", "qcow2"),
             help=f"what {metavar} is, if it begins like a qcow2 image",
         )
+    parser.add_argument(
+        "--assert-current",
+        dest="is_current",
+        action="store_true",
+        help="you know that NEW is what the disk holds now",
+    )
     add_editing(parser)
 
 

@@ -19,6 +19,7 @@ from qcow2bm.cli.edit import open_to_edit, plan_as_json, print_plan
 from qcow2bm.cli.facts import json_text, size
 from qcow2bm.cli.progress import progress
 from qcow2bm.clusters.plan import Plan
+from qcow2bm.errors import ImageLockedError
 from qcow2bm.store.status import INCONSISTENT
 from qcow2bm.units import escape
 
@@ -26,11 +27,26 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.compare.content import Content
+    from qcow2bm.compare.content import Content, Identity
+    from qcow2bm.compare.qemu_nbd import ServedContent
+    from qcow2bm.storage.base import Storage
 
 SCHEMA = 1
 
-_QCOW2 = b"QFI\xfb"
+_CONTAINERS = {
+    b"QFI\xfb": "qcow2",
+    b"KDMV": "VMDK",
+    b"# Disk DescriptorFile": "VMDK",
+    b"vhdxfile": "VHDX",
+    b"conectix": "VHD",
+    b"<<< ": "VDI",
+    b"QED\0": "QED",
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"WithoutFreeSpace": "Parallels",
+    b"WithouFreSpacExt": "Parallels",
+}
 
 
 class _InputError(Exception):
@@ -39,6 +55,10 @@ class _InputError(Exception):
 
 def run(arguments: argparse.Namespace) -> int:
     """Salvages a bitmap; returns the exit status."""
+    if not arguments.compare and (
+        arguments.old_format or arguments.new_format or arguments.is_current
+    ):
+        arguments.parser.error("--old-format, --new-format and --assert-current are of --compare")
     try:
         with open_to_edit(arguments) as image:
             name = addressing.find(image, arguments.name).name
@@ -51,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
                 _print(image, name)
     except _InputError as error:
         return fail(*error.args)
+    except ImageLockedError as error:  # of reading, in a dry run or of what is compared
+        raise ImageLockedError(error.path, error.held, "writing") from error
     return 0
 
 
@@ -79,27 +101,58 @@ def _differing(arguments: argparse.Namespace, image: Image, name: str) -> NDArra
 
     old, new = arguments.compare
     say(
-        f"note: {escape(old)} must be exactly what the last backup holds: whatever is the same in "
-        f"{escape(new)} will not be saved by the next one"
+        f"note: {escape(old)} must be exactly what the last backup restores to, with all "
+        f"increments: whatever is the same in {escape(new)} will not be saved by the next one"
     )
-    for path in (old, new):
-        if not os.path.exists(path):
-            raise _InputError(path, "there is no such file")
-    if os.path.samefile(old, new) or os.path.samefile(old, arguments.image):
-        raise _InputError(old, "is not the last backup, but the disk that is compared with it")
+    ours, before, now = map(_identity, (arguments.image, old, new))
     with ExitStack() as opened:
-        before = _content(opened, arguments, old, arguments.old_format)
-        now = _content(opened, arguments, new, arguments.new_format)
-        if now.size != image.virtual_size:
-            reason = f"has {now.size} bytes, but the disk has {image.virtual_size}"
+        disk = _disk(opened, arguments, image) if now == ours or image.has_data_file else None
+        if before in (ours, now) or (disk and image.has_data_file and before in disk.identities):
+            raise _InputError(old, "is not the last backup, but the disk that is compared with it")
+        if now != ours and not arguments.is_current and not (disk and now in disk.identities):
+            raise _InputError(
+                new,
+                "is neither the image nor its data file: if you know that it is what the disk "
+                "holds now, --assert-current",
+            )
+        content = _content(opened, arguments, old, arguments.old_format, "--old-format")
+        current: Content | None = disk if now == ours else None
+        if current is None:
+            current = _content(opened, arguments, new, arguments.new_format, "--new-format")
+        if current.size != image.virtual_size:
+            reason = f"has {current.size} bytes, but the disk has {image.virtual_size}"
             raise _InputError(new, reason)
-        show = opened.enter_context(progress(min(before.size, now.size)))
-        granularity = image.bitmaps[name].granularity
-        return differences(before, now, granularity, progress=show)
+        if content.size != current.size:
+            say(
+                f"warning: {escape(old)} has {content.size} bytes, the disk {current.size}: was it "
+                "resized since?"
+            )
+        show = opened.enter_context(progress(min(content.size, current.size)))
+        return differences(content, current, image.bitmaps[name].granularity, progress=show)
+
+
+def _identity(path: str) -> Identity:
+    from qcow2bm.compare.content import identity
+
+    try:
+        return identity(os.stat(path))
+    except (OSError, ValueError) as error:
+        raise _InputError(path, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _disk(opened: ExitStack, arguments: argparse.Namespace, image: Image) -> ServedContent:
+    """What the image holds, with all that belongs to it."""
+    from qcow2bm.compare.differences import WORKERS
+    from qcow2bm.compare.qemu_nbd import served
+
+    is_locked, locking = not arguments.dry_run, not arguments.no_lock
+    return opened.enter_context(
+        served(image.name, WORKERS, is_locked=is_locked, locking=locking, wait=arguments.wait)
+    )
 
 
 def _content(
-    opened: ExitStack, arguments: argparse.Namespace, path: str, kind: str | None
+    opened: ExitStack, arguments: argparse.Namespace, path: str, kind: str | None, option: str
 ) -> Content:
     """What a file or block device holds, which nobody writes to until all is closed."""
     from qcow2bm.compare.content import RawContent
@@ -107,25 +160,32 @@ def _content(
     from qcow2bm.compare.qemu_nbd import served
     from qcow2bm.storage.file import FileStorage
 
-    is_image = os.path.samefile(path, arguments.image)
-    storage = FileStorage(path, locking=not arguments.no_lock, lock_timeout=arguments.wait)
+    locking, wait = not arguments.no_lock, arguments.wait
+    storage = FileStorage(path, locking=locking, lock_timeout=wait)
     opened.callback(storage.close)
-    head = bytearray(len(_QCOW2))
-    storage.read_into(0, memoryview(head))
-    if is_image:
-        kind = "qcow2"
-    elif kind is None and head == _QCOW2:
-        option = "--old-format" if path == arguments.compare[0] else "--new-format"
-        raise _InputError(
-            path,
-            f"begins like a qcow2 image: say {option} qcow2 if it is one; if it is a disk on "
-            f"which a guest wrote that, {option} raw",
-        )
-    if kind == "qcow2":
-        is_locked = is_image and not arguments.dry_run
-        return opened.enter_context(served(path, WORKERS, is_locked=is_locked))
     opened.enter_context(storage.read_lock())
+    if kind is None:
+        _require_raw(storage, path, option)
+    if kind == "qcow2":
+        return opened.enter_context(served(path, WORKERS, locking=locking, wait=wait))
     return RawContent(storage)
+
+
+def _require_raw(storage: Storage, path: str, option: str) -> None:
+    """Nobody wants the bytes of a container compared with those of a disk."""
+    head = bytearray(max(map(len, _CONTAINERS)))
+    storage.read_into(0, memoryview(head))
+    for magic, name in _CONTAINERS.items():
+        if not head.startswith(magic):
+            continue
+        if name == "qcow2":
+            cure = f"say {option} qcow2 if it is one"
+        else:
+            cure = "make it raw or qcow2 if it is one"
+        reason = (
+            f"begins like a file of {name}: {cure}; if it is a disk on which a guest wrote that,"
+        )
+        raise _InputError(path, f"{reason} {option} raw")
 
 
 def _print(image: Image, name: str) -> None:

@@ -216,12 +216,16 @@ class HeaderDraft:
         return Switch(self._write(place, place + len(payload), "bitmaps extension"))
 
     def revive(self, payload: bytes) -> Switch:
-        """Gives a stale bitmaps extension a new payload, and the autoclear bit."""
+        """Gives a stale bitmaps extension a new payload, and the autoclear bit.
+
+        It leads to the old directory, the last trace of what it names, until the new one is
+        whole; if `straighten` comes first it never leads anywhere else.
+        """
         write = self.replace(payload).commit
         self._set_autoclear(is_set=True)
-        before = write_in_sectors(write.offset, payload, write.what)
+        written = write_in_sectors(write.offset, payload, write.what)
         commit = self._write(_AUTOCLEAR, _AUTOCLEAR + 8, "autoclear bit of the bitmaps")
-        return Switch(commit, before)
+        return Switch(commit, (), (*written, Barrier(write.what)))
 
     def insert(self, payload: bytes) -> Switch:
         """Makes a bitmaps extension with this payload behind the others, and its autoclear bit.

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -12,6 +14,15 @@ from qcow2bm.clusters.plan import SECTOR_SIZE
 from qcow2bm.errors import ChangedWhileReadingError
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.units import align_up
+
+Identity = tuple[int, int]
+"""Tells a file from others: device and inode, or of a block device its number."""
+
+
+def identity(status: os.stat_result) -> Identity:
+    """The same for all names of a file, and of a block device for all its nodes."""
+    is_device = stat.S_ISBLK(status.st_mode)
+    return (-1, status.st_rdev) if is_device else (status.st_dev, status.st_ino)
 
 
 class Reader(Protocol):

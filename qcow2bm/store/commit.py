@@ -24,7 +24,7 @@ from qcow2bm.format.table import ENTRY_LENGTH, MASKS, build_bitmap_table
 from qcow2bm.store.directory import BitmapDirectory
 from qcow2bm.store.draft import ZEROES, Content, DraftBits
 from qcow2bm.store.edit import Draft, DraftBitmap
-from qcow2bm.store.tables import Survey, read_words
+from qcow2bm.store.tables import Survey, read_words, used_by_bitmaps
 from qcow2bm.units import ceil_div
 
 if TYPE_CHECKING:
@@ -60,10 +60,16 @@ def plan_commit(
         if bitmap.bits and _has_new_table(bitmap)
     ]
     extension = directory.extension
+    is_revived = bool(extension and not directory.is_consistent and not draft.drops_extension)
     allocator = allocator_of(file, directory, survey, capacity)
+    if is_revived:  # what is stale is the last trace of its bitmaps, counted or not
+        uses = used_by_bitmaps(file, directory)
+        end = max((used.offset + used.length for used in uses), default=0)
+        taken = [(0, ceil_div(end, file.cluster_size))]
+        allocator = Allocator(file, taken, 0, capacity, is_behind=True)
     header = HeaderDraft(file)
     prepared = header.clear_unknown_autoclear()
-    if draft.bitmaps and extension and directory.is_consistent:
+    if draft.bitmaps and extension and (directory.is_consistent or is_revived):
         prepared += header.straighten()
     renewed = header.renew_generation(
         token

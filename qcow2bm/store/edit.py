@@ -403,40 +403,42 @@ class Draft:
         Raises:
             BitmapNotFoundError: there is none of that name.
             BitmapError: it is neither.
-            LimitError: a bitmap of this granularity would be larger than QEMU allows.
         """
-        stored = self._directory.entries if self._is_stale else ()
-        names = [entry.name for entry in stored]
-        if name in names:
-            granularity = stored[names.index(name)].granularity
-        elif self._is_stale:
-            raise BitmapNotFoundError(name, why_not_found(n for n in names if n is not None))
-        elif not self._known(name).is_in_use:
+        if self._is_stale:
+            entries = {entry.name: entry for entry in self._directory.entries}
+            if name not in entries:
+                names = (known for known in entries if known is not None)
+                raise BitmapNotFoundError(name, why_not_found(names))
+            return entries[name].granularity
+        found = self._known(name)
+        if not found.is_in_use:
             raise BitmapError(name, "is neither in_use nor stale: there is nothing to salvage")
-        else:
-            granularity = 1 << self._known(name).granularity_bits
-        self.require_granularity(granularity)
-        return granularity
+        return 1 << found.granularity_bits
 
-    def revive(self, intact: Collection[int], wanted: str | None) -> None:
+    def revive(self, intact: Collection[int]) -> None:
         """Takes up stale bitmaps again, all of them in_use.
 
         Those that are not ``intact``, by the indexes of their entries, get a table of their own
         in which everything is dirty: what theirs leads to is somebody else's by now.
 
         Raises:
-            BitmapError: the one that is ``wanted`` with its bits is not intact.
+            BitmapError: such a table would be larger than QEMU allows.
         """
         lost = [entry for entry in self._directory.entries if entry.index not in intact]
-        if wanted is not None and wanted in (entry.name for entry in lost):
-            reason = "has no bits any more: its clusters were given to others, or the disk resized"
-            raise BitmapError(wanted, reason)
+        for entry in lost:
+            self._require_usable(entry.name or "", entry.granularity)
         self._is_stale = False
         self._begin(self._directory.entries)
         for found in self.bitmaps.values():
             found.flags, found.is_in_use = found.flags | FLAG_IN_USE, True
             if found.entry in lost:
                 found.entry, found.bits = None, self._all_dirty(1 << found.granularity_bits)
+
+    def _require_usable(self, name: str, granularity: int) -> None:
+        try:
+            self.require_granularity(granularity)
+        except (LimitError, ValueError) as error:
+            raise BitmapError(name, f"cannot be made valid: {error}") from error
 
     def _all_dirty(self, granularity: int) -> DraftBits:
         bits = DraftBits(self._file, granularity, None)
@@ -448,22 +450,21 @@ class Draft:
 
         Raises:
             As `salvageable` does.
-            BitmapError: it has no stored bits.
+            BitmapError: QEMU could not use it.
         """
         granularity = self.salvageable(name)
+        self._require_usable(name, granularity)
         found = self._known(name)
         flags = found.flags & ~FLAG_IN_USE
-        if not trusts_stored:
-            self._drop(found)
-            key, bits = found.name_bytes, self._all_dirty(granularity)
-            self.bitmaps[key] = DraftBitmap(
-                key, flags, found.granularity_bits, b"", None, found.place, bits
-            )
-        elif found.entry:
+        if trusts_stored:
             found.flags, found.is_in_use = flags, False
             self.fit(name)
-        else:
-            raise BitmapError(name, "has no bits of its own")
+            return
+        self._drop(found)
+        key, bits = found.name_bytes, self._all_dirty(granularity)
+        self.bitmaps[key] = DraftBitmap(
+            key, flags, found.granularity_bits, b"", None, found.place, bits
+        )
 
     @property
     def directory_size(self) -> int:

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qcow2bm.problems import Problem, problem
+from qcow2bm.problems import DIRECTORY, Problem, problem
 from qcow2bm.units import align_up
-
-BITMAP_DIRECTORY = "bitmap directory"
 
 
 class _Use(NamedTuple):
@@ -72,5 +70,5 @@ class Overlaps:
         if mine.owner is not None:
             id = "bitmap-table.overlap" if mine.is_table else "bitmap-data.overlap"
             yield problem(id, offset, reason, mine.owner)
-        elif mine.name == BITMAP_DIRECTORY:
+        elif mine.name == DIRECTORY:
             yield problem("bitmap-directory.overlap", offset, reason)

@@ -16,10 +16,10 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, DirectoryEntry
 from qcow2bm.format.table import ENTRY_LENGTH, MASKS, parse_bitmap_table
-from qcow2bm.problems import UNUSABLE, Problem, Severity, problem
+from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem, Severity, problem
 from qcow2bm.store.directory import BitmapDirectory
 from qcow2bm.store.entries import GRANULARITY_BITS_LIMIT, MAX_BITMAP_BYTES
-from qcow2bm.store.overlaps import BITMAP_DIRECTORY, Overlaps
+from qcow2bm.store.overlaps import Overlaps
 from qcow2bm.units import ceil_div
 
 MAX_FAULTS_LISTED = 16
@@ -110,7 +110,7 @@ def survey(
     is_sound = directory.is_consistent and not directory.distrust
     if is_sound and directory.extension:
         start = directory.extension.bitmap_directory_offset
-        overlaps.add(overlaps.use(BITMAP_DIRECTORY), start, directory.size)
+        overlaps.add(overlaps.use(DIRECTORY), start, directory.size)
     with file.lock():
         for part in fixed_parts(file, header_problems):
             overlaps.add(overlaps.use(part.name), part.offset, part.length)
@@ -190,6 +190,50 @@ def has_readable_table(entry: DirectoryEntry, file: ClusterFile) -> bool:
         and start % file.cluster_size == 0
         and start + size <= file.file_size
     )
+
+
+class Used(NamedTuple):
+    """Host bytes that a bitmap uses, or the directory, which has no ``bitmap_index``."""
+
+    structure: str
+    offset: int
+    length: int
+    bitmap_index: int | None
+
+
+def readable_tables(
+    file: ClusterFile, directory: BitmapDirectory
+) -> Iterator[tuple[DirectoryEntry, array[int]]]:
+    """The entries that lead to a table, with it, as long as all tables are not too much."""
+    left = MAX_TABLES_BYTES
+    for entry in () if directory.distrust else directory.entries:
+        length = ENTRY_LENGTH * entry.bitmap_table_size
+        if length <= left and has_readable_table(entry, file):
+            left -= length
+            yield entry, read_words(file, entry)
+
+
+def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[Used]:
+    """All that bitmaps use within the file, sound or not, in use or stale.
+
+    Raises:
+        StorageError: reading failed.
+    """
+    if not directory.extension or directory.distrust:
+        return
+    size = file.cluster_size
+    yield Used(DIRECTORY, directory.extension.bitmap_directory_offset, directory.size, None)
+    for entry in directory.entries:
+        start, length = entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size
+        is_cut = 0 < start + length - file.file_size < size  # in the midst of its last cluster
+        is_possible = entry.bitmap_table_size * size <= MAX_BITMAP_BYTES
+        if (is_cut and is_possible) or has_readable_table(entry, file):
+            yield Used(TABLE, start, length, entry.index)
+    for entry, words in readable_tables(file, directory):
+        for run in table_runs(words, size):
+            inside = min(run.entries, ceil_div(file.file_size - run.offset, size))
+            if run.kind == ALLOCATED and inside > 0:
+                yield Used(DATA, run.offset, inside * size, entry.index)
 
 
 def _entry_faults(

@@ -14,6 +14,7 @@ from support.images import Stored, build_image
 from support.jsonspec import check_salvage
 
 import qcow2bm
+from qcow2bm.clusters.plan import Barrier, Write
 from qcow2bm.compare import differences
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 
@@ -23,8 +24,8 @@ CRASHED = Stored(b"crashed", [b"\5"], flags=FLAG_AUTO | FLAG_IN_USE)
 DISABLED = Stored(b"disabled", [b"\5"], flags=FLAG_IN_USE)
 SOUND = Stored(b"sound", [b"\3"])
 NOTE = (
-    "qcow2bm: note: old must be exactly what the last backup holds: whatever is the same in new "
-    "will not be saved by the next one\n"
+    "qcow2bm: note: old must be exactly what the last backup restores to, with all increments: "
+    "whatever is the same in new will not be saved by the next one\n"
 )
 
 
@@ -156,7 +157,7 @@ def test_of_stale_bitmaps_whose_clusters_are_not_counted_only_the_names_are_left
     (tmp_path / "vm.qcow2").write_bytes(data)
     refused = run(["salvage", "vm.qcow2", "a", "--trust-stale"], tmp_path)
     assert refused.status == 1
-    assert "its clusters were given to others" in refused.err
+    assert "shares clusters with others by now, or has lost them" in refused.err
     assert (tmp_path / "vm.qcow2").read_bytes() == data
     assert run(["salvage", "vm.qcow2", "a", "--all-dirty"], tmp_path).status == 0
     assert dirty(tmp_path) == {"a": ALL, "b": "inconsistent", "c": "inconsistent"}
@@ -234,7 +235,7 @@ def write_raw(folder: Path, name: str, *granules: int, size: int = SIZE) -> None
         file.truncate(size)
 
 
-COMPARE = ["salvage", "vm.qcow2", "crashed", "--compare", "old", "new"]
+COMPARE = ["salvage", "vm.qcow2", "crashed", "--compare", "old", "new", "--assert-current"]
 
 
 @pytest.mark.spec("SALVAGE-5")
@@ -244,6 +245,7 @@ def test_what_differs_is_dirty(tmp_path: Path) -> None:
     write_raw(tmp_path, "new", 3, 8)
     done = run(COMPARE, tmp_path)
     assert (done.status, done.err) == (0, NOTE)
+    assert done.out.startswith('"crashed" is valid: 192 KiB (196608 bytes) of 10 MiB ')
     assert dirty(tmp_path) == {"crashed": [7, 8, 159]}
 
 
@@ -252,7 +254,9 @@ def test_what_an_old_one_that_is_shorter_lacks_is_dirty(tmp_path: Path) -> None:
     write(tmp_path, CRASHED)
     write_raw(tmp_path, "old", 1, size=150 * GRANULE + 512)
     write_raw(tmp_path, "new")
-    assert run(COMPARE, tmp_path).status == 0
+    done = run(COMPARE, tmp_path)
+    assert done.status == 0
+    assert "warning: old has 9830912 bytes, the disk 10485760: was it resized since?" in done.err
     assert dirty(tmp_path) == {"crashed": [1, *range(150, 160)]}
 
 
@@ -263,8 +267,9 @@ def test_what_an_old_one_that_is_shorter_lacks_is_dirty(tmp_path: Path) -> None:
         ("size", f"new: has {SIZE - 512} bytes, but the disk has {SIZE}"),
         ("same", "old: is not the last backup, but the disk that is compared with it"),
         ("image", "old: is not the last backup, but the disk that is compared with it"),
-        ("missing", "old: there is no such file"),
-        ("qcow2", "old: begins like a qcow2 image: say --old-format qcow2 if it is one"),
+        ("missing", "old: No such file or directory"),
+        ("qcow2", "old: begins like a file of qcow2: say --old-format qcow2 if it is one"),
+        ("vhdx", "old: begins like a file of VHDX: make it raw or qcow2 if it is one"),
         ("folder", "old: is a directory; an image is a regular file or a block device"),
     ],
 )
@@ -278,8 +283,9 @@ def test_what_is_not_compared(what: str, message: str, tmp_path: Path) -> None:
         os.link(tmp_path / "new", tmp_path / "old")
     if what == "image":
         os.link(tmp_path / "vm.qcow2", tmp_path / "old")
-    if what == "qcow2":
-        (tmp_path / "old").write_bytes(b"QFI\xfb" + bytes(SIZE - 4))
+    if what in ("qcow2", "vhdx"):
+        magic = b"QFI\xfb" if what == "qcow2" else b"vhdxfile"
+        (tmp_path / "old").write_bytes(magic.ljust(SIZE, b"\0"))
     if what == "folder":
         (tmp_path / "old").mkdir()
     done = run(COMPARE, tmp_path)
@@ -287,6 +293,83 @@ def test_what_is_not_compared(what: str, message: str, tmp_path: Path) -> None:
     assert done.err.startswith(f"{NOTE}qcow2bm: {message}")
     assert len(done.err.splitlines()) == 2
     assert (tmp_path / "vm.qcow2").read_bytes() == before
+
+
+@pytest.mark.spec("SALVAGE-5")
+def test_that_new_is_the_disk_is_proved_or_said(tmp_path: Path) -> None:
+    before = write(tmp_path, CRASHED)
+    write_raw(tmp_path, "old", 1)
+    write_raw(tmp_path, "new")
+    done = run(COMPARE[:-1], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert "qcow2bm: new: is neither the image nor its data file: if you know" in done.err
+    assert (tmp_path / "vm.qcow2").read_bytes() == before
+    wrong = run(["salvage", "vm.qcow2", "crashed", "--all-dirty", "--assert-current"], tmp_path)
+    assert (wrong.status, wrong.out) == (64, "")
+
+
+@pytest.mark.spec("SALVAGE-2")
+@pytest.mark.parametrize("bits", [5, 33, 63, 64, 255])
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_a_granularity_that_qemu_cannot_have(bits: int, is_stale: bool, tmp_path: Path) -> None:
+    data = bytearray(write(tmp_path, CRASHED, autoclear=not is_stale))
+    with qcow2bm.open(bytes(data)) as image:
+        data[image.directory[0].offset_of("granularity_bits")] = bits
+    (tmp_path / "vm.qcow2").write_bytes(data)
+    done = run(["salvage", "vm.qcow2", "crashed", "--all-dirty"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert len(done.err.splitlines()) == 1
+    assert (tmp_path / "vm.qcow2").read_bytes() == data
+
+
+@pytest.mark.spec("SALVAGE-2")
+@pytest.mark.parametrize("way", ["--all-dirty", "--trust-stale"])
+def test_one_that_uses_clusters_of_the_disk_is_not_salvaged(way: str, tmp_path: Path) -> None:
+    data = bytearray(write(tmp_path, CRASHED))
+    with qcow2bm.open(bytes(data)) as image:
+        table, l1 = image.directory[0].bitmap_table_offset, image.header.l1_table_offset
+    data[l1 : l1 + 8] = (1 << 63).to_bytes(8, "big")[:1] + data[table + 1 : table + 8]
+    (tmp_path / "vm.qcow2").write_bytes(data)
+    done = run(["salvage", "vm.qcow2", "crashed", way], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert (tmp_path / "vm.qcow2").read_bytes() == data
+
+
+@pytest.mark.spec("SALVAGE-3")
+def test_a_stale_bitmap_that_could_not_be_as_large_is_said(tmp_path: Path) -> None:
+    """The disk was made much larger by a program without bitmaps."""
+    fine = Stored(b"fine", granularity_bits=9)
+    data = bytearray(write(tmp_path, STALE[0], fine, autoclear=False))
+    data[24:32] = (1 << 42).to_bytes(8, "big")
+    (tmp_path / "vm.qcow2").write_bytes(data)
+    done = run(["salvage", "vm.qcow2", "a", "--all-dirty"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert (tmp_path / "vm.qcow2").read_bytes() == data
+
+
+@pytest.mark.spec("SALVAGE-1")
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_what_is_stale_is_not_overwritten_before_the_new_directory_is_whole(
+    is_counted: bool,
+) -> None:
+    data = bytearray(build_image(*STALE, size=SIZE, autoclear=False).data)
+    with qcow2bm.open(bytes(data)) as image:
+        extension = image.bitmaps_extension
+        assert extension
+        low = extension.bitmap_directory_offset
+        block = int.from_bytes(data[image.header.refcount_table_offset :][:8], "big")
+    if not is_counted:
+        first, end = low // 512, len(data) // 512
+        data[block + 2 * first : block + 2 * end] = bytes(2 * (end - first))
+    with qcow2bm.open(data) as image, image.edit(dry_run=True) as edit:
+        edit.salvage("a")
+        steps = edit.plan().steps
+    place = next(n for n, s in enumerate(steps) if s.what == "bitmaps extension")
+    assert isinstance(steps[place - 1], Barrier)
+    assert isinstance(steps[place + 1], Barrier)
+    for step in steps[:place]:
+        if isinstance(step, Write):
+            assert step.offset >= len(data) or step.what.startswith("refcounts")
 
 
 @pytest.mark.spec("SALVAGE-6")

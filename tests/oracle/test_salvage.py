@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support import qemu
-from support.console import run
+from support.console import environment, run
 from support.qemu import Disk
 from support.specreader import page
 
 import qcow2bm
+from qcow2bm.compare import differences
 
 GRANULE = 65536
 SIZE = 64 << 20
@@ -124,10 +128,98 @@ def test_who_writes_to_a_backing_file_or_a_backup_is_noticed(tmp_path: Path) -> 
         with qcow2bm.open(written, "r+"):  # which holds the locks of a writer
             done = run(arguments, tmp_path)
             assert (done.status, done.out) == (1, "")
-            assert "lock Is another process using the image" in done.err
+            message = "lock Is another process" if written == base else "in use by another process"
+            assert message in done.err
             assert len(done.err.splitlines()) == 2
     assert run(arguments, tmp_path).status == 0
     assert granules(path, "daily") == [0]
+
+
+@pytest.mark.spec("SALVAGE-7")
+@pytest.mark.parametrize("what", ["raw backing file", "data file", "qcow2 file"])
+def test_nobody_writes_meanwhile_to_what_belongs_to_a_disk(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU lets others write to raw files below what it exports; and who takes no locks is seen."""
+    raw, old = tmp_path / "raw", tmp_path / "old"
+    raw.write_bytes(b"\1" * SIZE)
+    if what == "data file":
+        path = make(tmp_path, "vm.qcow2", "-o", f"data_file={tmp_path / 'data'},data_file_raw=on")
+        write(path, f"write -P 1 0 {SIZE}")
+    else:
+        path = make(tmp_path)
+        write(path, f"write -P 1 0 {SIZE}")
+    tool("qemu-img", "bitmap", "--add", path, "daily")
+    write(path, "write -P 1 0 64k", crash=True)
+    if what == "raw backing file":
+        tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", raw, old)
+    elif what == "qcow2 file":
+        tool("qemu-img", "convert", "-O", "qcow2", raw, old)
+    else:
+        old.write_bytes(raw.read_bytes())
+    compare = differences.differences
+
+    def compare_and_write(*arguments: object, **options: object) -> object:
+        found = compare(*arguments, **options)  # type: ignore[arg-type]
+        if what == "qcow2 file":
+            with old.open("r+b") as file:
+                file.seek(-512, os.SEEK_END)
+                file.write(b"x")
+            os.utime(old, ns=(1, 1))
+            arguments[0].require_unchanged()  # type: ignore[attr-defined]
+        else:
+            victim = raw if what == "raw backing file" else tmp_path / "data"
+            done = qemu.run("qemu-io", "-f", "raw", "-c", "write -P 9 0 64k", victim)
+            assert 'Failed to get "write" lock' in done.stderr
+        return found
+
+    monkeypatch.setattr(differences, "differences", compare_and_write)
+    arguments = ["salvage", "vm.qcow2", "daily", "--compare", "old", "vm.qcow2"]
+    arguments += [] if what == "data file" else ["--old-format=qcow2"]
+    done = run(arguments, tmp_path)
+    assert done.status == (what == "qcow2 file"), done.err
+    if done.status:
+        assert "changed" in done.err
+
+
+@pytest.mark.spec("SALVAGE-5")
+def test_the_data_file_of_the_image_is_no_backup(tmp_path: Path) -> None:
+    options = ("-o", f"data_file={tmp_path / 'data'},data_file_raw=on")
+    path = make(tmp_path, "vm.qcow2", *options)
+    tool("qemu-img", "bitmap", "--add", path, "daily")
+    write(path, "write -P 2 5M 64k", crash=True)
+    os.link(tmp_path / "data", tmp_path / "old")
+    for new in ("vm.qcow2", "data"):
+        done = run(["salvage", "vm.qcow2", "daily", "--compare", "old", new], tmp_path)
+        assert (done.status, done.out) == (1, "")
+        assert "is not the last backup, but the disk" in done.err
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(tmp_path)
+    tool("qemu-img", "bitmap", "--add", path, "daily")
+    write(path, "write 0 64k", crash=True)
+    (tmp_path / "old").write_bytes(bytes(SIZE))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    command: list[str | Path] = [sys.executable, "-m", "qcow2bm", "salvage", path, "daily"]
+    for number in range(12):
+        process = subprocess.Popen(
+            [*command, "--compare", tmp_path / "old", path],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment() | {"TMPDIR": str(tmp_path / "tmp")},
+        )
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.1 + number * 0.02)
+        process.send_signal(signal.SIGINT if number % 2 else signal.SIGKILL)
+        process.wait(20)
+        with qcow2bm.open(path, "r+", lock_timeout=5):  # nobody holds a lock any more
+            pass
+        with qcow2bm.open(tmp_path / "vm.qcow2"):
+            pass
+        listed = qemu.run("pgrep", "-f", str(tmp_path / "tmp")).stdout.split()
+        assert listed == []
 
 
 def test_what_qemu_nbd_cannot_open_is_said_in_a_line(tmp_path: Path) -> None:
