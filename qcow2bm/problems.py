@@ -388,6 +388,11 @@ CHECKED_KINDS: dict[str, Kind] = {
     "cluster.refcount.too-low": Kind(CLUSTER, "", UNUSABLE, "ERROR cluster"),
     "cluster.refcount.leak": Kind(CLUSTER, "", LEAK, "Leaked cluster"),
     "cluster.refcount.more": Kind(CLUSTER, "", NOTE),
+    "snapshot-table.past-eof": Kind(SNAPSHOT_TABLE, "", UNUSABLE),
+    "snapshot-table.entry.incomplete": Kind(
+        SNAPSHOT_TABLE, "entry", UNUSABLE, "ERROR snapshot table entry"
+    ),
+    "snapshot-table.entry.more": Kind(SNAPSHOT_TABLE, "entry", NOTE),
     "refcount-table.entry.invalid": Kind(
         REFCOUNT_TABLE, "entry", UNUSABLE, "refcount table entry corrupted"
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from qcow2bm.clusters.problems import MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES
 from qcow2bm.errors import LimitError
 from qcow2bm.format import extensions
 from qcow2bm.format.directory import DirectoryEntry
-from qcow2bm.format.header import MAX_REFCOUNT_ORDER
+from qcow2bm.format.header import MAX_REFCOUNT_ORDER, MAX_SNAPSHOTS
 from qcow2bm.format.refcounts import (
     ENTRY_LENGTH,
     TABLE_OFFSET_MASK,
@@ -48,8 +48,8 @@ class Check(NamedTuple):
         leaked_clusters: how many clusters are counted more often than they are referred to.
         is_complete: whether every reference could be followed. If not, what looks like a leak may
             be none.
-        end: the number of the cluster behind the last one that something refers to, also where
-            the disk does so wrongly behind the end of the file.
+        end: the number of the cluster behind the last one that something refers to, or that is
+            counted, also where that is wrongly behind the end of the file.
     """
 
     problems: tuple[Problem, ...]
@@ -96,7 +96,8 @@ class _Checker:
         self._found: dict[str, list[Problem]] = {}
         self._counts: Counter[str] = Counter()
         self._shared: set[tuple[str, int | None]] = set()
-        self._blocks: dict[int, NDArray[np.uint64]] = {}
+        self._blocks: dict[int, NDArray[np.unsignedinteger[Any]]] = {}
+        self._by_offset: dict[int, NDArray[np.unsignedinteger[Any]]] = {}
         self._places: dict[int, int] = {}
         self._order = min(file.header.refcount_order, MAX_REFCOUNT_ORDER)
         self._per_block = 8 * file.cluster_size >> self._order
@@ -109,8 +110,16 @@ class _Checker:
         self._walk_bitmaps()
         is_complete = not any(kind_of(id).severity == UNUSABLE for id in self._counts)
         leaked = self._compare()
-        end = max(self._disk.reach, self._others.clusters)
-        return Check(tuple(self._problems()), leaked, is_complete, end)
+        return Check(tuple(self._problems()), leaked, is_complete, self._end())
+
+    def _end(self) -> int:
+        """See `Check`."""
+        counted = [
+            number * self._per_block + int(used[-1]) + 1
+            for number, counts in self._blocks.items()
+            if len(used := np.flatnonzero(counts))
+        ]
+        return max([self._disk.reach, self._others.reach, *counted])
 
     def mends(self) -> list[Write]:
         """See `refcount_mends`."""
@@ -216,9 +225,15 @@ class _Checker:
             self._report("refcount-table.entry.past-eof", place, reason, number)
         elif offset:
             self._others.add(offset, size)
-            block = parse_refcount_block(self._file.read(offset, size), self._order)
-            self._blocks[number] = np.asarray(block).astype(np.uint64)
+            self._blocks[number] = self._block(offset)
             self._places[number] = offset
+
+    def _block(self, offset: int) -> NDArray[np.unsignedinteger[Any]]:
+        """A refcount block; several entries of the table may lead to one, wrongly."""
+        if offset not in self._by_offset:
+            data = self._file.read(offset, self._file.cluster_size)
+            self._by_offset[offset] = np.asarray(parse_refcount_block(data, self._order))
+        return self._by_offset[offset]
 
     def _look_at_blocks(self) -> None:
         """A block that something else uses as well counts nothing that can be believed."""
@@ -245,11 +260,8 @@ class _Checker:
         header = self._file.header
         walk = GuestWalk(self._file, self._disk, self._refcounts, self._report)
         tables = [L1Table(header.l1_table_offset, header.l1_size, True)]
-        length = 0
-        for entry in snapshot_entries(self._file):
-            tables.append(L1Table(entry.l1_table_offset, entry.l1_size, False))
-            length += entry.size
-        self._others.add(header.snapshots_offset, length)
+        if header.nb_snapshots:
+            tables += self._snapshots()
         for table in tables:
             is_small = 8 * table.entries <= MAX_L1_BYTES
             if is_small and not table.offset % self._file.cluster_size:
@@ -260,6 +272,26 @@ class _Checker:
         if crypto and len(crypto.data) == extensions.CRYPTO_LENGTH:
             place = extensions.parse_crypto_header(crypto.data)
             self._others.add(place.offset, place.length)
+
+    def _snapshots(self) -> list[L1Table]:
+        """The L1 tables of snapshots; the table that has them must be there with all entries."""
+        from qcow2bm.format import snapshots  # few images have any
+
+        header, tables, length = self._file.header, [], 0
+        for number, entry in enumerate(snapshot_entries(self._file)):
+            tables.append(L1Table(entry.l1_table_offset, entry.l1_size, False))
+            length += entry.size
+            if header.version > 2 and entry.extra_data_size < snapshots.MIN_EXTRA_DATA_SIZE:
+                reason = f"has {entry.extra_data_size} bytes of extra data, too few"
+                self._report("snapshot-table.entry.incomplete", entry.offset, reason, number)
+        start = header.snapshots_offset
+        missing = max(0, min(header.nb_snapshots, MAX_SNAPSHOTS) - len(tables))
+        self._others.add(start, length)
+        if missing or start + length > self._file.file_size:
+            self._others.note(start + length + missing * snapshots.HEAD_LENGTH)
+            reason = "reaches past the end of the file"
+            self._report("snapshot-table.past-eof", start, reason)
+        return tables
 
     def _walk_bitmaps(self) -> None:
         if self._directory.is_consistent:

@@ -69,6 +69,7 @@ class GuestWalk:
             data = self._file.read(table.offset, length)
         except LimitError:
             self._report("l1-table.past-eof", table.offset, "lies outside the file", None)
+            self._references.note(table.offset + length)
             return
         self._references.add(table.offset, length)
         words = np.frombuffer(data, ">u8").astype(np.uint64)
@@ -144,8 +145,7 @@ class GuestWalk:
                 "l2-table.entry.past-eof", table, is_outside, "leads past the end of the file"
             )
             if is_outside.any():
-                reach = int(offsets[is_outside].max()) >> self._bits
-                self._references.reach = max(self._references.reach, reach + 2)
+                self._references.note(int(offsets[is_outside].max()) + 2 * self._file.cluster_size)
             self._references.add_clusters(
                 offsets[is_used & ~is_outside & ~is_unaligned] >> self._bits
             )
@@ -181,6 +181,8 @@ class GuestWalk:
         outside = np.zeros(len(words), bool)
         outside[np.flatnonzero(is_compressed)[is_outside]] = True
         self._each("l2-table.entry.past-eof", table, outside, "leads past the end of the file")
+        if is_outside.any():
+            self._references.note(int(end[is_outside].max()))
         first = start[~is_outside] >> self._bits
         last = (end[~is_outside] - 1) >> self._bits
         if len(last):

@@ -24,7 +24,7 @@ class References:
     Attributes:
         clusters: how many clusters there are: of the file, the last one in part, and one more if
             a reference reaches there.
-        reach: how many there would be if every reference were right.
+        reach: how many of them, and behind, up to the last one that something refers to.
     """
 
     def __init__(self, file: ClusterFile) -> None:
@@ -32,7 +32,8 @@ class References:
         self._bits = file.header.cluster_bits
         self._file_size = file.file_size
         self._chunks: dict[int, NDArray[np.uint32]] = {}
-        self.clusters = self.reach = ceil_div(file.file_size, file.cluster_size)
+        self.clusters = ceil_div(file.file_size, file.cluster_size)
+        self.reach = 0
 
     def add(self, offset: int, length: int) -> bool:
         """Counts a range of bytes, in whole clusters; not one that leads out of the file.
@@ -41,7 +42,7 @@ class References:
         """
         if not length:
             return True
-        self.reach = max(self.reach, (offset + length - 1 >> self._bits) + 1)
+        self.note(offset + length)
         if offset + length - self._file_size >= 1 << self._bits:
             return False
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits
@@ -52,10 +53,15 @@ class References:
         self.clusters = max(self.clusters, last + 1)
         return True
 
+    def note(self, end: int) -> None:
+        """Something ends before that byte, wherever it may be."""
+        self.reach = max(self.reach, (end - 1 >> self._bits) + 1)
+
     def add_clusters(self, numbers: NDArray[np.int64]) -> None:
         """Counts clusters of the file by their numbers, int64[n]; one may be there repeatedly."""
         if not len(numbers):
             return
+        self.reach = max(self.reach, int(numbers.max()) + 1)
         chunks = numbers >> _CHUNK_BITS
         first, last = int(chunks.min()), int(chunks.max())
         for number in [first] if first == last else np.unique(chunks).tolist():

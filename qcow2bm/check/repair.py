@@ -15,7 +15,7 @@ from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce
-from qcow2bm.errors import UnsupportedError
+from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.directory import (
     FIELD_OFFSETS,
     FLAG_EXTRA_DATA_COMPATIBLE,
@@ -55,7 +55,6 @@ from qcow2bm.store.directory import (
 )
 from qcow2bm.store.entries import MAX_NAME_SIZE
 from qcow2bm.store.status import as_error
-from qcow2bm.store.tables import survey
 from qcow2bm.units import ceil_div, decode_name
 
 _EVIDENT = (  # of an entry; of a name that is there twice, see below
@@ -81,6 +80,7 @@ _BAD_ENDS = (
 )
 _PLACE_OF_TABLE = "directory-entry.bitmap_table_"
 _DOUBTFUL = "directory-entry.name.nul", "directory-entry.padding.nonzero"
+_MOST_GROWTH_BYTES = 1 << 30  # and twice what is there: where an image was cut off, all fits in
 _MAX_RESYNCHRONISED = 100  # entries: it takes the square of that
 _MAX_ENTRY = ENTRY_LENGTH + MAX_NAME_SIZE + 1
 
@@ -99,7 +99,7 @@ _Patch = tuple[int, bytes]
 
 
 class Lost(NamedTuple):
-    """A bitmap that is dropped, or all of them where ``name`` is None, and why."""
+    """A bitmap that is dropped, or several whose names are not known (None), and why."""
 
     name: str | None
     reason: str
@@ -167,6 +167,7 @@ def plan_repair(
     if first:
         _apply(overlay, first)
         view = View.of(overlay)
+    first_view = view
     # As long as QEMU refuses the header, nothing is gained by giving up bitmaps; and what the
     # header says wrongly of the disk may be all that is wrong with them.
     is_header_refused = any(p.severity == REFUSED and p.id not in _OURS for p in view.header)
@@ -180,7 +181,7 @@ def plan_repair(
     _apply(overlay, plan.steps)
     view = View.of(overlay) if plan.steps else view
     mends = [*_tails(view)] if "tails" in chosen else []
-    if "refcounts" in chosen and _can_be_counted(before, view, work):
+    if "refcounts" in chosen and _can_be_counted((before, first_view, *believed), view):
         mends += refcount_mends(view.file, view.directory)
     if mends:
         more: list[Step] = [*coalesce(mends), Barrier("refcounts and tails")]
@@ -190,6 +191,7 @@ def plan_repair(
         _apply(overlay, more)
         view = View.of(overlay)
     left = tuple(p for p in view.problems if p.severity in (REFUSED, UNUSABLE))
+    _require_no_worse(before, view)
     return Repair(
         Plan(tuple(steps), commit_point),
         tuple(work.lost),
@@ -200,17 +202,28 @@ def plan_repair(
     )
 
 
-def _can_be_counted(before: View, view: View, work: _Directory) -> bool:
+def _require_no_worse(before: View, after: View) -> None:
+    """What is shared with the disk afterwards must have been so before; nothing is written else."""
+    known = {(p.id, p.offset) for p in before.problems}
+    for found in after.problems:
+        if found.id.endswith(".overlap") and (found.id, found.offset) not in known:
+            raise as_error(found, ": the outcome would not be sound, so nothing is written")
+
+
+def _can_be_counted(earlier: Iterable[View], view: View) -> bool:
     """Whether refcounts can be set to what is referred to.
 
     Clusters of bitmaps that cannot be read, or found, look like leaks. And where there are leaks
-    and refcounts that are too low at once, bitmaps may lead to what was given back long ago.
+    and refcounts that are too low at once, in whatever way the image is read, bitmaps may lead to
+    what was given back long ago.
     """
-    is_gone = any(found.id == _NO_BITMAPS for found in before.header)
-    is_low = any(found.id == "cluster.refcount.too-low" for found in before.check.problems)
-    is_ambiguous = is_low and before.check.leaked_clusters > 0 and not work.lost
-    is_readable = not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems)
-    return is_readable and not is_gone and not is_ambiguous
+    for before in earlier:
+        low = any(found.id == "cluster.refcount.too-low" for found in before.check.problems)
+        if low and before.check.leaked_clusters:
+            return False
+        if any(found.id == _NO_BITMAPS for found in before.header):
+            return False
+    return not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems)
 
 
 def _right_length(view: View) -> list[Step]:
@@ -234,7 +247,7 @@ def _believed(view: View) -> list[View]:
     there are several such, they are all returned.
     """
     is_disjointed = any(
-        found.id in _BAD_ENDS or found.id.startswith(_PLACE_OF_TABLE)
+        found.id in _BAD_ENDS or (found.id.startswith(_PLACE_OF_TABLE) and found.is_serious)
         for found in view.directory.problems
     )
     if not view.directory.extension or view.directory.distrust or not is_disjointed:
@@ -306,7 +319,11 @@ def _other_lengths(view: View) -> Iterator[list[_Patch]]:
     for index in range(count):
         left = count - index - 1
         ends = range(begin + ENTRY_LENGTH + 8, min(size, begin + _MAX_ENTRY) + 1, 8)
+        known = parse_directory(data[begin:], start + begin, 1).entries
+        stored = known[0].size if known and known[0].name_bytes is not None else 0
         for end in ends:
+            if end - begin == stored:  # so that its length is not what is wrong
+                continue
             if (end == size) == (left == 0) and _parses(data[end:], left, file):
                 name = data[begin + ENTRY_LENGTH : end].rstrip(b"\0")
                 if name and b"\0" not in name and end - begin - ENTRY_LENGTH - len(name) < 8:
@@ -315,10 +332,9 @@ def _other_lengths(view: View) -> Iterator[list[_Patch]]:
                         (place + FIELD_OFFSETS["name_size"], len(name).to_bytes(2, "big")),
                         (place + FIELD_OFFSETS["extra_data_size"], bytes(4)),
                     ]
-        entries = parse_directory(data[begin:], start + begin, 1).entries
-        if not entries or entries[0].name_bytes is None:
+        if not stored:
             return
-        begin += entries[0].size
+        begin += stored
 
 
 def _parses(data: bytes, count: int, file: ClusterFile) -> bool:
@@ -347,7 +363,7 @@ def _apply(storage: OverlayStorage, steps: Iterable[Step]) -> None:
 def _tails(view: View) -> Iterator[Write]:
     """Clears bits behind the end of the disk, sector by sector, where nothing else is at fault."""
     broken = {p.bitmap_index for p in view.problems if p.severity in (REFUSED, UNUSABLE)}
-    if view.directory.distrust or view.survey.distrust:
+    if view.directory.distrust or view.survey.distrust or view.is_disk_in_doubt:
         return
     for found in view.check.problems:
         index = found.bitmap_index
@@ -365,23 +381,6 @@ def _tails(view: View) -> Iterator[Write]:
             sector = bytes(clean[place : place + SECTOR_SIZE])
             if sector != data[place : place + SECTOR_SIZE]:
                 yield Write(start + place, (sector,), "bits behind the end of the disk")
-
-
-def _tables(view: View) -> tuple[Problem, ...]:
-    """What is wrong with tables, and with clusters that bitmaps share.
-
-    An entry that cannot be right about where its table is, or how long, is no reason to drop
-    others that use the same clusters: it is dropped, and they are counted without it.
-    """
-    wrong = {
-        found.bitmap_index
-        for found in view.directory.problems
-        if found.id.startswith(_PLACE_OF_TABLE) and found.severity in (REFUSED, UNUSABLE)
-    }
-    if not wrong:
-        return view.survey.problems
-    without = {index for index in wrong if index is not None}
-    return survey(view.file, view.directory, view.header, without).problems
 
 
 def _essence(entry: DirectoryEntry) -> tuple[object, ...]:
@@ -425,7 +424,7 @@ class _Directory:
         self._lossless = lossless
         self._capacity = capacity
         self._by_entry: dict[int, list[Problem]] = {}
-        for found in (*view.directory.problems, *_tables(view), *view.check.problems):
+        for found in view.problems:
             if found.bitmap_index is not None:
                 self._by_entry.setdefault(found.bitmap_index, []).append(found)
 
@@ -435,8 +434,9 @@ class _Directory:
         directory = view.directory
         if directory.extension and not directory.is_consistent:
             # QEMU does not look at it, and it is the last trace of what it names.
-            is_known = view.file.header.version > 2 and "stale" in chosen
-            return self._removed(header) if is_known and not self._lossless else Plan()
+            if view.file.header.version < 3 or "stale" not in chosen:
+                return Plan()
+            return self._give_up(header, "was stale")
         if "directory" not in chosen:
             return Plan()
         if not directory.extension:
@@ -457,6 +457,8 @@ class _Directory:
 
     def _without_extension(self, header: HeaderDraft) -> Plan:
         file = self._view.file
+        if file.header.version < 3:  # which has no bitmaps, and no bit for them
+            return Plan()
         if file.find(BITMAPS):
             found = next(p for p in self._view.header if p.id == "header-extension.bitmaps.length")
             return self._give_up(header, found.message)
@@ -470,7 +472,8 @@ class _Directory:
     def _give_up(self, header: HeaderDraft, reason: str) -> Plan:
         if self._lossless:
             return Plan()
-        self.lost = [Lost(None, reason)]
+        self.lost = [Lost(entry.name, reason) for entry in self._view.directory.entries]
+        self.lost = self.lost or [Lost(None, reason)]
         return self._removed(header)
 
     def _removed(self, header: HeaderDraft) -> Plan:
@@ -491,7 +494,7 @@ class _Directory:
             else:
                 sound.append(entry)
         names = Counter(_seen_by_qemu(_short_name(entry)) for entry in sound)
-        taken = set(names)
+        taken = dict.fromkeys(names, 0)
         kept = [self._mended(entry, names, taken) for entry in sound]
         missing = min(extension.nb_bitmaps, MAX_BITMAPS) - len(entries)
         if missing > 0:
@@ -510,16 +513,19 @@ class _Directory:
         return ""
 
     def _mended(
-        self, entry: DirectoryEntry, names: Counter[bytes], taken: set[bytes]
+        self, entry: DirectoryEntry, names: Counter[bytes], taken: dict[bytes, int]
     ) -> DirectoryEntry:
-        """An entry as it should be. Of a name that several have, nobody knows who it belongs to."""
+        """An entry as it should be. Of a name that several have, nobody knows who it belongs to.
+
+        ``taken`` are all names, and how often each was made another.
+        """
         name = _short_name(entry)
-        stem, number = _seen_by_qemu(name), 1
+        stem = _seen_by_qemu(name)
         while names[stem] > 1 and _seen_by_qemu(name) in taken:
-            ending = f"-{number}".encode()
+            taken[stem] += 1
+            ending = f"-{taken[stem]}".encode()
             name = stem[: MAX_NAME_SIZE - len(ending)] + ending
-            number += 1
-        taken.add(name)
+        taken.setdefault(name, 0)
         if name != entry.name_bytes:
             self.renamed.append((entry.name or "", decode_name(name)))
         return entry._replace(
@@ -531,6 +537,19 @@ class _Directory:
             padding=bytes(-len(name) % 8),
         )
 
+    def _end(self) -> int:
+        """The number of the first cluster behind all that anything leads to."""
+        file, check = self._view.file, self._view.check
+        end = max(check.end, 0 if self._capacity else ceil_div(file.file_size, file.cluster_size))
+        most = _MOST_GROWTH_BYTES + 2 * max(file.file_size, file.virtual_size)
+        if end * file.cluster_size > most:
+            past = (p for p in self._view.problems if p.id.endswith("past-eof"))
+            if found := next(past, None):
+                raise as_error(found, ", perhaps far behind it: mend that first (qemu-img check)")
+            place = end * file.cluster_size
+            raise FormatError("image", "cluster", place, "is used, far behind the end of the file")
+        return end
+
     def _replaced(self, header: HeaderDraft, kept: Sequence[DirectoryEntry]) -> Plan:
         directory, file = self._view.directory, self._stored.file
         extension = directory.extension
@@ -538,7 +557,8 @@ class _Directory:
         size = sum(entry.size for entry in kept)
         payload = BitmapsExtension(len(kept), 0, size, extension.bitmap_directory_offset)
         content = build_directory(Directory(tuple(kept), b""))
-        is_same = file.read(extension.bitmap_directory_offset, size) == content
+        start = extension.bitmap_directory_offset
+        is_same = file.contains(start, size) and file.read(start, size) == content
         if is_same and payload == self._stored.directory.extension:
             return Plan()
         prepared = [*header.clear_unknown_autoclear(), *header.straighten()]
@@ -548,7 +568,7 @@ class _Directory:
             damage = (p for p in self._view.check.problems if p.structure == REFCOUNT_TABLE)
             if found := next(damage, None):
                 raise as_error(found, ": mend the refcounts first (qemu-img check -r all)")
-            capacity, end = self._capacity, self._view.check.end
+            capacity, end = self._capacity, self._end()
             allocator = Allocator(file, [(0, end)], 0, capacity, is_behind=True)
             length = ceil_div(size, file.cluster_size)
             (first,) = allocator.allocate([length], 0).firsts

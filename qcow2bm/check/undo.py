@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import fixed_parts
@@ -77,24 +77,16 @@ def plan_undo(storage: Storage, undo: Undo, *, is_asserted: bool = False) -> Pla
 
 def _is_undone(storage: Storage, undo: Undo) -> bool:
     """Whether everything is as it was before the repair."""
-    first: dict[int, bytes] = {}
-    for step in undo.steps:
-        for place, old, _ in _sectors(step):
-            first.setdefault(place, old)
     return storage.size() == undo.file_size and all(
-        _read(storage, place, len(old)) == old for place, old in first.items()
+        _read(storage, place, SECTOR_SIZE) == contents[0]
+        for place, contents in _sectors(storage, undo).items()
     )
 
 
 def _require_unchanged(storage: Storage, undo: Undo) -> None:
     """Whoever wrote to the image since may need what would be taken back."""
-    known: dict[int, set[bytes]] = {}
-    for step in undo.steps:
-        for place, old, new in _sectors(step):
-            known.setdefault(place, set()).update((old, new))
-    for place, contents in known.items():
-        length = len(next(iter(contents)))
-        if _read(storage, place, length) not in contents:
+    for place, contents in _sectors(storage, undo).items():
+        if _read(storage, place, SECTOR_SIZE) not in contents:
             raise _changed(f"at {place:#x} stands what neither the repair nor undoing it wrote")
     overlay = OverlayStorage(storage)
     for step in undo.steps:
@@ -108,13 +100,33 @@ def _changed(reason: str) -> StateError:
     return StateError(f"another than the repair left ({reason})", "as the repair left it")
 
 
-def _sectors(step: UndoStep) -> Iterable[tuple[int, bytes, bytes]]:
-    """What was in each sector, or part of one, and what the step wrote there."""
-    place = 0
-    while place < len(step.new):
-        stop = min(len(step.new), place + SECTOR_SIZE - (step.offset + place) % SECTOR_SIZE)
-        yield step.offset + place, step.old[place:stop], step.new[place:stop]
-        place = stop
+def _sectors(storage: Storage, undo: Undo) -> dict[int, list[bytes]]:
+    """All that each sector held that the repair wrote to: before, and after each step.
+
+    Where no step wrote, in the same sector, it is what stands there now.
+    """
+    content: dict[int, bytearray] = {}
+    for step in reversed(undo.steps):  # so that what was there first counts
+        for place, inside, part in _parts(step.offset, step.old):
+            if place not in content:
+                content[place] = bytearray(_read(storage, place, SECTOR_SIZE))
+            content[place][inside : inside + len(part)] = part
+    found = {place: [bytes(before)] for place, before in content.items()}
+    for step in undo.steps:
+        for place, inside, part in _parts(step.offset, step.new):
+            content[place][inside : inside + len(part)] = part
+            found[place].append(bytes(content[place]))
+    return found
+
+
+def _parts(offset: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """The bytes by sectors: where the sector begins, and from which byte of it on they stand."""
+    done = 0
+    while done < len(data):
+        inside = (offset + done) % SECTOR_SIZE
+        part = data[done : done + SECTOR_SIZE - inside]
+        yield offset + done - inside, inside, part
+        done += len(part)
 
 
 def _read(storage: Storage, offset: int, length: int) -> bytes:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from qcow2bm.check.check import Check, check
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
-from qcow2bm.problems import Problem
+from qcow2bm.problems import CLUSTER, REFUSED, UNUSABLE, Problem
 from qcow2bm.storage.base import Storage
 from qcow2bm.store.directory import BitmapDirectory, load_directory
 from qcow2bm.store.tables import Survey, survey
@@ -34,6 +34,14 @@ class View(NamedTuple):
     def read_problems(self) -> tuple[Problem, ...]:
         """What a reader finds."""
         return (*self.header, *self.directory.problems, *self.survey.problems)
+
+    @property
+    def is_disk_in_doubt(self) -> bool:
+        """Whether not all of it could be followed, so that nobody knows what belongs to whom."""
+        return any(
+            p.severity in (REFUSED, UNUSABLE) and p.bitmap_index is None and p.structure != CLUSTER
+            for p in (*self.header, *self.check.problems)
+        )
 
     @property
     def problems(self) -> tuple[Problem, ...]:

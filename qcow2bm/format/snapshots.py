@@ -11,7 +11,7 @@ from qcow2bm.errors import FormatError
 from qcow2bm.format.schema import build, field_offsets, flat_struct, parse
 from qcow2bm.units import align_up
 
-MAX_EXTRA_DATA_SIZE = 1024
+MIN_EXTRA_DATA_SIZE, MAX_EXTRA_DATA_SIZE = 16, 1024
 MAX_TABLE_SIZE = 64 << 20
 
 _HEAD = Struct(

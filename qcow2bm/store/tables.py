@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from qcow2bm.bits import plain
@@ -89,14 +89,9 @@ def table_runs(words: array[int], cluster_size: int) -> Iterable[Run]:
 
 
 def survey(
-    file: ClusterFile,
-    directory: BitmapDirectory,
-    header_problems: Iterable[Problem],
-    without: Collection[int] = (),
+    file: ClusterFile, directory: BitmapDirectory, header_problems: Iterable[Problem]
 ) -> Survey:
     """Reads all tables that can be read, and finds what is wrong with them and between them.
-
-    What the entries ``without``, by their indexes, lead to is not looked at.
 
     The reader's locks are taken for a few tables at a time; the caller has to verify afterwards
     that the directory is still the same.
@@ -117,11 +112,7 @@ def survey(
     if not is_sound:
         return Survey(tuple(tables), (), None, overlaps.ranges())
     distrust = next(overlaps.problems(), None)  # so far only of the directory
-    readable = [
-        entry
-        for entry in directory.entries
-        if entry.index not in without and has_readable_table(entry, file)
-    ]
+    readable = [entry for entry in directory.entries if has_readable_table(entry, file)]
     for entry in readable:
         use = overlaps.use(f"table of entry {entry.index}", entry.index, is_table=True)
         overlaps.add(use, entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size)
