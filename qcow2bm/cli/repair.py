@@ -16,7 +16,7 @@ from qcow2bm.cli import files, report
 from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.edit import plan_as_json, print_plan
 from qcow2bm.cli.facts import count, json_text
-from qcow2bm.errors import StateError, StorageError
+from qcow2bm.errors import ImageLockedError, StateError, StorageError
 from qcow2bm.format.undo import Undo, build_seal, build_undo, parse_undo
 from qcow2bm.storage.new_file import append, require_new, write_new
 from qcow2bm.units import escape
@@ -35,7 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _repair(arguments: argparse.Namespace) -> int:
     wait, lossless, only = arguments.wait, arguments.lossless, arguments.only or None
     if arguments.dry_run:
-        done = api.look(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
+        try:
+            done = api.look(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
+        except ImageLockedError as error:  # of reading, which is not what is wanted
+            raise ImageLockedError(error.path, error.held, "writing") from error
     else:
         keep = None
         if arguments.undo is not None:
@@ -97,7 +100,7 @@ def _print(arguments: argparse.Namespace, done: Repair) -> None:
         print(f'renamed: "{escape(old)}" to "{escape(new)}"')
     for found in done.left:
         print(f"left: {found.message} ({found.id})")
-    if arguments.dry_run:
+    if arguments.dry_run and done.plan.steps:
         print_plan(arguments, done.plan)
     elif not done.plan.steps:
         print("nothing was changed" if done.left else "nothing to mend")
@@ -110,7 +113,7 @@ def _print(arguments: argparse.Namespace, done: Repair) -> None:
 
 
 def _name(lost: Lost) -> str:
-    return "all bitmaps" if lost.name is None else f'"{escape(lost.name)}"'
+    return "bitmaps of unknown name" if lost.name is None else f'"{escape(lost.name)}"'
 
 
 def _undo(arguments: argparse.Namespace) -> int:
@@ -130,6 +133,9 @@ def _undo(arguments: argparse.Namespace) -> int:
             locking=not arguments.no_lock,
         )
     except StateError as error:
-        return fail(image, f"{error}; if you know better: --assert-unchanged")
+        cure = "" if arguments.is_unchanged else "; if you know better: --assert-unchanged"
+        return fail(image, f"{error}{cure}")
+    except ImageLockedError as error:
+        raise ImageLockedError(error.path, error.held, "writing") from error
     print("all is as before the repair" if is_done else "nothing to take back")
     return 0

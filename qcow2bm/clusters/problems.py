@@ -18,7 +18,7 @@ from qcow2bm.format.header import (
     MAX_SNAPSHOTS,
     V3_LENGTH,
 )
-from qcow2bm.problems import Problem, problem
+from qcow2bm.problems import REFUSED, Problem, Severity, problem
 from qcow2bm.units import ceil_div, escape
 
 MAX_BACKING_FILE_SIZE = 1023
@@ -251,13 +251,24 @@ def _extensions(file: ClusterFile) -> Iterator[Problem]:
     pairs = zip(area.extensions, places, strict=True)
     bitmaps = [place for extension, place in pairs if extension.type == extensions.BITMAPS]
     if len(bitmaps) > 1:
-        yield problem(
-            "header-extension.bitmaps.duplicate",
-            bitmaps[1],
-            "extension stands there a second time; QEMU goes by the last",
-        )
+        reason = "extension stands there a second time; QEMU goes by the last"
+        severity: Severity | None = None
+        found = (e for e in area.extensions if e.type == extensions.BITMAPS)
+        if not all(_is_taken_by_qemu(e, file.cluster_size) for e in [*found][:-1]):
+            severity, reason = REFUSED, f"{reason}, and refuses one before"
+        yield problem("header-extension.bitmaps.duplicate", bitmaps[1], reason, None, severity)
     if header.crypt_method == CRYPT_LUKS and not file.find(extensions.CRYPTO):
         yield problem("header-extension.crypto.missing", end, "is missing")
+
+
+def _is_taken_by_qemu(extension: HeaderExtension, cluster_size: int) -> bool:
+    """Whether a bitmaps extension that does not count keeps QEMU from opening the image."""
+    if len(extension.data) != extensions.BITMAPS_LENGTH:
+        return False
+    found = extensions.parse_bitmaps_extension(extension.data, 0)
+    is_unaligned = found.bitmap_directory_offset % cluster_size
+    is_empty = not found.nb_bitmaps or not found.bitmap_directory_size
+    return not (is_empty or found.reserved or is_unaligned)
 
 
 def _crypto(file: ClusterFile, extension: HeaderExtension, place: int) -> Iterator[Problem]:

@@ -10,8 +10,19 @@ from typing import NamedTuple
 import pytest
 from support.broken import broken_images
 from support.crash import intervals
-from support.faults import HUGE, IDS, broken, image, in_entry, patched
-from support.images import Stored, build_image
+from support.faults import (
+    EXTENSION,
+    HUGE,
+    IDS,
+    TABLES,
+    Patch,
+    broken,
+    image,
+    in_entry,
+    in_header,
+    patched,
+)
+from support.images import Stored, build_image, extension
 from support.specreader import page
 
 import qcow2bm
@@ -260,6 +271,133 @@ def test_of_two_that_claim_one_table_neither_is_believed(is_size_wrong: bool) ->
     done = planned(data)
     assert [name for name, _ in done.lost] == ["a", "b"]
     assert set(bitmaps(after(data, done.plan))) == {"c"}
+
+
+@pytest.mark.spec("REPAIR-2")
+@pytest.mark.parametrize("more", ["nothing", "flags", "length"])
+def test_what_was_given_back_long_ago_is_not_believed_for_another_fault(more: str) -> None:
+    """No cluster of bitmaps is counted, and others leak: of newer bitmaps, perhaps."""
+    counts = [(0x400 + 2 * n, bytes(2)) for n in range(6, 12)]
+    leaks = [(0x400 + 2 * n, b"\0\1") for n in range(12, 18)]
+    faults: dict[str, list[Patch]] = {
+        "nothing": [],
+        "flags": in_entry(1, flags=8),
+        "length": [(EXTENSION + 4, bytes([0, 0, 0, 16]))],
+    }
+    data = patched(image(), *counts, *leaks, *faults[more], (18 * 512 - 1, b"\0"))
+    done = planned(data)
+    assert "cluster.refcount.too-low" in {found.id for found in done.left}
+    counts_now = after(data, done.plan)[0x400 + 2 * TABLES[0] // 512 :][:4]
+    assert counts_now == bytes(4)  # of table and data of the first
+
+
+def test_extra_data_are_not_taken_for_a_name() -> None:
+    """Also where something else is wrong with the directory."""
+    built = build_image(
+        Stored(b"a", (b"\5",), extra_data=bytes(range(1, 9))),
+        Stored(b"b", (b"\6",), flags=3),
+        Stored(b"c", (b"\7",)),
+    )
+    with qcow2bm.open(bytes(built.data)) as opened:
+        size = opened.directory[1].offset_of("bitmap_table_size")
+    for patches in ([], [(size, (2).to_bytes(4, "big"))]):
+        data = patched(bytes(built.data), *patches)
+        assert [name for name, _ in planned(data).lost][:1] == ["a"]
+
+
+@pytest.mark.spec("REPAIR-5")
+@pytest.mark.parametrize("what", ["L1 table", "L1 entry", "L2 entry", "compressed", "snapshots"])
+def test_nothing_is_put_where_something_leads_that_was_cut_off(what: str) -> None:
+    from check.test_check import L1, L2, with_disk, word
+
+    sound = with_disk(*in_entry(0, type=9))
+    end = len(sound)
+    patches: dict[str, list[Patch]] = {
+        "L1 table": in_header(l1_table_offset=end),
+        "L1 entry": [(L1 + 8, word(1 << 63 | end))],
+        "L2 entry": [(L2 + 8, word(1 << 63 | end))],
+        "compressed": [(L2 + 8, word(1 << 62 | 3 << 61 | end))],
+        "snapshots": in_header(nb_snapshots=2, snapshots_offset=end),
+    }
+    data = patched(sound, *patches[what])
+    done = planned(data)
+    fresh = [s.offset for s in done.plan.steps if isinstance(s, Write) and s.is_fresh]
+    assert fresh
+    assert min(fresh) > end
+    before = bitmaps(sound)
+    repaired = bitmaps(after(data, done.plan))
+    assert repaired["weekly"] == before["weekly"]
+    assert planned(bytes(after(data, done.plan))).lost == ()
+
+
+def test_a_stray_entry_does_not_make_the_file_endless() -> None:
+    from check.test_check import L2, with_disk, word
+
+    data = with_disk(*in_entry(0, type=9), (L2 + 8, word(1 << 63 | 1 << 45)))
+    with pytest.raises(FormatError, match=r"L2 table: entry 1 at 0x3008 .* mend that first"):
+        planned(data)
+
+
+def test_tails_are_left_where_nobody_knows_whose_they_are() -> None:
+    """The table leads to guest data, and the disk's own tables cannot be followed."""
+    from check.test_check import DATA, with_disk, word
+
+    sound = with_disk((TABLES[0], word(DATA)), (DATA, b"\xff" * 512))
+    broken_header = patched(sound, *in_header(l1_size=1 << 30))
+    done = planned(broken_header)
+    assert after(broken_header, done.plan)[DATA : DATA + 512] == b"\xff" * 512
+
+
+def test_names_that_many_have_are_told_apart_at_once() -> None:
+    stored = [Stored(b"same", (bytes([n % 255 + 1]),)) for n in range(600)]
+    done = planned(bytes(build_image(*stored, cluster_bits=12).data))
+    assert [new for _, new in done.renamed] == [f"same-{n}" for n in range(1, 601)]
+
+
+def test_a_directory_that_gets_longer_than_the_file() -> None:
+    name = b"n" * 200
+    data = bytes(build_image(Stored(name, (b"\1",)), Stored(name, (b"\2",))).data)
+    done = planned(data)
+    assert len(done.renamed) == 2
+    assert len(bitmaps(after(data, done.plan))) == 2
+
+
+def test_an_extension_in_version_2_is_left_alone() -> None:
+    data = bytearray(broken("bitmaps-extension.version.too-old"))
+    place = bytes(data).index((0x23852875).to_bytes(4, "big"))
+    data[place + 4 : place + 8] = (40).to_bytes(4, "big")
+    data[place + 32 : place + 40] = b"\xff" * 8  # so that it is no shorter either
+    assert planned(bytes(data)).plan.steps == ()
+
+
+@pytest.mark.spec("REPAIR-8", "REPAIR-4")
+def test_stale_bitmaps_that_are_removed_are_named() -> None:
+    done = plan_repair(
+        MemoryStorage(broken("bitmaps-extension.autoclear.off")), only=["stale", "refcounts"]
+    )
+    assert [name for name, _ in done.lost] == list(NAMES)
+
+
+@pytest.mark.spec("REPAIR-6")
+@pytest.mark.parametrize("id", ["directory-entry.flags.reserved"])
+@pytest.mark.parametrize("length", [368, 376])
+def test_writes_that_overlap_are_undone(id: str, length: int) -> None:
+    """The payload lies in two sectors: the header is written again in other pieces."""
+    extra = extension(0x12345678, bytes(length))
+    built = build_image(
+        Stored(b"a", (b"\5",)), Stored(b"b", (b"\6",)), cluster_bits=12, extensions=[extra]
+    )
+    with qcow2bm.open(bytes(built.data)) as opened:
+        place = opened.directory[0].offset_of("flags")
+    data = patched(bytes(built.data), (place, (8).to_bytes(4, "big")))
+    data = patched(data, *in_header(autoclear_features=1 | 1 << 40))
+    done = planned(data)
+    undo = undo_of(MemoryStorage(data), done.plan)
+    repaired = bytes(after(data, done.plan))
+    back = plan_undo(MemoryStorage(repaired), undo, is_asserted=True)
+    undone = bytes(after(repaired, back, undo.file_size))
+    assert undone == data
+    assert plan_undo(MemoryStorage(undone), undo, is_asserted=True).steps == ()
 
 
 def test_an_entry_that_swallows_the_next_one() -> None:
