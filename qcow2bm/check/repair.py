@@ -210,20 +210,21 @@ def _require_no_worse(before: View, after: View) -> None:
             raise as_error(found, ": the outcome would not be sound, so nothing is written")
 
 
-def _can_be_counted(earlier: Iterable[View], view: View) -> bool:
+def _can_be_counted(earlier: Sequence[View], view: View) -> bool:
     """Whether refcounts can be set to what is referred to.
 
     Clusters of bitmaps that cannot be read, or found, look like leaks. And where there are leaks
-    and refcounts that are too low at once, in whatever way the image is read, bitmaps may lead to
-    what was given back long ago.
+    and refcounts that are too low at once, in whatever way the image was read before, bitmaps
+    that are still there may lead to what was given back long ago.
     """
-    for before in earlier:
-        low = any(found.id == "cluster.refcount.too-low" for found in before.check.problems)
-        if low and before.check.leaked_clusters:
-            return False
-        if any(found.id == _NO_BITMAPS for found in before.header):
-            return False
-    return not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems)
+    is_ambiguous = any(before.check.leaked_clusters and _is_low(before) for before in earlier)
+    is_gone = any(found.id == _NO_BITMAPS for before in earlier for found in before.header)
+    is_readable = not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems)
+    return is_readable and not is_gone and not (is_ambiguous and _is_low(view))
+
+
+def _is_low(view: View) -> bool:
+    return any(found.id == "cluster.refcount.too-low" for found in view.check.problems)
 
 
 def _right_length(view: View) -> list[Step]:
