@@ -134,7 +134,7 @@ class Edit:
         self._draft.add(name, granularity, enabled=enabled)
 
     def remove(self, name: str) -> None:
-        """Removes a bitmap, the only thing that can be done to one that is in_use.
+        """Removes a bitmap; with one that is in_use only that, `salvage` and `load` are possible.
 
         Raises:
             BitmapNotFoundError, BitmapStaleError.
@@ -296,7 +296,8 @@ class Edit:
 
         Args:
             name: the bitmap.
-            packed: bits it is to have instead, as in `load`: what differs from the last backup.
+            packed: bits it is to have instead, uint8[ceil(bits / 8)], least significant bit first, a
+                bit for each granule: what differs from the last backup.
             trust_stored: the bits that are stored. What was written since they were stored is
                 missing from them, and from every backup that relies on them.
 

@@ -159,6 +159,11 @@ def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[P
         print(f"usable for a backup: {usable} ({lost})")
     refused = [found for found in problems if found.severity == REFUSED]
     if not refused:
+        if statuses[INCONSISTENT] or statuses[STALE]:
+            print(
+                "to make one valid again, with no VM running:\n"
+                "  qcow2bm salvage IMAGE NAME --all-dirty"
+            )
         return
     print("QEMU will not open this image")
     if all(found.id in FITTABLE for found in refused):

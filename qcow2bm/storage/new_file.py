@@ -23,7 +23,7 @@ def require_new(path: str) -> None:
     except OSError as error:
         raise StorageError.from_os(error, path, 0, 0, "writing") from error
     if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        reason = "is there already, and not overwritten: remove it, or choose another name"
+        reason = "is there already, and not overwritten: choose another name"
         raise StorageError(path, 0, 0, reason)
 
 

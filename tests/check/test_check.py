@@ -319,7 +319,7 @@ TEXT = """\
 leak: cluster at 0x3600 has refcount 1, and 0 references
     QEMU says "Leaked cluster"
     The cluster is counted but nothing uses it: space is lost, nothing else; qemu-img check -r leaks
-    gives it back.
+    gives it back. If there are stale bitmaps it may be theirs: salvage them first.
     (cluster.refcount.leak; repair --only refcounts)
 
 1 cluster leaked: 512 bytes

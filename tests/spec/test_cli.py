@@ -223,19 +223,28 @@ def verdict(done: Done) -> list[str]:
 
 @pytest.mark.spec("CLI-15")
 def test_a_dump_says_what_is_usable(cli: Cli) -> None:
+    salvage = [
+        "to make one valid again, with no VM running:",
+        "  qcow2bm salvage IMAGE NAME --all-dirty",
+    ]
     assert verdict(cli.run("dump", "IMAGE")) == [
-        "usable for a backup: 2 of 3 bitmaps (1 inconsistent)"
+        "usable for a backup: 2 of 3 bitmaps (1 inconsistent)",
+        *salvage,
     ]
     assert verdict(cli.run("dump", "IMAGE", "--bitmap=daily")) == []
     assert verdict(cli.run("dump", "IMAGE", "--bitmap=crashed")) == [
-        "usable for a backup: 0 of 1 bitmap (1 inconsistent)"
+        "usable for a backup: 0 of 1 bitmap (1 inconsistent)",
+        *salvage,
     ]
     cli.write(patched(image(), in_table(DAILY, 1 << 60)))
     first, second, *_ = verdict(cli.run("dump", "IMAGE"))
     assert first == "usable for a backup: 1 of 3 bitmaps (1 broken, 1 inconsistent)"
     assert second == "QEMU will not open this image"
     cli.write(broken("bitmaps-extension.autoclear.off"))
-    assert verdict(cli.run("dump", "IMAGE")) == ["usable for a backup: 0 of 3 bitmaps (3 stale)"]
+    assert verdict(cli.run("dump", "IMAGE")) == [
+        "usable for a backup: 0 of 3 bitmaps (3 stale)",
+        *salvage,
+    ]
 
 
 @pytest.mark.spec("CLI-16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 
@@ -204,7 +205,8 @@ def test_problem_ids() -> None:
             severity, _, kept = row["severity"].partition(", ")
             assert kept in ("", "status kept")
             assert row["id"] not in stated
-            meanings[row["id"]] = row["what it means, and what to do"]
+            text = row["what it means, and what to do"]
+            meanings[row["id"]] = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text)
             assert meanings[row["id"]].endswith(".")
             stated[row["id"]] = problems.Kind(
                 found.heading.lower(),
