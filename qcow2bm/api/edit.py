@@ -296,8 +296,8 @@ class Edit:
 
         Args:
             name: the bitmap.
-            packed: bits it is to have instead, uint8[ceil(bits / 8)], least significant bit first, a
-                bit for each granule: what differs from the last backup.
+            packed: bits it is to have instead, one for each granule: what differs from the last
+                backup. uint8[ceil(bits / 8)], least significant bit first.
             trust_stored: the bits that are stored. What was written since they were stored is
                 missing from them, and from every backup that relies on them.
 
