@@ -15,7 +15,7 @@ from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError, StateError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
-from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, Feature
+from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.base import Storage, WritableStorage
@@ -220,9 +220,11 @@ class Image:
         return self._file.backing_file
 
     @property
-    def has_data_file(self) -> bool:
-        """Whether guest data are in a file of their own, which is never opened."""
-        return bool(self._file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
+    def has_raw_data_file(self) -> bool:
+        """Whether guest data are in a raw file of their own, which is never opened here."""
+        header = self._file.header
+        is_there = header.incompatible_features & INCOMPATIBLE_DATA_FILE
+        return bool(is_there and header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
 
     def features(self, kind: str) -> tuple[Feature, ...]:
         """The feature bits that are set; ``kind`` is one of `format.features.KINDS`."""

@@ -106,10 +106,12 @@ def _differing(arguments: argparse.Namespace, image: Image, name: str) -> NDArra
     )
     ours, before, now = map(_identity, (arguments.image, old, new))
     with ExitStack() as opened:
-        disk = _disk(opened, arguments, image) if now == ours or image.has_data_file else None
-        if before in (ours, now) or (disk and image.has_data_file and before in disk.identities):
+        is_raw = image.has_raw_data_file  # which has no backing file: QEMU opens nothing else
+        disk = _disk(opened, arguments, image) if now == ours or is_raw else None
+        parts = disk.identities if disk and is_raw else ()
+        if before in (ours, now, *parts):
             raise _InputError(old, "is not the last backup, but the disk that is compared with it")
-        if now != ours and not arguments.is_current and not (disk and now in disk.identities):
+        if now != ours and now not in parts and not arguments.is_current:
             raise _InputError(
                 new,
                 "is neither the image nor its data file: if you know that it is what the disk "
