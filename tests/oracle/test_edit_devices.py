@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from support.edits import SECTOR, KiB, MiB, Step, do
 from support.qemu import Disk, ToolError, run_ok
 
 import qcow2bm
+from qcow2bm.api import repair
+from qcow2bm.format.undo import Undo
 from qcow2bm.storage.file import FileStorage
 
 SIZE = 40 * MiB + SECTOR
@@ -127,3 +129,29 @@ def test_a_block_device(disk: Disk) -> None:
         assert (5 * MiB, 64 * KiB) in device.extents("daily")
         with pytest.raises(qcow2bm.ImageLockedError), device.held_by_qemu_io():
             qcow2bm.open(path, "r+")
+
+
+def test_a_repair_finds_room_on_it_and_is_undone(disk: Disk) -> None:
+    disk.add("broken", 64 * KiB)
+    with disk.path.open("ab") as file:
+        file.write(GARBAGE * MiB)
+    with qcow2bm.open(disk.path) as image:
+        place = image.bitmaps["broken"].entry.offset_of("flags")
+    with disk.path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\0\0\0\x10")
+    before = disk.path.read_bytes()
+    kept: list[Undo] = []
+    with closing(FixedFile(disk.path, writable=True)) as storage:
+
+        def keep(undo: Undo) -> Callable[[int], None]:
+            kept.append(undo)
+            return lambda mtime_ns: None
+
+        done = repair.repair(storage, keep)
+        assert ([name for name, _ in done.lost], done.left) == (["broken"], ())
+        assert disk.path.stat().st_size == len(before)
+        assert [bitmap["name"] for bitmap in disk.listed()] == ["daily"]
+        assert disk.check().returncode == 0
+        assert repair.undo(storage, kept[0], is_asserted=True)
+    assert disk.path.read_bytes() == before
