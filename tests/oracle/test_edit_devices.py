@@ -137,9 +137,9 @@ def test_a_repair_finds_room_on_it_and_is_undone(disk: Disk) -> None:
         file.write(GARBAGE * MiB)
     with qcow2bm.open(disk.path) as image:
         place = image.bitmaps["broken"].entry.offset_of("flags")
-    with disk.path.open("r+b") as file:
-        file.seek(place)
-        file.write(b"\0\0\0\x10")
+    with disk.path.open("r+b") as written:
+        written.seek(place)
+        written.write(b"\0\0\0\x10")
     before = disk.path.read_bytes()
     kept: list[Undo] = []
     with closing(FixedFile(disk.path, writable=True)) as storage:
