@@ -112,6 +112,8 @@ class Repair(NamedTuple):
         plan: all writes and barriers; none if there is nothing to do.
         lost: the bitmaps that are dropped.
         renamed: (old, new) names of bitmaps.
+        mended: the serious problems there were, and are no more; not those of bitmaps that are
+            dropped.
         problems: all there are before.
         left: the serious ones there will be afterwards.
         leaked_clusters: how many clusters will leak then.
@@ -120,6 +122,7 @@ class Repair(NamedTuple):
     plan: Plan
     lost: tuple[Lost, ...]
     renamed: tuple[tuple[str, str], ...]
+    mended: tuple[Problem, ...]
     problems: tuple[Problem, ...]
     left: tuple[Problem, ...]
     leaked_clusters: int
@@ -196,10 +199,23 @@ def plan_repair(
         Plan(tuple(steps), commit_point),
         tuple(work.lost),
         tuple(work.renamed),
+        tuple(_mended(before, view, work.lost)),
         before.problems,
         left,
         view.check.leaked_clusters,
     )
+
+
+def _mended(before: View, after: View, lost: Iterable[Lost]) -> Iterator[Problem]:
+    """The serious problems that are gone, but those that went with their bitmaps."""
+    left = {(p.id, p.offset) for p in after.problems}
+    names = {one.name for one in lost}
+    for found in before.problems:
+        index = found.bitmap_index
+        is_lost = index is not None and before.directory.entries[index].name in names
+        is_serious = found.severity in (REFUSED, UNUSABLE)
+        if is_serious and (found.id, found.offset) not in left and not is_lost:
+            yield found
 
 
 def _require_no_worse(before: View, after: View) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
+_MOST_LISTED = 16
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Does one of the commands; returns the exit status."""
@@ -87,6 +89,7 @@ def _document(arguments: argparse.Namespace, done: Repair) -> dict[str, object]:
             for name, reason in done.lost
         ],
         "renamed": [{"name": json_text(a), "new-name": json_text(b)} for a, b in done.renamed],
+        "mended": [{"id": found.id, "message": json_text(found.message)} for found in done.mended],
         "left": [{"id": found.id, "message": json_text(found.message)} for found in done.left],
         "leaked-clusters": done.leaked_clusters,
         "plan": plan_as_json(done.plan),
@@ -98,6 +101,11 @@ def _print(arguments: argparse.Namespace, done: Repair) -> None:
         print(f"lost: {_name(lost)} ({lost.reason})")
     for old, new in done.renamed:
         print(f'renamed: "{escape(old)}" to "{escape(new)}"')
+    what = "to mend" if arguments.dry_run else "mended"
+    for found in done.mended[:_MOST_LISTED]:
+        print(f"{what}: {found.message} ({found.id})")
+    if len(done.mended) > _MOST_LISTED:
+        print(f"{what}: {count(len(done.mended) - _MOST_LISTED, 'more problem')}")
     for found in done.left:
         print(f"left: {found.message} ({found.id})")
     if arguments.dry_run and done.plan.steps:

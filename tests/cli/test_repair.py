@@ -78,7 +78,14 @@ def test_lossless(tmp_path: Path) -> None:
     assert done.out.endswith("(directory-entry.type.unknown)\nnothing was changed\n")
     assert content(tmp_path) == before
     written(tmp_path, MENDED)
-    assert run([*REPAIR, "--no-undo", "--lossless"], tmp_path) == (0, "mended\n", "")
+    dry = run([*REPAIR, "--dry-run", "--lossless"], tmp_path)
+    done = run([*REPAIR, "--no-undo", "--lossless"], tmp_path)
+    problem = "bitmaps extension: nb_bitmaps at 0x78 is 2, but the directory holds 3"
+    said = f"mended: {problem} (bitmaps-extension.nb_bitmaps.less)\n"
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith(said)
+    assert done.out.endswith("(directory-entry.surplus)\nmended\n")
+    assert dry.out.startswith(said.replace("mended", "to mend", 1))
     assert content(tmp_path) == image()
 
 
