@@ -320,7 +320,8 @@ class Edit:
             reason = "shares clusters with others by now, or has lost them, or its table is damaged"
             raise BitmapError(name, f"{reason}: see what check says of it")
         if self._draft.is_stale:
-            self._draft.revive(intact)
+            self._draft.revive(intact)  # after which each has a table that is its own
+            self._intact_bitmaps = frozenset(range(len(self._image.directory)))
         self._draft.salvage(name, trusts_stored=trust_stored)
         if source:
             self._draft.clear(name)

@@ -220,11 +220,15 @@ class Image:
         return self._file.backing_file
 
     @property
+    def has_data_file(self) -> bool:
+        """Whether guest data are in a file of their own, which is never opened here."""
+        return bool(self._file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
+
+    @property
     def has_raw_data_file(self) -> bool:
-        """Whether guest data are in a raw file of their own, which is never opened here."""
-        header = self._file.header
-        is_there = header.incompatible_features & INCOMPATIBLE_DATA_FILE
-        return bool(is_there and header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
+        """Whether they are there as on a raw disk."""
+        autoclear = self._file.header.autoclear_features
+        return self.has_data_file and bool(autoclear & AUTOCLEAR_RAW_DATA_FILE)
 
     def features(self, kind: str) -> tuple[Feature, ...]:
         """The feature bits that are set; ``kind`` is one of `format.features.KINDS`."""

@@ -45,6 +45,7 @@ from qcow2bm.problems import (
     TABLE,
     UNUSABLE,
     Problem,
+    kind_of,
 )
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.overlay import OverlayStorage
@@ -194,7 +195,7 @@ def plan_repair(
         _apply(overlay, more)
         view = View.of(overlay)
     left = tuple(p for p in view.problems if p.severity in (REFUSED, UNUSABLE))
-    _require_no_worse(before, view)
+    _require_no_worse((before, first_view), view)
     return Repair(
         Plan(tuple(steps), commit_point),
         tuple(work.lost),
@@ -218,9 +219,9 @@ def _mended(before: View, after: View, lost: Iterable[Lost]) -> Iterator[Problem
             yield found
 
 
-def _require_no_worse(before: View, after: View) -> None:
+def _require_no_worse(earlier: Iterable[View], after: View) -> None:
     """What is shared with the disk afterwards must have been so before; nothing is written else."""
-    known = {(p.id, p.offset) for p in before.problems}
+    known = {(p.id, p.offset) for before in earlier for p in before.problems}
     for found in after.problems:
         if found.id.endswith(".overlap") and (found.id, found.offset) not in known:
             raise as_error(found, ": the outcome would not be sound, so nothing is written")
@@ -236,6 +237,9 @@ def _can_be_counted(earlier: Sequence[View], view: View) -> bool:
     is_ambiguous = any(before.check.leaked_clusters and _is_low(before) for before in earlier)
     is_gone = any(found.id == _NO_BITMAPS for before in earlier for found in before.header)
     is_readable = not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems)
+    if not view.directory.is_consistent:  # where faults are remarks, but name clusters no less
+        kinds = (kind_of(found.id) for found in view.directory.problems)
+        is_readable &= not any(kind.severity in (REFUSED, UNUSABLE) for kind in kinds)
     return is_readable and not is_gone and not (is_ambiguous and _is_low(view))
 
 
@@ -453,7 +457,7 @@ class _Directory:
             # QEMU does not look at it, and it is the last trace of what it names.
             if view.file.header.version < 3 or "stale" not in chosen:
                 return Plan()
-            return self._give_up(header, "was stale")
+            return self._give_up(header, "was stale", directory.entries)
         if "directory" not in chosen:
             return Plan()
         if not directory.extension:
@@ -486,11 +490,13 @@ class _Directory:
         prepared = header.clear_unknown_autoclear()
         return ordered(prepared, header.renew_generation(), header.clear_bitmaps_bit(), ())
 
-    def _give_up(self, header: HeaderDraft, reason: str) -> Plan:
+    def _give_up(
+        self, header: HeaderDraft, reason: str, entries: Iterable[DirectoryEntry] = ()
+    ) -> Plan:
+        """Drops all bitmaps; ``entries`` are those of a directory that can be believed."""
         if self._lossless:
             return Plan()
-        self.lost = [Lost(entry.name, reason) for entry in self._view.directory.entries]
-        self.lost = self.lost or [Lost(None, reason)]
+        self.lost = [Lost(entry.name, reason) for entry in entries] or [Lost(None, reason)]
         return self._removed(header)
 
     def _removed(self, header: HeaderDraft) -> Plan:

@@ -10,7 +10,7 @@ from qcow2bm.check.view import View
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS
-from qcow2bm.problems import CLUSTER, REFUSED, UNUSABLE
+from qcow2bm.problems import REFUSED, UNUSABLE, Problem
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.overlay import OverlayStorage
 from qcow2bm.store.status import as_error
@@ -24,28 +24,35 @@ def intact_bitmaps(storage: Storage) -> frozenset[int]:
     So it is found for stale bitmaps, too. The caller holds a lock.
 
     Raises:
-        FormatError: the directory is not what it was, so no bitmap can be believed; or the disk is
-            damaged, and the bitmaps are not stale anyway.
+        FormatError: the directory is not what it was, so no bitmap can be believed; or the disk, or
+            refcounts, are damaged, so that nothing new can be put anywhere.
         StorageError: reading failed.
     """
-    overlay = OverlayStorage(storage)
-    header = ClusterFile(overlay, force_share=True).header
-    is_stale = not header.autoclear_features & AUTOCLEAR_BITMAPS
-    autoclear = header.autoclear_features | AUTOCLEAR_BITMAPS
-    overlay.write(FIELD_OFFSETS["autoclear_features"], (autoclear.to_bytes(8, "big"),))
-    view = View.of(overlay)
-    serious = [p for p in view.problems if p.severity in (REFUSED, UNUSABLE)]
-    if is_stale:
+    stored = View.of(storage)
+    view = stored if stored.directory.is_consistent else _as_if_consistent(storage)
+    serious = _serious(view)
+    if view is not stored:
         of_all = view.directory.distrust or view.survey.distrust
         of_all = of_all or next((p for p in serious if p.id == "bitmap-directory.overlap"), None)
         for found in (of_all, *view.directory.problems):
             if found in serious and found and not found.id.startswith(_TABLE_FIELDS):
                 what = ": stale bitmaps like that can only be removed (remove --all)"
                 raise as_error(found, what)
-    for found in serious:
-        if found.bitmap_index is None and found.structure != CLUSTER:
-            if is_stale:
-                return frozenset()  # so who uses what is not known
+    for found in _serious(stored):
+        if found.bitmap_index is None:
             raise as_error(found, ": mend that first; check says how")
     broken = {p.bitmap_index for p in serious} | undercounted_bitmaps(view.file, view.directory)
     return frozenset(e.index for e in view.directory.entries if e.index not in broken)
+
+
+def _as_if_consistent(storage: Storage) -> View:
+    """The image as it would be if its bitmaps were not stale."""
+    overlay = OverlayStorage(storage)
+    header = ClusterFile(overlay, force_share=True).header
+    autoclear = header.autoclear_features | AUTOCLEAR_BITMAPS
+    overlay.write(FIELD_OFFSETS["autoclear_features"], (autoclear.to_bytes(8, "big"),))
+    return View.of(overlay)
+
+
+def _serious(view: View) -> list[Problem]:
+    return [found for found in view.problems if found.severity in (REFUSED, UNUSABLE)]

@@ -13,6 +13,7 @@ from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write
 from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import StateError
+from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE
 from qcow2bm.format.table import ENTRY_LENGTH
 from qcow2bm.format.undo import BARRIER_STEP, Undo, UndoStep
 from qcow2bm.storage.base import Storage
@@ -59,6 +60,9 @@ def plan_undo(storage: Storage, undo: Undo, *, is_asserted: bool = False) -> Pla
         return Plan()
     _require_unchanged(storage, undo)
     if not is_asserted:
+        header = ClusterFile(storage, force_share=True).header
+        if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
+            raise _changed("its guest data are in another file, which may have been written to")
         token = storage.change_token()
         if not isinstance(token, tuple) or undo.mtime_ns != token[0]:
             raise _changed("its time of the last write does not prove that nobody wrote since")

@@ -49,6 +49,9 @@ _CONTAINERS = {
 }
 
 
+_SAME = "is not the last backup, but the disk that is compared with it, or on top of it"
+
+
 class _InputError(Exception):
     """What is wrong with one of the two that are to be compared: (name, what)."""
 
@@ -106,18 +109,26 @@ def _differing(arguments: argparse.Namespace, image: Image, name: str) -> NDArra
     )
     ours, before, now = map(_identity, (arguments.image, old, new))
     with ExitStack() as opened:
-        is_raw = image.has_raw_data_file  # which has no backing file: QEMU opens nothing else
-        disk = _disk(opened, arguments, image) if now == ours or is_raw else None
-        parts = disk.identities if disk and is_raw else ()
-        if before in (ours, now, *parts):
-            raise _InputError(old, "is not the last backup, but the disk that is compared with it")
-        if now != ours and now not in parts and not arguments.is_current:
+        has_data_file = image.has_data_file
+        disk = _disk(opened, arguments, image) if now == ours or has_data_file else None
+        files = disk.identities if disk and has_data_file else set()  # a data file among them
+        if (
+            now != ours
+            and not arguments.is_current
+            and not (
+                image.has_raw_data_file and now in files  # which has no backing file, so it is that
+            )
+        ):
             raise _InputError(
                 new,
                 "is neither the image nor its data file: if you know that it is what the disk "
                 "holds now, --assert-current",
             )
+        if before in (mine := {ours, now, *files}):
+            raise _InputError(old, _SAME)
         content = _content(opened, arguments, old, arguments.old_format, "--old-format")
+        if not mine.isdisjoint(getattr(content, "identities", ())):  # an overlay on it, say
+            raise _InputError(old, _SAME)
         current: Content | None = disk if now == ours else None
         if current is None:
             current = _content(opened, arguments, new, arguments.new_format, "--new-format")

@@ -64,6 +64,10 @@ class Content(Protocol):
         """Raises `ChangedWhileReadingError` if somebody is known to have written to it."""
         ...
 
+    def interrupt(self) -> None:
+        """Lets readers that wait for something fail."""
+        ...
+
 
 class RawContent:
     """A raw file or a block device. Its holes are skipped where the system tells of them."""
@@ -91,6 +95,9 @@ class RawContent:
         """See `Reader`."""
         first = self._storage.next_data(start)
         return first if first < self._stored else self.size
+
+    def interrupt(self) -> None:
+        """See `Content`: the system waits for as long as it does."""
 
     def require_unchanged(self) -> None:
         """See `Content`."""

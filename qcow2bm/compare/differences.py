@@ -57,6 +57,10 @@ def differences(
         try:
             for thread in [threads.submit(work.run) for _ in range(workers)]:
                 thread.result()
+        except BaseException:
+            old.interrupt()  # or threads that wait for one of them are waited for
+            new.interrupt()
+            raise
         finally:
             work.is_over.set()
     old.require_unchanged()

@@ -39,12 +39,14 @@ class ServedContent:
     def __init__(
         self,
         name: str,
+        process: subprocess.Popen[bytes],
         readers: Sequence[NbdReader],
         files: Sequence[RawContent],
         identities: set[Identity],
     ) -> None:
         """There can be so many readers at a time. The caller holds the locks of the files."""
         self.name = name
+        self._process = process
         self.size = readers[0].size
         self.identities = identities
         self._files = files
@@ -60,6 +62,10 @@ class ServedContent:
             yield reader
         finally:
             self._idle.put(reader)
+
+    def interrupt(self) -> None:
+        """See `qcow2bm.compare.content.Content`."""
+        self._process.kill()
 
     def require_unchanged(self) -> None:
         """See `qcow2bm.compare.content.Content`."""
@@ -111,7 +117,7 @@ def served(
                 opened.callback(storage.close)
                 opened.enter_context(storage.read_lock())
                 contents.append(RawContent(storage))
-        yield ServedContent(path, readers, contents, identities)
+        yield ServedContent(path, process, readers, contents, identities)
 
 
 def _opened_files(process_id: int) -> dict[str, os.stat_result]:

@@ -64,7 +64,8 @@ def plan_commit(
     allocator = allocator_of(file, directory, survey, capacity)
     if is_revived:  # what is stale is the last trace of its bitmaps, counted or not
         uses = used_by_bitmaps(file, directory)
-        end = max((used.offset + used.length for used in uses), default=0)
+        ends = [used.offset + used.length for used in uses]
+        end = max(ends, default=0) if capacity else max([*ends, file.file_size])
         taken = [(0, ceil_div(end, file.cluster_size))]
         allocator = Allocator(file, taken, 0, capacity, is_behind=True)
     header = HeaderDraft(file)

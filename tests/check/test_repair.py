@@ -20,6 +20,7 @@ from support.faults import (
     image,
     in_entry,
     in_header,
+    in_payload,
     patched,
 )
 from support.images import Stored, build_image, extension
@@ -368,6 +369,29 @@ def test_an_extension_in_version_2_is_left_alone() -> None:
     data[place + 4 : place + 8] = (40).to_bytes(4, "big")
     data[place + 32 : place + 40] = b"\xff" * 8  # so that it is no shorter either
     assert planned(bytes(data)).plan.steps == ()
+
+
+@pytest.mark.spec("REPAIR-8")
+def test_of_a_directory_that_is_not_one_no_names_are_told() -> None:
+    done = planned(patched(image(), *in_payload(bitmap_directory_offset=0x600)))
+    assert [name for name, _ in done.lost] == [None]
+
+
+@pytest.mark.spec("REPAIR-4")
+def test_what_a_stale_entry_that_cannot_be_read_names_is_not_given_back() -> None:
+    data = broken("bitmaps-extension.autoclear.off")
+    data = patched(data, *in_entry(0, granularity_bits=200))
+    assert planned(data).plan.steps == ()
+
+
+@pytest.mark.spec("REPAIR-3")
+def test_what_is_seen_only_once_the_length_is_right_is_no_reason_to_do_nothing() -> None:
+    from check.test_check import DATA, with_disk, word
+
+    data = with_disk((TABLES[0], word(DATA)), (EXTENSION + 4, bytes([0, 0, 0, 16])))
+    done = planned(data, lossless=True)
+    assert done.plan.steps
+    assert "bitmap-data.overlap" in {found.id for found in done.left}
 
 
 @pytest.mark.spec("REPAIR-8", "REPAIR-4")

@@ -335,6 +335,47 @@ def test_one_that_uses_clusters_of_the_disk_is_not_salvaged(way: str, tmp_path: 
     assert (tmp_path / "vm.qcow2").read_bytes() == data
 
 
+@pytest.mark.spec("SALVAGE-2")
+@pytest.mark.parametrize("is_stale", [False, True])
+@pytest.mark.parametrize("what", ["compressed", "past the end", "behind what is counted"])
+def test_nothing_is_put_where_the_disk_may_have_data(
+    what: str, is_stale: bool, tmp_path: Path
+) -> None:
+    """Clusters that the disk uses are not counted, so they pass for free."""
+    data = bytearray(write(tmp_path, CRASHED, autoclear=not is_stale))
+    with qcow2bm.open(bytes(data)) as image:
+        l1 = image.header.l1_table_offset
+        block = int.from_bytes(data[image.header.refcount_table_offset :][:8], "big")
+    table = len(data)
+    place = {"compressed": table + 512, "past the end": table + 4096}.get(what, table + 1024)
+    data += bytes(512)
+    data[l1 : l1 + 8] = (1 << 63 | table).to_bytes(8, "big")
+    data[block + 2 * (table // 512) + 1] = 1
+    bits = 1 << 62 if what == "compressed" else 1 << 63
+    data[table : table + 8] = (bits | place).to_bytes(8, "big")
+    if what != "past the end":
+        data += b"g" * 1024
+    (tmp_path / "vm.qcow2").write_bytes(data)
+    done = run(["salvage", "vm.qcow2", "crashed", "--all-dirty"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert "mend that first; check says how" in done.err
+    assert (tmp_path / "vm.qcow2").read_bytes() == data
+
+
+def test_several_stale_bitmaps_are_salvaged_in_one_edit() -> None:
+    """One of them is not whole any more."""
+    data = bytearray(build_image(*STALE, size=SIZE, autoclear=False).data)
+    with qcow2bm.open(bytes(data)) as image:
+        data[image.directory[1].offset_of("bitmap_table_size") + 3] = 2
+    with qcow2bm.open(data, "r+") as image, image.edit() as edit:
+        edit.salvage("a", trust_stored=True)
+        edit.salvage("b")
+        edit.salvage("c")
+    with qcow2bm.open(data) as image:
+        counts = [bitmap.count() for bitmap in image.bitmaps.values()]
+        assert counts == [GRANULE, SIZE, SIZE]
+
+
 @pytest.mark.spec("SALVAGE-3")
 def test_a_stale_bitmap_that_could_not_be_as_large_is_said(tmp_path: Path) -> None:
     """The disk was made much larger by a program without bitmaps."""

@@ -46,6 +46,9 @@ class Memory:
     def require_unchanged(self) -> None:
         pass
 
+    def interrupt(self) -> None:
+        pass
+
 
 def dirty(octets: np.ndarray[Any, Any], bits: int) -> list[int]:
     assert len(octets) == -(-bits // 8)

@@ -12,6 +12,7 @@ from support.qemu import run as run_tool
 
 import qcow2bm
 
+MiB = 1 << 20
 IMAGES = list(broken_images())
 PARTS = 8
 
@@ -39,3 +40,31 @@ def test_qemu_opens_what_was_repaired(part: int, tmp_path: Path) -> None:
         listed = [b["name"] for b in Disk(path).listed() if "in-use" not in b["flags"]]
         assert len(listed) == len(names), what
     assert mended > len(IMAGES) // PARTS * 2 // 3
+
+
+@pytest.mark.spec("REPAIR-6")
+def test_a_guest_that_wrote_to_a_data_file_leaves_no_trace_so_it_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    disk = Disk.create(
+        tmp_path / "vm.qcow2",
+        64 * MiB,
+        data_file=tmp_path / "data",
+        data_file_raw="on",
+        preallocation="metadata",
+    )
+    for name in ("kept", "dropped"):
+        disk.add(name, 65536)
+    with qcow2bm.open(disk.path) as image:
+        place = image.bitmaps["dropped"].entry.offset_of("flags")
+    with disk.path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\0\0\0\x10")
+    before = disk.path.read_bytes()
+    assert run(["repair", "vm.qcow2", "--undo", "back"], tmp_path).status == 0
+    (tmp_path / "data").write_bytes(b"x" * 64 * MiB)
+    done = run(["undo", "vm.qcow2", "back"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert "its guest data are in another file" in done.err
+    assert run(["undo", "vm.qcow2", "back", "--assert-unchanged"], tmp_path).status == 0
+    assert disk.path.read_bytes() == before

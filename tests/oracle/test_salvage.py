@@ -189,10 +189,23 @@ def test_the_data_file_of_the_image_is_no_backup(tmp_path: Path) -> None:
     tool("qemu-img", "bitmap", "--add", path, "daily")
     write(path, "write -P 2 5M 64k", crash=True)
     os.link(tmp_path / "data", tmp_path / "old")
+    tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "data", tmp_path / "overlay")
     for new in ("vm.qcow2", "data"):
-        done = run(["salvage", "vm.qcow2", "daily", "--compare", "old", new], tmp_path)
+        for old in (["old"], ["overlay", "--old-format=qcow2"]):
+            arguments = ["salvage", "vm.qcow2", "daily", "--compare", old[0], new, *old[1:]]
+            done = run(arguments, tmp_path)
+            assert (done.status, done.out) == (1, "")
+            assert "is not the last backup, but the disk" in done.err
+
+
+@pytest.mark.spec("SALVAGE-5")
+def test_a_data_file_that_is_not_raw_is_no_backup_either(tmp_path: Path) -> None:
+    path = make(tmp_path, "vm.qcow2", "-o", f"data_file={tmp_path / 'data'}")
+    tool("qemu-img", "bitmap", "--add", path, "daily")
+    write(path, "write -P 2 5M 64k", crash=True)
+    for old, new in (("data", "vm.qcow2"), ("vm.qcow2", "data")):
+        done = run(["salvage", "vm.qcow2", "daily", "--compare", old, new], tmp_path)
         assert (done.status, done.out) == (1, "")
-        assert "is not the last backup, but the disk" in done.err
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
