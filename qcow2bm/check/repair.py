@@ -213,7 +213,9 @@ def _mended(before: View, after: View, lost: Iterable[Lost]) -> Iterator[Problem
     names = {one.name for one in lost}
     for found in before.problems:
         index = found.bitmap_index
-        is_lost = index is not None and before.directory.entries[index].name in names
+        is_lost = index is not None and not names.isdisjoint(
+            (None, before.directory.entries[index].name)
+        )
         is_serious = found.severity in (REFUSED, UNUSABLE)
         if is_serious and (found.id, found.offset) not in left and not is_lost:
             yield found
