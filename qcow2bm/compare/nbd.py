@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import struct
-from types import TracebackType
 
 from qcow2bm.errors import StorageError
 from qcow2bm.units import escape
@@ -38,7 +37,7 @@ _MAX_ANSWER_BYTES = 1 << 16
 
 
 class NbdReader:
-    """A connection to the default export; a `Reader`, and a context manager.
+    """A connection to the default export; a `qcow2bm.compare.content.Reader`.
 
     Attributes:
         size: of the export, in bytes.
@@ -61,15 +60,8 @@ class NbdReader:
             self._socket.close()
             raise
 
-    def __enter__(self) -> NbdReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Hangs up."""
         self._socket.close()
 
     def _fail(self, reason: str, start: int = 0, length: int = 0) -> StorageError:

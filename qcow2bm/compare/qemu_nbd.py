@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO
 
@@ -104,7 +104,7 @@ def served(
         opened.callback(process.wait)
         opened.callback(process.kill)  # it has nothing to save, and may not listen to less yet
         readers = [
-            opened.enter_context(_connected(process, socket, path, said))
+            opened.enter_context(closing(_connected(process, socket, path, said)))
             for _ in range(connections)
         ]
         folder.cleanup()  # nobody else is to connect

@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from random import Random
 
@@ -70,7 +70,7 @@ def server(path: Path, content: bytes) -> Iterator[str]:
 def use(path: str) -> tuple[int, int, bytes]:
     """One of each request: the size, where data begin, and data and a hole."""
     buffer = bytearray(b"?" * 8192)
-    with NbdReader(path, "disk") as reader:
+    with closing(NbdReader(path, "disk")) as reader:
         found = reader.next_data(0)
         reader.read_into(4096, memoryview(buffer))
         return reader.size, found, bytes(buffer)
