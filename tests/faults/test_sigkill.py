@@ -44,8 +44,8 @@ def test_killed_at_every_call(name: str, tmp_path: Path) -> None:
         with qcow2bm.open(path, "r+") as image:  # nobody holds a lock any more
             if state == old:
                 with image.edit() as edit:
-                    if not image.is_consistent:
-                        edit.remove_all()
+                    if not image.is_consistent and not name.startswith("salvage"):
+                        edit.remove_all()  # what is left of the extension
                     EDITS[name].change(edit)
         assert state_of(path.read_bytes()) == new, left
     print(f"{name}: killed {len(expected) - 1} times")
