@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qcow2bm.api.bitmap import Bitmap
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
+    from qcow2bm.bitmaps.bit_reader import Totals
     from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
         BitmapBrokenError,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from qcow2bm.migration.evidence import Fate
     from qcow2bm.problems import Problem
     from qcow2bm.storage.base import Storage, WritableStorage
-    from qcow2bm.store.load import Totals
     from qcow2bm.tracker.group import TrackerGroup
     from qcow2bm.tracker.handover import Activation
     from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
@@ -110,7 +110,7 @@ _HOMES = {
     "open": "qcow2bm.api.image",
     "Problem": "qcow2bm.problems",
     "Storage": "qcow2bm.storage.base",
-    "Totals": "qcow2bm.store.load",
+    "Totals": "qcow2bm.bitmaps.bit_reader",
     "WritableStorage": "qcow2bm.storage.base",
     "Write": "qcow2bm.clusters.plan",
 }

@@ -209,9 +209,9 @@ class ChangedWhileReadingError(StorageError):
         self._arguments = path, structure
 
 
-Outcome = Literal["old", "new", "unknown"]
+CommitOutcome = Literal["old", "new", "unknown"]
 
-_OUTCOMES: dict[Outcome, str] = {
+_OUTCOMES: dict[CommitOutcome, str] = {
     "old": "the edit did not take effect, all bitmaps are as before",
     "new": "the edit took effect, but some clusters may have leaked: qemu-img check -r leaks",
     "unknown": "whether the edit took effect is unknown: make sure that the storage works again, "
@@ -229,7 +229,7 @@ class CommitError(Qcow2BmError):
     """
 
     def __init__(
-        self, path: str, step: str, outcome: Outcome, reason: str, consequence: str = ""
+        self, path: str, step: str, outcome: CommitOutcome, reason: str, consequence: str = ""
     ) -> None:
         self.path, self.step, self.outcome, self.reason = path, step, outcome, reason
         self.consequence = consequence or _OUTCOMES[outcome]

@@ -16,9 +16,9 @@ from support.images import ONES, ZEROES, Built, Stored, Word, build_image, exten
 from support.scripted import ScriptedStorage
 
 import qcow2bm
+from qcow2bm.bitmaps.bit_reader import CHUNK_BYTES
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.extensions import BITMAPS
-from qcow2bm.store.load import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from qcow2bm.storage.sources import Source
@@ -389,7 +389,7 @@ def test_extents_end_where_the_image_is_closed(tmp_path: Path, force_share: bool
     )
     with qcow2bm.open(path, force_share=force_share) as image:
         extents = image.bitmaps["daily"].extents()
-        with mock.patch("qcow2bm.store.load._MANY_EXTENTS", 1):
+        with mock.patch("qcow2bm.bitmaps.bit_reader._MANY_EXTENTS", 1):
             next(extents)
     with pytest.raises(qcow2bm.Qcow2BmError):
         list(extents)

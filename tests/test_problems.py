@@ -9,11 +9,11 @@ import pytest
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
 
 import qcow2bm
+from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
+from qcow2bm.bitmaps.tables import MAX_FAULTS_LISTED, MAX_TABLES_BYTES
 from qcow2bm.format import extensions
 from qcow2bm.format.directory import FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
 from qcow2bm.problems import KINDS, LEAK, REFUSED, SEVERITIES, UNUSABLE, Severity, problem
-from qcow2bm.store.entries import MAX_BITMAP_BYTES
-from qcow2bm.store.tables import MAX_FAULTS_LISTED, MAX_TABLES_BYTES
 from qcow2bm.units import align_up
 
 CLUSTER = 1024

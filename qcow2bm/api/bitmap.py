@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qcow2bm.bitmaps.bit_reader import BitReader, Totals
+from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, Status, judge
+from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
 from qcow2bm.errors import (
     BitmapBrokenError,
     BitmapInconsistentError,
@@ -13,9 +16,6 @@ from qcow2bm.errors import (
 )
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.problems import Problem
-from qcow2bm.store.load import BitmapBits, Totals
-from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, Status, judge
-from qcow2bm.store.tables import Clusters, Table, has_readable_table
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class Bitmap:
     writes. `stale_bits` is the one way to see the bits of any other.
     """
 
-    def __init__(self, image: Image, entry: DirectoryEntry, generation: int) -> None:
+    def __init__(self, image: Image, entry: DirectoryEntry, revision: int) -> None:
         """Made by `Image.bitmaps` and `Image.bitmap`."""
         self._owner = image
         self._entry = entry
-        self._generation = generation
+        self._revision = revision
 
     def __repr__(self) -> str:
         entry = self._entry
@@ -45,7 +45,7 @@ class Bitmap:
 
     @property
     def _image(self) -> Image:
-        if self._generation != self._owner._generation:
+        if self._revision != self._owner._revision:
             subject = f'the Bitmap "{escape(self._entry.name or "")}"'
             raise StateError("outdated by a commit", "looked up again", subject)
         return self._owner
@@ -185,7 +185,7 @@ class Bitmap:
         """Returns if `status` is "valid"; raises as `count` does."""
         self._bits()
 
-    def _bits(self) -> BitmapBits:
+    def _bits(self) -> BitReader:
         status, reason = self._judge()
         name = self._label
         if status == INCONSISTENT:
@@ -195,10 +195,10 @@ class Bitmap:
         table = self._table()
         if status == BROKEN or not table:
             raise BitmapBrokenError(name, f"is broken: {reason}")
-        return BitmapBits(self._image._file, self.entry, table.fingerprint)
+        return BitReader(self._image._file, self.entry, table.fingerprint)
 
-    def _stale(self) -> BitmapBits:
+    def _stale(self) -> BitReader:
         file = self._image._file
         if not self.has_stale_bits:
             raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
-        return BitmapBits(file, self.entry, None, dirty_where_unknown=True)
+        return BitReader(file, self.entry, None, dirty_where_unknown=True)

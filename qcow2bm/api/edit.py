@@ -6,12 +6,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.bitmaps.directory import verify_directory
+from qcow2bm.bitmaps.tables import survey
 from qcow2bm.bits.runs import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
 from qcow2bm.storage.base import WritableStorage
-from qcow2bm.store.directory import verify_directory
-from qcow2bm.store.tables import survey
 from qcow2bm.units import ceil_div, escape
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qcow2bm.api.image import Image
-    from qcow2bm.store.draft import PackedSource
-    from qcow2bm.store.edit import Draft, Ranges
+    from qcow2bm.bitmaps.draft import Draft, Ranges
+    from qcow2bm.bitmaps.draft_bits import PackedSource
 
 
 class Edit:
@@ -32,8 +32,8 @@ class Edit:
 
     def __init__(self, image: Image, *, dry_run: bool) -> None:
         """See `Image.edit`."""
-        from qcow2bm.store.edit import Draft
-        from qcow2bm.store.editable import require_editable
+        from qcow2bm.bitmaps.draft import Draft
+        from qcow2bm.bitmaps.editable import require_editable
 
         file, directory = image._file, image._directory
         self._image = image
@@ -41,7 +41,7 @@ class Edit:
         self._survey = survey(file, directory, image._header_problems)
         require_editable(file, directory, self._survey, image._header_problems)
         self._open_draft = Draft(file, directory)
-        self._generation = image._generation
+        self._revision = image._revision
         self._state = "not begun"
         self._intact_bitmaps: frozenset[int] | None = None
 
@@ -49,7 +49,7 @@ class Edit:
         if self._state != "not begun":
             raise StateError(self._state, "begun anew with Image.edit", "the edit")
         self._image._require_idle()
-        if self._generation != self._image._generation:
+        if self._revision != self._image._revision:
             raise StateError("edited since", "asked for an edit afterwards")
         self._image._edit = self
         self._state = "going on"
@@ -85,7 +85,7 @@ class Edit:
             image._leave("in doubt after a failed commit", "opened again")
             raise
         image._file.close()
-        image._generation += 1
+        image._revision += 1
         try:
             image._load()
         except Qcow2BmError:  # what was to be done is done
@@ -101,7 +101,7 @@ class Edit:
             StorageError: there is no room, or reading failed.
             UnsupportedError: the header is laid out in a way that cannot be changed safely.
         """
-        from qcow2bm.store.commit import plan_commit
+        from qcow2bm.bitmaps.commit import plan_commit
 
         image, storage = self._image, self._image._storage
         capacity = storage.capacity() if isinstance(storage, WritableStorage) else None
@@ -240,7 +240,7 @@ class Edit:
             return
         if not isinstance(source, Bitmap):
             raise TypeError(f"source is a name or a Bitmap, not {type(source).__name__}")
-        from qcow2bm.store.draft import PackedSource
+        from qcow2bm.bitmaps.draft_bits import PackedSource
 
         size, own_size = source._image.virtual_size, self._image.virtual_size
         if size != own_size:
@@ -345,7 +345,7 @@ class Edit:
         """Bits somebody has in memory; raises `ValueError` if they are not those of this disk."""
         import numpy as np
 
-        from qcow2bm.store.draft import PackedSource
+        from qcow2bm.bitmaps.draft_bits import PackedSource
 
         size, octets = self._image.virtual_size, np.frombuffer(packed, np.uint8)
         length = ceil_div(ceil_div(size, granularity), 8)

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from qcow2bm.api.bitmap import Bitmap
 from qcow2bm.api.edit import Edit
+from qcow2bm.bitmaps.directory import load_directory, verify_directory, verify_entry
+from qcow2bm.bitmaps.entries import why_not_found
+from qcow2bm.bitmaps.status import as_error
+from qcow2bm.bitmaps.tables import Survey, survey
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError, StateError
@@ -19,12 +23,8 @@ from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_F
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.base import Storage, WritableStorage
-from qcow2bm.storage.held import HeldStorage
 from qcow2bm.storage.sources import open_source, open_writable
-from qcow2bm.store.directory import load_directory, verify_directory, verify_entry
-from qcow2bm.store.entries import why_not_found
-from qcow2bm.store.status import as_error
-from qcow2bm.store.tables import Survey, survey
+from qcow2bm.storage.write_guard import WriteGuard
 
 if TYPE_CHECKING:
     from qcow2bm.check.check import Check
@@ -121,12 +121,12 @@ class Image:
     ) -> None:
         """See `open`; ``writable`` is the storage once more if it is to be edited."""
         self.name = storage.name
-        self._writable = HeldStorage(writable) if writable else None
+        self._writable = WriteGuard(writable) if writable else None
         self._storage: Storage = self._writable or storage
         self._force_share = force_share
         self._edit: Edit | None = None
         self._tracker: Tracker | None = None
-        self._generation = 0
+        self._revision = 0
         self._opened = ExitStack()
         if is_owner:
             self._opened.callback(storage.close)
@@ -300,7 +300,7 @@ class Image:
         """
         if not 0 <= index < len(self.directory):
             raise BitmapNotFoundError(f"@{index}")
-        return Bitmap(self, self.directory[index], self._generation)
+        return Bitmap(self, self.directory[index], self._revision)
 
     def raise_first_problem(self) -> None:
         """Does nothing if the image has no problem but remarks; what ``strict`` reading does.
@@ -415,7 +415,7 @@ class _Bitmaps(Mapping[str, "Bitmap"]):
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._generation = image._generation
+        self._revision = image._revision
         names = Counter(entry.name for entry in image.directory)
         self._entries = {
             entry.name: entry
@@ -427,7 +427,7 @@ class _Bitmaps(Mapping[str, "Bitmap"]):
         entry = self._entries.get(name)
         if entry is None:
             raise BitmapNotFoundError(str(name), self._why_not(name))
-        return Bitmap(self._image, entry, self._generation)
+        return Bitmap(self._image, entry, self._revision)
 
     def _why_not(self, name: object) -> str:
         same = [f"@{entry.index}" for entry in self._image.directory if entry.name == name]

@@ -14,8 +14,8 @@ from qcow2bm.check.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import StorageError
 from qcow2bm.format.undo import Undo
-from qcow2bm.storage.held import HeldStorage
 from qcow2bm.storage.sources import open_source, open_writable
+from qcow2bm.storage.write_guard import WriteGuard
 
 if TYPE_CHECKING:
     from qcow2bm.storage.base import Storage, WritableStorage
@@ -133,7 +133,7 @@ def _held(source: Source, lock_timeout: float, *, locking: bool) -> Iterator[Wri
         storage = open_writable(source, locking=locking)
         if storage is not source:
             stack.callback(storage.close)
-        held = HeldStorage(storage)
+        held = WriteGuard(storage)
         stack.callback(held.release)
         held.acquire(lock_timeout)
         yield held

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from qcow2bm.bitmaps.status import BROKEN, VALID
+from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.errors import BitmapError, CommitError, LimitError, Qcow2BmError, StorageError
 from qcow2bm.migration.sentinel import is_sentinel
-from qcow2bm.store.live import LiveStore
-from qcow2bm.store.status import BROKEN, VALID
 from qcow2bm.tracker.tracker import Tracker
 from qcow2bm.units import escape
 
@@ -34,7 +34,7 @@ def begin(
     """See `Image.track`; the image is open for writing, and nothing else goes on."""
     storage = image._writable
     assert storage is not None
-    store = LiveStore(storage)
+    store = TrackedStore(storage)
     names = None if names is None else list(names)
     chosen, left_out = choose(image, names, others)
     try:
@@ -55,7 +55,7 @@ def begin(
         raise CommitError(
             error.path, error.step, error.outcome, error.reason, _NOT_BEGUN
         ) from error
-    image._generation += 1  # what was read before is not so any more
+    image._revision += 1  # what was read before is not so any more
     image._tracker = Tracker(storage, store, image.virtual_size, on_end=lambda: _end(image))
     return image._tracker
 
@@ -129,7 +129,7 @@ def _recording(
 def _end(image: Image) -> None:
     image._tracker = None
     image._file.close()
-    image._generation += 1
+    image._revision += 1
     if image._writable and not image._writable.is_held:
         image._leave("in other hands", "opened again")
         return

@@ -8,7 +8,7 @@ import numpy as np
 def count_bits(data: bytes | bytearray | memoryview) -> int:
     """How many bits are set.
 
-    *Twin*: `qcow2bm.bits.plain.count_bits`.
+    *Twin*: `qcow2bm.bits.pure_python.count_bits`.
     """
     bits = np.frombuffer(data, np.uint8)
     whole = len(bits) // 8 * 8
@@ -19,7 +19,7 @@ def count_bits(data: bytes | bytearray | memoryview) -> int:
 def count_edges(data: bytes | bytearray | memoryview, carry: int) -> int:
     """How many bits differ from the bit before them; before bit 0 comes ``carry``, 0 or 1.
 
-    *Twin*: `qcow2bm.bits.plain.count_edges`.
+    *Twin*: `qcow2bm.bits.pure_python.count_edges`.
     """
     octets = np.frombuffer(data, np.uint8)
     whole = len(octets) // 8 * 8

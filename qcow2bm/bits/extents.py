@@ -22,7 +22,7 @@ def edges(words: NDArray[np.uint64], carry: int) -> NDArray[np.int64]:
     ``words`` is uint64[n], bit 0 the least significant of the first; before it comes
     ``carry``, 0 or 1.
 
-    *Twin*: `qcow2bm.bits.plain.count_edges` counts them.
+    *Twin*: `qcow2bm.bits.pure_python.count_edges` counts them.
     """
     before = words << np.uint64(1)
     before[1:] |= words[:-1] >> np.uint64(63)

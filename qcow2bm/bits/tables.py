@@ -18,7 +18,7 @@ def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> NDArra
 
     The columns are those of `qcow2bm.bits.runs.Run`: kind, first, entries, offset.
 
-    *Twin*: `qcow2bm.bits.plain.table_runs`.
+    *Twin*: `qcow2bm.bits.pure_python.table_runs`.
     """
     table = np.frombuffer(words, np.uint64) if words else np.zeros(0, np.uint64)
     stray = np.uint64(~(offset_mask & -cluster_size) & _MAX)

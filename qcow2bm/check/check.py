@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qcow2bm.bitmaps.directory import BitmapDirectory
+from qcow2bm.bitmaps.entries import required_table_size
+from qcow2bm.bitmaps.tables import Used, readable_tables, used_by_bitmaps
 from qcow2bm.check.guest import GuestWalk, L1Table
 from qcow2bm.check.references import CHUNK, References, runs
 from qcow2bm.clusters.file import ClusterFile
@@ -31,9 +34,6 @@ from qcow2bm.format.refcounts import (
     parse_refcount_table,
 )
 from qcow2bm.problems import UNUSABLE, Problem, kind_of, problem
-from qcow2bm.store.directory import BitmapDirectory
-from qcow2bm.store.entries import required_table_size
-from qcow2bm.store.tables import Used, readable_tables, used_by_bitmaps
 from qcow2bm.units import ceil_div
 
 MAX_LISTED = 16

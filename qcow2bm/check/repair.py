@@ -9,6 +9,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from qcow2bm.bitmaps.commit import ordered
+from qcow2bm.bitmaps.directory import (
+    MAX_BITMAPS,
+    MAX_DIRECTORY_SIZE,
+)
+from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
+from qcow2bm.bitmaps.status import as_error
 from qcow2bm.check.check import refcount_mends
 from qcow2bm.check.view import View
 from qcow2bm.clusters.allocator import Allocator
@@ -49,13 +56,6 @@ from qcow2bm.problems import (
 )
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.overlay import OverlayStorage
-from qcow2bm.store.commit import ordered
-from qcow2bm.store.directory import (
-    MAX_BITMAPS,
-    MAX_DIRECTORY_SIZE,
-)
-from qcow2bm.store.entries import MAX_NAME_SIZE
-from qcow2bm.store.status import as_error
 from qcow2bm.units import ceil_div, decode_name
 
 _EVIDENT = (  # of an entry; of a name that is there twice, see below

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from qcow2bm.bitmaps.status import as_error
 from qcow2bm.check.check import undercounted_bitmaps
 from qcow2bm.check.view import View
 from qcow2bm.clusters.file import ClusterFile
@@ -13,7 +14,6 @@ from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import REFUSED, UNUSABLE, Problem
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.overlay import OverlayStorage
-from qcow2bm.store.status import as_error
 
 _TABLE_FIELDS = "directory-entry.bitmap_table_"
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+from qcow2bm.bitmaps.directory import load_directory
+from qcow2bm.bitmaps.tables import has_readable_table
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write
@@ -18,8 +20,6 @@ from qcow2bm.format.table import ENTRY_LENGTH
 from qcow2bm.format.undo import BARRIER_STEP, Undo, UndoStep
 from qcow2bm.storage.base import Storage
 from qcow2bm.storage.overlay import OverlayStorage
-from qcow2bm.store.directory import load_directory
-from qcow2bm.store.tables import has_readable_table
 
 
 def undo_of(storage: Storage, plan: Plan) -> Undo:

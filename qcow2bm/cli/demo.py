@@ -20,6 +20,7 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 from qcow2bm.api import open
+from qcow2bm.bitmaps.tracked_store import load_live
 from qcow2bm.cli.console import fail
 from qcow2bm.clusters.blank import blank_image
 from qcow2bm.clusters.file import ClusterFile
@@ -27,7 +28,6 @@ from qcow2bm.clusters.plan import Barrier, Plan, Write, coalesce, execute
 from qcow2bm.errors import StateError, StorageError
 from qcow2bm.format.directory import FIELD_OFFSETS
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.store.live import load_live
 from qcow2bm.tracker.tracker import Tracker
 from qcow2bm.units import format_size
 

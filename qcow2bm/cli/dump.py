@@ -6,9 +6,9 @@ import argparse
 from typing import NamedTuple
 
 from qcow2bm.api import Bitmap
+from qcow2bm.bitmaps.bit_reader import Totals
+from qcow2bm.bitmaps.status import INCONSISTENT, STALE, VALID
 from qcow2bm.cli import addressing, report
-from qcow2bm.store.load import Totals
-from qcow2bm.store.status import INCONSISTENT, STALE, VALID
 
 
 class Options(NamedTuple):

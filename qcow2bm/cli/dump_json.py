@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from qcow2bm.api import Bitmap, Image
+from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT
+from qcow2bm.bitmaps.status import VALID
 from qcow2bm.cli import report
 from qcow2bm.cli.dump import Options, totals
 from qcow2bm.cli.facts import json_text
 from qcow2bm.format.directory import FLAG_NAMES, TYPE_DIRTY_TRACKING
 from qcow2bm.format.features import KINDS
 from qcow2bm.problems import Problem
-from qcow2bm.store.entries import GRANULARITY_BITS_LIMIT
-from qcow2bm.store.status import VALID
 
 SCHEMA = 1
 

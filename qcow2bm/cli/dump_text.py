@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from qcow2bm.api import Bitmap, Image
+from qcow2bm.bitmaps.entries import FITTABLE, GRANULARITY_BITS_LIMIT
+from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, VALID
 from qcow2bm.cli.dump import Options, totals
 from qcow2bm.cli.facts import count, print_facts, size
 from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
@@ -14,8 +16,6 @@ from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.format.features import KINDS
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE, Problem
-from qcow2bm.store.entries import FITTABLE, GRANULARITY_BITS_LIMIT
-from qcow2bm.store.status import BROKEN, INCONSISTENT, STALE, VALID
 from qcow2bm.units import escape, format_size
 
 _REPAIRABLE = (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)

@@ -9,9 +9,9 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from qcow2bm.api import Bitmap, Image, open
+from qcow2bm.bitmaps.status import VALID
 from qcow2bm.cli.console import say
 from qcow2bm.problems import Problem
-from qcow2bm.store.status import VALID
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:

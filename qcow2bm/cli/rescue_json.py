@@ -13,7 +13,7 @@ from qcow2bm.cli.facts import json_text
 if TYPE_CHECKING:
     from qcow2bm.qmp.arm import Arming
     from qcow2bm.qmp.finish import Finished
-    from qcow2bm.qmp.nodes import LiveBitmap
+    from qcow2bm.qmp.nodes import NodeBitmap
     from qcow2bm.qmp.start import Start
     from qcow2bm.qmp.verdict import Settled
 
@@ -99,5 +99,5 @@ def _head(key: str, subject: str) -> Document:
     return {"schema": SCHEMA, key: json_text(subject)}
 
 
-def _place(bitmap: LiveBitmap) -> Document:
+def _place(bitmap: NodeBitmap) -> Document:
     return {"node": bitmap.node, "name": bitmap.name}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qcow2bm.api import saved
+from qcow2bm.api import sidecar
 from qcow2bm.cli.console import fail
 from qcow2bm.cli.edit import open_to_edit, print_plan
 from qcow2bm.clusters.plan import Plan
@@ -30,11 +30,11 @@ def restore(
     is_proof_needed = not (arguments.is_unchanged or arguments.is_all_dirty)
     try:
         with open_to_edit(arguments) as image:
-            doubt = saved.why_in_doubt(image, bitmaps, header) if is_proof_needed else ""
+            doubt = sidecar.why_in_doubt(image, bitmaps, header) if is_proof_needed else ""
             if doubt:
                 return fail(image.name, f"{_DOUBT}: {doubt}; {_CURES}")
             with image.edit(dry_run=arguments.dry_run) as edit:
-                saved.load(image, edit, bitmaps, is_all_dirty=arguments.is_all_dirty)
+                sidecar.load(image, edit, bitmaps, is_all_dirty=arguments.is_all_dirty)
                 plan = edit.plan() if arguments.dry_run else Plan()
     except ValueError as error:
         return fail(arguments.image, str(error))

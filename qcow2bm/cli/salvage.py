@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from qcow2bm.api import Image
+from qcow2bm.bitmaps.status import INCONSISTENT
 from qcow2bm.cli import addressing
 from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.edit import open_to_edit, plan_as_json, print_plan
@@ -20,7 +21,6 @@ from qcow2bm.cli.facts import json_text, size
 from qcow2bm.cli.progress import progress
 from qcow2bm.clusters.plan import Plan
 from qcow2bm.errors import ImageLockedError
-from qcow2bm.store.status import INCONSISTENT
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from qcow2bm.api import Image, open, saved
+from qcow2bm.api import Image, open
+from qcow2bm.api import sidecar as saved_bitmaps
 from qcow2bm.cli import files, report
 from qcow2bm.cli.console import fail, say
 from qcow2bm.migration.sentinel import is_sentinel
@@ -51,7 +52,7 @@ def _from_image(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
     if arguments.sentinel:
         with open(arguments.image, "r+") as image:
             if _saved(image)[0].bitmaps:
-                saved.add_sentinel(image)
+                saved_bitmaps.add_sentinel(image)
             return _saved(image)
     with report.open_image(arguments) as image:
         return _saved(image)
@@ -60,7 +61,7 @@ def _from_image(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
 def _saved(image: Image) -> tuple[Sidecar, list[str]]:
     valid, left_out = report.valid_bitmaps(image)
     nameless = [f"bitmap @{b.index} has no name, and is left out" for b in valid if not b.name]
-    return saved.save(image, filter(lambda bitmap: bitmap.name, valid)), left_out + nameless
+    return saved_bitmaps.save(image, filter(lambda bitmap: bitmap.name, valid)), left_out + nameless
 
 
 def _from_vm(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:

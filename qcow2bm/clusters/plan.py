@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2bm.errors import CommitError, Outcome, StorageError
+from qcow2bm.errors import CommitError, CommitOutcome, StorageError
 from qcow2bm.storage.base import WritableStorage
 from qcow2bm.units import escape
 
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
         """How many bytes are written."""
         return sum(write.length for write in self.writes)
 
-    def outcome(self, failed: int) -> Outcome:
+    def outcome(self, failed: int) -> CommitOutcome:
         """What the image has if the step of that number is the one that fails."""
         if self.commit_point is None or failed < self.commit_point:
             return "old"

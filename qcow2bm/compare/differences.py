@@ -12,7 +12,7 @@ from threading import Event, Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2bm.bits import plain
+from qcow2bm.bits import pure_python
 from qcow2bm.compare.content import Content, Reader
 from qcow2bm.units import ceil_div
 
@@ -90,7 +90,7 @@ class _Work:
         self._lock = Lock()
         self._done = 0
         if old.size < new.size:
-            plain.fill(self.octets.data, old.size // granularity, bits, is_set=True)
+            pure_python.fill(self.octets.data, old.size // granularity, bits, is_set=True)
 
     def run(self) -> None:
         """Compares what nobody else has compared, until there is no more."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Outcome = Literal["unchanged", "changed", "unknown"]
+DiskOutcome = Literal["unchanged", "changed", "unknown"]
 Policy = Literal["drop", "merge"]
 Kind = Literal["kept", "reloaded", "dropped"]
 
@@ -86,21 +86,21 @@ class Facts(NamedTuple):
     broken: Collection[str] = ()
 
 
-class Left(NamedTuple):
+class Departure(NamedTuple):
     """How an image was when it was given away; ``facts`` has the entries of ours only."""
 
     facts: Facts
     sentinel: Sentinel | None
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
     """Whether the disk was written to, and why that is the answer.
 
     ``changed`` is what was written, int64[n, 2] of (start, length) in guest bytes, or None if
     that is not known.
     """
 
-    outcome: Outcome
+    outcome: DiskOutcome
     reason: str
     changed: NDArray[np.int64] | None = None
 
@@ -119,36 +119,36 @@ class Witness(NamedTuple):
     canary: NDArray[np.uint8] | None = None
 
 
-def judge(left: Left, found: Facts, witness: Witness) -> Verdict:
+def judge(left: Departure, found: Facts, witness: Witness) -> Judgement:
     """Whether the disk is as it was."""
     before = left.facts
     if field := before.definition.difference(found.definition):
-        return Verdict("changed", f"the header has another {field}")
+        return Judgement("changed", f"the header has another {field}")
     if before.is_consistent and not found.is_consistent:
-        return Verdict("changed", "a program wrote that does not know bitmaps: autoclear is off")
+        return Judgement("changed", "a program wrote that does not know bitmaps: autoclear is off")
     if found.data_file != before.data_file:
-        return Verdict("changed", "the external data file was written to")
+        return Judgement("changed", "the external data file was written to")
     if left.sentinel is None:
         reason = "no sentinel was made, so nothing tells whether the disk was written to"
         is_renewed = before.token is not None and before.token != found.token
-        return Verdict("changed", _OTHER_TOKEN) if is_renewed else Verdict("unknown", reason)
+        return Judgement("changed", _OTHER_TOKEN) if is_renewed else Judgement("unknown", reason)
     names = left.sentinel.name, left.sentinel.canary_name
     lack = left.sentinel.why_no_evidence(*map(found.entries.get, names))
     if lack:
-        return Verdict("changed", lack)
+        return Judgement("changed", lack)
     if witness.sentinel is None or witness.canary is None:
-        return Verdict("changed", "the sentinel is broken")
+        return Judgement("changed", "the sentinel is broken")
     if not left.sentinel.is_alive(witness.canary):
-        return Verdict("changed", "bitmaps were cleared, the canary too, or the disk was shrunk")
+        return Judgement("changed", "bitmaps were cleared, the canary too, or the disk was shrunk")
     written = left.sentinel.written(witness.sentinel)
     if len(written):
-        return Verdict("changed", "the sentinel has ranges that were written", written)
+        return Judgement("changed", "the sentinel has ranges that were written", written)
     if before.token is not None and before.token != found.token:
-        return Verdict("changed", _OTHER_TOKEN, written)
+        return Judgement("changed", _OTHER_TOKEN, written)
     if _has_data_file(before) and before.data_file is None:
         reason = "nothing tells whether the external data file was written to"
-        return Verdict("unknown", reason)
-    return Verdict("unchanged", "the sentinel was not touched", written)
+        return Judgement("unknown", reason)
+    return Judgement("unchanged", "the sentinel was not touched", written)
 
 
 _OTHER_TOKEN = "the generation is another: a program opened the image for writing"
@@ -158,7 +158,7 @@ def _has_data_file(facts: Facts) -> bool:
     return bool(facts.definition.incompatible_features & INCOMPATIBLE_DATA_FILE)
 
 
-def decide(left: Left, found: Facts, verdict: Verdict, policy: Policy) -> dict[str, Fate]:
+def decide(left: Departure, found: Facts, verdict: Judgement, policy: Policy) -> dict[str, Fate]:
     """What becomes of each bitmap: of ours, and of those that record writes in the image now.
 
     "kept" are ours with what they have in memory, "reloaded" what the image has, "dropped" what
@@ -182,7 +182,7 @@ def decide(left: Left, found: Facts, verdict: Verdict, policy: Policy) -> dict[s
 
 
 def _fate_of_ours(
-    before: DirectoryEntry, found: Facts, verdict: Verdict, *, may_merge: bool
+    before: DirectoryEntry, found: Facts, verdict: Judgement, *, may_merge: bool
 ) -> Fate:
     name = before.name or ""
     now = found.entries.get(name)

@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
 from qcow2bm.bits.digest import sha256
-from qcow2bm.bits.plain import dirty_bytes
+from qcow2bm.bits.pure_python import dirty_bytes
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import BitmapError, FormatError, LimitError
 from qcow2bm.format import sidecar
 from qcow2bm.format.sidecar import Head
 from qcow2bm.storage.memory import MemoryStorage
-from qcow2bm.store.entries import MAX_BITMAP_BYTES
 from qcow2bm.units import ceil_div, decode_name, encode_name
 
 MAX_BYTES = 4 << 30

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qcow2bm.bits.plain import dirty_bytes
+from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
+from qcow2bm.bits.pure_python import dirty_bytes
 from qcow2bm.errors import FormatError, LimitError, StateError
 from qcow2bm.migration.stream_reader import StreamReader
 from qcow2bm.migration.stream_records import BitmapBegins, BitmapBits, BitmapComplete, Event
-from qcow2bm.store.entries import MAX_BITMAP_BYTES
 from qcow2bm.units import ceil_div, escape
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple, NoReturn
 
-from qcow2bm.bits.plain import fill
+from qcow2bm.bitmaps.directory import MAX_BITMAPS
+from qcow2bm.bits.pure_python import fill
 from qcow2bm.errors import FormatError, LimitError
 from qcow2bm.format import stream
 from qcow2bm.format.stream import Bits, Record, Start
-from qcow2bm.store.directory import MAX_BITMAPS
 from qcow2bm.units import align_up, ceil_div, decode_name
 
 SECTOR_SIZE = 512

@@ -13,14 +13,14 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
 from qcow2bm.errors import StateError
 from qcow2bm.format.stream import MAX_NAME
 from qcow2bm.migration.sentinel import Sentinel
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
-from qcow2bm.qmp.nodes import LiveBitmap, Machine, Node, look
-from qcow2bm.store.entries import MAX_BITMAP_BYTES
+from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, look
 from qcow2bm.units import ceil_div, encode_name, escape
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")  # what QEMU takes as an alias
@@ -41,7 +41,7 @@ class Armed(NamedTuple):
 class Obstacle(NamedTuple):
     """A bitmap for which QEMU will refuse to migrate, and why."""
 
-    bitmap: LiveBitmap
+    bitmap: NodeBitmap
     reason: str
 
 
@@ -56,7 +56,7 @@ class Arming(NamedTuple):
     mapping: Mapping
     is_set: bool
     obstacles: tuple[Obstacle, ...]
-    left_out: tuple[LiveBitmap, ...]
+    left_out: tuple[NodeBitmap, ...]
 
 
 def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> Arming:
@@ -151,14 +151,14 @@ def mapping_of(machine: Machine) -> Mapping:
     ]
 
 
-def _travelling(node: Node) -> list[LiveBitmap]:
+def _travelling(node: Node) -> list[NodeBitmap]:
     """What QEMU would carry without a mapping, and can."""
     if not _WELL_FORMED.fullmatch(node.alias):
         return []
     return [bitmap for bitmap in node.subjects if _fits(bitmap)]
 
 
-def _fits(bitmap: LiveBitmap) -> bool:
+def _fits(bitmap: NodeBitmap) -> bool:
     return len(encode_name(bitmap.name)) <= MAX_NAME
 
 
@@ -173,7 +173,7 @@ def _obstacles(machine: Machine, mapping: Mapping) -> list[Obstacle]:
     ]
 
 
-def _why_not(node: Node, bitmap: LiveBitmap) -> str:
+def _why_not(node: Node, bitmap: NodeBitmap) -> str:
     if bitmap.is_inconsistent:
         return "inconsistent: remove it"
     if node.is_read_only:
@@ -181,7 +181,7 @@ def _why_not(node: Node, bitmap: LiveBitmap) -> str:
     return "busy: a job" if bitmap.is_busy else ""
 
 
-def _left_out(machine: Machine, mapping: Mapping) -> list[LiveBitmap]:
+def _left_out(machine: Machine, mapping: Mapping) -> list[NodeBitmap]:
     listed = {(node["node-name"], one["name"]) for node in mapping for one in node["bitmaps"]}
     return [
         bitmap

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from qcow2bm.api import Edit, Image
+from qcow2bm.bitmaps.status import INCONSISTENT, VALID
 from qcow2bm.qmp.names import original_of
-from qcow2bm.store.status import INCONSISTENT, VALID
 
 
 class Finished(NamedTuple):

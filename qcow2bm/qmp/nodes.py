@@ -42,7 +42,7 @@ _WITHOUT_DISKS = (  # states of a machine in which its disks may be inactive, or
 )
 
 
-class LiveBitmap(NamedTuple):
+class NodeBitmap(NamedTuple):
     """A bitmap in QEMU's memory.
 
     ``dirty_bytes`` counts whole granules, also where the last one reaches beyond the disk.
@@ -76,14 +76,14 @@ class Node(NamedTuple):
     cluster_size: int | None
     is_read_only: bool
     is_active: bool | None
-    bitmaps: tuple[LiveBitmap, ...]
+    bitmaps: tuple[NodeBitmap, ...]
 
-    def find(self, name: str) -> LiveBitmap | None:
+    def find(self, name: str) -> NodeBitmap | None:
         """The bitmap of that name."""
         return next((bitmap for bitmap in self.bitmaps if bitmap.name == name), None)
 
     @property
-    def twin(self) -> LiveBitmap | None:
+    def twin(self) -> NodeBitmap | None:
         """The twin of the sentinel it is armed with; None if it is not armed.
 
         What is persistent is none, whatever it is called: it came from somewhere else.
@@ -96,7 +96,7 @@ class Node(NamedTuple):
         return [bitmap.name for bitmap in self.bitmaps if is_evidence(bitmap.name)]
 
     @property
-    def subjects(self) -> list[LiveBitmap]:
+    def subjects(self) -> list[NodeBitmap]:
         """All other bitmaps."""
         return [bitmap for bitmap in self.bitmaps if not is_evidence(bitmap.name)]
 
@@ -277,7 +277,7 @@ def _children(monitor: Monitor) -> dict[str, str]:
     }
 
 
-def find(monitor: Monitor, node: str, name: str) -> LiveBitmap | None:
+def find(monitor: Monitor, node: str, name: str) -> NodeBitmap | None:
     """The bitmap of that name as it is now; raises as `look` does."""
     return next((n.find(name) for n in look_at_nodes(monitor) if n.name == node), None)
 
@@ -296,8 +296,8 @@ def _node(found: dict[str, Any], aliases: dict[str, str]) -> Node:
     )
 
 
-def _bitmap(node: str, found: dict[str, Any]) -> LiveBitmap:
-    return LiveBitmap(
+def _bitmap(node: str, found: dict[str, Any]) -> NodeBitmap:
+    return NodeBitmap(
         node,
         str(found["name"]),
         int(found["granularity"]),

@@ -14,14 +14,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, cast
 
-from qcow2bm.api import open, saved
+from qcow2bm.api import open, sidecar
 from qcow2bm.clusters.blank import blank_image
 from qcow2bm.errors import BitmapError, QmpError, StateError, StorageError
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.nodes import LiveBitmap, Machine, Node, look
+from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, look
 from qcow2bm.qmp.start import sha256
 from qcow2bm.units import escape
 
@@ -77,7 +77,7 @@ def _chosen(machine: Machine, name: str | None) -> Node:
     return nodes[0]
 
 
-def _why_not(bitmap: LiveBitmap) -> str:
+def _why_not(bitmap: NodeBitmap) -> str:
     return "inconsistent" if bitmap.is_inconsistent else "busy: a job uses it"
 
 
@@ -96,7 +96,7 @@ def _blank(virtual_size: int) -> Iterator[BinaryIO]:
 
 
 def _store(
-    monitor: Monitor, node: Node, bitmaps: Sequence[LiveBitmap], descriptor: int
+    monitor: Monitor, node: Node, bitmaps: Sequence[NodeBitmap], descriptor: int
 ) -> list[str | None]:
     """Has QEMU store copies of bitmaps in an image; their digests, where it gives them."""
     fdset = monitor.lend(descriptor)
@@ -119,24 +119,24 @@ def _store(
     return digests
 
 
-def _added(bitmap: LiveBitmap) -> actions.Action:
+def _added(bitmap: NodeBitmap) -> actions.Action:
     name, granularity = bitmap.name, bitmap.granularity
     return actions.add(SCRATCH_NODE, name, granularity, persistent=True, enabled=False)
 
 
-def _merged(node: Node, bitmap: LiveBitmap) -> actions.Action:
+def _merged(node: Node, bitmap: NodeBitmap) -> actions.Action:
     return actions.merge(SCRATCH_NODE, bitmap.name, bitmap.name, node.name)
 
 
 def _read(
-    file: BinaryIO, bitmaps: Sequence[LiveBitmap], digests: Sequence[str | None]
+    file: BinaryIO, bitmaps: Sequence[NodeBitmap], digests: Sequence[str | None]
 ) -> list[SavedBitmap]:
     """What QEMU stored, which is compared with what it said of it."""
     found = []
     with open(file) as image:
         for live, digest in zip(bitmaps, digests, strict=True):
             try:
-                (bitmap,) = saved.save(image, [image.bitmaps[live.name]]).bitmaps
+                (bitmap,) = sidecar.save(image, [image.bitmaps[live.name]]).bitmaps
             except BitmapError as error:
                 raise QmpError("blockdev-del", f"QEMU did not store a bitmap: {error}") from error
             if digest not in (None, bitmap.sha256()):

@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
 from qcow2bm.errors import QmpRefusedError
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import copy_of, is_evidence, original_of
-from qcow2bm.qmp.nodes import LiveBitmap, Node, find, look
-from qcow2bm.store.entries import MAX_NAME_SIZE
+from qcow2bm.qmp.nodes import Node, NodeBitmap, find, look
 from qcow2bm.units import encode_name, escape
 
-Outcome = Literal["rescued", "copied", "planned", "left", "lost"]
+RescueOutcome = Literal["rescued", "copied", "planned", "left", "lost"]
 Proof = Literal["sha256", "count"]
 
 
@@ -30,8 +30,8 @@ class Rescued(NamedTuple):
     ``bitmap`` is as it was before, ``sha256`` that of its bits, None where it was not asked for.
     """
 
-    bitmap: LiveBitmap
-    outcome: Outcome
+    bitmap: NodeBitmap
+    outcome: RescueOutcome
     reason: str = ""
     proof: Proof | None = None
     sha256: str | None = None
@@ -80,7 +80,7 @@ def start(monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False)
     return Start(machine.migration, tuple(done))
 
 
-def plan(node: Node) -> Iterator[tuple[LiveBitmap, str]]:
+def plan(node: Node) -> Iterator[tuple[NodeBitmap, str]]:
     """Each persistent bitmap of a node, with why it has to be left as it is, if it has to."""
     for bitmap in node.bitmaps:
         is_replaced = bitmap.is_inconsistent and node.find(copy_of(bitmap.name))
@@ -88,7 +88,7 @@ def plan(node: Node) -> Iterator[tuple[LiveBitmap, str]]:
             yield bitmap, _why_left(node, bitmap)
 
 
-def _why_left(node: Node, bitmap: LiveBitmap) -> str:
+def _why_left(node: Node, bitmap: NodeBitmap) -> str:
     if bitmap.is_inconsistent:
         return "it is inconsistent: writes are missing from it; remove it, and take a full backup"
     if node.is_read_only:
@@ -104,7 +104,7 @@ def _why_left(node: Node, bitmap: LiveBitmap) -> str:
     return ""
 
 
-def _rescue(monitor: Monitor, node: Node, bitmap: LiveBitmap, *, is_running: bool) -> Rescued:
+def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: bool) -> Rescued:
     digest = sha256(monitor, bitmap)
     original = original_of(bitmap.name)
     if original:
@@ -121,7 +121,7 @@ def _rescue(monitor: Monitor, node: Node, bitmap: LiveBitmap, *, is_running: boo
 
 
 def copy_and_rename(
-    monitor: Monitor, bitmap: LiveBitmap, digest: str | None, *, is_running: bool
+    monitor: Monitor, bitmap: NodeBitmap, digest: str | None, *, is_running: bool
 ) -> Rescued:
     """Puts a new bitmap, which no migration vetoed, in the place of one, in two transactions.
 
@@ -139,7 +139,7 @@ def copy_and_rename(
 
 
 def _rename(
-    monitor: Monitor, copy: LiveBitmap, name: str, digest: str | None, *, is_running: bool
+    monitor: Monitor, copy: NodeBitmap, name: str, digest: str | None, *, is_running: bool
 ) -> Rescued:
     try:
         monitor.transaction(_replace(copy, name))
@@ -149,7 +149,7 @@ def _rename(
     return _verified(monitor, bitmap, digest, "copied", is_running=is_running)
 
 
-def _replace(bitmap: LiveBitmap, name: str) -> list[actions.Action]:
+def _replace(bitmap: NodeBitmap, name: str) -> list[actions.Action]:
     """A new bitmap of another name, with the same bits, in the place of one.
 
     It records from the moment it is added: it misses nothing that is written meanwhile.
@@ -162,7 +162,7 @@ def _replace(bitmap: LiveBitmap, name: str) -> list[actions.Action]:
     ]
 
 
-def sha256(monitor: Monitor, bitmap: LiveBitmap) -> str | None:
+def sha256(monitor: Monitor, bitmap: NodeBitmap) -> str | None:
     """The digest of its bits; None where QEMU does not give it, which is a command for debugging.
 
     Raises:
@@ -175,16 +175,16 @@ def sha256(monitor: Monitor, bitmap: LiveBitmap) -> str | None:
         return None
 
 
-def _same(bitmap: LiveBitmap, other: LiveBitmap) -> bool:
+def _same(bitmap: NodeBitmap, other: NodeBitmap) -> bool:
     """Whether only their bits may differ; a job may have begun to use it meanwhile."""
     return bitmap._replace(dirty_bytes=0, is_busy=other.is_busy) == other._replace(dirty_bytes=0)
 
 
 def _verified(
     monitor: Monitor,
-    before: LiveBitmap,
+    before: NodeBitmap,
     digest: str | None,
-    outcome: Outcome,
+    outcome: RescueOutcome,
     *,
     is_running: bool,
 ) -> Rescued:

@@ -13,7 +13,7 @@ from qcow2bm.errors import QmpRefusedError
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import COMPARED, SCRATCH_NODE, sentinel_of
-from qcow2bm.qmp.nodes import LiveBitmap, Machine, Node, look
+from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, look
 from qcow2bm.qmp.start import sha256
 from qcow2bm.units import escape
 
@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     node: Node
     word: Word
     reason: str
-    concerned: tuple[LiveBitmap, ...] = ()
+    concerned: tuple[NodeBitmap, ...] = ()
 
     @property
     def is_bad(self) -> bool:
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
 class Judged(NamedTuple):
     """What became of one bitmap, and why."""
 
-    bitmap: LiveBitmap
+    bitmap: NodeBitmap
     fate: Fate
     reason: str
 
@@ -164,7 +164,7 @@ def _judge(monitor: Monitor, machine: Machine, node: Node) -> Verdict:
 _DEATH = "somebody opened the disk for writing, and did not end properly"
 
 
-def _evidence(monitor: Monitor, machine: Machine, node: Node, twin: LiveBitmap) -> tuple[Word, str]:
+def _evidence(monitor: Monitor, machine: Machine, node: Node, twin: NodeBitmap) -> tuple[Word, str]:
     sentinel = node.find(sentinel_of(twin.name))
     if not sentinel:
         return "touched", "the sentinel is gone: a program wrote that does not know bitmaps"
@@ -182,7 +182,7 @@ def _evidence(monitor: Monitor, machine: Machine, node: Node, twin: LiveBitmap) 
     return "untouched", "nobody wrote anywhere that this machine did not write, too"
 
 
-def _are_equal(monitor: Monitor, node: Node, sentinel: LiveBitmap, twin: LiveBitmap) -> bool | None:
+def _are_equal(monitor: Monitor, node: Node, sentinel: NodeBitmap, twin: NodeBitmap) -> bool | None:
     """Whether sentinel and twin have the same, though the guest may write meanwhile.
 
     Copies are made in the order sentinel, twin, sentinel. The first must lie within the second,
@@ -205,7 +205,7 @@ def _are_equal(monitor: Monitor, node: Node, sentinel: LiveBitmap, twin: LiveBit
     return digests[0] == digests[1] and digests[2] == digests[3]
 
 
-def _stayed_here(machine: Machine, sentinel: LiveBitmap) -> bool:
+def _stayed_here(machine: Machine, sentinel: NodeBitmap) -> bool:
     return machine.mapping is not None and sentinel.name not in _mapped(machine, sentinel.node)
 
 
@@ -215,7 +215,7 @@ def _mapped(machine: Machine, node: str) -> set[str]:
     return {bitmap["name"] for one in listed for bitmap in one["bitmaps"]}
 
 
-def _travelled(machine: Machine, bitmap: LiveBitmap) -> bool:
+def _travelled(machine: Machine, bitmap: NodeBitmap) -> bool:
     """Whether it recorded here, and nobody carried it on for us in the image."""
     is_stored = bitmap.is_persistent and machine.mapping is not None
     is_stored = is_stored and bitmap.name not in _mapped(machine, bitmap.node)

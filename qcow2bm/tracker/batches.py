@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
-from qcow2bm.tracker.spread import Tracked
+from qcow2bm.tracker.fanout import Tracked
 
 BATCH_PIECES = 2048  # copied, written and made durable at once
 

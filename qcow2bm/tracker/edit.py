@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qcow2bm.bitmaps.draft_bits import MAX_FACTOR, DraftBits, PackedSource, Source
+from qcow2bm.bitmaps.tracked_store import TrackedBitmap
 from qcow2bm.errors import BitmapError, LimitError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
-from qcow2bm.store.draft import MAX_FACTOR, DraftBits, PackedSource, Source
-from qcow2bm.store.live import LiveBitmap
-from qcow2bm.tracker.spread import Tracked, merge
+from qcow2bm.tracker.fanout import Tracked, merge
 
 if TYPE_CHECKING:
+    from qcow2bm.bitmaps.draft import Draft
     from qcow2bm.bits.runs import Op
-    from qcow2bm.store.edit import Draft
     from qcow2bm.tracker.tracker import Tracker
 
 
@@ -124,7 +124,7 @@ class TrackerEdit:
     def _begin(self, name: str) -> None:
         bits = self._draft.bits(name)
         length = bits.clusters * self._tracker._store.cluster_size
-        live = LiveBitmap.unplaced(name, bits.granularity, bytearray(length))
+        live = TrackedBitmap.unplaced(name, bits.granularity, bytearray(length))
         self._draft.find(name).flags |= FLAG_AUTO | FLAG_IN_USE
         self._begun[name] = Tracked.of(live)
 

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qcow2bm.bitmaps.tracked_store import TrackedBitmap, load_live
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import fresh_token
 from qcow2bm.errors import CommitError, StateError, StorageError
 from qcow2bm.format.directory import FLAG_IN_USE, DirectoryEntry
 from qcow2bm.migration.evidence import (
     Definition,
+    Departure,
+    DiskOutcome,
     Facts,
     Fate,
-    Left,
-    Outcome,
     Witness,
     decide,
     judge,
 )
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
 from qcow2bm.storage.identity import FileIdentity, FilePath, identify
-from qcow2bm.store.live import LiveBitmap, load_live
-from qcow2bm.tracker.spread import Recording, Tracked
+from qcow2bm.tracker.fanout import Recording, Tracked
 from qcow2bm.units import decode_name
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Activation(NamedTuple):
             bytes; None if that is not known.
     """
 
-    outcome: Outcome
+    outcome: DiskOutcome
     reason: str
     bitmaps: dict[str, Fate]
     changed: NDArray[np.int64] | None
@@ -71,14 +71,14 @@ class Migration(NamedTuple):
     """
 
     carried: frozenset[str]
-    sentinel: tuple[Sentinel, LiveBitmap] | None
-    left: Left | None = None
+    sentinel: tuple[Sentinel, TrackedBitmap] | None
+    left: Departure | None = None
     data_file: FilePath | None = None
     change_token: object = None
     next_token: bytes = b""
 
     @property
-    def lives(self) -> list[LiveBitmap]:
+    def lives(self) -> list[TrackedBitmap]:
         """The bitmap of the sentinel, if there is one."""
         return [self.sentinel[1]] if self.sentinel else []
 
@@ -101,7 +101,7 @@ def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> M
     draft.add(sentinel.name, sentinel.granularity, enabled=True)
     draft.find(sentinel.name).flags |= FLAG_IN_USE  # the guest goes on writing
     length = draft.bits(sentinel.name).clusters * store.cluster_size
-    live = LiveBitmap.unplaced(sentinel.name, sentinel.granularity, bytearray(length))
+    live = TrackedBitmap.unplaced(sentinel.name, sentinel.granularity, bytearray(length))
     store.plan(draft)  # raises what can be known before
     with tracker._fatal():
         tracker._recommit(draft, live)
@@ -134,7 +134,7 @@ def inactivate(tracker: Tracker, migration: Migration, data_file: FilePath | Non
     )
     sentinel = migration.sentinel[0] if migration.sentinel else None
     tracker._migration = migration._replace(
-        left=Left(facts, sentinel),
+        left=Departure(facts, sentinel),
         data_file=data_file,
         change_token=tracker._storage.change_token(),
         next_token=fresh_token(),

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2bm.bits import plain
+from qcow2bm.bitmaps.tracked_store import PIECE_BYTES
+from qcow2bm.bits import pure_python
 from qcow2bm.bits.ranges import checked, outside
 from qcow2bm.errors import StateError
-from qcow2bm.store.live import PIECE_BYTES
 from qcow2bm.units import ceil_div
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Recorder:
             start_byte, stop_byte = first >> 3, (last + 7) >> 3
             old = octets[start_byte:stop_byte]
             new = old[:]
-            plain.fill(new, first - 8 * start_byte, last - 8 * start_byte, is_set=True)
+            pure_python.fill(new, first - 8 * start_byte, last - 8 * start_byte, is_set=True)
             if new != old:
                 octets[start_byte:stop_byte] = new
                 touched[piece] = 1

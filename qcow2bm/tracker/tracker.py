@@ -13,6 +13,8 @@ from threading import Lock, Thread, get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
+from qcow2bm.bitmaps.draft import Draft
+from qcow2bm.bitmaps.tracked_store import PIECE_BYTES, TrackedBitmap, TrackedStore
 from qcow2bm.clusters.plan import Barrier, Plan, Step, execute
 from qcow2bm.errors import (
     BitmapNotFoundError,
@@ -23,16 +25,14 @@ from qcow2bm.errors import (
 )
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.migration.lifecycle import TRANSITIONS, Event, State, after
-from qcow2bm.storage.held import HeldStorage
 from qcow2bm.storage.identity import FilePath, identify
-from qcow2bm.store.edit import Draft
-from qcow2bm.store.live import PIECE_BYTES, LiveBitmap, LiveStore
+from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.batches import Batch, Batches
-from qcow2bm.tracker.gate import Gate
+from qcow2bm.tracker.fanout import Recording, Tracked
+from qcow2bm.tracker.inflight import InFlightWrites
 from qcow2bm.tracker.rate import Rate
 from qcow2bm.tracker.recorder import Recorder
 from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
-from qcow2bm.tracker.spread import Recording, Tracked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,8 +66,8 @@ class Tracker:
 
     def __init__(
         self,
-        storage: HeldStorage,
-        store: LiveStore,
+        storage: WriteGuard,
+        store: TrackedStore,
         virtual_size: int,
         *,
         on_end: Callable[[], None] = lambda: None,
@@ -80,7 +80,7 @@ class Tracker:
         self._virtual_size = virtual_size
         self._now = Recording.of(map(Tracked.of, store.bitmaps), virtual_size)
         self._recorder = Recorder(virtual_size, self._now.granularity, self._now.bits)
-        self._gate = Gate()
+        self._in_flight = InFlightWrites()
         self._io = Lock()  # one flush, stop or rotation at a time
         self._busy_thread: int | None = None
         self._ended: State | None = None  # how, once it has
@@ -143,7 +143,7 @@ class Tracker:
         Raises as `mark` does, before the block begins. Inside it, whatever may have to wait for
         writes raises `StateError`: `pending`, `flush`, `stop`, `abandon`, `rotate`, `edit`.
         """
-        with self._gate.passage():
+        with self._in_flight.passage():
             self.mark(start, length)
             yield
 
@@ -219,7 +219,7 @@ class Tracker:
 
     def _require_free(self) -> None:
         """Raises `StateError` in a thread that would wait for itself."""
-        self._gate.require_outside()
+        self._in_flight.require_outside()
         if self._busy_thread == get_ident():
             raise StateError("being edited", "left alone until that is done", "the tracker")
 
@@ -270,7 +270,7 @@ class Tracker:
         begun = self._clock()
         others = self._migration.lives if self._migration else []
         stored = self._stored_here()
-        with self._gate.empty():
+        with self._in_flight.drained():
             self._recorder.close(state)
             self._now.spread()
             due = [(bitmap, bitmap.due().tolist()) for bitmap in stored]
@@ -376,7 +376,7 @@ class Tracker:
             draft.find(new_name).flags |= FLAG_IN_USE
             draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
             octets = bytearray(len(frozen.live.octets))
-            fresh = Tracked.of(LiveBitmap.unplaced(new_name, granularity, octets))
+            fresh = Tracked.of(TrackedBitmap.unplaced(new_name, granularity, octets))
             self._store.plan(draft)  # raises what can be known before
             with self._fatal():
                 self._switch([frozen], [fresh])
@@ -514,7 +514,7 @@ class Tracker:
 
     def _switch(self, ended: list[Tracked], begun: list[Tracked]) -> None:
         """Lets marks from now on go to other bitmaps; the old ones have all of those before."""
-        with self._gate.empty():
+        with self._in_flight.drained():
             before = self._now
             kept = [bitmap for bitmap in before.tracked if bitmap not in ended]
             # What is beside them is spread afterwards, so no mark may go into them by then.
@@ -524,7 +524,7 @@ class Tracker:
             self._recorder.replace(now.granularity, now.bits)
         before.spread()
 
-    def _recommit(self, draft: Draft, *others: LiveBitmap) -> None:
+    def _recommit(self, draft: Draft, *others: TrackedBitmap) -> None:
         lives = [*(bitmap.live for bitmap in self._now.tracked), *others]
         try:
             self._store.recommit(draft, lives)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import qcow2bm  # noqa: E402
-from qcow2bm.store.draft import PackedSource  # noqa: E402
+from qcow2bm.bitmaps.draft_bits import PackedSource  # noqa: E402
 
 TIB = 1 << 40
 OURS = (sys.executable, "-m", "qcow2bm")

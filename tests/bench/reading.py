@@ -242,7 +242,7 @@ def bench_process(bench: Bench, folder: Path) -> None:
 
 
 _MEMORY = """
-import re, sys, numpy, qcow2bm, qcow2bm.bits.extents, qcow2bm.store.load
+import re, sys, numpy, qcow2bm, qcow2bm.bits.extents, qcow2bm.bitmaps.bit_reader
 def peak():  # not ru_maxrss, which a process inherits
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 with qcow2bm.open(sys.argv[1]) as image:

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support.qemu import Disk, StorageDaemon  # noqa: E402
 
 import qcow2bm  # noqa: E402
-from qcow2bm.store.draft import PackedSource  # noqa: E402
+from qcow2bm.bitmaps.draft_bits import PackedSource  # noqa: E402
 from qcow2bm.tracker.reports import StopReport  # noqa: E402
 from qcow2bm.tracker.tracker import Tracker  # noqa: E402
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2bm.bits import counting, plain
+from qcow2bm.bits import counting, pure_python
 from qcow2bm.bits.extents import edges
 
 
@@ -19,7 +19,7 @@ class Counting(Protocol):
     count_edges: Callable[[bytes | memoryview, int], int]
 
 
-MODULES = pytest.mark.parametrize("module", [plain, counting], ids=["plain", "numpy"])
+MODULES = pytest.mark.parametrize("module", [pure_python, counting], ids=["plain", "numpy"])
 
 # Long runs of one value and single odd bits, as bitmaps have them; every length modulo 8.
 packed = st.lists(

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2bm.bits import plain
+from qcow2bm.bits import pure_python
 from qcow2bm.bits.algebra import mask_of, merged
 
 LENGTH = 40
@@ -23,7 +23,7 @@ def test_filling_is_its_twin_of_one_range(
 ) -> None:
     stop = min(first + length, 8 * LENGTH)
     filled = bytearray(before)
-    plain.fill(filled, first, stop, is_set=is_set)
+    pure_python.fill(filled, first, stop, is_set=is_set)
     mask = mask_of(merged(np.array([[first, stop]], np.int64)), LENGTH)
     old = np.frombuffer(before, np.uint8)
     assert filled == (old | mask if is_set else old & ~mask).tobytes()
@@ -34,15 +34,15 @@ def test_every_range_of_three_bytes() -> None:
         for stop in range(25):
             covered = sum(1 << n for n in range(first, stop))
             filled = bytearray(3)
-            plain.fill(filled, first, stop, is_set=True)
+            pure_python.fill(filled, first, stop, is_set=True)
             assert int.from_bytes(filled, "little") == covered
             filled = bytearray(b"\xff" * 3)
-            plain.fill(filled, first, stop, is_set=False)
+            pure_python.fill(filled, first, stop, is_set=False)
             assert int.from_bytes(filled, "little") == 0xFFFFFF & ~covered
 
 
 def test_an_empty_range_needs_no_bytes() -> None:
     empty = bytearray()
-    plain.fill(empty, 0, 0, is_set=True)
-    plain.fill(empty, 5, 5, is_set=False)
+    pure_python.fill(empty, 0, 0, is_set=True)
+    pure_python.fill(empty, 5, 5, is_set=False)
     assert empty == b""

@@ -23,7 +23,7 @@ from qcow2bm.clusters.plan import (
     is_in_one_sector,
     write_in_sectors,
 )
-from qcow2bm.errors import CommitError, Outcome, StorageError
+from qcow2bm.errors import CommitError, CommitOutcome, StorageError
 from qcow2bm.storage.memory import MemoryStorage
 
 if TYPE_CHECKING:
@@ -39,7 +39,16 @@ LOWER = Write(512, (b"lower",), "lower refcounts")
 PLAN = Plan(
     (FRESH, MORE_FRESH, COUNTS, Barrier("one"), SWITCH, Barrier("two"), LOWER, Barrier("three")), 4
 )
-OUTCOMES: tuple[Outcome, ...] = ("old", "old", "old", "old", "unknown", "unknown", "new", "new")
+OUTCOMES: tuple[CommitOutcome, ...] = (
+    "old",
+    "old",
+    "old",
+    "old",
+    "unknown",
+    "unknown",
+    "new",
+    "new",
+)
 
 
 class Failing(MemoryStorage):

@@ -25,10 +25,10 @@ from qcow2bm.format.extensions import BACKING_FORMAT, CRYPTO, DATA_FILE
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE
 from qcow2bm.migration.evidence import (
     Definition,
+    Departure,
     Facts,
-    Left,
+    Judgement,
     Policy,
-    Verdict,
     Witness,
     decide,
     judge,
@@ -75,7 +75,7 @@ CANARY = entry(SENTINEL.canary_name, 0, 9)
 UNTOUCHED = Witness(octets(), octets(0, BITS - 1))
 
 
-def ranges(verdict: Verdict) -> list[list[int]] | None:
+def ranges(verdict: Judgement) -> list[list[int]] | None:
     return None if verdict.changed is None else verdict.changed.tolist()
 
 
@@ -83,7 +83,7 @@ def ranges(verdict: Verdict) -> list[list[int]] | None:
 
 
 def test_nothing_happened() -> None:
-    verdict = judge(Left(facts(), SENTINEL), facts(SOUND, CANARY), UNTOUCHED)
+    verdict = judge(Departure(facts(), SENTINEL), facts(SOUND, CANARY), UNTOUCHED)
     assert verdict.outcome == "unchanged"
     assert verdict.changed is not None
     assert verdict.changed.dtype == np.int64
@@ -94,7 +94,7 @@ def test_nothing_happened() -> None:
 @pytest.mark.parametrize("bit", [0, 1, BITS // 2, BITS - 2, BITS - 1])
 def test_no_range_is_blind(bit: int) -> None:
     """Not the first, where the canary has its bit, and not the last."""
-    left, found = Left(facts(), SENTINEL), facts(SOUND, CANARY)
+    left, found = Departure(facts(), SENTINEL), facts(SOUND, CANARY)
     verdict = judge(left, found, UNTOUCHED._replace(sentinel=octets(bit)))
     assert (verdict.outcome, ranges(verdict)) == ("changed", [[512 * bit, 512]])
 
@@ -103,7 +103,7 @@ def test_no_range_is_blind(bit: int) -> None:
 @given(st.sets(st.integers(0, BITS - 1), max_size=3), st.sets(st.integers(1, BITS - 1), max_size=3))
 def test_no_write_puts_back_a_canary_that_was_cleared(written: set[int], others: set[int]) -> None:
     """Its first and last bits count, whatever the sentinel has by then and it has else."""
-    left, found = Left(facts(), SENTINEL), facts(SOUND, CANARY)
+    left, found = Departure(facts(), SENTINEL), facts(SOUND, CANARY)
     verdict = judge(left, found, Witness(octets(*written), octets(*others)))
     assert (verdict.outcome, ranges(verdict)) == ("changed", None)
     shrunk = judge(left, found, Witness(octets(*written), octets(0, *(others - {BITS - 1}))))
@@ -118,7 +118,7 @@ def test_no_write_puts_back_a_canary_that_was_cleared(written: set[int], others:
 def test_every_field_of_the_definition_counts(field: str) -> None:
     change: dict[str, Any] = {field: "other"}
     other = DEFINITION._replace(**change)
-    verdict = judge(Left(facts(), SENTINEL), facts(SOUND, CANARY, definition=other), UNTOUCHED)
+    verdict = judge(Departure(facts(), SENTINEL), facts(SOUND, CANARY, definition=other), UNTOUCHED)
     assert (verdict.outcome, ranges(verdict)) == ("changed", None)
     assert field in verdict.reason
     assert DEFINITION.difference(other) == field
@@ -132,7 +132,7 @@ def test_everything_of_the_data_file_counts(field: str) -> None:
     now = before._replace(
         data_file=IDENTITY._replace(**{field: 9}), entries=facts(SOUND, CANARY).entries
     )
-    left = Left(before, SENTINEL)
+    left = Departure(before, SENTINEL)
     verdict = judge(left, now, UNTOUCHED)
     assert (verdict.outcome, ranges(verdict)) == ("changed", None)
     same = judge(left, now._replace(data_file=IDENTITY), UNTOUCHED)
@@ -180,11 +180,11 @@ def lacking(entry: DirectoryEntry, lack: str) -> list[DirectoryEntry]:
     return [] if lack == "gone" else [kinds.get(lack, entry)]
 
 
-def build(found: Found) -> tuple[Left, Facts, Witness]:
+def build(found: Found) -> tuple[Departure, Facts, Witness]:
     definition = WITH_DATA_FILE if found.has_data_file else DEFINITION
     identity = IDENTITY if found.has_data_file and found.gave_path else None
     token = TOKEN if found.records else None
-    left = Left(
+    left = Departure(
         facts(definition=definition, data_file=identity, token=token),
         SENTINEL if found.has_sentinel else None,
     )
@@ -262,7 +262,7 @@ def test_only_a_sentinel_proves_that_nothing_changed(found: Found) -> None:
 def test_another_generation_is_a_writer_and_the_same_proves_nothing(
     token: bytes | None, has_sentinel: bool
 ) -> None:
-    left = Left(facts(token=TOKEN), SENTINEL if has_sentinel else None)
+    left = Departure(facts(token=TOKEN), SENTINEL if has_sentinel else None)
     other = judge(left, facts(SOUND, CANARY, token=token), UNTOUCHED)
     assert (other.outcome, ranges(other)) == ("changed", [] if has_sentinel else None)
     same = judge(left, facts(SOUND, CANARY, token=TOKEN), UNTOUCHED).outcome
@@ -271,7 +271,7 @@ def test_another_generation_is_a_writer_and_the_same_proves_nothing(
 
 def test_a_generation_that_somebody_else_began_is_no_sign() -> None:
     """It was not recorded when the image was given away; the sentinel has to tell."""
-    left = Left(facts(), SENTINEL)
+    left = Departure(facts(), SENTINEL)
     assert judge(left, facts(SOUND, CANARY, token=TOKEN), UNTOUCHED).outcome == "unchanged"
 
 
@@ -279,11 +279,11 @@ def test_a_generation_that_somebody_else_began_is_no_sign() -> None:
 
 WRITTEN = np.array([[0, 512], [SIZE - 512, 512]])
 VERDICTS = {
-    "unchanged": Verdict("unchanged", "", np.zeros((0, 2), np.int64)),
-    "changed": Verdict("changed", "", WRITTEN),
-    "changed, nothing written": Verdict("changed", "", np.zeros((0, 2), np.int64)),
-    "changed, ranges unknown": Verdict("changed", ""),
-    "unknown": Verdict("unknown", ""),
+    "unchanged": Judgement("unchanged", "", np.zeros((0, 2), np.int64)),
+    "changed": Judgement("changed", "", WRITTEN),
+    "changed, nothing written": Judgement("changed", "", np.zeros((0, 2), np.int64)),
+    "changed, ranges unknown": Judgement("changed", ""),
+    "unknown": Judgement("unknown", ""),
 }
 NOW: dict[str, Callable[[DirectoryEntry], DirectoryEntry | None]] = {
     "gone": lambda before: None,
@@ -343,7 +343,7 @@ def test_what_becomes_of_ours(
             now.append(found)
         if how == "broken":
             broken.append(mine.name or "")
-    left = Left(facts(*before), SENTINEL)
+    left = Departure(facts(*before), SENTINEL)
     found_facts = facts(*now, is_consistent=is_consistent, broken=broken)
     fates = decide(left, found_facts, VERDICTS[outcome], policy)
     assert list(fates) == [mine.name for mine in before]
@@ -355,7 +355,7 @@ def test_what_becomes_of_ours(
 @pytest.mark.parametrize("outcome", ["changed, ranges unknown", "unknown"])
 def test_without_ranges_there_is_nothing_to_merge(outcome: str) -> None:
     mine = entry("a", IN_USE)
-    fates = decide(Left(facts(mine), None), facts(mine), VERDICTS[outcome], "merge")
+    fates = decide(Departure(facts(mine), None), facts(mine), VERDICTS[outcome], "merge")
     assert fates["a"].kind == "dropped"
 
 
@@ -363,13 +363,13 @@ def test_without_ranges_there_is_nothing_to_merge(outcome: str) -> None:
 def test_bits_of_another_granularity_are_never_ours(outcome: str) -> None:
     mine = entry("a")
     now = facts(entry("a", granularity_bits=17))
-    assert decide(Left(facts(mine), SENTINEL), now, VERDICTS[outcome], "merge")["a"].kind == (
+    assert decide(Departure(facts(mine), SENTINEL), now, VERDICTS[outcome], "merge")["a"].kind == (
         "reloaded"
     )
     carried, other = entry("a", IN_USE), facts(entry("a", IN_USE, 17))
-    assert decide(Left(facts(carried), SENTINEL), other, VERDICTS[outcome], "merge")["a"].kind == (
-        "dropped"
-    )
+    assert decide(Departure(facts(carried), SENTINEL), other, VERDICTS[outcome], "merge")[
+        "a"
+    ].kind == ("dropped")
 
 
 @pytest.mark.spec("LIFE-19")
@@ -386,11 +386,11 @@ def test_others_are_tracked_too_if_they_are_sound_and_record(outcome: str, polic
         CANARY._replace(flags=FLAG_AUTO),  # a canary that somebody enabled is none of ours either
         broken={"broken"},
     )
-    fates = decide(Left(facts(entry("a")), SENTINEL), now, VERDICTS[outcome], policy)
+    fates = decide(Departure(facts(entry("a")), SENTINEL), now, VERDICTS[outcome], policy)
     assert list(fates) == ["a", "new"]
     assert fates["new"].kind == "reloaded"
     stale = decide(
-        Left(facts(entry("a")), SENTINEL),
+        Departure(facts(entry("a")), SENTINEL),
         now._replace(is_consistent=False),
         VERDICTS[outcome],
         policy,

@@ -35,12 +35,12 @@ from support.streams import (
     subsection,
 )
 
+from qcow2bm.bitmaps.directory import MAX_BITMAPS
 from qcow2bm.errors import FormatError, LimitError, Qcow2BmError, StateError, UnsupportedError
 from qcow2bm.migration.stream_bitmaps import StreamBitmaps, read_stream
 from qcow2bm.migration.stream_reader import StreamReader
 from qcow2bm.migration.stream_records import BitmapBits, StreamEnds
 from qcow2bm.migration.stream_writer import Outgoing
-from qcow2bm.store.directory import MAX_BITMAPS
 
 ONE = Outgoing("disk", "daily", 65536, True, True, b"\x05", 8 * 65536)
 TWO = Outgoing("disk", "größe", 512, False, False, bytes(1024) + b"\x01", 512 * 8200)

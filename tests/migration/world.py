@@ -19,17 +19,17 @@ import numpy as np
 from support.images import Stored, build_image
 
 import qcow2bm
+from qcow2bm.bitmaps.commit import plan_commit
+from qcow2bm.bitmaps.draft import Draft
+from qcow2bm.bitmaps.tracked_store import TrackedStore, load_live
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, execute
 from qcow2bm.errors import ImageLockedError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
-from qcow2bm.storage.held import HeldStorage
-from qcow2bm.store.commit import plan_commit
-from qcow2bm.store.edit import Draft
-from qcow2bm.store.live import LiveStore, load_live
-from qcow2bm.tracker.gate import Gate
+from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.handover import Activation
+from qcow2bm.tracker.inflight import InFlightWrites
 from qcow2bm.tracker.recorder import Recorder
 from qcow2bm.tracker.tracker import Tracker
 
@@ -195,10 +195,10 @@ class Qemu:
     """
 
     def __init__(self, host: Host, *, reopens: bool, received: dict[str, Dirty]) -> None:
-        self.held = HeldStorage(host)
+        self.held = WriteGuard(host)
         self.held.acquire(0)
         self.reopens = reopens
-        store = LiveStore(self.held)
+        store = TrackedStore(self.held)
         self.bits: Loaded = {}
         if not reopens:
             known = store.file.header.autoclear_features & 3
@@ -223,7 +223,7 @@ class Qemu:
                 self.bits[name] = Bits(dirty | {new}, granularity, flags)
 
     def close(self) -> None:
-        store = LiveStore(self.held)
+        store = TrackedStore(self.held)
         draft = Draft(store.file, store.directory, set(self.bits))
         if self.bits:
             for name, (dirty, granularity, flags) in self.bits.items():
@@ -599,11 +599,11 @@ def _nothing() -> None:
 def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
     """A copy with locks of its own; nobody is inside."""
     new = Tracker.__new__(Tracker)
-    special = {"_recorder", "_gate", "_io", "mark", "_on_end", "_clock"}
+    special = {"_recorder", "_in_flight", "_io", "mark", "_on_end", "_clock"}
     for name, value in vars(tracker).items():
         if name not in special:
             setattr(new, name, deepcopy(value, memo))
-    new._gate, new._io = Gate(), Lock()
+    new._in_flight, new._io = InFlightWrites(), Lock()
     new._on_end, new._clock = tracker._on_end, tracker._clock
     new._recorder = Recorder(new._virtual_size, new._now.granularity, new._now.bits)
     if tracker.state not in ("tracking", "migrating"):

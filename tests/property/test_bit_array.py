@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from qcow2bm.bits import counting, plain
+from qcow2bm.bits import counting, pure_python
 from qcow2bm.bits.extents import ExtentFinder
 
 WORDS = 40
@@ -58,7 +58,7 @@ class BitArray(RuleBasedStateMachine):
 
     @invariant()
     def counts_agree(self) -> None:
-        for module in (plain, counting):
+        for module in (pure_python, counting):
             assert module.count_bits(self.packed) == len(self.dirty)
             assert module.count_edges(self.packed, 0) == len(self._edges())
 

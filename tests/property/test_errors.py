@@ -29,7 +29,7 @@ numbers = st.integers(0, (1 << 64) - 1)
 actions = st.sampled_from(("reading", "writing"))
 bitmap = (names, words)
 
-OUTCOMES: tuple[errors.Outcome, ...] = ("old", "new", "unknown")
+OUTCOMES: tuple[errors.CommitOutcome, ...] = ("old", "new", "unknown")
 
 ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.Qcow2BmError: (words,),
@@ -202,7 +202,7 @@ def test_a_lock_comes_with_the_advice_for_what_was_wanted(action: str, advice: s
         ("unknown", "whether the edit took effect is unknown"),
     ],
 )
-def test_a_failed_commit_says_what_the_image_has(outcome: errors.Outcome, text: str) -> None:
+def test_a_failed_commit_says_what_the_image_has(outcome: errors.CommitOutcome, text: str) -> None:
     error = errors.CommitError("a\n", "writing the bitmaps extension", outcome, "no power")
     assert str(error).startswith(f"a\\n: writing the bitmaps extension failed: no power; {text}")
 

@@ -16,9 +16,9 @@ from support.jsonspec import check_dry_run, check_dump, check_map
 from support.specreader import ROOT, page
 
 import qcow2bm
+from qcow2bm.bitmaps.entries import FITTABLE
 from qcow2bm.cli import main
 from qcow2bm.problems import KINDS
-from qcow2bm.store.entries import FITTABLE
 
 USAGE = 64
 

@@ -13,6 +13,7 @@ import pytest
 from support.specreader import Table, page, pages
 
 from qcow2bm import problems
+from qcow2bm.bitmaps import status
 from qcow2bm.check.meanings import MEANINGS
 from qcow2bm.cli import arguments, check, console, grammar, report, rescue_arguments
 from qcow2bm.format import (
@@ -30,7 +31,6 @@ from qcow2bm.format import (
 )
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.storage import locks
-from qcow2bm.store import status
 
 FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("header.md", "Fixed fields"): header._V3,

@@ -8,8 +8,8 @@ from typing import Any
 
 from support.specreader import vector
 
+from qcow2bm.bitmaps import tables
 from qcow2bm.format import directory, extensions, header, snapshots
-from qcow2bm.store import tables
 
 CLUSTER = 512
 LONGEST = 0x7FFFFFFFC0000000

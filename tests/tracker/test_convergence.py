@@ -15,8 +15,8 @@ from support.faulty import Fault, FaultyStorage
 from support.images import Stored, build_image
 
 import qcow2bm
-from qcow2bm.storage.held import HeldStorage
-from qcow2bm.store.live import PIECE_BYTES, LiveStore
+from qcow2bm.bitmaps.tracked_store import PIECE_BYTES, TrackedStore
+from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.group import TrackerGroup
 from qcow2bm.tracker.reports import Pending
 from qcow2bm.tracker.tracker import Tracker
@@ -53,9 +53,9 @@ class Disk:
         self.storage.barrier = timed_barrier  # type: ignore[method-assign]
 
     def tracker(self) -> Tracker:
-        held = HeldStorage(self.storage)
+        held = WriteGuard(self.storage)
         held.acquire(0)
-        store = LiveStore(held)
+        store = TrackedStore(held)
         store.begin(store.directory.entries, ())
         return Tracker(held, store, SIZE, clock=lambda: self.now)
 

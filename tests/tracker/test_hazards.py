@@ -11,7 +11,7 @@ from support.faulty import FaultyStorage
 from support.images import Stored, build_image
 
 import qcow2bm
-from qcow2bm.tracker import spread
+from qcow2bm.tracker import fanout
 from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def test_an_interrupt_loses_no_mark(where: str, what: str, monkeypatch: pytest.M
     with qcow2bm.open(data, "r+") as opened:
         tracker = opened.track()
         tracker.mark(5 * GRANULE, 1)
-        real = getattr(spread, where)
+        real = getattr(fanout, where)
         is_armed = [True]
 
         def interrupt(*arguments: object) -> object:
@@ -245,7 +245,7 @@ def test_an_interrupt_loses_no_mark(where: str, what: str, monkeypatch: pytest.M
         def interrupt_once(*arguments: object) -> object:
             return interrupt(*arguments) if is_armed else real(*arguments)
 
-        monkeypatch.setattr(spread, where, interrupt_once)
+        monkeypatch.setattr(fanout, where, interrupt_once)
         calls: dict[str, Callable[[], object]] = {
             "flush": tracker.flush,
             "stop": tracker.stop,

@@ -16,9 +16,9 @@ from support.images import Stored, build_image
 from tracker.recording import Octets, Place, RecordingStorage, cover, stored_bits
 
 import qcow2bm
+from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.errors import StateError
-from qcow2bm.storage.held import HeldStorage
-from qcow2bm.store.live import LiveStore
+from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -313,9 +313,9 @@ def test_many_threads_stop_and_one_does(mix: str) -> None:
 def test_a_flush_stores_what_was_marked_before_it_whatever_is_marked_meanwhile() -> None:
     """Or pieces that change all the time would keep others from ever being stored."""
     storage = RecordingStorage(image("alike"))
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     held.acquire(0)
-    store = LiveStore(held)
+    store = TrackedStore(held)
     with qcow2bm.open(bytes(storage.data)) as opened:
         store.begin(opened.directory, [])
     pieces = iter(range(PIECE_COVERS, SIZE, PIECE_COVERS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from qcow2bm.bitmaps.entries import duplicates, entry_problems, surplus
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import MAX_FILE_LENGTH
 from qcow2bm.errors import ChangedWhileReadingError
@@ -29,7 +30,6 @@ from qcow2bm.format.extensions import (
     parse_bitmaps_extension,
 )
 from qcow2bm.problems import NOTE, REFUSED, Problem, problem
-from qcow2bm.store.entries import duplicates, entry_problems, surplus
 
 MAX_BITMAPS = 65535
 MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS

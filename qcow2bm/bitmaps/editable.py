@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
+from qcow2bm.bitmaps.directory import BitmapDirectory
+from qcow2bm.bitmaps.entries import FITTABLE
+from qcow2bm.bitmaps.status import as_error
+from qcow2bm.bitmaps.tables import Survey
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import Problem
-from qcow2bm.store.directory import BitmapDirectory
-from qcow2bm.store.entries import FITTABLE
-from qcow2bm.store.status import as_error
-from qcow2bm.store.tables import Survey
 
 _UNSAFE = ("header-extension.bitmaps.duplicate",)  # no fault to a reader, who goes by the last
 

@@ -10,6 +10,17 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, cast
 
+from qcow2bm.bitmaps.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, BitmapDirectory
+from qcow2bm.bitmaps.draft_bits import MANY_RANGES, DraftBits, Source
+from qcow2bm.bitmaps.entries import (
+    MAX_BITMAP_BYTES,
+    MAX_GRANULARITY_BITS,
+    MAX_NAME_SIZE,
+    MIN_GRANULARITY_BITS,
+    required_table_size,
+    why_not_found,
+)
+from qcow2bm.bitmaps.tables import read_words
 from qcow2bm.bits.ranges import checked, outside
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import (
@@ -23,17 +34,6 @@ from qcow2bm.errors import (
     UnsupportedError,
 )
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE, HEAD_LENGTH, DirectoryEntry
-from qcow2bm.store.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, BitmapDirectory
-from qcow2bm.store.draft import MANY_RANGES, DraftBits, Source
-from qcow2bm.store.entries import (
-    MAX_BITMAP_BYTES,
-    MAX_GRANULARITY_BITS,
-    MAX_NAME_SIZE,
-    MIN_GRANULARITY_BITS,
-    required_table_size,
-    why_not_found,
-)
-from qcow2bm.store.tables import read_words
 from qcow2bm.units import align_up, ceil_div, decode_name, encode_name
 
 if TYPE_CHECKING:

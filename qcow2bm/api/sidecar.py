@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
+from qcow2bm.bitmaps.status import BROKEN, VALID
 from qcow2bm.errors import BitmapError
-from qcow2bm.migration.evidence import Definition, Facts, Left, Witness, judge
+from qcow2bm.migration.evidence import Definition, Departure, Facts, Witness, judge
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, Sentinel, is_sentinel
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar, parse_saved_header
-from qcow2bm.store.status import BROKEN, VALID
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ def why_in_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b
                 continue
             sentinel = Sentinel(bitmap.name, bitmap.granularity, bitmap.disk_size)
             witness = Witness(_bits(image, sentinel.name), _bits(image, sentinel.canary_name))
-            verdict = judge(Left(before, sentinel), found, witness)
+            verdict = judge(Departure(before, sentinel), found, witness)
             if verdict.outcome == "unchanged":
                 return ""
             reason = verdict.reason

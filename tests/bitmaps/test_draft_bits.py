@@ -18,9 +18,9 @@ from support.granules import Granules
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
 
 import qcow2bm
+from qcow2bm.bitmaps.draft_bits import DraftBits, PackedSource
 from qcow2bm.bits.runs import OPS
 from qcow2bm.errors import LimitError
-from qcow2bm.store.draft import DraftBits, PackedSource
 
 CLUSTER = 512
 PER_CLUSTER = 8 * CLUSTER

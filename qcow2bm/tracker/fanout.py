@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2bm.bits import plain
+from qcow2bm.bitmaps.draft_bits import Source
+from qcow2bm.bitmaps.tracked_store import PIECE_BYTES, Changes, TrackedBitmap
+from qcow2bm.bits import pure_python
 from qcow2bm.bits.algebra import Octets, coarsen, refine
-from qcow2bm.store.draft import Source
-from qcow2bm.store.live import PIECE_BYTES, Changes, LiveBitmap
 from qcow2bm.tracker.recorder import Bits
 from qcow2bm.units import ceil_div
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class Tracked(NamedTuple):
     """A bitmap that is tracked, and which pieces of it are not stored yet."""
 
-    live: LiveBitmap
+    live: TrackedBitmap
     bits: Bits
 
     @classmethod
-    def of(cls, live: LiveBitmap) -> Tracked:
+    def of(cls, live: TrackedBitmap) -> Tracked:
         """A bitmap of which everything is stored."""
         return cls(live, Bits.of(live.octets))
 
@@ -158,5 +158,5 @@ def merge(bitmap: Tracked, source: Source, virtual_size: int) -> None:
     length = ceil_div(ceil_div(virtual_size, granularity), 8)
     bits = source.octets(0, ceil_div(length * finer, coarser))
     octets = coarsen(bits, finer)[:length] if finer > 1 else refine(bits, coarser, length).copy()
-    plain.fill(octets.data, ceil_div(virtual_size, granularity), 8 * length, is_set=False)
+    pure_python.fill(octets.data, ceil_div(virtual_size, granularity), 8 * length, is_set=False)
     _set(bitmap.bits, 0, octets)

@@ -11,7 +11,7 @@ from support.images import ZEROES, Built, Stored, build_image
 from support.scripted import ScriptedStorage
 
 import qcow2bm
-from qcow2bm.store import tables
+from qcow2bm.bitmaps import tables
 
 MIB = 1 << 20
 ENTRIES = MIB // 8

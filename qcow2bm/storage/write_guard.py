@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-class HeldStorage:
+class WriteGuard:
     """Another storage, whose lock can be let go and taken again.
 
     *Guarantees*: while the lock is not held, nothing is written and no barrier is tried, whoever

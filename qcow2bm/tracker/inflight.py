@@ -9,7 +9,7 @@ from threading import Condition, get_ident
 from qcow2bm.errors import StateError
 
 
-class Gate:
+class InFlightWrites:
     """Knows who is inside, and lets nobody in while somebody wants it empty."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Gate:
         return get_ident() in self._inside.values()
 
     @contextmanager
-    def empty(self) -> Iterator[None]:
+    def drained(self) -> Iterator[None]:
         """Lets nobody in, and begins once nobody is inside."""
         try:
             with self._condition:

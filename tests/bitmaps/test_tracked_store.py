@@ -9,9 +9,9 @@ from support.model import Model
 from tracker.recording import RecordingStorage, intervals_of
 
 import qcow2bm
+from qcow2bm.bitmaps.tracked_store import PIECE_BYTES, TrackedBitmap, TrackedStore
 from qcow2bm.clusters.plan import Plan, Write, execute
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
-from qcow2bm.store.live import PIECE_BYTES, LiveBitmap, LiveStore
 
 COVERED = 8 * 512 * 512
 SIZE = 20 * COVERED + 3 * 512
@@ -31,11 +31,11 @@ class Live:
         with qcow2bm.open(built.data) as image:
             tracked = [image.bitmaps[name].entry for name in names]
             left_out = [image.bitmaps[name].entry for name in others]
-        self.store = LiveStore(self.storage)
+        self.store = TrackedStore(self.storage)
         self.store.begin(tracked, left_out)
         self.begun = self.storage.since(0)
 
-    def __getitem__(self, name: str) -> LiveBitmap:
+    def __getitem__(self, name: str) -> TrackedBitmap:
         return next(bitmap for bitmap in self.store.bitmaps if bitmap.name == name)
 
     def put(self, name: str, place: int, octet: int) -> Plan:
@@ -221,7 +221,7 @@ def test_where_nothing_can_grow_it_is_known_at_the_beginning() -> None:
 
     before = bytes(built.data)
     storage = Full(built.data)
-    store = LiveStore(storage)
+    store = TrackedStore(storage)
     with pytest.raises(qcow2bm.StorageError, match="No space left"):
         store.begin([built.entries[0]], [])
     assert storage.steps == []

@@ -53,7 +53,9 @@ def build() -> Built:
 @contextmanager
 def small_chunks() -> Iterator[None]:
     """Each cluster is a batch of its own, so that much can happen between two of them."""
-    with mock.patch.multiple("qcow2bm.store.load", CHUNK_BYTES=CLUSTER, _LONG_BYTES=CLUSTER):
+    with mock.patch.multiple(
+        "qcow2bm.bitmaps.bit_reader", CHUNK_BYTES=CLUSTER, _LONG_BYTES=CLUSTER
+    ):
         yield
 
 
@@ -297,7 +299,7 @@ def test_a_status_is_asked_for_again_where_nobody_tells_of_writes(force_share: b
 
 def test_extents_of_a_stream_end_where_the_image_is_closed() -> None:
     image = build()
-    with small_chunks(), mock.patch("qcow2bm.store.load._MANY_EXTENTS", 1):
+    with small_chunks(), mock.patch("qcow2bm.bitmaps.bit_reader._MANY_EXTENTS", 1):
         with qcow2bm.open(io.BytesIO(image.data)) as opened:
             extents = opened.bitmap(0).extents()
             next(extents)

@@ -16,8 +16,8 @@ import qcow2bm
 from qcow2bm.errors import ImageLockedError, StateError, StorageError
 from qcow2bm.storage.base import WritableStorage, read_bytes
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.storage.held import HeldStorage
 from qcow2bm.storage.memory import MemoryStorage
+from qcow2bm.storage.write_guard import WriteGuard
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -79,7 +79,7 @@ class Unseen(Logged):
     excludes_other_hosts = False
 
 
-WRITES: dict[str, Callable[[HeldStorage], object]] = {
+WRITES: dict[str, Callable[[WriteGuard], object]] = {
     "write": lambda held: held.write(0, [b"x"]),
     "nothing": lambda held: held.write(0, []),
     "barrier": lambda held: held.barrier(),
@@ -92,7 +92,7 @@ WRITES: dict[str, Callable[[HeldStorage], object]] = {
 @pytest.mark.parametrize("work", WRITES)
 def test_without_the_lock_nothing_is_written(work: str) -> None:
     storage = Logged()
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     with pytest.raises(StateError, match="storage is inactive"):
         WRITES[work](held)
     assert storage.log == []
@@ -107,7 +107,7 @@ def test_without_the_lock_nothing_is_written(work: str) -> None:
 @pytest.mark.parametrize("work", WRITES)
 def test_with_the_lock_it_is_the_storage_itself(work: str) -> None:
     storage = Logged()
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     held.acquire(2.5)
     WRITES[work](held)
     kind = "write" if work == "nothing" else work
@@ -115,7 +115,7 @@ def test_with_the_lock_it_is_the_storage_itself(work: str) -> None:
 
 
 def test_it_knows_whether_the_lock_is_held() -> None:
-    held = HeldStorage(Logged())
+    held = WriteGuard(Logged())
     states = [held.is_held]
     steps: list[Callable[[], object]] = [lambda: held.acquire(0), held.release]
     for step in (*steps, held.release, steps[0]):
@@ -127,7 +127,7 @@ def test_it_knows_whether_the_lock_is_held() -> None:
 
 def test_the_lock_is_let_go_once() -> None:
     storage = Logged()
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     held.release()
     held.acquire(0)
     held.release()
@@ -138,7 +138,7 @@ def test_the_lock_is_let_go_once() -> None:
 
 def test_to_close_it_lets_the_lock_go_first() -> None:
     storage = Logged()
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     held.acquire(0)
     held.close()
     assert storage.log == ["lock 0", "unlock", "close"]
@@ -150,7 +150,7 @@ def test_to_close_it_lets_the_lock_go_first() -> None:
 def test_the_lock_is_taken_once(kind: type[Logged]) -> None:
     """Who was interrupted while he took it can take it again."""
     storage = kind()
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     held.acquire(1)
     before = list(storage.log)
     held.acquire(2)
@@ -168,14 +168,14 @@ def test_the_lock_is_taken_once(kind: type[Logged]) -> None:
 @pytest.mark.spec("LIFE-3")
 def test_what_is_cached_is_forgotten_where_others_write_unseen() -> None:
     storage = Unseen()
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     for _ in range(2):
         held.acquire(0)
         assert storage.log == ["lock 0", "refresh"]
         held.release()
         del storage.log[:]
     alone = Logged()
-    held = HeldStorage(alone)
+    held = WriteGuard(alone)
     held.acquire(0)
     assert alone.log == ["lock 0"]
 
@@ -184,7 +184,7 @@ def test_what_is_cached_is_forgotten_where_others_write_unseen() -> None:
 def test_a_cache_that_cannot_be_forgotten_lets_the_lock_go(error: BaseException) -> None:
     storage = Unseen()
     storage.refresh_error = error
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     with pytest.raises(type(error)):
         held.acquire(0)
     assert storage.log == ["lock 0", "refresh", "unlock"]
@@ -201,7 +201,7 @@ def test_a_cache_that_cannot_be_forgotten_lets_the_lock_go(error: BaseException)
 )
 def test_a_lock_that_is_refused_is_not_held(error: Exception) -> None:
     storage = Logged(error)
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     for _ in range(2):
         with pytest.raises(type(error)):
             held.acquire(0)
@@ -216,7 +216,7 @@ def test_a_lock_that_is_refused_is_not_held(error: Exception) -> None:
 
 def test_nobody_writes_even_if_the_lock_cannot_be_let_go() -> None:
     storage = Logged()
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     held.acquire(0)
     storage.release_error = StorageError("disk", 0, 0, "cannot be unlocked")
     with pytest.raises(StorageError):
@@ -238,7 +238,7 @@ def test_while_the_lock_is_let_go_nobody_writes_any_more() -> None:
                 refused.append(False)
             refused.append(True)
 
-    held = HeldStorage(Late())
+    held = WriteGuard(Late())
     held.acquire(0)
     held.release()
     assert refused == [True]
@@ -246,7 +246,7 @@ def test_while_the_lock_is_let_go_nobody_writes_any_more() -> None:
 
 def test_reading_goes_on() -> None:
     storage = MemoryStorage(bytearray(CONTENT))
-    held = HeldStorage(storage)
+    held = WriteGuard(storage)
     assert held.size() == len(CONTENT)
     assert read_bytes(held, 5, 5) == CONTENT[5:10]
     assert held.capacity() is None
@@ -261,7 +261,7 @@ def test_reading_goes_on() -> None:
 @pytest.mark.parametrize("kind", [Logged, Unseen, MemoryStorage])
 def test_whether_others_are_kept_away_is_up_to_the_storage(kind: type[MemoryStorage]) -> None:
     storage = MemoryStorage(bytearray(CONTENT)) if kind is MemoryStorage else kind()  # type: ignore[call-arg]
-    assert HeldStorage(storage).excludes_other_hosts is (kind is not Unseen)
+    assert WriteGuard(storage).excludes_other_hosts is (kind is not Unseen)
     assert isinstance(storage, WritableStorage)
 
 
@@ -295,7 +295,7 @@ def path(tmp_path: Path) -> Path:
 def test_the_locks_of_a_file_keep_others_away(path: Path, locking: bool) -> None:
     storage = FileStorage(path, writable=True, locking=locking)
     assert storage.excludes_other_hosts is locking
-    assert HeldStorage(storage).excludes_other_hosts is locking
+    assert WriteGuard(storage).excludes_other_hosts is locking
     storage.close()
 
 

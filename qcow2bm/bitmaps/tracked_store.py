@@ -13,7 +13,13 @@ from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from qcow2bm.bits import plain
+from qcow2bm.bitmaps.commit import allocator_of, plan_commit
+from qcow2bm.bitmaps.directory import load_directory
+from qcow2bm.bitmaps.draft import Draft
+from qcow2bm.bitmaps.draft_bits import ONES, ZEROES
+from qcow2bm.bitmaps.editable import require_editable
+from qcow2bm.bitmaps.tables import read_words, survey, table_runs
+from qcow2bm.bits import pure_python
 from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
@@ -29,12 +35,6 @@ from qcow2bm.format.directory import (
 )
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.storage.base import WritableStorage
-from qcow2bm.store.commit import allocator_of, plan_commit
-from qcow2bm.store.directory import load_directory
-from qcow2bm.store.draft import ONES, ZEROES
-from qcow2bm.store.edit import Draft
-from qcow2bm.store.editable import require_editable
-from qcow2bm.store.tables import read_words, survey, table_runs
 from qcow2bm.units import ceil_div, encode_name
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ Changes = Mapping[int, "Buffer"]
 """Pieces of a bitmap's bits by their number, as they are to be stored."""
 
 
-class LiveBitmap:
+class TrackedBitmap:
     """A bitmap of an image whose bits are changed in memory.
 
     Attributes:
@@ -67,8 +67,8 @@ class LiveBitmap:
         return self.entry.name or ""
 
     @classmethod
-    def unplaced(cls, name: str, granularity: int, octets: bytearray) -> LiveBitmap:
-        """One that `LiveStore.recommit` will find on disk; it cannot be stored before."""
+    def unplaced(cls, name: str, granularity: int, octets: bytearray) -> TrackedBitmap:
+        """One that `TrackedStore.recommit` will find on disk; it cannot be stored before."""
         key = encode_name(name)
         bits = granularity.bit_length() - 1
         flags = FLAG_AUTO | FLAG_IN_USE
@@ -77,7 +77,7 @@ class LiveBitmap:
         return cls(entry, array("Q"), octets)
 
 
-class LiveStore:
+class TrackedStore:
     """Plans and makes what is written to an image while some of its bitmaps are in_use by us.
 
     Refcount blocks for all clusters that can still be needed are made at the beginning, and the
@@ -96,7 +96,7 @@ class LiveStore:
             StorageError: reading failed.
         """
         self._storage = storage
-        self._bitmaps: list[LiveBitmap] = []
+        self._bitmaps: list[TrackedBitmap] = []
         self._reserves = False
         self._records_generation = False
         self.token: bytes | None = None
@@ -194,7 +194,7 @@ class LiveStore:
         return steps
 
     @property
-    def bitmaps(self) -> tuple[LiveBitmap, ...]:
+    def bitmaps(self) -> tuple[TrackedBitmap, ...]:
         """The bitmaps that are in_use by us."""
         return tuple(self._bitmaps)
 
@@ -231,12 +231,12 @@ class LiveStore:
         capacity = self._storage.capacity()
         return plan_commit(self.file, self.directory, self.survey, draft, capacity, token)
 
-    def recommit(self, draft: Draft, bitmaps: Iterable[LiveBitmap]) -> None:
+    def recommit(self, draft: Draft, bitmaps: Iterable[TrackedBitmap]) -> None:
         """`commit` of the draft on top of what was stored meanwhile; raises what `plan` does."""
         self._load()
         self.commit(self.plan(draft), bitmaps)
 
-    def commit(self, plan: Plan, bitmaps: Iterable[LiveBitmap]) -> None:
+    def commit(self, plan: Plan, bitmaps: Iterable[TrackedBitmap]) -> None:
         """Does what a `plan` says, atomically, while bitmaps are in_use by us.
 
         ``bitmaps`` are those that are in_use by us afterwards. What is in memory of them need not
@@ -252,7 +252,7 @@ class LiveStore:
             step = error.step if isinstance(error, CommitError) else "reading the new state"
             raise CommitError(self._storage.name, step, "new", error.reason) from error
 
-    def _take_over(self, bitmaps: Iterable[LiveBitmap]) -> None:
+    def _take_over(self, bitmaps: Iterable[TrackedBitmap]) -> None:
         """Goes on from what a commit has made of the image."""
         self._load()
         entries = {entry.name: entry for entry in self.directory.entries}
@@ -266,7 +266,7 @@ class LiveStore:
             execute(plan, self._storage, self.file.file_size)
         self._reserve()
 
-    def end(self, bitmaps: Iterable[LiveBitmap]) -> list[Step]:
+    def end(self, bitmaps: Iterable[TrackedBitmap]) -> list[Step]:
         """Clears in_use of bitmaps whose bits are stored: each by one write within a sector.
 
         The generation, where it is recorded, is renewed in the same step. A bitmap that is no
@@ -282,13 +282,13 @@ class LiveStore:
         return [*steps, Barrier("valid bitmaps")]
 
     @staticmethod
-    def set_in_use(bitmap: LiveBitmap, *, is_set: bool) -> Write:
+    def set_in_use(bitmap: TrackedBitmap, *, is_set: bool) -> Write:
         """One write within one sector; the entry of the bitmap is the new one from now on."""
         flags = bitmap.entry.flags & ~FLAG_IN_USE | (FLAG_IN_USE if is_set else 0)
         bitmap.entry = bitmap.entry._replace(flags=flags)
         return _flags_write(bitmap.entry, flags)
 
-    def store(self, changes: Iterable[tuple[LiveBitmap, Changes]]) -> list[Step]:
+    def store(self, changes: Iterable[tuple[TrackedBitmap, Changes]]) -> list[Step]:
         """Writes pieces of bitmaps where they belong; the last step is a barrier, if any.
 
         A cluster that had none gets one, and is written whole.
@@ -305,7 +305,7 @@ class LiveStore:
         return self._in_order(data, tables)
 
     def _piece(
-        self, bitmap: LiveBitmap, piece: int, content: Buffer, new_entries: set[int]
+        self, bitmap: TrackedBitmap, piece: int, content: Buffer, new_entries: set[int]
     ) -> list[Write]:
         size = self.cluster_size
         writes = []
@@ -348,7 +348,7 @@ def _flags_write(entry: DirectoryEntry, flags: int) -> Write:
     return Write(place, (flags.to_bytes(4, "big"),), "flags of a bitmap")
 
 
-def _table_writes(bitmap: LiveBitmap, entries: set[int]) -> list[Write]:
+def _table_writes(bitmap: TrackedBitmap, entries: set[int]) -> list[Write]:
     """The sectors of a table that have these entries."""
     per_sector = SECTOR_SIZE // ENTRY_LENGTH
     offset = bitmap.entry.bitmap_table_offset
@@ -361,7 +361,7 @@ def _table_writes(bitmap: LiveBitmap, entries: set[int]) -> list[Write]:
     return writes
 
 
-def load_live(file: ClusterFile, entry: DirectoryEntry) -> LiveBitmap:
+def load_live(file: ClusterFile, entry: DirectoryEntry) -> TrackedBitmap:
     """A bitmap of the image with all its bits in memory.
 
     Raises:
@@ -376,7 +376,7 @@ def load_live(file: ClusterFile, entry: DirectoryEntry) -> LiveBitmap:
         if run.kind == ALLOCATED:
             file.read_into(run.offset, part)
         elif run.kind == ALL_ONES:
-            plain.fill(part, 0, 8 * len(part), is_set=True)
+            pure_python.fill(part, 0, 8 * len(part), is_set=True)
     bits = ceil_div(file.virtual_size, entry.granularity)
-    plain.fill(octets, bits, 8 * len(octets), is_set=False)  # INV-TAIL
-    return LiveBitmap(entry, words, octets)
+    pure_python.fill(octets, bits, 8 * len(octets), is_set=False)  # INV-TAIL
+    return TrackedBitmap(entry, words, octets)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, Literal
 
+from qcow2bm.bitmaps.directory import BitmapDirectory
 from qcow2bm.errors import FormatError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.problems import Problem
-from qcow2bm.store.directory import BitmapDirectory
 
 Status = Literal["valid", "inconsistent", "stale", "broken"]
 VALID: Final = "valid"

@@ -10,16 +10,16 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from qcow2bm.bits import plain
+from qcow2bm.bitmaps.directory import BitmapDirectory
+from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT, MAX_BITMAP_BYTES
+from qcow2bm.bitmaps.overlaps import Overlaps
+from qcow2bm.bits import pure_python
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, Run
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, DirectoryEntry
 from qcow2bm.format.table import ENTRY_LENGTH, MASKS, parse_bitmap_table
 from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem, Severity, problem
-from qcow2bm.store.directory import BitmapDirectory
-from qcow2bm.store.entries import GRANULARITY_BITS_LIMIT, MAX_BITMAP_BYTES
-from qcow2bm.store.overlaps import Overlaps
 from qcow2bm.units import ceil_div
 
 MAX_FAULTS_LISTED = 16
@@ -81,7 +81,7 @@ def table_runs(words: array[int], cluster_size: int) -> Iterable[Run]:
     numpy is used only where the program has loaded it anyway.
     """
     if len(words) < _NUMPY_PAYS or "numpy" not in sys.modules:
-        return plain.table_runs(words, MASKS.offset, cluster_size)
+        return pure_python.table_runs(words, MASKS.offset, cluster_size)
     from qcow2bm.bits import tables
 
     runs = tables.table_runs(words, MASKS.offset, cluster_size)

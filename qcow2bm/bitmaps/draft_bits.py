@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
-from qcow2bm.bits import plain
+from qcow2bm.bits import pure_python
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import LimitError
 from qcow2bm.units import ceil_div
@@ -111,7 +111,7 @@ class DraftBits:
         """The bytes of a stored cluster, bits past the disk cleared (INV-TAIL)."""
         data = bytearray(self._cluster_size)
         self._file.read_into(self._word(number), memoryview(data))
-        plain.fill(data, self._bits_in(number), 8 * self._cluster_size, is_set=False)
+        pure_python.fill(data, self._bits_in(number), 8 * self._cluster_size, is_set=False)
         return data
 
     def _bits_in(self, number: int) -> int:
@@ -126,7 +126,7 @@ class DraftBits:
             return bytearray(content)
         data = bytearray(self._cluster_size)
         if content == ONES:
-            plain.fill(data, 0, self._bits_in(number), is_set=True)
+            pure_python.fill(data, 0, self._bits_in(number), is_set=True)
         return data
 
     def _put(self, number: int, data: bytes | bytearray) -> None:
@@ -149,7 +149,7 @@ class DraftBits:
             self.changed.pop(number, None)
         elif value == ONES and self._bits_in(number) < 8 * self._cluster_size:
             data = bytearray(self._cluster_size)
-            plain.fill(data, 0, self._bits_in(number), is_set=True)
+            pure_python.fill(data, 0, self._bits_in(number), is_set=True)
             self._put(number, data)
         else:
             self.changed[number] = value
@@ -165,7 +165,7 @@ class DraftBits:
                 self._put_constant(number, value)
             elif self._content(number) != value:
                 data = self._bytes_of(number)
-                plain.fill(data, inside, end, is_set=is_set)
+                pure_python.fill(data, inside, end, is_set=is_set)
                 self._put(number, data)
             first += end - inside
 
@@ -227,7 +227,7 @@ class DraftBits:
             data = self._bytes_of(number)
             if high - low < _DENSE_RANGES:
                 for first, stop in part.tolist():
-                    plain.fill(data, first, stop, is_set=is_set)
+                    pure_python.fill(data, first, stop, is_set=is_set)
             else:
                 octets = np.frombuffer(data, np.uint8)
                 mask = mask_of(part, len(data))
@@ -373,4 +373,4 @@ class DraftBits:
 
 def _cut_tail(octets: Octets, bits: int) -> None:
     """Clears all but the first ``bits`` bits, which may be more or fewer than there are."""
-    plain.fill(octets.data, max(0, bits), 8 * len(octets), is_set=False)
+    pure_python.fill(octets.data, max(0, bits), 8 * len(octets), is_set=False)

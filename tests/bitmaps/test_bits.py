@@ -16,8 +16,8 @@ from support.images import ONES, ZEROES, Built, Stored, Word, build_image
 from support.model import Model
 
 import qcow2bm
+from qcow2bm.bitmaps.bit_reader import CHUNK_BYTES
 from qcow2bm.format.directory import FLAG_IN_USE
-from qcow2bm.store.load import CHUNK_BYTES
 
 
 def max_size(cluster_bits: int) -> int:
@@ -98,7 +98,10 @@ def chunks_of(size: int) -> Iterator[None]:
     """All the sizes in which the reader works, made small, so that small bitmaps cross them."""
     with (
         mock.patch.multiple(
-            "qcow2bm.store.load", CHUNK_BYTES=size, _LONG_BYTES=size // 2, _STEP_BYTES=size // 4
+            "qcow2bm.bitmaps.bit_reader",
+            CHUNK_BYTES=size,
+            _LONG_BYTES=size // 2,
+            _STEP_BYTES=size // 4,
         ),
         mock.patch("qcow2bm.bits.extents.WINDOW_BYTES", size // 8),
     ):

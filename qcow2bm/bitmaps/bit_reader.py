@@ -10,15 +10,15 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2bm.bits import plain
+from qcow2bm.bitmaps.directory import verify_entry
+from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
+from qcow2bm.bitmaps.tables import fingerprint, read_words, table_runs
+from qcow2bm.bits import pure_python
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import ChangedWhileReadingError, LimitError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
-from qcow2bm.store.directory import verify_entry
-from qcow2bm.store.entries import MAX_BITMAP_BYTES
-from qcow2bm.store.tables import fingerprint, read_words, table_runs
 from qcow2bm.units import align_up, ceil_div
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Totals(NamedTuple):
     extents: int
 
 
-class BitmapBits:
+class BitReader:
     """The stored bits of one bitmap.
 
     Every read is made under the reader's locks (unless sharing is forced), and header,
@@ -177,7 +177,7 @@ class BitmapBits:
 
     def _counters(self) -> tuple[_CountBits, _CountEdges]:
         if self.length_bytes < _NUMPY_PAYS and "numpy" not in sys.modules:
-            return plain.count_bits, plain.count_edges
+            return pure_python.count_bits, pure_python.count_edges
         from qcow2bm.bits import counting
 
         return counting.count_bits, counting.count_edges

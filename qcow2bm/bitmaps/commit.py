@@ -9,6 +9,10 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from qcow2bm.bitmaps.directory import BitmapDirectory
+from qcow2bm.bitmaps.draft import Draft, DraftBitmap
+from qcow2bm.bitmaps.draft_bits import ZEROES, Content, DraftBits
+from qcow2bm.bitmaps.tables import Survey, read_words, used_by_bitmaps
 from qcow2bm.clusters.allocator import Allocator, Run
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
@@ -21,10 +25,6 @@ from qcow2bm.format.directory import (
 )
 from qcow2bm.format.extensions import BitmapsExtension, build_bitmaps_extension
 from qcow2bm.format.table import ENTRY_LENGTH, MASKS, build_bitmap_table
-from qcow2bm.store.directory import BitmapDirectory
-from qcow2bm.store.draft import ZEROES, Content, DraftBits
-from qcow2bm.store.edit import Draft, DraftBitmap
-from qcow2bm.store.tables import Survey, read_words, used_by_bitmaps
 from qcow2bm.units import ceil_div
 
 if TYPE_CHECKING:
