@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
-from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, Status, judge
+from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, Status
 from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
 from qcow2bm.errors import (
     BitmapBrokenError,
@@ -84,7 +84,7 @@ class Bitmap:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """The problems of this bitmap alone; raises as `Image.problems` does."""
-        return tuple(self._image._problems_of(self.index))
+        return self._image._problems_of(self.index)
 
     @property
     def status(self) -> Status:
@@ -177,9 +177,9 @@ class Bitmap:
 
     def _judge(self) -> tuple[Status, str]:
         image = self._image
-        problems = image._problems_of(self.index)
+        image._tables()  # asks whether the image is still what it was
         image._verify(self.entry)
-        return judge(self.entry, image._directory, image._tables().distrust, problems)
+        return image._metadata.status_of(self.entry)
 
     def _require_valid(self) -> None:
         """Returns if `status` is "valid"; raises as `count` does."""

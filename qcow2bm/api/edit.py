@@ -6,8 +6,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qcow2bm.api.bitmap import Bitmap
-from qcow2bm.bitmaps.directory import verify_directory
-from qcow2bm.bitmaps.tables import survey
 from qcow2bm.bits.runs import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
@@ -35,12 +33,10 @@ class Edit:
         from qcow2bm.bitmaps.draft import Draft
         from qcow2bm.bitmaps.editable import require_editable
 
-        file, directory = image._file, image._directory
         self._image = image
         self._dry_run = dry_run
-        self._survey = survey(file, directory, image._header_problems)
-        require_editable(file, directory, self._survey, image._header_problems)
-        self._open_draft = Draft(file, directory)
+        require_editable(image._metadata)
+        self._open_draft = Draft(image._metadata)
         self._revision = image._revision
         self._state = "not begun"
         self._intact_bitmaps: frozenset[int] | None = None
@@ -106,10 +102,10 @@ class Edit:
         image, storage = self._image, self._image._storage
         capacity = storage.capacity() if isinstance(storage, WritableStorage) else None
         try:
-            return plan_commit(image._file, image._directory, self._survey, self._draft, capacity)
-        finally:  # what somebody else changed meanwhile must not pass for damage
+            return plan_commit(image._metadata, self._draft, capacity)
+        finally:  # what another process changed meanwhile must not pass for damage
             with image._file.lock():
-                verify_directory(image._file, image._directory)
+                image._metadata.verify()
 
     @property
     def names(self) -> list[str]:

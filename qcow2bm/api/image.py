@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from qcow2bm.api.bitmap import Bitmap
 from qcow2bm.api.edit import Edit
-from qcow2bm.bitmaps.directory import load_directory, verify_directory, verify_entry
+from qcow2bm.bitmaps.directory import verify_directory, verify_entry
 from qcow2bm.bitmaps.entries import why_not_found
+from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.bitmaps.tables import Survey, survey
-from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.clusters.problems import header_problems
+from qcow2bm.bitmaps.tables import Survey
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError, StateError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
@@ -141,16 +140,9 @@ class Image:
 
     def _load(self) -> None:
         """Reads header and directory, and makes `bitmaps`."""
-        self._survey: Survey | None = None
-        self._by_bitmap: dict[int, list[Problem]] | None = None
-        lock = ExitStack()
-        with lock:
-            if not self._force_share:
-                lock.enter_context(self._storage.read_lock())
-            self._file = ClusterFile(self._storage, force_share=self._force_share)
-            self._header_problems = header_problems(self._file)
-            self._directory = load_directory(self._file, self._header_problems)
-            verify_directory(self._file, self._directory)
+        self._metadata = Metadata.load(self._storage, force_share=self._force_share)
+        self._file = self._metadata.file
+        self._directory = self._metadata.directory
         self.bitmaps: Mapping[str, Bitmap] = _Bitmaps(self)
 
     def __enter__(self) -> Image:
@@ -271,8 +263,8 @@ class Image:
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
-        tables = self._tables().problems
-        return (*self._header_problems, *self._directory.problems, *tables)
+        self._tables()
+        return self._metadata.problems
 
     def check(self) -> Check:
         """Follows every reference in the image, and compares them with the refcounts.
@@ -377,15 +369,9 @@ class Image:
         self._require_idle()
         return begin(self, names, others, reserve=reserve, generation=generation)
 
-    def _problems_of(self, index: int) -> list[Problem]:
+    def _problems_of(self, index: int) -> tuple[Problem, ...]:
         self._tables()  # asks whether the image is still what it was
-        if self._by_bitmap is None:
-            by_bitmap: dict[int, list[Problem]] = {}
-            for found in self.problems:
-                if found.bitmap_index is not None:
-                    by_bitmap.setdefault(found.bitmap_index, []).append(found)
-            self._by_bitmap = by_bitmap  # only when it is complete: reading may have failed
-        return self._by_bitmap.get(index, [])
+        return self._metadata.problems_of(index)
 
     def _verify(self, entry: DirectoryEntry) -> None:
         """Looks at a stored entry again where the storage does not tell of writes."""
@@ -398,13 +384,9 @@ class Image:
 
     def _tables(self) -> Survey:
         self._require_open()
-        if self._survey is None:
-            found = survey(self._file, self._directory, self._header_problems)
-            with self._file.lock():
-                verify_directory(self._file, self._directory)
-            self._survey = found._replace(ranges=())  # which can be many
+        found = self._metadata.survey
         self._file.verify_untouched()
-        return self._survey
+        return found
 
 
 class _Bitmaps(Mapping[str, "Bitmap"]):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from qcow2bm.bitmaps.directory import BitmapDirectory
 from qcow2bm.bitmaps.draft import Draft, DraftBitmap
 from qcow2bm.bitmaps.draft_bits import ZEROES, Content, DraftBits
-from qcow2bm.bitmaps.tables import Survey, read_words, used_by_bitmaps
+from qcow2bm.bitmaps.metadata import Metadata
+from qcow2bm.bitmaps.tables import read_words, used_by_bitmaps
 from qcow2bm.clusters.allocator import Allocator, Run
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
@@ -32,12 +33,7 @@ if TYPE_CHECKING:
 
 
 def plan_commit(
-    file: ClusterFile,
-    directory: BitmapDirectory,
-    survey: Survey,
-    draft: Draft,
-    capacity: int | None,
-    token: bytes | None = None,
+    metadata: Metadata, draft: Draft, capacity: int | None, token: bytes | None = None
 ) -> Plan:
     """How the bitmaps of an image become those of the draft; nothing is written.
 
@@ -52,6 +48,7 @@ def plan_commit(
         StorageError: there is no room, or reading failed.
         UnsupportedError: the header is laid out in a way that cannot be changed safely.
     """
+    file, directory = metadata.file, metadata.directory
     if not _has_changes(directory, draft):
         return Plan()
     tables = [
@@ -61,7 +58,7 @@ def plan_commit(
     ]
     extension = directory.extension
     is_revived = bool(extension and not directory.is_consistent and not draft.drops_extension)
-    allocator = allocator_of(file, directory, survey, capacity)
+    allocator = allocator_of(metadata, capacity)
     if is_revived:  # what is stale is the last trace of its bitmaps, counted or not
         uses = used_by_bitmaps(file, directory)
         ends = [used.offset + used.length for used in uses]
@@ -100,12 +97,11 @@ def plan_commit(
     return ordered(prepared, written, switch, lowered)
 
 
-def allocator_of(
-    file: ClusterFile, directory: BitmapDirectory, survey: Survey, capacity: int | None
-) -> Allocator:
+def allocator_of(metadata: Metadata, capacity: int | None) -> Allocator:
     """What finds free clusters in an image, near the bitmap directory and clear of what is used."""
+    file, directory = metadata.file, metadata.directory
     size = file.cluster_size
-    taken = [(start // size, end // size) for start, end in survey.ranges]
+    taken = [(start // size, end // size) for start, end in metadata.survey.ranges]
     near = directory.extension.bitmap_directory_offset // size if directory.extension else 0
     return Allocator(file, taken, near, capacity)
 

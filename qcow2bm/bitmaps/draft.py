@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, cast
 
-from qcow2bm.bitmaps.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE, BitmapDirectory
+from qcow2bm.bitmaps.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE
 from qcow2bm.bitmaps.draft_bits import MANY_RANGES, DraftBits, Source
 from qcow2bm.bitmaps.entries import (
     MAX_BITMAP_BYTES,
@@ -20,9 +20,9 @@ from qcow2bm.bitmaps.entries import (
     required_table_size,
     why_not_found,
 )
+from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.tables import read_words
 from qcow2bm.bits.ranges import checked, outside
-from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import (
     BitmapBrokenError,
     BitmapError,
@@ -76,14 +76,13 @@ class Draft:
         drops_extension: whether a stale bitmaps extension goes as well.
     """
 
-    def __init__(
-        self, file: ClusterFile, directory: BitmapDirectory, owned: Collection[str] = ()
-    ) -> None:
+    def __init__(self, metadata: Metadata, owned: Collection[str] = ()) -> None:
         """Begins with the stored bitmaps, which `require_editable` has found sound.
 
         Those of the names ``owned`` are in_use by whoever makes this edit.
         """
-        self._file = file
+        directory = metadata.directory
+        self._file = metadata.file
         self._directory = directory
         self._owned = owned
         self._is_stale = directory.extension is not None and not directory.is_consistent

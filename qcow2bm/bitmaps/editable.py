@@ -5,34 +5,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import pairwise
 
-from qcow2bm.bitmaps.directory import BitmapDirectory
 from qcow2bm.bitmaps.entries import FITTABLE
+from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.bitmaps.tables import Survey
-from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from qcow2bm.format.header import FIELD_OFFSETS
-from qcow2bm.problems import Problem
 
 _UNSAFE = ("header-extension.bitmaps.duplicate",)  # no fault to a reader, who goes by the last
 
 
-def require_editable(
-    file: ClusterFile,
-    directory: BitmapDirectory,
-    survey: Survey,
-    header_problems: Iterable[Problem],
-) -> None:
+def require_editable(metadata: Metadata) -> None:
     """Returns if the image is sound enough that a change cannot make anything worse.
 
     Raises:
         FormatError: it is marked dirty or corrupt, or has a fault that an edit must not build on.
         UnsupportedError: it is of version 2.
+        ImageLockedError, ChangedWhileReadingError, StorageError: reading the tables failed.
     """
+    file = metadata.file
     if file.header.version < 3:
         raise UnsupportedError(
             "bitmaps in qcow2 version 2; upgrade the image with qemu-img amend -o compat=1.1"
@@ -45,10 +38,10 @@ def require_editable(
         if bits & bit:
             reason += ": repair the image first (qemu-img check -r all)"
             raise FormatError("header", "incompatible_features", offset, reason)
-    for found in (*header_problems, *directory.problems, *survey.problems):
+    for found in metadata.problems:
         if (found.breaks_bitmap or found.id in _UNSAFE) and found.id not in FITTABLE:
             raise as_error(found, "; an image with such a fault is not edited")
-    for (_, end), (start, _) in pairwise(sorted(survey.ranges)):
+    for (_, end), (start, _) in pairwise(sorted(metadata.survey.ranges)):
         if start < end:
             reason = "is used twice, by structures of the image; such an image is not edited"
             raise FormatError("image", "cluster", start, reason)

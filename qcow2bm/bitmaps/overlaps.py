@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from qcow2bm.problems import DIRECTORY, Problem, problem
 from qcow2bm.units import align_up
+
+_LAST = (1 << 64) - 1  # which an offset and a length together may exceed
 
 
 class _Use(NamedTuple):
@@ -45,9 +48,12 @@ class Overlaps:
         if length:
             self._ranges.append((offset, offset + align_up(length, self._cluster_size), use))
 
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        """All that is used: (start, end) in host bytes, whole clusters, in no order."""
-        return tuple((start, end) for start, end, _ in self._ranges)
+    def ranges(self) -> tuple[array[int], array[int]]:
+        """All ranges in no order: their starts and their ends, host bytes in whole clusters."""
+        return (
+            array("Q", (start for start, _, _ in self._ranges)),
+            array("Q", (min(end, _LAST) for _, end, _ in self._ranges)),
+        )
 
     def problems(self) -> Iterator[Problem]:
         """One for each bitmap and each thing it shares bytes with.

@@ -54,14 +54,21 @@ class Survey(NamedTuple):
     """All tables of an image: one Table for each directory entry, None where none can be read.
 
     ``distrust`` is the problem for which no entry can be believed: the directory lies where
-    something else is. ``ranges`` are all host bytes known to be used, (start, end) in whole
-    clusters, in no order; guest data and L2 tables are not among them.
+    something else is. ``starts`` and ``ends`` are those of all host byte ranges known to be used,
+    in whole clusters, in no order; guest data and L2 tables are not among them. There can be
+    millions, so they are kept as bare numbers.
     """
 
     tables: tuple[Table | None, ...]
     problems: tuple[Problem, ...]
     distrust: Problem | None
-    ranges: tuple[tuple[int, int], ...]
+    starts: array[int]
+    ends: array[int]
+
+    @property
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """The host byte ranges known to be used: (start, end)."""
+        return zip(self.starts, self.ends, strict=True)
 
 
 def read_words(file: ClusterFile, entry: DirectoryEntry) -> array[int]:
@@ -110,7 +117,7 @@ def survey(
         for part in fixed_parts(file, header_problems):
             overlaps.add(overlaps.use(part.name), part.offset, part.length)
     if not is_sound:
-        return Survey(tuple(tables), (), None, overlaps.ranges())
+        return Survey(tuple(tables), (), None, *overlaps.ranges())
     distrust = next(overlaps.problems(), None)  # so far only of the directory
     readable = [entry for entry in directory.entries if has_readable_table(entry, file)]
     for entry in readable:
@@ -133,7 +140,7 @@ def survey(
             clusters = Clusters(counts[ALL_ZEROES], counts[ALL_ONES], counts[ALLOCATED])
             tables[entry.index] = Table(clusters, fingerprint(words))
     found = (*overlaps.problems(), *problems)
-    return Survey(tuple(tables), found, distrust, overlaps.ranges())
+    return Survey(tuple(tables), found, distrust, *overlaps.ranges())
 
 
 def _batches(

@@ -14,17 +14,16 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qcow2bm.bitmaps.commit import allocator_of, plan_commit
-from qcow2bm.bitmaps.directory import load_directory
 from qcow2bm.bitmaps.draft import Draft
 from qcow2bm.bitmaps.draft_bits import ONES, ZEROES
 from qcow2bm.bitmaps.editable import require_editable
-from qcow2bm.bitmaps.tables import read_words, survey, table_runs
+from qcow2bm.bitmaps.metadata import Metadata
+from qcow2bm.bitmaps.tables import read_words, table_runs
 from qcow2bm.bits import pure_python
 from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
-from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import CommitError, LimitError, StorageError, UnsupportedError
 from qcow2bm.format.directory import (
     FIELD_OFFSETS,
@@ -84,7 +83,7 @@ class TrackedStore:
     clusters set aside, so that nothing has to be searched or to grow later.
 
     Attributes:
-        file, directory, survey: the image as it was read last.
+        metadata: the image as it was read last.
         token: that of the generation which `end` wrote, None where none is recorded.
     """
 
@@ -105,13 +104,11 @@ class TrackedStore:
     def reload(self) -> None:
         """Reads the image afresh; raises as the constructor does."""
         self._load()
-        require_editable(self.file, self.directory, self.survey, self._header_problems)
+        require_editable(self.metadata)
 
     def _load(self) -> None:
-        self.file = ClusterFile(self._storage, force_share=False)
-        self._header_problems = header_problems(self.file)
-        self.directory = load_directory(self.file, self._header_problems)
-        self.survey = survey(self.file, self.directory, self._header_problems)
+        self.metadata = Metadata.load(self._storage)
+        self.file = self.metadata.file
         self.cluster_size = self.file.cluster_size
 
     def begin(
@@ -206,7 +203,7 @@ class TrackedStore:
         capacity = self._storage.capacity()
         needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
         while True:
-            self._allocator = allocator_of(self.file, self.directory, self.survey, capacity)
+            self._allocator = allocator_of(self.metadata, capacity)
             try:
                 self._free, steps = self._allocator.set_aside(needed)
             except (LimitError, StorageError) as error:
@@ -221,7 +218,7 @@ class TrackedStore:
     def draft(self) -> Draft:
         """The bitmaps as they are on disk, for `recommit`; ours can be used in it as any other."""
         self._load()
-        return Draft(self.file, self.directory, {bitmap.name for bitmap in self._bitmaps})
+        return Draft(self.metadata, {bitmap.name for bitmap in self._bitmaps})
 
     def plan(self, draft: Draft, token: bytes | None = None) -> Plan:
         """How the directory becomes that of the draft; raises what `plan_commit` does.
@@ -229,7 +226,7 @@ class TrackedStore:
         ``token`` is the next one of the generation, where that is recorded; by default a fresh one.
         """
         capacity = self._storage.capacity()
-        return plan_commit(self.file, self.directory, self.survey, draft, capacity, token)
+        return plan_commit(self.metadata, draft, capacity, token)
 
     def recommit(self, draft: Draft, bitmaps: Iterable[TrackedBitmap]) -> None:
         """`commit` of the draft on top of what was stored meanwhile; raises what `plan` does."""
@@ -255,7 +252,7 @@ class TrackedStore:
     def _take_over(self, bitmaps: Iterable[TrackedBitmap]) -> None:
         """Goes on from what a commit has made of the image."""
         self._load()
-        entries = {entry.name: entry for entry in self.directory.entries}
+        entries = {entry.name: entry for entry in self.metadata.directory.entries}
         self._bitmaps = list(bitmaps)
         for bitmap in self._bitmaps:
             bitmap.entry = entries[bitmap.name]

@@ -91,7 +91,7 @@ def begin(tracker: Tracker, carried: Iterable[str], *, with_sentinel: bool) -> M
     for name in names:
         tracker._find(name)
     store = tracker._store
-    is_stale = store.directory.extension and not store.directory.is_consistent
+    is_stale = store.metadata.directory.extension and not store.metadata.directory.is_consistent
     if not with_sentinel or is_stale:
         return Migration(names, None)
     draft = store.draft()
@@ -129,7 +129,7 @@ def inactivate(tracker: Tracker, migration: Migration, data_file: FilePath | Non
         Definition.of(file),
         tracker._store.token,
         _identity(data_file),
-        tracker._store.directory.is_consistent,
+        tracker._store.metadata.directory.is_consistent,
         {b.live.name: b.live.entry for b in tracker._now.tracked},
     )
     sentinel = migration.sentinel[0] if migration.sentinel else None
@@ -212,14 +212,13 @@ class _Comeback:
         assert migration.left
         self._tracker = tracker
         store = tracker._store
-        entries = {e.name: e for e in store.directory.entries if e.name is not None}
-        numbers = {found.bitmap_index for found in store.survey.problems if found.breaks_bitmap}
-        numbers |= {found.bitmap_index for found in store.directory.problems if found.breaks_bitmap}
+        entries = {e.name: e for e in store.metadata.directory.entries if e.name is not None}
+        numbers = {p.bitmap_index for p in store.metadata.problems if p.breaks_bitmap}
         found = Facts(
             Definition.of(store.file),
             _token(store.file, migration),
             _identity(migration.data_file),
-            store.directory.is_consistent,
+            store.metadata.directory.is_consistent,
             entries,
             {name for name, entry in entries.items() if entry.index in numbers},
         )

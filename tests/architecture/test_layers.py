@@ -15,7 +15,7 @@ PACKAGE = Path(qcow2bm.__file__).parent
 # From the lowest row to the highest. Rooms of one row do not know each other. The package's own
 # __init__ names the public things and is nobody's dependency but the command line's.
 ROWS = (
-    ("units",),
+    ("units", "log"),
     ("errors", "problems"),
     ("format", "bits", "storage"),
     ("clusters",),

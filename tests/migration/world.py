@@ -203,9 +203,9 @@ class Qemu:
         if not reopens:
             known = store.file.header.autoclear_features & 3
             self.held.write(AUTOCLEAR.start, [known.to_bytes(8, "big")])
-        if not store.directory.is_consistent:
+        if not store.metadata.directory.is_consistent:
             return
-        for entry in store.directory.entries:
+        for entry in store.metadata.directory.entries:
             name = entry.name or ""
             if entry.in_use and name not in received:
                 continue
@@ -224,14 +224,14 @@ class Qemu:
 
     def close(self) -> None:
         store = TrackedStore(self.held)
-        draft = Draft(store.file, store.directory, set(self.bits))
+        draft = Draft(store.metadata, set(self.bits))
         if self.bits:
             for name, (dirty, granularity, flags) in self.bits.items():
                 draft.remove(name)
                 draft.add(name, granularity, enabled=bool(flags & FLAG_AUTO))
                 draft.fill(name, [(n * granularity, granularity) for n in dirty], is_set=True)
             store.file.__dict__["generation"] = None  # it knows of none, and changes none
-            plan = plan_commit(store.file, store.directory, store.survey, draft, None)
+            plan = plan_commit(store.metadata, draft, None)
             keeps = store.file.header.autoclear_features & 1 << 63
             execute(_without_clearing(plan) if keeps else plan, self.held, None)
         self.held.barrier()

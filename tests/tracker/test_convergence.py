@@ -56,7 +56,7 @@ class Disk:
         held = WriteGuard(self.storage)
         held.acquire(0)
         store = TrackedStore(held)
-        store.begin(store.directory.entries, ())
+        store.begin(store.metadata.directory.entries, ())
         return Tracker(held, store, SIZE, clock=lambda: self.now)
 
 
