@@ -27,13 +27,14 @@ from support.faults import (
 )
 from support.images import Stored, build_image
 from support.jsonspec import check_check
+from support.kinds import CHECKED_KINDS
 
 import qcow2bm
 from qcow2bm.check.check import MAX_LISTED, Check
 from qcow2bm.check.references import CHUNK, References
 from qcow2bm.check.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.problems import CHECKED_KINDS, KINDS
+from qcow2bm.problem_kinds import KINDS, summary_of
 from qcow2bm.storage.memory import MemoryStorage
 
 REFCOUNT_TABLE, REFCOUNT_BLOCK, L1 = 0x200, 0x400, 0x600
@@ -195,6 +196,7 @@ def test_whatever_there_can_be_many_of_has_an_id_for_those_not_listed() -> None:
                 f"{structure}.refcount.more" if field == "refcount" else f"{structure}.entry.more"
             )
             assert CHECKED_KINDS[more].severity == "note"
+            assert summary_of(kind.structure) == CHECKED_KINDS[more]
     entries = [(REFCOUNT_TABLE + 8 * n, word(0x401)) for n in range(20, 40)]
     found = checked(with_disk(*entries)).problems
     ids = [problem.id for problem in found]
