@@ -11,7 +11,7 @@ from functools import cache
 from random import Random
 
 import pytest
-from check.test_repair import CRASHES, bitmaps
+from checking.test_repair import CRASHES, bitmaps
 from support.faults import broken
 from support.faulty import Fault, FaultyStorage, faults_at
 
