@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from support.granules import OPERATORS
 
 from qcow2bm.bits.algebra import Octets, coarsen, combine, mask_of, merged, refine
-from qcow2bm.bits.runs import OPS, Op
+from qcow2bm.bits.operations import OPS, Op
 
 ops = st.sampled_from(OPS)
 octets = st.one_of(

@@ -32,7 +32,7 @@ from qcow2bm.format.features import AUTOCLEAR_GENERATION, GENERATION_NAME
 from qcow2bm.migration.lifecycle import TRANSITIONS, Event, State
 from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.storage.identity import identify
+from qcow2bm.storage.file_identity import identify
 from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.tracker.handover import Activation
 from qcow2bm.tracker.tracker import Tracker
