@@ -17,7 +17,7 @@ Severity = Literal["refused", "unusable", "leak", "cosmetic", "note"]
 SEVERITIES: tuple[Severity, ...] = (REFUSED, UNUSABLE, LEAK, COSMETIC, NOTE)
 
 RepairName = Literal["directory", "tails", "refcounts", "stale"]
-"""One part of a repair, which can be done alone: see `qcow2bm.check.repair.REPAIRS`."""
+"""One part of a repair, which can be done alone: see `qcow2bm.checking.repair.REPAIRS`."""
 
 HEADER = "header"
 HEADER_EXTENSION = "header extension"

@@ -6,10 +6,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qcow2bm.api.bitmap import Bitmap
-from qcow2bm.bits.runs import OPS, Op
+from qcow2bm.bits.operations import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import ceil_div, escape
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ class Edit:
     def _intact(self) -> frozenset[int]:
         """The bitmaps whose clusters are theirs alone, by the indexes of their entries."""
         if self._intact_bitmaps is None:
-            from qcow2bm.check.salvage import intact_bitmaps
+            from qcow2bm.checking.salvage import intact_bitmaps
 
             with self._image._file.lock():
                 self._intact_bitmaps = intact_bitmaps(self._image._storage)

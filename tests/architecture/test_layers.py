@@ -23,7 +23,7 @@ ROWS = (
     ("bitmaps",),
     ("migration",),
     ("tracker",),
-    ("check",),
+    ("checking",),
     ("api",),
     ("serve", "qmp", "compare"),
     ("__init__",),

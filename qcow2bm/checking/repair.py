@@ -16,8 +16,8 @@ from qcow2bm.bitmaps.directory import (
 )
 from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.check.check import refcount_mends
-from qcow2bm.check.view import View
+from qcow2bm.checking.check import refcount_mends
+from qcow2bm.checking.view import View
 from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
@@ -43,8 +43,8 @@ from qcow2bm.format.extensions import (
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.problem_kinds import BITMAPS_GONE, EXTENSION_LENGTH, UNKNOWN_FEATURE
 from qcow2bm.problems import DIRECTORY, REFCOUNT_TABLE, REFUSED, UNUSABLE, Problem, RepairName
-from qcow2bm.storage.base import Storage
-from qcow2bm.storage.overlay import OverlayStorage
+from qcow2bm.storage.dry_run import DryRunStorage
+from qcow2bm.storage.interface import Storage
 from qcow2bm.units import ceil_div, decode_name
 
 _MOST_GROWTH_BYTES = 1 << 30  # and twice what is there: where an image was cut off, all fits in
@@ -112,7 +112,7 @@ def plan_repair(
         UnsupportedError: it has incompatible features that are unknown here.
         StorageError: reading failed, or there is no room.
     """
-    overlay = OverlayStorage(storage)
+    overlay = DryRunStorage(storage)
     before = view = View.of(overlay)
     for found in view.header:
         if found.kind == UNKNOWN_FEATURE:
@@ -206,7 +206,7 @@ def _right_length(view: View) -> list[Step]:
     faults = [found for found in view.header if found.kind == EXTENSION_LENGTH]
     if len(faults) != 1:
         return []
-    overlay = OverlayStorage(view.file.storage)
+    overlay = DryRunStorage(view.file.storage)
     write = Write(faults[0].offset, (BITMAPS_LENGTH.to_bytes(4, "big"),), "length of the extension")
     overlay.write(write.offset, write.parts)
     if any(found.severity == REFUSED for found in View.of(overlay).header):
@@ -229,7 +229,7 @@ def _believed(view: View) -> list[View]:
         return [view]
     best, fewest = [view], _score(view)
     for patches in (*_other_payloads(view), *_other_lengths(view)):
-        overlay = OverlayStorage(view.file.storage)
+        overlay = DryRunStorage(view.file.storage)
         for offset, data in patches:
             overlay.write(offset, (data,))
         other = View.of(overlay)
@@ -331,7 +331,7 @@ def _parses(data: bytes, count: int, file: ClusterFile) -> bool:
     )
 
 
-def _apply(storage: OverlayStorage, steps: Iterable[Step]) -> None:
+def _apply(storage: DryRunStorage, steps: Iterable[Step]) -> None:
     for step in steps:
         if isinstance(step, Write):
             storage.write(step.offset, step.parts)

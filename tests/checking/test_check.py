@@ -30,9 +30,9 @@ from support.jsonspec import check_check
 from support.kinds import CHECKED_KINDS
 
 import qcow2bm
-from qcow2bm.check.check import MAX_LISTED, Check
-from qcow2bm.check.references import CHUNK, References
-from qcow2bm.check.repair import plan_repair
+from qcow2bm.checking.check import MAX_LISTED, Check
+from qcow2bm.checking.references import CHUNK, References
+from qcow2bm.checking.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.problem_kinds import KINDS, summary_of
 from qcow2bm.storage.memory import MemoryStorage

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.check.check import undercounted_bitmaps
-from qcow2bm.check.view import View
+from qcow2bm.checking.check import undercounted_bitmaps
+from qcow2bm.checking.view import View
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import DIRECTORY, Problem
-from qcow2bm.storage.base import Storage
-from qcow2bm.storage.overlay import OverlayStorage
+from qcow2bm.storage.dry_run import DryRunStorage
+from qcow2bm.storage.interface import Storage
 
 
 def intact_bitmaps(storage: Storage) -> frozenset[int]:
@@ -45,7 +45,7 @@ def intact_bitmaps(storage: Storage) -> frozenset[int]:
 
 def _as_if_consistent(storage: Storage) -> View:
     """The image as it would be if its bitmaps were not stale."""
-    overlay = OverlayStorage(storage)
+    overlay = DryRunStorage(storage)
     header = ClusterFile(overlay, force_share=True).header
     autoclear = header.autoclear_features | AUTOCLEAR_BITMAPS
     overlay.write(FIELD_OFFSETS["autoclear_features"], (autoclear.to_bytes(8, "big"),))
