@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import pytest
-from crash.judge import under_counted
-from crash.layouts import append, set_refcount
-from support.faulty import Fault, FaultyStorage
+from support.crash_judge import under_counted
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image
+from support.layouts import append, set_refcount
 
 import qcow2bm
 from qcow2bm.errors import CommitError, StateError
@@ -324,7 +324,13 @@ def require_complete(data: bytes | bytearray, *more: int) -> None:
 PACKAGE = str(Path(qcow2bm.__file__).parent)
 MODULES = tuple(
     f"{PACKAGE}/{name}"
-    for name in ("tracker/", "bitmaps/tracked_store.py", "storage/write_guard.py", "api/", "clusters/plan.py")
+    for name in (
+        "tracker/",
+        "bitmaps/tracked_store.py",
+        "storage/write_guard.py",
+        "api/",
+        "clusters/plan.py",
+    )
 )
 """Where it matters most at which line it happens; elsewhere are calculations."""
 
