@@ -26,7 +26,7 @@ from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.storage.write_guard import WriteGuard
 
 if TYPE_CHECKING:
-    from qcow2bm.check.check import Check
+    from qcow2bm.checking.check import Check
     from qcow2bm.storage.sources import Source
     from qcow2bm.tracker.tracker import Tracker
 
@@ -276,7 +276,7 @@ class Image:
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
-        from qcow2bm.check.check import check
+        from qcow2bm.checking.check import check
 
         self._tables()
         with self._file.lock():

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from qcow2bm.check.repair import Repair, plan_repair
-from qcow2bm.check.undo import plan_undo, undo_of
+from qcow2bm.checking.repair import Repair, plan_repair
+from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import StorageError
 from qcow2bm.format.undo import Undo
@@ -55,7 +55,7 @@ def repair(
             returns once that is safe. What it returns is called with the time of the last write
             when all is done.
         lossless: do only what loses no bitmap.
-        only: which of `qcow2bm.check.repair.REPAIRS` to do; by default all but "stale".
+        only: which of `qcow2bm.checking.repair.REPAIRS` to do; by default all but "stale".
         lock_timeout: how many seconds to wait while somebody else uses the image.
         locking: False where the file system has no locks.
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
 from qcow2bm.api import Image
-from qcow2bm.check.meanings import MEANINGS
-from qcow2bm.check.repair import repairs_of
+from qcow2bm.checking.meanings import MEANINGS
+from qcow2bm.checking.repair import repairs_of
 from qcow2bm.cli import report
 from qcow2bm.cli.dump_json import problem
 from qcow2bm.cli.facts import count, json_text

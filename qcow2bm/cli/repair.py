@@ -22,7 +22,7 @@ from qcow2bm.storage.new_file import append, require_new, write_new
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
-    from qcow2bm.check.repair import Lost, Repair
+    from qcow2bm.checking.repair import Lost, Repair
 
 SCHEMA = 1
 

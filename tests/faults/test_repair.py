@@ -16,7 +16,7 @@ from support.problem_images import broken
 from support.repair_cases import CRASHES, bitmap_facts
 
 from qcow2bm.api import repair as api
-from qcow2bm.check.undo import plan_undo
+from qcow2bm.checking.undo import plan_undo
 from qcow2bm.clusters.plan import execute
 from qcow2bm.errors import CommitError, StorageError
 from qcow2bm.format.undo import Undo

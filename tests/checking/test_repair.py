@@ -32,8 +32,8 @@ from support.specreader import page
 
 import qcow2bm
 from qcow2bm.api import repair as api
-from qcow2bm.check.repair import REPAIRS, Repair, plan_repair, repairs_of
-from qcow2bm.check.undo import plan_undo, undo_of
+from qcow2bm.checking.repair import REPAIRS, Repair, plan_repair, repairs_of
+from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, Write
 from qcow2bm.errors import FormatError, Qcow2BmError, StateError, StorageError
 from qcow2bm.format.undo import Undo, build_undo, parse_undo

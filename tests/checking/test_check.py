@@ -37,9 +37,9 @@ from support.spec_image import (
 )
 
 import qcow2bm
-from qcow2bm.check.check import MAX_LISTED, Check
-from qcow2bm.check.references import CHUNK, References
-from qcow2bm.check.repair import plan_repair
+from qcow2bm.checking.check import MAX_LISTED, Check
+from qcow2bm.checking.references import CHUNK, References
+from qcow2bm.checking.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.problems import CHECKED_KINDS, KINDS
 from qcow2bm.storage.memory import MemoryStorage
