@@ -18,7 +18,7 @@ from support.plans import edit, opened, plan_of
 
 import qcow2bm
 from qcow2bm.bitmaps.draft_bits import DraftBits, PackedSource
-from qcow2bm.bits.runs import OPS
+from qcow2bm.bits.operations import OPS
 from qcow2bm.errors import LimitError
 
 CLUSTER = 512

@@ -163,6 +163,7 @@ def sessions(name: str, count: int) -> Iterator[Session]:
         yield track(image, random, rounds=random.randrange(4), leaves_out=leaves_out)
 
 
+@pytest.mark.spec("INV-SUPERSET", "INV-INUSE", "INV-REFCOUNT")
 @pytest.mark.parametrize("name", MIXED)
 def test_some_states(name: str) -> None:
     for session in sessions(name, 4):
@@ -177,6 +178,7 @@ def test_some_layouts() -> None:
             session.judge_all(random, most=4)
 
 
+@pytest.mark.spec("INV-SUPERSET", "INV-INUSE", "INV-REFCOUNT")
 @pytest.mark.deep
 @pytest.mark.parametrize("name", MIXED)
 def test_many_states(name: str) -> None:
@@ -195,6 +197,7 @@ def test_many_states_of_all_layouts(family: str) -> None:
     print(f"crash states checked: {count} ({family})")
 
 
+@pytest.mark.spec("INV-INUSE")
 @pytest.mark.parametrize(
     "which", ["after in_use", "before bitmaps are valid", "before table entries"]
 )
