@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from support.console import run
-from support.faults import IDS, broken, in_entry, patched
 from support.kinds import FITTABLE
+from support.problem_images import IDS, broken
 from support.qemu import Disk
+from support.spec_image import in_entry, patched
 
 from qcow2bm.problem_kinds import KINDS
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE

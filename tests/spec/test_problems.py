@@ -7,18 +7,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.faults import (
+from support.kinds import READ_KINDS
+from support.problem_images import IDS, broken, cut_directory, repeated, snapshot_table
+from support.spec_image import (
     BEHIND,
     BEYOND,
     CLUSTER,
     CRASHED,
     DAILY,
     END,
-    IDS,
     LONGEST,
     PAST_EOF,
-    broken,
-    cut_directory,
     extension,
     image,
     in_entry,
@@ -26,10 +25,7 @@ from support.faults import (
     in_payload,
     in_table,
     patched,
-    repeated,
-    snapshot_table,
 )
-from support.kinds import READ_KINDS
 
 import qcow2bm
 from qcow2bm.errors import FormatError
