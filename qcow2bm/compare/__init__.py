@@ -1,7 +1,7 @@
 """Comparing the contents of two disks: the public functions and types.
 
 A disk is a `Content`: `RawContent` for a raw file or block device, `ServedContent` for a qcow2
-image, which `served` gives. `differences` compares two of them, and returns the bits that
+image, which `served` gives. `find_differences` compares two of them, and returns the bits that
 `qcow2bm.salvage` takes.
 
 *Spec*: spec/repair.md, "Comparing".
@@ -10,7 +10,7 @@ image, which `served` gives. `differences` compares two of them, and returns the
 from __future__ import annotations
 
 from qcow2bm.compare.content import Content, Identity, RawContent, Reader, identity
-from qcow2bm.compare.differences import WORKERS, Progress, differences
+from qcow2bm.compare.differences import WORKERS, Progress, find_differences
 from qcow2bm.compare.qemu_nbd import ServedContent, served
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "RawContent",
     "Reader",
     "ServedContent",
-    "differences",
+    "find_differences",
     "identity",
     "served",
 ]
