@@ -19,7 +19,7 @@ from support.images import ONES, ZEROES, Built, Stored, Word, build_image
 
 import qcow2bm
 from qcow2bm.bitmaps.draft_bits import DraftBits, PackedSource
-from qcow2bm.bits.runs import OPS
+from qcow2bm.bits.operations import OPS
 from qcow2bm.errors import LimitError
 
 CLUSTER = 512

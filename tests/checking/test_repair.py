@@ -32,7 +32,7 @@ from qcow2bm.checking.repair import REPAIRS, Repair, plan_repair, repairs_of
 from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, Write
 from qcow2bm.errors import FormatError, Qcow2BmError, StateError, StorageError
-from qcow2bm.format.undo import Undo, build_undo, parse_undo
+from qcow2bm.format.undo_file import UndoLog, build_undo, parse_undo
 from qcow2bm.problems import KINDS
 from qcow2bm.storage.memory import MemoryStorage
 
@@ -541,15 +541,15 @@ def test_the_way_back_is_kept_before_anything_is_written() -> None:
     data = bytearray(broken("directory-entry.type.unknown"))
     before = bytes(data)
 
-    def fail(undo: Undo) -> object:
+    def fail(undo: UndoLog) -> object:
         raise StorageError("undo", 0, 0, "No space left on device")
 
     with pytest.raises(StorageError):
         api.repair(data, fail)  # type: ignore[arg-type]
     assert data == before
-    kept: list[Undo] = []
+    kept: list[UndoLog] = []
 
-    def keep(undo: Undo) -> object:
+    def keep(undo: UndoLog) -> object:
         assert data == before
         kept.append(undo)
         return lambda mtime: None

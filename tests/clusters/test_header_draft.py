@@ -267,6 +267,7 @@ def test_in_and_out_again(layout: Layout) -> None:
 # --- the rest ---------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("INV-UNKNOWN")
 @pytest.mark.parametrize(
     ("bits", "left"), [(0b101, 0b1), (1 << 63 | 0b11, 0b11), (1 << 2, 0), (0b11, None), (0, None)]
 )

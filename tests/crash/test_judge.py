@@ -80,6 +80,7 @@ def test_the_commit_must_not_come_first(layout: str, operation: str) -> None:
     assert_noticed(judge, Plan((commit, barrier, *rest), 0), commit)
 
 
+@pytest.mark.spec("INV-REFCOUNT")
 @pytest.mark.parametrize(("layout", "operation"), CASES[:4])
 def test_nothing_must_be_freed_before_the_commit(layout: str, operation: str) -> None:
     judge, plan = case(layout, operation)
@@ -91,6 +92,7 @@ def test_nothing_must_be_freed_before_the_commit(layout: str, operation: str) ->
     assert_noticed(judge, Plan(steps, point + len(freeing)), freeing[0])
 
 
+@pytest.mark.spec("INV-HEADER")
 @pytest.mark.parametrize("layout", [layout for layout, _ in CASES])
 def test_a_header_torn_in_two_is_noticed(layout: str) -> None:
     data, facts = bytearray(build(layout)), look(build(layout))

@@ -135,6 +135,7 @@ def judge_all(run: Session, random: Random, most: int) -> int:
     return count
 
 
+@pytest.mark.spec("INV-SUPERSET")
 @pytest.mark.spec("TRACK-13")
 @pytest.mark.spec("TRACK-14")
 @pytest.mark.parametrize("layout", LAYOUTS)

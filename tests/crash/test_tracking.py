@@ -176,6 +176,7 @@ def trackable(family: str | None = None) -> list[str]:
     return found
 
 
+@pytest.mark.spec("INV-SUPERSET", "INV-INUSE", "INV-REFCOUNT")
 @pytest.mark.parametrize("name", MIXED)
 def test_some_states(name: str) -> None:
     for session in sessions(name, 4):
@@ -190,6 +191,7 @@ def test_some_layouts() -> None:
             session.judge_all(random, most=4)
 
 
+@pytest.mark.spec("INV-SUPERSET", "INV-INUSE", "INV-REFCOUNT")
 @pytest.mark.deep
 @pytest.mark.parametrize("name", MIXED)
 def test_many_states(name: str) -> None:
@@ -208,6 +210,7 @@ def test_many_states_of_all_layouts(family: str) -> None:
     print(f"crash states checked: {count} ({family})")
 
 
+@pytest.mark.spec("INV-INUSE")
 @pytest.mark.parametrize(
     "which", ["after in_use", "before bitmaps are valid", "before table entries"]
 )

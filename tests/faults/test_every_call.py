@@ -112,6 +112,7 @@ def test_the_unusual_edits_take_an_unusual_way(name: str, way: str) -> None:
     assert with_it == [name]
 
 
+@pytest.mark.spec("INV-ATOMIC")
 @watched
 @every_edit
 def test_some_faults(name: str, is_watched: bool) -> None:

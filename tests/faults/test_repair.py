@@ -19,7 +19,7 @@ from qcow2bm.api import repair as api
 from qcow2bm.checking.undo import plan_undo
 from qcow2bm.clusters.plan import execute
 from qcow2bm.errors import CommitError, StorageError
-from qcow2bm.format.undo import Undo
+from qcow2bm.format.undo_file import UndoLog
 from qcow2bm.storage.memory import MemoryStorage
 
 Work = Callable[[FaultyStorage], object]
@@ -29,11 +29,11 @@ both_ways = pytest.mark.parametrize("way", ["repair", "undo"])
 
 
 @cache
-def states(id: str) -> tuple[bytes, bytes, Undo]:
+def states(id: str) -> tuple[bytes, bytes, UndoLog]:
     """An image before a repair and after it, and what leads back."""
     data, kept = bytearray(broken(id)), []
 
-    def keep(undo: Undo) -> Callable[[int], None]:
+    def keep(undo: UndoLog) -> Callable[[int], None]:
         kept.append(undo)
         return lambda mtime_ns: None
 

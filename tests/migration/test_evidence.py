@@ -34,7 +34,7 @@ from qcow2bm.migration.evidence import (
     judge,
 )
 from qcow2bm.migration.sentinel import PREFIX, Sentinel
-from qcow2bm.storage.identity import FileIdentity
+from qcow2bm.storage.file_identity import FileIdentity
 
 SIZE = 1 << 20
 SENTINEL = Sentinel(f"{PREFIX}0f0e0d0c-0b0a-4908-8706-050403020100", 512, SIZE)

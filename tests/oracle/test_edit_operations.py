@@ -171,6 +171,7 @@ def test_no_change_writes_nothing(tmp_path: Path) -> None:
     assert (twin.disk.path.read_bytes(), twin.disk.path.stat().st_mtime_ns) == before
 
 
+@pytest.mark.spec("INV-NOPATH")
 @pytest.mark.parametrize("kind", ["cluster-4k", "overlay", "data-file-raw"])
 def test_no_file_that_the_image_names_is_needed(
     tmp_path: Path, daemon: StorageDaemon, kind: str

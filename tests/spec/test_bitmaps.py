@@ -242,6 +242,7 @@ def test_how_much_of_the_last_clusters_must_be_in_the_file() -> None:
         assert statuses(opened) == ["valid", "valid", "broken"]
 
 
+@pytest.mark.spec("INV-TAIL")
 @pytest.mark.spec("DATA-1")
 @pytest.mark.spec("DATA-2")
 @pytest.mark.parametrize("stored", [[(0x1000, b"\xff" * 512)], [in_table(DAILY, 1)]])
@@ -296,6 +297,7 @@ def test_only_a_valid_bitmap_is_read(patches: list[Patch], error: type[BitmapErr
                 read()
 
 
+@pytest.mark.spec("INV-COARSE")
 @pytest.mark.spec("STAT-2")
 def test_stale_bits_are_dirty_where_they_cannot_be_read() -> None:
     with open_patched(in_table(WEEKLY, 0x1400, 2, 0)) as opened:

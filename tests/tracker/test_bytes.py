@@ -21,7 +21,7 @@ from tracker.recording import (
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan
-from qcow2bm.format.table import ENTRY_LENGTH
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH
 from qcow2bm.units import ceil_div
 
 KiB = 1 << 10

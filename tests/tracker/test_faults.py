@@ -226,6 +226,7 @@ def is_in_use(data: bytearray) -> bool:
     return any(bitmap.flags & FLAG_IN_USE for bitmap in Audit(data).bitmaps)
 
 
+@pytest.mark.spec("INV-META")
 @pytest.mark.spec("TRACK-7")
 @pytest.mark.spec("TRACK-12")
 def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:
