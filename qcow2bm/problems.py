@@ -164,6 +164,14 @@ class Problem(NamedTuple):
         return self.kind.meaning
 
     @property
+    def repair(self) -> str | None:
+        """The repair that concerns the problem, as `plan_repair` takes it; None if there is none.
+
+        "directory", "tails", "refcounts" or "stale".
+        """
+        return self.kind.repair
+
+    @property
     def is_serious(self) -> bool:
         """Whether the severity is refused, unusable or leak: more than a remark."""
         return self.severity in (REFUSED, UNUSABLE, LEAK)

@@ -51,7 +51,7 @@ def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -
                 **problem(image, found),
                 "meaning": found.meaning,
                 "qemu-message": found.qemu_message,
-                "repairs": [found.kind.repair] if found.kind.repair else [],
+                "repairs": [found.repair] if found.repair else [],
             }
             for found in problems
         ],
@@ -69,7 +69,7 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
             print(f'    QEMU says "{found.qemu_message}"')
         for line in wrap(found.meaning, _WIDTH - 4):
             print(f"    {line}")
-        repair = f"; repair --only {found.kind.repair}" if found.kind.repair else ""
+        repair = f"; repair --only {found.repair}" if found.repair else ""
         print(f"    ({found.id}{repair})")
     if problems:
         print()
