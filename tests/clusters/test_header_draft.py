@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 from support.audit import Audit
-from support.clusters import after, opened
 from support.images import Built, Stored, build_image, extension
+from support.plans import after, opened
 
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, is_in_one_sector

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from random import Random
 
 import pytest
-from crash.layouts import FAMILIES, LAYOUTS, NAMES, build, header
-from crash.operations import Operation, named, operations, planned
+from support.edit_operations import Operation, named, operations, planned
+from support.layouts import FAMILIES, LAYOUTS, NAMES, build, header
 
 import qcow2bm
 

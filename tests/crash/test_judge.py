@@ -6,10 +6,10 @@ import struct
 from random import Random
 
 import pytest
-from crash.judge import BrokenStateError, Judge, look, under_counted
-from crash.layouts import LAYOUTS, build, set_refcount
-from crash.operations import named, planned
-from support.crash import intervals
+from support.crash_judge import BrokenStateError, Judge, look, under_counted
+from support.crash_states import intervals
+from support.edit_operations import named, planned
+from support.layouts import LAYOUTS, build, set_refcount
 
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write
 from qcow2bm.format.directory import FIELD_OFFSETS, FLAG_IN_USE

@@ -10,17 +10,8 @@ from itertools import takewhile
 from random import Random
 
 import pytest
-from support.faulty import (
-    EDITS,
-    Fault,
-    FaultyStorage,
-    State,
-    calls,
-    faults_at,
-    plan,
-    state_of,
-    states,
-)
+from support.faulty_storage import Fault, FaultyStorage, faults_at
+from support.interrupted_edits import EDITS, State, calls, plan, state_of, states
 
 import qcow2bm
 from qcow2bm.clusters.plan import Write

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.edits import KINDS, OPERATIONS, SECTOR, KiB, Kind, Step, Twin
 from support.qemu import StorageDaemon, run, run_ok
+from support.twin import KINDS, OPERATIONS, SECTOR, KiB, Kind, Step, Twin
 
 import qcow2bm
 

@@ -6,7 +6,8 @@ import hashlib
 import struct
 
 import pytest
-from support.faults import (
+from support.problem_images import broken, cut_directory, in_version_2
+from support.spec_image import (
     CRASHED,
     DAILY,
     PAST_EOF,
@@ -14,14 +15,11 @@ from support.faults import (
     WEEKLY,
     Patch,
     after_head,
-    broken,
-    cut_directory,
     image,
     in_entry,
     in_header,
     in_payload,
     in_table,
-    in_version_2,
     patched,
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.faulty import Fault, FaultyStorage
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import ONES, ZEROES, Built, Stored, build_image, extension
 from support.specreader import page
 

@@ -7,7 +7,8 @@ from array import array
 from pathlib import Path
 
 import pytest
-from support.faults import END, EXTENSION, broken, extension, image, in_header, patched
+from support.problem_images import broken
+from support.spec_image import END, EXTENSION, extension, image, in_header, patched
 from support.specreader import vector
 
 import qcow2bm

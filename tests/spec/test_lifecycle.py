@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
-from crash.layouts import append
-from support.crash import intervals
-from support.editing import each
-from support.faulty import Fault, FaultyStorage
+from support.crash_states import intervals
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image, extension
+from support.layouts import append
+from support.plans import each
 from support.specreader import page
 from tracker.recording import RecordingStorage, intervals_of
 

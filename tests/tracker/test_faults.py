@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support.audit import Audit
-from support.faulty import EDITS, Fault, FaultyStorage
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import ZEROES, Stored, Word, build_image
+from support.interrupted_edits import EDITS
 from tracker.recording import Place, cover, stored_bits
 
 import qcow2bm

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.audit import Audit
-from support.faulty import FaultyStorage
+from support.faulty_storage import FaultyStorage
 from support.images import ONES, ZEROES, Stored, build_image
 
 import qcow2bm
