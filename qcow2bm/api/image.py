@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from qcow2bm.api.bitmap import Bitmap
 from qcow2bm.api.edit import Edit
-from qcow2bm.bitmaps.directory import verify_directory, verify_entry
+from qcow2bm.bitmaps.directory import verify_entry
 from qcow2bm.bitmaps.entries import why_not_found
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.status import as_error
@@ -291,10 +291,7 @@ class Image:
         from qcow2bm.checking.check import check
 
         self._tables()
-        with self._file.lock():
-            checked = check(self._file, self._directory)
-            verify_directory(self._file, self._directory)
-        return checked
+        return check(self._metadata)
 
     def bitmap(self, index: int) -> Bitmap:
         """The bitmap of a directory entry by its number, whatever its name.

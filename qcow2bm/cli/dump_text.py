@@ -168,11 +168,11 @@ def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[P
     print("QEMU will not open this image")
     if all(found.kind.is_fittable for found in refused):
         print(
-            "the bitmaps do not fit the disk, which was resized without them; to mend that:\n"
+            "the bitmaps do not fit the disk, which was resized without them; to repair that:\n"
             "  qcow2bm fit IMAGE --all"
         )
     elif all(found.structure in _REPAIRABLE for found in refused):
         print(
-            "to mend that, with no VM running; bitmaps that cannot be mended are dropped:\n"
+            "to repair that, with no VM running; bitmaps that cannot be repaired are dropped:\n"
             "  qcow2bm repair IMAGE --undo UNDO_FILE"
         )

@@ -42,12 +42,13 @@ clusters, and nothing else; 64 wrong usage
 """
 
 _REPAIR_EPILOG = """\
-What can be proved is mended; a bitmap of which that is not so is dropped, and named: "lost: NAME
-(why)". Sound bitmaps stay as they are. FILE must not be there; it is on the disk before anything
-else is written.
+What can be proved is repaired. A bitmap that cannot be proved right is dropped, and named: "lost:
+NAME (why)". Sound bitmaps stay as they are. FILE must not exist yet; it is on the disk before
+anything else is written.
 
-exit status: 0 mended, or nothing to do; 1 could not do it, and all is as before unless it says
-otherwise; 2 not everything is mended, or in a dry run: there is something to mend; 64 wrong usage
+exit status: 0 repaired, or nothing to do; 1 could not do it, and all is as before unless it says
+otherwise; 2 not everything is repaired, or in a dry run: there is something to repair; 64 wrong
+usage
 """
 
 _UNDO_EPILOG = """\
@@ -174,7 +175,7 @@ def _define(parser: Parser) -> None:
     add_command(commands, "map", summary, "map", _define_map)
     summary = "find everything that is wrong with an image, and say what it means"
     add_command(commands, "check", summary, "check", _define_check, _CHECK_EPILOG)
-    summary = "mend the metadata of bitmaps, so that QEMU opens the image"
+    summary = "repair the metadata of bitmaps, so that QEMU opens the image"
     add_command(commands, "repair", summary, "repair", _define_repair, _REPAIR_EPILOG)
     summary = "take back a repair"
     add_command(commands, "undo", summary, "repair", _define_undo, _UNDO_EPILOG)

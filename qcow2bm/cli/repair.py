@@ -22,7 +22,8 @@ from qcow2bm.storage.new_file import append, require_new, write_new
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
-    from qcow2bm.checking.repair import Lost, Repair
+    from qcow2bm.checking.directory_repair import LostBitmap
+    from qcow2bm.checking.repair import Repair
 
 SCHEMA = 1
 
@@ -89,7 +90,9 @@ def _document(arguments: argparse.Namespace, done: Repair) -> dict[str, object]:
             for name, reason in done.lost
         ],
         "renamed": [{"name": json_text(a), "new-name": json_text(b)} for a, b in done.renamed],
-        "mended": [{"id": found.id, "message": json_text(found.message)} for found in done.mended],
+        "repaired": [
+            {"id": found.id, "message": json_text(found.message)} for found in done.repaired
+        ],
         "left": [{"id": found.id, "message": json_text(found.message)} for found in done.left],
         "leaked-clusters": done.leaked_clusters,
         "plan": plan_as_json(done.plan),
@@ -101,26 +104,27 @@ def _print(arguments: argparse.Namespace, done: Repair) -> None:
         print(f"lost: {_name(lost)} ({lost.reason})")
     for old, new in done.renamed:
         print(f'renamed: "{escape(old)}" to "{escape(new)}"')
-    what = "to mend" if arguments.dry_run else "mended"
-    for found in done.mended[:_MOST_LISTED]:
+    what = "to repair" if arguments.dry_run else "repaired"
+    for found in done.repaired[:_MOST_LISTED]:
         print(f"{what}: {found.message} ({found.id})")
-    if len(done.mended) > _MOST_LISTED:
-        print(f"{what}: {count(len(done.mended) - _MOST_LISTED, 'more problem')}")
+    if len(done.repaired) > _MOST_LISTED:
+        print(f"{what}: {count(len(done.repaired) - _MOST_LISTED, 'more problem')}")
     for found in done.left:
         print(f"left: {found.message} ({found.id})")
     if arguments.dry_run and done.plan.steps:
         print_plan(arguments, done.plan)
     elif not done.plan.steps:
-        print("nothing was changed" if done.left else "nothing to mend")
+        print("nothing was changed" if done.left else "nothing to repair")
     else:
-        print("mended" if not done.left else f"mended but for {count(len(done.left), 'problem')}")
+        left = f"repaired, except {count(len(done.left), 'problem')}"
+        print(left if done.left else "repaired")
         if arguments.undo is not None:
             print(
                 f"to take it back: qcow2bm undo {escape(arguments.image)} {escape(arguments.undo)}"
             )
 
 
-def _name(lost: Lost) -> str:
+def _name(lost: LostBitmap) -> str:
     return "bitmaps of unknown name" if lost.name is None else f'"{escape(lost.name)}"'
 
 
