@@ -326,7 +326,7 @@ class Edit:
     def _intact(self) -> frozenset[int]:
         """The bitmaps whose clusters are theirs alone, by the indexes of their entries."""
         if self._intact_bitmaps is None:
-            from qcow2bm.check.salvage import intact_bitmaps
+            from qcow2bm.checking.salvage import intact_bitmaps
 
             with self._image._file.lock():
                 self._intact_bitmaps = intact_bitmaps(self._image._storage)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qcow2bm.api import Image, open
-from qcow2bm.check.meanings import MEANINGS
-from qcow2bm.check.repair import repairs_of
+from qcow2bm.checking.meanings import MEANINGS
+from qcow2bm.checking.repair import repairs_of
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,

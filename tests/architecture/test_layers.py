@@ -22,7 +22,7 @@ ROWS = (
     ("bitmaps",),
     ("migration",),
     ("tracker",),
-    ("check",),
+    ("checking",),
     ("api",),
     ("serve", "qmp", "compare"),
     ("__init__",),

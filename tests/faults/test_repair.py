@@ -11,12 +11,12 @@ from functools import cache
 from random import Random
 
 import pytest
-from check.test_repair import CRASHES, bitmaps
+from checking.test_repair import CRASHES, bitmaps
 from support.faults import broken
 from support.faulty import Fault, FaultyStorage, faults_at
 
 from qcow2bm.api import repair as api
-from qcow2bm.check.undo import plan_undo
+from qcow2bm.checking.undo import plan_undo
 from qcow2bm.clusters.plan import execute
 from qcow2bm.errors import CommitError, StorageError
 from qcow2bm.format.undo import Undo

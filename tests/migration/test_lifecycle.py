@@ -324,7 +324,13 @@ def require_complete(data: bytes | bytearray, *more: int) -> None:
 PACKAGE = str(Path(qcow2bm.__file__).parent)
 MODULES = tuple(
     f"{PACKAGE}/{name}"
-    for name in ("tracker/", "bitmaps/tracked_store.py", "storage/write_guard.py", "api/", "clusters/plan.py")
+    for name in (
+        "tracker/",
+        "bitmaps/tracked_store.py",
+        "storage/write_guard.py",
+        "api/",
+        "clusters/plan.py",
+    )
 )
 """Where it matters most at which line it happens; elsewhere are calculations."""
 

@@ -21,8 +21,8 @@ import qcow2bm
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence
-from qcow2bm.qmp.start import start
-from qcow2bm.qmp.verdict import Remedy, Settled
+from qcow2bm.qmp.verdict import Remedy, Settlement
+from qcow2bm.qmp.veto import lift_vetoes
 
 from .alone import BEFORE, CASES, GRANULARITY, OLD, SIZE, Scene, UnusableError, misses
 
@@ -85,7 +85,7 @@ def _arm(address: Path) -> None:
     assert again == armed._replace(nodes=(node._replace(is_new=False),))
 
 
-def _verdict(scene: Scene, address: Path, remedy: Remedy) -> Settled:
+def _verdict(scene: Scene, address: Path, remedy: Remedy) -> Settlement:
     """Without the remedy first, which decides nothing; and once more, when there is no more."""
     source = scene.source
     with Monitor(str(address)) as monitor:
@@ -110,7 +110,7 @@ def _start(source: Machine, address: Path) -> None:
     persistent = sorted(name for name, bitmap in before.items() if bitmap["persistent"])
     with Monitor(str(address)) as monitor:
         for _ in range(2):
-            done = start(monitor)
+            done = lift_vetoes(monitor)
             assert [(b.bitmap.name, b.outcome, b.proof) for b in done.bitmaps] == [
                 (name, "rescued", "sha256") for name in persistent
             ]
@@ -123,7 +123,7 @@ def _started_anew(scene: Scene, way: Way, address: Path) -> Result:
     source, word = scene.source, ""
     if way != "alone":
         with Monitor(str(address)) as monitor:
-            for command in (start, verdict):
+            for command in (lift_vetoes, verdict):
                 asked: Callable[[Monitor], object] = command
                 with pytest.raises(qcow2bm.StateError, match="is ejected"):
                     asked(monitor)

@@ -14,7 +14,7 @@ from support.specreader import Table, page, pages
 
 from qcow2bm import problems
 from qcow2bm.bitmaps import status
-from qcow2bm.check.meanings import MEANINGS
+from qcow2bm.checking.meanings import MEANINGS
 from qcow2bm.cli import arguments, check, console, grammar, report, rescue_arguments
 from qcow2bm.format import (
     directory,

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.check.check import undercounted_bitmaps
-from qcow2bm.check.view import View
+from qcow2bm.checking.check import undercounted_bitmaps
+from qcow2bm.checking.view import View
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS

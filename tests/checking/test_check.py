@@ -29,9 +29,9 @@ from support.images import Stored, build_image
 from support.jsonspec import check_check
 
 import qcow2bm
-from qcow2bm.check.check import MAX_LISTED, Check
-from qcow2bm.check.references import CHUNK, References
-from qcow2bm.check.repair import plan_repair
+from qcow2bm.checking.check import MAX_LISTED, Check
+from qcow2bm.checking.references import CHUNK, References
+from qcow2bm.checking.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.problems import CHECKED_KINDS, KINDS
 from qcow2bm.storage.memory import MemoryStorage

@@ -11,7 +11,7 @@ from support.broken import broken_images, faults
 from support.faults import CLUSTER, DIRECTORY, EXTENSION, Patch, image, patched
 
 import qcow2bm
-from qcow2bm.check.repair import plan_repair
+from qcow2bm.checking.repair import plan_repair
 from qcow2bm.errors import Qcow2BmError
 from qcow2bm.problems import Problem
 from qcow2bm.storage.memory import MemoryStorage

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from qcow2bm.bitmaps.directory import BitmapDirectory
 from qcow2bm.bitmaps.entries import required_table_size
 from qcow2bm.bitmaps.tables import Used, readable_tables, used_by_bitmaps
-from qcow2bm.check.guest import GuestWalk, L1Table
-from qcow2bm.check.references import CHUNK, References, runs
+from qcow2bm.checking.guest import GuestWalk, L1Table
+from qcow2bm.checking.references import CHUNK, References, runs
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import snapshot_entries
 from qcow2bm.clusters.plan import SECTOR_SIZE, Write

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2bm.check.references import References
+from qcow2bm.checking.references import References
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import LimitError
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2

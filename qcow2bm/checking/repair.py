@@ -16,8 +16,8 @@ from qcow2bm.bitmaps.directory import (
 )
 from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.check.check import refcount_mends
-from qcow2bm.check.view import View
+from qcow2bm.checking.check import refcount_mends
+from qcow2bm.checking.view import View
 from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch

@@ -12,15 +12,15 @@ from qcow2bm.migration.sentinel import PREFIX
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import copy_of
-from qcow2bm.qmp.start import Start, start
+from qcow2bm.qmp.veto import RescueReport, lift_vetoes
 
 
-def started(address: str, *nodes: str, dry_run: bool = False) -> Start:
+def started(address: str, *nodes: str, dry_run: bool = False) -> RescueReport:
     with Monitor(address) as monitor:
-        return start(monitor, nodes, dry_run=dry_run)
+        return lift_vetoes(monitor, nodes, dry_run=dry_run)
 
 
-def outcomes(found: Start) -> dict[str, tuple[str, str | None]]:
+def outcomes(found: RescueReport) -> dict[str, tuple[str, str | None]]:
     return {one.bitmap.name: (one.outcome, one.proof) for one in found.bitmaps}
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from qcow2bm.bitmaps.directory import BitmapDirectory, load_directory
 from qcow2bm.bitmaps.tables import Survey, survey
-from qcow2bm.check.check import Check, check
+from qcow2bm.checking.check import Check, check
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
 from qcow2bm.problems import CLUSTER, REFUSED, UNUSABLE, Problem

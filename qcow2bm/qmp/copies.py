@@ -12,7 +12,7 @@ from qcow2bm.bitmaps.status import INCONSISTENT, VALID
 from qcow2bm.qmp.names import original_of
 
 
-class Finished(NamedTuple):
+class CopyRename(NamedTuple):
     """What became of one copy: it has its original's name now, or is left, and why."""
 
     copy: str
@@ -21,7 +21,7 @@ class Finished(NamedTuple):
     reason: str = ""
 
 
-def finish(image: Image, edit: Edit) -> list[Finished]:
+def rename_copies(image: Image, edit: Edit) -> list[CopyRename]:
     """Puts in an edit the copies that were made of bitmaps in the place of what they are copies of.
 
     Raises as `Edit.remove` and `Edit.rename` do.
@@ -36,7 +36,7 @@ def finish(image: Image, edit: Edit) -> list[Finished]:
             if original in image.bitmaps:  # which QEMU left there: it had a veto, too
                 edit.remove(original)
             edit.rename(name, original)
-        done.append(Finished(name, original, "left" if reason else "renamed", reason))
+        done.append(CopyRename(name, original, "left" if reason else "renamed", reason))
     return done
 
 

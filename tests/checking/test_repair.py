@@ -28,8 +28,8 @@ from support.specreader import page
 
 import qcow2bm
 from qcow2bm.api import repair as api
-from qcow2bm.check.repair import REPAIRS, Repair, plan_repair, repairs_of
-from qcow2bm.check.undo import plan_undo, undo_of
+from qcow2bm.checking.repair import REPAIRS, Repair, plan_repair, repairs_of
+from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, Write
 from qcow2bm.errors import FormatError, Qcow2BmError, StateError, StorageError
 from qcow2bm.format.undo import Undo, build_undo, parse_undo
@@ -247,7 +247,7 @@ def test_the_repairs_that_are_named() -> None:
 
 def test_a_refcount_block_in_guest_data_is_not_written_to() -> None:
     """A refcount table entry leads to a cluster of the disk."""
-    from check.test_check import DATA, REFCOUNT_TABLE, with_disk, word
+    from checking.test_check import DATA, REFCOUNT_TABLE, with_disk, word
 
     shared = REFCOUNT_TABLE + 8, word(DATA)
     data = with_disk(shared, *in_entry(0, flags=4))
@@ -309,7 +309,7 @@ def test_extra_data_are_not_taken_for_a_name() -> None:
 @pytest.mark.spec("REPAIR-5")
 @pytest.mark.parametrize("what", ["L1 table", "L1 entry", "L2 entry", "compressed", "snapshots"])
 def test_nothing_is_put_where_something_leads_that_was_cut_off(what: str) -> None:
-    from check.test_check import L1, L2, with_disk, word
+    from checking.test_check import L1, L2, with_disk, word
 
     sound = with_disk(*in_entry(0, type=9))
     end = len(sound)
@@ -332,7 +332,7 @@ def test_nothing_is_put_where_something_leads_that_was_cut_off(what: str) -> Non
 
 
 def test_a_stray_entry_does_not_make_the_file_endless() -> None:
-    from check.test_check import L2, with_disk, word
+    from checking.test_check import L2, with_disk, word
 
     data = with_disk(*in_entry(0, type=9), (L2 + 8, word(1 << 63 | 1 << 45)))
     with pytest.raises(FormatError, match=r"L2 table: entry 1 at 0x3008 .* mend that first"):
@@ -341,7 +341,7 @@ def test_a_stray_entry_does_not_make_the_file_endless() -> None:
 
 def test_tails_are_left_where_nobody_knows_whose_they_are() -> None:
     """The table leads to guest data, and the disk's own tables cannot be followed."""
-    from check.test_check import DATA, with_disk, word
+    from checking.test_check import DATA, with_disk, word
 
     sound = with_disk((TABLES[0], word(DATA)), (DATA, b"\xff" * 512))
     broken_header = patched(sound, *in_header(l1_size=1 << 30))
@@ -386,7 +386,7 @@ def test_what_a_stale_entry_that_cannot_be_read_names_is_not_given_back() -> Non
 
 @pytest.mark.spec("REPAIR-3")
 def test_what_is_seen_only_once_the_length_is_right_is_no_reason_to_do_nothing() -> None:
-    from check.test_check import DATA, with_disk, word
+    from checking.test_check import DATA, with_disk, word
 
     data = with_disk((TABLES[0], word(DATA)), (EXTENSION + 4, bytes([0, 0, 0, 16])))
     done = planned(data, lossless=True)

@@ -17,14 +17,14 @@ from qcow2bm.errors import QmpRefusedError
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import copy_of, is_evidence, original_of
-from qcow2bm.qmp.nodes import Node, NodeBitmap, find, look
+from qcow2bm.qmp.nodes import Node, NodeBitmap, query_bitmap, query_machine
 from qcow2bm.units import encode_name, escape
 
 RescueOutcome = Literal["rescued", "copied", "planned", "left", "lost"]
 Proof = Literal["sha256", "count"]
 
 
-class Rescued(NamedTuple):
+class BitmapRescue(NamedTuple):
     """What became of one bitmap, and by what it was verified that its bits are the same.
 
     ``bitmap`` is as it was before, ``sha256`` that of its bits, None where it was not asked for.
@@ -42,14 +42,16 @@ class Rescued(NamedTuple):
         return self.outcome not in ("left", "lost")
 
 
-class Start(NamedTuple):
+class RescueReport(NamedTuple):
     """What ``rescue start`` did; ``migration`` is the last word of query-migrate, if any."""
 
     migration: str
-    bitmaps: tuple[Rescued, ...]
+    bitmaps: tuple[BitmapRescue, ...]
 
 
-def start(monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False) -> Start:
+def lift_vetoes(
+    monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False
+) -> RescueReport:
     """Rescues the persistent bitmaps of these nodes, or of all.
 
     *Guarantees*: every command leaves each bitmap in memory, under its name or that of its copy,
@@ -60,7 +62,7 @@ def start(monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False)
         QmpError: QEMU does not answer.
         ValueError: there is no node of such a name, or it has no persistent bitmaps.
     """
-    machine = look(monitor)
+    machine = query_machine(monitor)
     machine.require_settled()
     chosen = machine.select(nodes, lambda node: node.has_persistent and not node.is_read_only)
     for node in chosen:
@@ -72,12 +74,12 @@ def start(monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False)
     for node in chosen:
         for bitmap, why_left in plan(node):
             if why_left:
-                done.append(Rescued(bitmap, "left", why_left))
+                done.append(BitmapRescue(bitmap, "left", why_left))
             elif dry_run:
-                done.append(Rescued(bitmap, "planned"))
+                done.append(BitmapRescue(bitmap, "planned"))
             else:
                 done.append(_rescue(monitor, node, bitmap, is_running=machine.is_running))
-    return Start(machine.migration, tuple(done))
+    return RescueReport(machine.migration, tuple(done))
 
 
 def plan(node: Node) -> Iterator[tuple[NodeBitmap, str]]:
@@ -104,7 +106,7 @@ def _why_left(node: Node, bitmap: NodeBitmap) -> str:
     return ""
 
 
-def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: bool) -> Rescued:
+def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: bool) -> BitmapRescue:
     digest = sha256(monitor, bitmap)
     original = original_of(bitmap.name)
     if original:
@@ -122,7 +124,7 @@ def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: boo
 
 def copy_and_rename(
     monitor: Monitor, bitmap: NodeBitmap, digest: str | None, *, is_running: bool
-) -> Rescued:
+) -> BitmapRescue:
     """Puts a new bitmap, which no migration vetoed, in the place of one, in two transactions.
 
     QEMU cannot rename, and cannot remove and add one name in one transaction. In between the
@@ -130,21 +132,23 @@ def copy_and_rename(
     """
     name, copy = bitmap.name, copy_of(bitmap.name)
     if len(encode_name(copy)) > MAX_NAME_SIZE:
-        return Rescued(bitmap, "left", "its name is too long for a copy beside it")
+        return BitmapRescue(bitmap, "left", "its name is too long for a copy beside it")
     try:
         monitor.transaction(_replace(bitmap, copy))
     except QmpRefusedError as error:
-        return Rescued(bitmap, "left", f"QEMU refuses: {error.reason}")
+        return BitmapRescue(bitmap, "left", f"QEMU refuses: {error.reason}")
     return _rename(monitor, bitmap._replace(name=copy), name, digest, is_running=is_running)
 
 
 def _rename(
     monitor: Monitor, copy: NodeBitmap, name: str, digest: str | None, *, is_running: bool
-) -> Rescued:
+) -> BitmapRescue:
     try:
         monitor.transaction(_replace(copy, name))
     except QmpRefusedError as error:
-        return Rescued(copy, "left", f"QEMU refuses: {error.reason}; try again, or rescue finish")
+        return BitmapRescue(
+            copy, "left", f"QEMU refuses: {error.reason}; try again, or rescue finish"
+        )
     bitmap = copy._replace(name=name)
     return _verified(monitor, bitmap, digest, "copied", is_running=is_running)
 
@@ -187,18 +191,18 @@ def _verified(
     outcome: RescueOutcome,
     *,
     is_running: bool,
-) -> Rescued:
+) -> BitmapRescue:
     """The outcome, if the bits are what they were; where the guest writes, they may be more."""
-    after = find(monitor, before.node, before.name)
+    after = query_bitmap(monitor, before.node, before.name)
     if not after:
-        return Rescued(before, "lost", "it is gone; take a full backup", None, digest)
+        return BitmapRescue(before, "lost", "it is gone; take a full backup", None, digest)
     now = sha256(monitor, after)
     more = after.dirty_bytes - before.dirty_bytes
     may_grow = is_running and before.is_recording
     if _same(after, before):
         if digest and now == digest:
-            return Rescued(before, outcome, "", "sha256", now)
+            return BitmapRescue(before, outcome, "", "sha256", now)
         if more > 0 if may_grow and digest else more == 0 and not digest:
-            return Rescued(before, outcome, "", "count", now)
+            return BitmapRescue(before, outcome, "", "count", now)
     reason = f"it changed: {before.dirty_bytes} bytes were dirty, and {after.dirty_bytes} are now"
-    return Rescued(after, "lost", f"{reason}; take a full backup", None, now)
+    return BitmapRescue(after, "lost", f"{reason}; take a full backup", None, now)
