@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from qcow2bm import CommitError, Qcow2BmError, StorageError
 from qcow2bm.cli.arguments import UsageError
 from qcow2bm.cli.commands import parse
-from qcow2bm.cli.messages import FAILED, Failure, fail, say
-from qcow2bm.errors import CommitError, Qcow2BmError, StorageError
+from qcow2bm.cli.messages import FAILED, CommandError, fail, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return call.run(call.arguments)
     except UsageError as error:
         call.parser.error(str(error))
-    except Failure as failure:
+    except CommandError as failure:
         return fail(failure.subject, failure.reason)
     except (StorageError, CommitError) as error:  # the message names the file
         say(str(error))

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qcow2bm.api import Image, open
+from qcow2bm import Image, Problem, open, repairs_of
 from qcow2bm.checking.meanings import MEANINGS
-from qcow2bm.checking.repair import repairs_of
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,
@@ -21,7 +20,6 @@ from qcow2bm.cli.arguments import (
 )
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, count, quoted
-from qcow2bm.problems import Problem
 from qcow2bm.units import format_size
 
 ERRORS, LEAKS = 2, 3

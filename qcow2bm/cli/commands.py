@@ -99,9 +99,9 @@ class Call(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> Call:
-    """Finds the command, and reads its arguments; wrong usage, --help and --version end the process.
+    """Finds the command and reads its arguments; -- ends the options, even before the command.
 
-    -- ends the options, and may stand before the command.
+    Wrong usage, --help and --version end the process.
     """
     place = argv.index("--") if "--" in argv else len(argv)
     texts, verbatim = list(argv[:place]), list(argv[place + 1 :])

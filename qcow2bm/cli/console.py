@@ -12,6 +12,7 @@ import sys
 from qcow2bm.cli import main
 from qcow2bm.cli.messages import FAILED, fail
 
+
 def run() -> int:
     """Runs the command that this process was started for; returns the exit status."""
     # numpy's threads are of no use here, and starting them takes half of its loading time.
@@ -35,9 +36,9 @@ def run() -> int:
 def _output() -> io.TextIOWrapper:
     """Standard output that writes everything or raises an error.
 
-    Python's own does not with PYTHONUNBUFFERED: then it has no buffer, and if a file or a pipe takes
-    only a part, the rest is lost without an error. Characters of names that the terminal's encoding
-    does not have are escaped.
+    Python's own does not with PYTHONUNBUFFERED: then it has no buffer, and if a file or a pipe
+    takes only a part, the rest is lost without an error. Characters of names that the terminal's
+    encoding does not have are escaped.
     """
     raw = io.FileIO(1, "w", closefd=False)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -47,7 +48,7 @@ def _output() -> io.TextIOWrapper:
 
 
 def _discard_output() -> None:
-    """Drops what was not written, or the interpreter would try to write it, and fail, at its end."""
+    """Drops what could not be written: at its end the interpreter would try again, and fail."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from qcow2bm.api import Bitmap, Image, open
+from qcow2bm import Bitmap, Image, Problem, open
 from qcow2bm.bitmaps.entries import FITTABLE
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
@@ -30,9 +30,7 @@ from qcow2bm.cli.dump_bitmap import (
 from qcow2bm.cli.images import find
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, count, json_text_or_null, quoted, size
-from qcow2bm.format.extensions import DATA_FILE
-from qcow2bm.migration.sentinel import is_sentinel
-from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE, Problem
+from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE
 from qcow2bm.units import escape, format_size
 
 _FEATURE_KINDS = ("incompatible", "compatible", "autoclear")
@@ -129,10 +127,8 @@ def _facts(image: Image) -> Iterator[tuple[str, str]]:
     yield "file size", size(image.file_size)
     if image.backing_file is not None:
         yield "backing file", f"{quoted(image.backing_file)} (not opened)"
-    for _, found in image.extensions:
-        if found.type == DATA_FILE:
-            name = found.data.decode("utf-8", "surrogateescape")
-            yield "data file", f"{quoted(name)} (not opened)"
+    if image.data_file is not None:
+        yield "data file", f"{quoted(image.data_file)} (not opened)"
     for kind in _FEATURE_KINDS:
         names = [f"{f.bit} ({escape(f.name or 'unknown')})" for f in image.features(kind)]
         if names:
@@ -168,10 +164,10 @@ def _print_problems(image: Image, problems: Sequence[Problem]) -> None:
 
 def _print_use(bitmaps: Sequence[Bitmap]) -> None:
     """Prints what backups can use, if that is not everything."""
-    sentinels = [bitmap for bitmap in bitmaps if is_sentinel(bitmap.entry.name)]
+    sentinels = [bitmap for bitmap in bitmaps if bitmap.is_sentinel]
     if any(bitmap.status == "inconsistent" for bitmap in sentinels):
         print("a sentinel is inconsistent: a VM has the disk, or did not end properly")
-    statuses = Counter(bitmap.status for bitmap in bitmaps if not is_sentinel(bitmap.entry.name))
+    statuses = Counter(bitmap.status for bitmap in bitmaps if not bitmap.is_sentinel)
     others = ", ".join(f"{n} {status}" for status, n in statuses.items() if status != "valid")
     if others:
         usable = f"{statuses['valid']} of {count(statuses.total(), 'bitmap')}"
@@ -182,7 +178,7 @@ def _print_advice(bitmaps: Sequence[Bitmap], refused: Sequence[Problem]) -> None
     """Prints whether QEMU opens the image, and which command helps."""
     if not refused:
         if any(
-            bitmap.status in ("inconsistent", "stale") and not is_sentinel(bitmap.entry.name)
+            bitmap.status in ("inconsistent", "stale") and not bitmap.is_sentinel
             for bitmap in bitmaps
         ):
             print(

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qcow2bm.api import Bitmap, Image
-from qcow2bm.bitmaps.bit_reader import Totals
-from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT
+from qcow2bm import Bitmap, Image, Totals
 from qcow2bm.cli.output import (
     Document,
     count,
@@ -23,7 +21,6 @@ from qcow2bm.cli.output import (
     size,
     write_rows,
 )
-from qcow2bm.format.directory import FLAG_NAMES, KNOWN_FLAGS, TYPE_DIRTY_TRACKING
 
 _MEANING_OF_STATUS = {
     "valid": "valid",
@@ -74,14 +71,11 @@ def print_bitmap(image: Image, bitmap: Bitmap, selection: Selection) -> None:
 def _facts(image: Image, bitmap: Bitmap, selection: Selection) -> Iterator[tuple[str, str]]:
     entry, status = bitmap.entry, bitmap.status
     yield "status", _MEANING_OF_STATUS[status]
-    if entry.granularity_bits < GRANULARITY_BITS_LIMIT:
+    if bitmap.has_legal_granularity:
         yield "granularity", size(bitmap.granularity)
-    flags = _flags(bitmap)
-    unknown = entry.flags & ~KNOWN_FLAGS
-    if unknown:
-        flags.append(f"{unknown:#x}")
-    yield "flags", ", ".join(flags) or "none (disabled)"
-    if entry.type != TYPE_DIRTY_TRACKING:
+    unknown = [f"{bitmap.unknown_flags:#x}"] if bitmap.unknown_flags else []
+    yield "flags", ", ".join([*bitmap.flags, *unknown]) or "none (disabled)"
+    if not bitmap.is_dirty_tracking:
         yield "type", f"{entry.type} (unknown)"
     totals = selection.totals_of(bitmap)
     if totals:
@@ -106,10 +100,6 @@ def _facts(image: Image, bitmap: Bitmap, selection: Selection) -> Iterator[tuple
         yield "extra data", f"{entry.extra_data_size} bytes"
 
 
-def _flags(bitmap: Bitmap) -> list[str]:
-    return [name for bit, name in FLAG_NAMES.items() if bitmap.entry.flags & bit]
-
-
 def bitmap_as_json(bitmap: Bitmap, selection: Selection) -> str:
     """A bitmap as a JSON object, without its end if extents are to follow."""
     entry, status = bitmap.entry, bitmap.status
@@ -118,11 +108,10 @@ def bitmap_as_json(bitmap: Bitmap, selection: Selection) -> str:
     found: Document = {"index": entry.index, "name": json_text_or_null(entry.name)}
     if entry.name_bytes is not None and found["name"] != entry.name:
         found["name-hex"] = entry.name_bytes.hex()
-    has_granularity = entry.granularity_bits < GRANULARITY_BITS_LIMIT
     found |= {
-        "granularity": bitmap.granularity if has_granularity else None,
-        "flags": _flags(bitmap),
-        "type": "dirty-tracking" if entry.type == TYPE_DIRTY_TRACKING else entry.type,
+        "granularity": bitmap.granularity if bitmap.has_legal_granularity else None,
+        "flags": bitmap.flags,
+        "type": "dirty-tracking" if bitmap.is_dirty_tracking else entry.type,
         "status": status,
         "bitmap-table-offset": entry.bitmap_table_offset,
         "bitmap-table-size": entry.bitmap_table_size,

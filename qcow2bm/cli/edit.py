@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import get_args
 
-from qcow2bm.api import Edit, Image, open
-from qcow2bm.bits.runs import OPS, Op
+from qcow2bm import Edit, Image, Op, open
 from qcow2bm.cli.arguments import (
     EditingArguments,
     Parser,
@@ -21,12 +21,13 @@ from qcow2bm.cli.arguments import (
 )
 from qcow2bm.cli.images import find, new_name, open_to_edit
 from qcow2bm.cli.messages import about
-from qcow2bm.cli.output import head, plan_as_json, print_json, print_plan
+from qcow2bm.cli.output import print_dry_run
 
 _EPILOG = """\
 NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
 a name that begins with @ is written with @@. Before names that begin with -, write --.
-Sizes are in bytes, or with k, M, G, T, P, E. START: without a length reaches to the end of the disk.
+Sizes are in bytes, or with k, M, G, T, P, E. START: without a length is all from there to the end
+of the disk.
 
 The change is atomic: after a failure or a loss of power at any time, all bitmaps are as before, or
 all are as after. Meanwhile no other process can use the image.
@@ -111,7 +112,7 @@ def _define_merge(parser: Parser) -> None:
         "--from", dest="other", metavar="OTHER_IMAGE", help="take the sources from this image"
     )
     parser.add_argument(
-        "--op", choices=OPS, default="or", help="how to combine them; or is the default"
+        "--op", choices=get_args(Op), default="or", help="how to combine them; or is the default"
     )
 
 
@@ -149,7 +150,7 @@ _DEFINITIONS: dict[str, Callable[[Parser], None]] = {
 
 def run(arguments: Arguments) -> int:
     """Runs one of the commands; returns the exit status."""
-    if hasattr(arguments, "all") and arguments.all == bool(arguments.names):
+    if "all" in arguments and arguments.all == bool(arguments.names):
         raise UsageError("give names, or --all")
     plan = None
     with (
@@ -160,12 +161,8 @@ def run(arguments: Arguments) -> int:
         _OPERATIONS[arguments.command](arguments, image, edit)
         if arguments.dry_run:
             plan = edit.plan()
-    if not plan:
-        return 0
-    if arguments.output == "json":
-        print_json({**head(arguments.image), **plan_as_json(plan)})
-    else:
-        print_plan(plan)
+    if plan is not None:
+        print_dry_run(arguments, arguments.image, plan)
     return 0
 
 

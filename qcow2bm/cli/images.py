@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 
-from qcow2bm.api import Bitmap, Image, open
-from qcow2bm.bitmaps.status import VALID
+from qcow2bm import Bitmap, BitmapNotFoundError, Image, open
 from qcow2bm.cli.arguments import EditingArguments
-from qcow2bm.errors import BitmapNotFoundError
 from qcow2bm.units import decode_name, escape
 
 
@@ -74,9 +72,9 @@ def valid_bitmaps(image: Image) -> tuple[list[Bitmap], list[str]]:
     left_out = [
         f"{_label(bitmap)} is {bitmap.status}, and left out"
         for bitmap in bitmaps
-        if bitmap.status != VALID
+        if bitmap.status != "valid"
     ]
-    return [bitmap for bitmap in bitmaps if bitmap.status == VALID], left_out
+    return [bitmap for bitmap in bitmaps if bitmap.status == "valid"], left_out
 
 
 def _label(bitmap: Bitmap) -> str:

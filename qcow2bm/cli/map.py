@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from qcow2bm.api import Bitmap, open
+from qcow2bm import Bitmap, open
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,

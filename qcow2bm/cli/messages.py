@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
-from qcow2bm.errors import CommitError, Qcow2BmError, StorageError
+from qcow2bm import CommitError, Qcow2BmError, StorageError
 from qcow2bm.units import escape
 
 FAILED = 1
 
 
-class Failure(Exception):
+class CommandError(Exception):
     """A command failed. The line on standard error names the ``subject`` and the ``reason``."""
 
     def __init__(self, subject: str, reason: str) -> None:
@@ -33,17 +33,19 @@ def about(subject: str, *more_errors: type[Exception]) -> Iterator[None]:
         more_errors: errors that the command expects, apart from those of the library.
 
     Raises:
-        Failure: an error of the library or one of ``more_errors`` was raised, or `MemoryError`.
-        StorageError, CommitError: as they were raised; their messages name the file already.
+        CommandError: instead of an error of the library, one of ``more_errors``, or `MemoryError`.
+        StorageError, CommitError: as they were raised, since their messages name the file.
     """
     try:
         yield
     except (StorageError, CommitError):
         raise
-    except (Qcow2BmError, *more_errors) as error:
-        raise Failure(subject, str(error)) from error
+    except Qcow2BmError as error:
+        raise CommandError(subject, str(error)) from error
+    except more_errors as error:
+        raise CommandError(subject, str(error)) from error
     except MemoryError as error:
-        raise Failure(subject, "not enough memory") from error
+        raise CommandError(subject, "not enough memory") from error
 
 
 def say(text: str) -> None:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from qcow2bm.api import Image
+from qcow2bm import Barrier, Image, Plan, Problem, Write
+from qcow2bm.cli.arguments import OutputArguments
 from qcow2bm.cli.messages import say
-from qcow2bm.clusters.plan import Barrier, Plan, Write
-from qcow2bm.problems import Problem
 from qcow2bm.units import escape, format_size
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 Document = dict[str, Any]
 
 SCHEMA = 1
-"""The version of spec/json.md, in every document."""
+"""The version of most documents; spec/json.md describes them."""
 
 PROBLEMS_FOUND = 2
 """The exit status of a command that did its work, but found problems."""
@@ -90,6 +89,14 @@ def print_plan(plan: Plan) -> None:
             print(f"{step.offset:#14x}  {step.length:>10}  {step.what}{mark}")
 
 
+def print_dry_run(arguments: OutputArguments, path: str, plan: Plan) -> None:
+    """Prints what a dry run would write to an image, as ``--output`` says."""
+    if arguments.output == "json":
+        print_json({**head(path), **plan_as_json(plan)})
+    else:
+        print_plan(plan)
+
+
 # Problems
 
 
@@ -114,9 +121,9 @@ def warn_of(name: str, problems: Iterable[Problem]) -> None:
 # JSON
 
 
-def head(subject: str, key: str = "filename") -> Document:
+def head(subject: str, key: str = "filename", *, schema: int = SCHEMA) -> Document:
     """What every document begins with: its schema, and the file or VM as it was given."""
-    return {"schema": SCHEMA, key: json_text(subject)}
+    return {"schema": schema, key: json_text(subject)}
 
 
 def print_json(document: Document) -> None:
