@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from qcow2bm.bitmaps.bit_reader import Totals
     from qcow2bm.bitmaps.status import Status
     from qcow2bm.bitmaps.tables import Clusters
-    from qcow2bm.bits.runs import Op
+    from qcow2bm.bits.operations import Op
     from qcow2bm.checking.check import Check
     from qcow2bm.checking.repair import Lost, Repair, repairs_of
-    from qcow2bm.clusters.blank import Blank, blank_image
+    from qcow2bm.clusters.empty_image import EmptyImage, build_empty_image
     from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
         BitmapBrokenError,
@@ -63,14 +63,14 @@ if TYPE_CHECKING:
     from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
     from qcow2bm.format.features import Feature
     from qcow2bm.format.header import Header
-    from qcow2bm.format.undo import Undo, UndoStep, build_seal, build_undo, parse_undo
+    from qcow2bm.format.undo_file import UndoLog, UndoStep, build_seal, build_undo, parse_undo
     from qcow2bm.migration.evidence import Fate, Policy
     from qcow2bm.migration.lifecycle import State
     from qcow2bm.problems import Problem, Severity
     from qcow2bm.qmp import rescue
     from qcow2bm.storage import new_file
-    from qcow2bm.storage.base import Storage, WritableStorage
     from qcow2bm.storage.file import FileStorage
+    from qcow2bm.storage.interface import Storage, WritableStorage
     from qcow2bm.tracker.edit import TrackerEdit
     from qcow2bm.tracker.group import TrackerGroup
     from qcow2bm.tracker.handover import Activation
@@ -88,7 +88,6 @@ __all__ = [
     "BitmapNotFoundError",
     "BitmapStaleError",
     "BitmapsExtension",
-    "Blank",
     "ChangedWhileReadingError",
     "Check",
     "Clusters",
@@ -98,6 +97,7 @@ __all__ = [
     "Convergence",
     "DirectoryEntry",
     "Edit",
+    "EmptyImage",
     "Fate",
     "Feature",
     "FileStorage",
@@ -131,14 +131,14 @@ __all__ = [
     "Tracker",
     "TrackerEdit",
     "TrackerGroup",
-    "Undo",
     "UndoFile",
+    "UndoLog",
     "UndoStep",
     "UnsupportedError",
     "WritableStorage",
     "Write",
     "__version__",
-    "blank_image",
+    "build_empty_image",
     "build_seal",
     "build_undo",
     "check",
@@ -168,10 +168,10 @@ _NAMES_OF = {
     "qcow2bm.bitmaps.bit_reader": ("Totals",),
     "qcow2bm.bitmaps.status": ("Status",),
     "qcow2bm.bitmaps.tables": ("Clusters",),
-    "qcow2bm.bits.runs": ("Op",),
+    "qcow2bm.bits.operations": ("Op",),
     "qcow2bm.checking.check": ("Check",),
     "qcow2bm.checking.repair": ("Lost", "Repair", "repairs_of"),
-    "qcow2bm.clusters.blank": ("Blank", "blank_image"),
+    "qcow2bm.clusters.empty_image": ("EmptyImage", "build_empty_image"),
     "qcow2bm.clusters.plan": ("Barrier", "Plan", "Write"),
     "qcow2bm.errors": (
         "BitmapBrokenError",
@@ -200,11 +200,11 @@ _NAMES_OF = {
     "qcow2bm.format.extensions": ("BitmapsExtension", "HeaderExtension"),
     "qcow2bm.format.features": ("Feature",),
     "qcow2bm.format.header": ("Header",),
-    "qcow2bm.format.undo": ("Undo", "UndoStep", "build_seal", "build_undo", "parse_undo"),
+    "qcow2bm.format.undo_file": ("UndoLog", "UndoStep", "build_seal", "build_undo", "parse_undo"),
     "qcow2bm.migration.evidence": ("Fate", "Policy"),
     "qcow2bm.migration.lifecycle": ("State",),
     "qcow2bm.problems": ("Problem", "Severity"),
-    "qcow2bm.storage.base": ("Storage", "WritableStorage"),
+    "qcow2bm.storage.interface": ("Storage", "WritableStorage"),
     "qcow2bm.storage.file": ("FileStorage",),
     "qcow2bm.tracker.edit": ("TrackerEdit",),
     "qcow2bm.tracker.group": ("TrackerGroup",),

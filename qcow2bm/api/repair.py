@@ -15,7 +15,7 @@ from qcow2bm.checking import undo as undoing
 from qcow2bm.checking.repair import Repair
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import StorageError
-from qcow2bm.format.undo import Undo
+from qcow2bm.format.undo_file import UndoLog
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.storage.write_guard import WriteGuard
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qcow2bm.checking.check import Check
-    from qcow2bm.storage.base import Storage, WritableStorage
+    from qcow2bm.storage.interface import Storage, WritableStorage
     from qcow2bm.storage.sources import Source
 
 
@@ -63,7 +63,7 @@ def plan_repair(
 
 def repair(
     source: Source,
-    keep: Callable[[Undo], Callable[[int], None]] | None = None,
+    keep: Callable[[UndoLog], Callable[[int], None]] | None = None,
     *,
     lossless: bool = False,
     only: Collection[str] | None = None,
@@ -74,7 +74,7 @@ def repair(
 
     Args:
         source: as for ``qcow2bm.open(source, "r+")``.
-        keep: called with an `Undo` before anything is written; it returns once the `Undo` is
+        keep: called with an `UndoLog` before anything is written; it returns once the `UndoLog` is
             stored safely, see `build_undo`. After the last write, the function that it returned
             is called with the time of that write in nanoseconds, see `build_seal`.
         lossless: do only what drops no bitmap.
@@ -106,7 +106,7 @@ def repair(
 
 
 def plan_undo(
-    source: Source, what: Undo, *, is_asserted: bool = False, lock_timeout: float = 0
+    source: Source, what: UndoLog, *, is_asserted: bool = False, lock_timeout: float = 0
 ) -> Plan:
     """Returns what `undo` would write; nothing is written. Raises what `undo` does."""
     with _opened_to_read(source, lock_timeout) as storage:
@@ -115,7 +115,7 @@ def plan_undo(
 
 def undo(
     source: Source,
-    what: Undo,
+    what: UndoLog,
     *,
     is_asserted: bool = False,
     lock_timeout: float = 0,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 
 from qcow2bm.errors import StorageError
-from qcow2bm.format.undo import Undo, build_seal, build_undo
+from qcow2bm.format.undo_file import UndoLog, build_seal, build_undo
 from qcow2bm.storage.new_file import append, require_new, write_new
 
 
@@ -36,7 +36,7 @@ class UndoFile:
         self.path = path
         self.fault: StorageError | None = None
 
-    def __call__(self, undo: Undo) -> Callable[[int], None]:
+    def __call__(self, undo: UndoLog) -> Callable[[int], None]:
         """Writes the file; returns what adds the time. This is what `repair` calls.
 
         Raises:

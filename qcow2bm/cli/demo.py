@@ -18,7 +18,7 @@ from random import Random
 from threading import Event, Thread
 from typing import NamedTuple
 
-from qcow2bm import StateError, StorageError, Tracker, blank_image, open
+from qcow2bm import StateError, StorageError, Tracker, build_empty_image, open
 from qcow2bm.cli import arguments
 from qcow2bm.cli.arguments import Parser
 from qcow2bm.cli.messages import CommandError
@@ -129,10 +129,10 @@ _HEADINGS = f"{'bytes':>12}{'barriers':>10}{'milliseconds':>14}"
 
 def _make_image(path: Path) -> None:
     """Makes an empty disk, with a bitmap of which half the bits are set in every cluster."""
-    blank = blank_image(_DISK_BYTES)
+    empty = build_empty_image(_DISK_BYTES)
     try:
-        path.write_bytes(blank.head)
-        os.truncate(path, blank.length)
+        path.write_bytes(empty.head)
+        os.truncate(path, empty.length)
     except OSError as error:
         raise StorageError.from_os(error, str(path), 0, 0, "writing") from error
     with open(path, "r+") as image, image.edit() as edit:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-import qcow2bm
 from qcow2bm.cli.arguments import Arguments, Parser
 
 _EPILOG = """\
@@ -24,5 +24,8 @@ def define(parser: Parser) -> None:
 
 def run(arguments: Arguments) -> int:
     """Prints the path; returns the exit status."""
-    print(Path(qcow2bm.__file__).absolute().with_name("serve") / "nbdkit_plugin.py")
+    script = find_spec("qcow2bm.serve.nbdkit_plugin")  # nbdkit alone can import it
+    assert script
+    assert script.origin
+    print(Path(script.origin).absolute())
     return 0

@@ -5,8 +5,17 @@
 
 from __future__ import annotations
 
-import qcow2bm
-from qcow2bm import Lost, Repair, StateError, UndoFile
+from qcow2bm import (
+    Lost,
+    Repair,
+    StateError,
+    UndoFile,
+    parse_undo,
+    plan_repair,
+    plan_undo,
+    repair,
+    undo,
+)
 from qcow2bm.cli import files, output
 from qcow2bm.cli.arguments import EditingArguments, Parser, add_editing, add_image
 from qcow2bm.cli.messages import CommandError, about, say
@@ -102,14 +111,14 @@ def run(arguments: Arguments | UndoArguments) -> int:
 def _repair(arguments: Arguments) -> int:
     file = UndoFile(arguments.undo) if arguments.undo is not None else None
     if arguments.dry_run:
-        done = qcow2bm.plan_repair(
+        done = plan_repair(
             arguments.image,
             lossless=arguments.lossless,
             only=arguments.only or None,
             lock_timeout=arguments.wait,
         )
     else:
-        done = qcow2bm.repair(
+        done = repair(
             arguments.image,
             file,
             lossless=arguments.lossless,
@@ -169,8 +178,8 @@ def _print(arguments: Arguments, done: Repair) -> None:
         left = f", but {count(len(done.left), 'problem')} left" if done.left else ""
         print(f"repaired{left}")
         if arguments.undo is not None:
-            files_ = f"{escape(arguments.image)} {escape(arguments.undo)}"
-            print(f"to take it back: qcow2bm undo {files_}")
+            words = f"{escape(arguments.image)} {escape(arguments.undo)}"
+            print(f"to take it back: qcow2bm undo {words}")
 
 
 def _name(lost: Lost) -> str:
@@ -179,20 +188,20 @@ def _name(lost: Lost) -> str:
 
 def _undo(arguments: UndoArguments) -> int:
     with about(files.name_of(arguments.file)):
-        undo = qcow2bm.parse_undo(b"".join(files.read_pieces(arguments.file)))
+        changes = parse_undo(b"".join(files.read_pieces(arguments.file)))
     try:
         if arguments.dry_run:
-            plan = qcow2bm.plan_undo(
+            plan = plan_undo(
                 arguments.image,
-                undo,
+                changes,
                 is_asserted=arguments.is_unchanged,
                 lock_timeout=arguments.wait,
             )
             output.print_dry_run(arguments, arguments.image, plan)
             return 0
-        is_changed = qcow2bm.undo(
+        is_changed = undo(
             arguments.image,
-            undo,
+            changes,
             is_asserted=arguments.is_unchanged,
             lock_timeout=arguments.wait,
             locking=not arguments.no_lock,

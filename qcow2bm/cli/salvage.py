@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from qcow2bm import ComparisonError, Image, Plan, compare
+from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     EditingArguments,
@@ -25,6 +25,8 @@ from qcow2bm.units import escape
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from qcow2bm import compare
 
 _EPILOG = """\
 With --compare the bitmap gets exactly what differs between OLD and NEW. OLD must be what the last
@@ -134,6 +136,8 @@ def _require_salvageable(image: Image, name: str) -> None:
 
 def _changed(arguments: Arguments, image: Image, name: str) -> NDArray[np.uint8]:
     """The bits of all granules in which the disk differs from the last backup."""
+    from qcow2bm import compare  # which needs numpy
+
     assert arguments.compared
     old, new = arguments.compared
     say(
@@ -157,7 +161,7 @@ def _changed(arguments: Arguments, image: Image, name: str) -> NDArray[np.uint8]
                 )
             with progress(min(disks.old.size, disks.new.size)) as show:
                 granularity = image.bitmaps[name].granularity
-                return compare.differences(disks.old, disks.new, granularity, progress=show)
+                return compare.find_differences(disks.old, disks.new, granularity, progress=show)
     except ComparisonError as error:
         option = "--old-format" if error.path == old else "--new-format"
         raise CommandError(error.path, f"{error.reason}{_advice(error, option)}") from error

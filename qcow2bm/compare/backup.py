@@ -17,8 +17,8 @@ from qcow2bm.compare.content import Content, Identity, RawContent, identity
 from qcow2bm.compare.differences import WORKERS
 from qcow2bm.compare.qemu_nbd import ServedContent, served
 from qcow2bm.errors import ComparisonError, StorageError
-from qcow2bm.storage.base import Storage
 from qcow2bm.storage.file import FileStorage
+from qcow2bm.storage.interface import Storage
 
 if TYPE_CHECKING:
     from qcow2bm.api import Image
@@ -55,7 +55,7 @@ class ComparedDisk(NamedTuple):
 
 
 class OpenDisks(NamedTuple):
-    """The two disks, open: what `qcow2bm.compare.differences` takes."""
+    """The two disks, open: what `qcow2bm.compare.find_differences` takes."""
 
     old: Content
     new: Content

@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from qcow2bm.api import open, sidecar
-from qcow2bm.clusters.blank import blank_image
+from qcow2bm.clusters.empty_image import build_empty_image
 from qcow2bm.errors import BitmapError, QmpError, StateError, StorageError
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
 from qcow2bm.qmp import actions, scratch
@@ -112,7 +112,7 @@ def _blank(virtual_size: int) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context(TemporaryFile(buffering=0))
-            blank = blank_image(virtual_size)
+            blank = build_empty_image(virtual_size)
             file.write(blank.head)
             file.truncate(blank.length)
         except OSError as error:
@@ -161,7 +161,7 @@ def _read(
     with open(file) as image:
         for live, digest in zip(bitmaps, digests, strict=True):
             try:
-                (bitmap,) = sidecar.save(image, [image.bitmaps[live.name]]).bitmaps
+                (bitmap,) = sidecar.collect(image, [image.bitmaps[live.name]]).bitmaps
             except BitmapError as error:
                 raise QmpError("blockdev-del", f"QEMU did not store a bitmap: {error}") from error
             if digest not in (None, bitmap.sha256()):

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 from support.console import Result, environment, run, start
-from support.faults import broken
+from support.golden_images import crashed, empty, names, sound
 from support.images import Stored, build_image
 from support.jsonspec import check_stream_dump
+from support.problem_images import broken
 
 import qcow2bm
 from qcow2bm.migration.stream_bitmaps import read_stream
-
-from .images import crashed, empty, names, sound
 
 DATA = Path(__file__).parents[1] / "data"
 WRITE = ["stream", "write", "vm.qcow2", "--node-alias=disk"]
@@ -90,7 +89,7 @@ bitmap 0: "größe"
   dirty:          40 MiB (41943040 bytes), 100.0 % of that
   sha256:         DIGEST
 
-no problems found (memory and devices of the machine are not looked at)
+no problems found (memory and devices of the VM were not checked)
 """
 
 
@@ -285,7 +284,7 @@ def test_what_fails_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch
         yield b"QEVM"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qcow2bm.cli.stream.write_stream", fail)
+    monkeypatch.setattr("qcow2bm.api.stream.write_stream", fail)
     done = run([*WHOLE, "-o", "new"], folder)
     assert failed(done)
     assert done.err == "qcow2bm: new: No space left on device\n"
