@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qcow2bm import Image, Problem, open, repairs_of
-from qcow2bm.checking.meanings import MEANINGS
+from qcow2bm import Image, Problem, open
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,
@@ -76,9 +75,9 @@ def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -
         "problems": [
             {
                 **output.problem_as_json(image, found),
-                "meaning": MEANINGS[found.id],
+                "meaning": found.meaning,
                 "qemu-message": found.qemu_message,
-                "repairs": repairs_of(found),
+                "repairs": [found.repair] if found.repair else [],
             }
             for found in problems
         ],
@@ -93,9 +92,9 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
         print(f"{found.severity}: {label}{found.message}")
         if found.qemu_message:
             print(f'    QEMU says "{found.qemu_message}"')
-        output.print_wrapped(MEANINGS[found.id], indent="    ")
-        repairs = "".join(f"; repair --only {repair}" for repair in repairs_of(found))
-        print(f"    ({found.id}{repairs})")
+        output.print_wrapped(found.meaning, indent="    ")
+        repair = f"; repair --only {found.repair}" if found.repair else ""
+        print(f"    ({found.id}{repair})")
     if problems:
         print()
     if leaked_clusters:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from qcow2bm import Bitmap, Image, Problem, open
-from qcow2bm.bitmaps.entries import FITTABLE
+from qcow2bm import problems as structures
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,
@@ -30,11 +30,15 @@ from qcow2bm.cli.dump_bitmap import (
 from qcow2bm.cli.images import find
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, count, json_text_or_null, quoted, size
-from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE
 from qcow2bm.units import escape, format_size
 
 _FEATURE_KINDS = ("incompatible", "compatible", "autoclear")
-_REPAIRABLE = (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
+_REPAIRABLE = (
+    structures.BITMAPS_EXTENSION,
+    structures.DIRECTORY,
+    structures.ENTRY,
+    structures.TABLE,
+)
 
 
 class Arguments(OutputArguments, ReadingArguments):
@@ -187,7 +191,7 @@ def _print_advice(bitmaps: Sequence[Bitmap], refused: Sequence[Problem]) -> None
             )
         return
     print("QEMU will not open this image")
-    if all(found.id in FITTABLE for found in refused):
+    if all(found.kind.is_fittable for found in refused):
         print(
             "the bitmaps do not fit the disk, which was resized without them; to repair that:\n"
             "  qcow2bm fit IMAGE --all"
