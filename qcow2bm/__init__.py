@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from qcow2bm.problems import Problem
     from qcow2bm.storage.base import Storage, WritableStorage
     from qcow2bm.tracker.group import TrackerGroup
-    from qcow2bm.tracker.handover import Activation
-    from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
+    from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
     from qcow2bm.tracker.tracker import Tracker
 
 __all__ = [
@@ -94,7 +93,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Activation": "qcow2bm.tracker.handover",
+    "Activation": "qcow2bm.tracker.reports",
     "Fate": "qcow2bm.migration.evidence",
     "Convergence": "qcow2bm.tracker.reports",
     "FlushReport": "qcow2bm.tracker.reports",
