@@ -23,9 +23,9 @@ from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES, Changes, TrackedBitmap
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
 from qcow2bm.errors import CommitError, LimitError, StorageError, UnsupportedError
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.format.directory import FIELD_OFFSETS, FLAG_IN_USE, DirectoryEntry
-from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.storage.read_once import ReadOnceStorage
 
 if TYPE_CHECKING:

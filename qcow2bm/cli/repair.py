@@ -17,7 +17,7 @@ from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.edit import plan_as_json, print_plan
 from qcow2bm.cli.facts import count, json_text
 from qcow2bm.errors import ImageLockedError, StateError, StorageError
-from qcow2bm.format.undo import Undo, build_seal, build_undo, parse_undo
+from qcow2bm.format.undo_file import UndoLog, build_seal, build_undo, parse_undo
 from qcow2bm.storage.new_file import append, require_new, write_new
 from qcow2bm.units import escape
 
@@ -38,7 +38,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     wait, lossless, only = arguments.wait, arguments.lossless, arguments.only or None
     if arguments.dry_run:
         try:
-            done = api.look(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
+            done = api.plan_repair(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
         except ImageLockedError as error:  # of reading, which is not what is wanted
             raise ImageLockedError(error.path, error.held, "writing") from error
     else:
@@ -62,8 +62,8 @@ def _repair(arguments: argparse.Namespace) -> int:
     return report.PROBLEMS_FOUND if done.left or (arguments.dry_run and done.plan.steps) else 0
 
 
-def _keeper(path: str) -> Callable[[Undo], Callable[[int], None]]:
-    def keep(undo: Undo) -> Callable[[int], None]:
+def _keeper(path: str) -> Callable[[UndoLog], Callable[[int], None]]:
+    def keep(undo: UndoLog) -> Callable[[int], None]:
         write_new(path, build_undo(undo))
         return lambda mtime_ns: _seal(path, mtime_ns)
 
@@ -131,7 +131,7 @@ def _undo(arguments: argparse.Namespace) -> int:
     try:
         if arguments.dry_run:
             wait, word = arguments.wait, arguments.is_unchanged
-            print_plan(arguments, api.look_back(image, undo, is_asserted=word, lock_timeout=wait))
+            print_plan(arguments, api.plan_undo(image, undo, is_asserted=word, lock_timeout=wait))
             return 0
         is_done = api.undo(
             image,

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from qcow2bm.cli import report, rescue_json
 from qcow2bm.cli.console import fail
 from qcow2bm.cli.facts import count, size
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.rescue import Monitor
 from qcow2bm.units import escape, format_size
 
 if TYPE_CHECKING:
-    from qcow2bm.qmp.verdict import Settled
+    from qcow2bm.qmp.rescue import Settlement
 
 _OUTCOMES = {"rescued": "rescued", "copied": "rescued, by a copy", "planned": "would be rescued"}
 _FATES = {"all-dirty": "dirty all over", "in-doubt": "may miss writes"}
@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace, monitor: Monitor) -> int:
-    from qcow2bm.qmp.start import start
+    from qcow2bm.qmp.rescue import lift_vetoes
 
-    done = start(monitor, arguments.nodes, dry_run=arguments.dry_run)
+    done = lift_vetoes(monitor, arguments.nodes, dry_run=arguments.dry_run)
     if arguments.output == "json":
         _print(rescue_json.of_start(arguments.image, done, dry_run=arguments.dry_run))
     else:
@@ -62,7 +62,7 @@ def _start(arguments: argparse.Namespace, monitor: Monitor) -> int:
 
 
 def _arm(arguments: argparse.Namespace, monitor: Monitor) -> int:
-    from qcow2bm.qmp.arm import arm
+    from qcow2bm.qmp.rescue import arm
 
     done = arm(monitor, arguments.nodes, set_mapping=arguments.set)
     if arguments.output == "json":
@@ -93,7 +93,7 @@ def _arm(arguments: argparse.Namespace, monitor: Monitor) -> int:
 
 
 def _verdict(arguments: argparse.Namespace, monitor: Monitor) -> int:
-    from qcow2bm.qmp.verdict import judge, settle
+    from qcow2bm.qmp.rescue import judge, settle
 
     found = judge(monitor, arguments.nodes)
     done = []
@@ -117,7 +117,7 @@ go by what rescue verdict said before; if it said nothing, and another machine r
 their bitmaps may miss what it wrote: remove them, and take full backups"""
 
 
-def _print_settled(done: Settled, migration: str) -> None:
+def _print_settled(done: Settlement, migration: str) -> None:
     verdict = done.verdict
     if done.obstacle:
         print(f"  nothing was done: {done.obstacle}")
@@ -134,10 +134,10 @@ def _print_settled(done: Settled, migration: str) -> None:
 
 def _finish(arguments: argparse.Namespace) -> int:
     from qcow2bm.cli.edit import open_to_edit
-    from qcow2bm.qmp.finish import finish
+    from qcow2bm.qmp.rescue import rename_copies
 
     with open_to_edit(arguments) as image, image.edit(dry_run=arguments.dry_run) as edit:
-        done = finish(image, edit)
+        done = rename_copies(image, edit)
     if arguments.output == "json":
         _print(rescue_json.of_finish(arguments.image, done, dry_run=arguments.dry_run))
     else:

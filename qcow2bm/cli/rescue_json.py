@@ -11,18 +11,14 @@ from typing import TYPE_CHECKING
 from qcow2bm.cli.facts import json_text
 
 if TYPE_CHECKING:
-    from qcow2bm.qmp.arm import Arming
-    from qcow2bm.qmp.finish import Finished
-    from qcow2bm.qmp.nodes import NodeBitmap
-    from qcow2bm.qmp.start import Start
-    from qcow2bm.qmp.verdict import Settled
+    from qcow2bm.qmp.rescue import ArmReport, CopyRename, NodeBitmap, RescueReport, Settlement
 
 SCHEMA = 1
 
 Document = dict[str, object]
 
 
-def of_start(address: str, done: Start, *, dry_run: bool) -> Document:
+def of_start(address: str, done: RescueReport, *, dry_run: bool) -> Document:
     """What ``rescue start`` did."""
     bitmaps = [
         {
@@ -40,7 +36,7 @@ def of_start(address: str, done: Start, *, dry_run: bool) -> Document:
     return {**_head("qmp", address), "dry-run": dry_run, "migration": migration, "bitmaps": bitmaps}
 
 
-def of_arming(address: str, done: Arming) -> Document:
+def of_arming(address: str, done: ArmReport) -> Document:
     """What ``rescue arm`` did."""
     nodes = [
         {
@@ -62,7 +58,7 @@ def of_arming(address: str, done: Arming) -> Document:
     }
 
 
-def of_verdicts(address: str, migration: str, found: Sequence[Settled]) -> Document:
+def of_verdicts(address: str, migration: str, found: Sequence[Settlement]) -> Document:
     """What ``rescue verdict`` found."""
     nodes = [
         {
@@ -81,7 +77,7 @@ def of_verdicts(address: str, migration: str, found: Sequence[Settled]) -> Docum
     return {**_head("qmp", address), "migration": migration or None, "nodes": nodes}
 
 
-def of_finish(name: str, done: Sequence[Finished], *, dry_run: bool) -> Document:
+def of_finish(name: str, done: Sequence[CopyRename], *, dry_run: bool) -> Document:
     """What ``rescue finish`` did."""
     bitmaps = [
         {

@@ -61,15 +61,22 @@ def _from_image(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
 def _saved(image: Image) -> tuple[Sidecar, list[str]]:
     valid, left_out = report.valid_bitmaps(image)
     nameless = [f"bitmap @{b.index} has no name, and is left out" for b in valid if not b.name]
-    return saved_bitmaps.save(image, filter(lambda bitmap: bitmap.name, valid)), left_out + nameless
+    return saved_bitmaps.collect(
+        image, filter(lambda bitmap: bitmap.name, valid)
+    ), left_out + nameless
 
 
 def _from_vm(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
-    from qcow2bm.qmp.client import Monitor
-    from qcow2bm.qmp.save import save
+    from qcow2bm.qmp.rescue import Monitor, NodeChoiceError, save_sidecar
 
-    with Monitor(arguments.qmp) as monitor:
-        return save(monitor, arguments.node)
+    try:
+        with Monitor(arguments.qmp) as monitor:
+            sidecar, left_out = save_sidecar(monitor, arguments.node)
+    except NodeChoiceError as error:
+        listed = ", ".join(f'"{escape(node)}"' for node in error.nodes)
+        reason = f"several nodes have bitmaps: choose one with --node ({listed})"
+        raise ValueError(reason) from error
+    return sidecar, [f'bitmap "{escape(b.name)}" is {why}, and left out' for b, why in left_out]
 
 
 def _load(arguments: argparse.Namespace) -> int:

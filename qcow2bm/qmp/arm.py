@@ -20,7 +20,7 @@ from qcow2bm.migration.sentinel import Sentinel
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
-from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, look
+from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, query_machine
 from qcow2bm.units import ceil_div, encode_name, escape
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")  # what QEMU takes as an alias
@@ -29,7 +29,7 @@ _CLUSTER_SIZE = 64 << 10  # where QEMU does not say
 Mapping = list[dict[str, Any]]
 
 
-class Armed(NamedTuple):
+class ArmedNode(NamedTuple):
     """A node that has a sentinel; ``is_new`` unless it had it before."""
 
     node: str
@@ -45,21 +45,21 @@ class Obstacle(NamedTuple):
     reason: str
 
 
-class Arming(NamedTuple):
+class ArmReport(NamedTuple):
     """What ``rescue arm`` did.
 
     ``mapping`` is the block-bitmap-mapping that leaves the sentinels out; ``is_set`` whether QEMU
     has it. ``left_out`` are bitmaps that it leaves out as well: they stay in the image they are in.
     """
 
-    nodes: tuple[Armed, ...]
+    nodes: tuple[ArmedNode, ...]
     mapping: Mapping
     is_set: bool
     obstacles: tuple[Obstacle, ...]
     left_out: tuple[NodeBitmap, ...]
 
 
-def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> Arming:
+def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> ArmReport:
     """Adds a sentinel to each of these nodes, or to all with persistent bitmaps.
 
     Only where QEMU has the mapping that leaves sentinels out: what is made before that may travel,
@@ -77,7 +77,7 @@ def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = Fals
         QmpError: QEMU does not answer, or refuses.
         ValueError: there is no node of such a name.
     """
-    machine = look(monitor)
+    machine = query_machine(monitor)
     machine.require_settled()
     scratch.discard_leftover(monitor)
     chosen = machine.select(nodes, lambda node: node.has_persistent and not node.is_read_only)
@@ -90,7 +90,7 @@ def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = Fals
         is_set = True
     armed = tuple(_arm(monitor, node) for node in chosen) if is_set else ()
     obstacles = tuple(_obstacles(machine, mapping))
-    return Arming(armed, mapping, is_set, obstacles, tuple(_left_out(machine, mapping)))
+    return ArmReport(armed, mapping, is_set, obstacles, tuple(_left_out(machine, mapping)))
 
 
 def _require_decided(node: Node, *, is_set: bool) -> None:
@@ -106,9 +106,9 @@ def _require_decided(node: Node, *, is_set: bool) -> None:
         raise StateError("not judged yet", "judged by rescue verdict", subject)
 
 
-def _arm(monitor: Monitor, node: Node) -> Armed:
+def _arm(monitor: Monitor, node: Node) -> ArmedNode:
     if node.twin:
-        return Armed(node.name, sentinel_of(node.twin.name), node.twin.granularity, False)
+        return ArmedNode(node.name, sentinel_of(node.twin.name), node.twin.granularity, False)
     sentinel = fresh_sentinel(node)
     name, granularity = sentinel.name, sentinel.granularity
     monitor.transaction(
@@ -120,7 +120,7 @@ def _arm(monitor: Monitor, node: Node) -> Armed:
             actions.merge(node.name, name, twin_of(name)),
         ]
     )
-    return Armed(node.name, name, granularity, True)
+    return ArmedNode(node.name, name, granularity, True)
 
 
 def fresh_sentinel(node: Node) -> Sentinel:

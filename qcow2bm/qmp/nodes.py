@@ -176,7 +176,7 @@ class Machine(NamedTuple):
             raise StateError(state, "running; cont it if no other one is", "the machine")
 
 
-def look(monitor: Monitor) -> Machine:
+def query_machine(monitor: Monitor) -> Machine:
     """What there is now.
 
     Raises:
@@ -187,7 +187,7 @@ def look(monitor: Monitor) -> Machine:
     migration = monitor.execute("query-migrate")
     parameters = monitor.execute("query-migrate-parameters")
     devices = monitor.execute("query-block")
-    nodes = look_at_nodes(monitor, devices)
+    nodes = query_nodes(monitor, devices)
     machine = _understood(
         "query-status",
         lambda: Machine(
@@ -214,10 +214,10 @@ def _probed(monitor: Monitor, node: Node) -> Node:
     return node._replace(is_active="read-only" not in said)
 
 
-def look_at_nodes(
+def query_nodes(
     monitor: Monitor, devices: Sequence[dict[str, Any]] | None = None
 ) -> tuple[Node, ...]:
-    """The nodes that there are now, but the one that a rescue makes; raises as `look` does.
+    """The nodes that there are now, but the scratch node; raises as `query_machine` does.
 
     ``devices`` is the answer of query-block; without it, aliases are the names of nodes.
     """
@@ -277,9 +277,9 @@ def _children(monitor: Monitor) -> dict[str, str]:
     }
 
 
-def find(monitor: Monitor, node: str, name: str) -> NodeBitmap | None:
-    """The bitmap of that name as it is now; raises as `look` does."""
-    return next((n.find(name) for n in look_at_nodes(monitor) if n.name == node), None)
+def query_bitmap(monitor: Monitor, node: str, name: str) -> NodeBitmap | None:
+    """The bitmap of that name as it is now; raises as `query_machine` does."""
+    return next((n.find(name) for n in query_nodes(monitor) if n.name == node), None)
 
 
 def _node(found: dict[str, Any], aliases: dict[str, str]) -> Node:

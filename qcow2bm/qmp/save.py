@@ -12,40 +12,69 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from qcow2bm.api import open, sidecar
-from qcow2bm.clusters.blank import blank_image
+from qcow2bm.clusters.empty_image import build_empty_image
 from qcow2bm.errors import BitmapError, QmpError, StateError, StorageError
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, look
-from qcow2bm.qmp.start import sha256
+from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, query_machine
+from qcow2bm.qmp.veto import sha256
 from qcow2bm.units import escape
 
 
-def save(monitor: Monitor, name: str | None = None) -> tuple[Sidecar, list[str]]:
-    """The persistent bitmaps of a node, as they are now; and of each left out, why.
+class Omission(NamedTuple):
+    """A persistent bitmap that cannot be saved, and why."""
 
-    All are of one moment, unless an iothread serves the disk: then each is of some moment while
-    the transaction is under way.
+    bitmap: NodeBitmap
+    reason: str
 
-    *Guarantees*: nothing of the machine's own is changed. The node that is added is gone at the
-    end, or goes when this is done again.
+
+class MachineSidecar(NamedTuple):
+    """The bitmaps of a node of a running machine; ``left_out`` are those that cannot be saved."""
+
+    sidecar: Sidecar
+    left_out: tuple[Omission, ...]
+
+
+class NodeChoiceError(ValueError):
+    """Several ``nodes`` have persistent bitmaps, and none was chosen."""
+
+    def __init__(self, nodes: Sequence[str]) -> None:
+        super().__init__(nodes)
+        self.nodes = tuple(nodes)
+
+    def __str__(self) -> str:
+        listed = ", ".join(f'"{escape(node)}"' for node in self.nodes)
+        return f"several nodes have bitmaps: choose one ({listed})"
+
+
+def save_sidecar(monitor: Monitor, name: str | None = None) -> MachineSidecar:
+    """Copies the persistent bitmaps of a node, as they are now, into a `Sidecar`.
+
+    All bitmaps are of one moment, unless an iothread serves the disk: then each bitmap is of some
+    moment during the transaction.
+
+    *Guarantees*: the machine's own nodes and bitmaps do not change. The scratch node that is added
+    is removed at the end; after an interruption, by the next call of this or another function of
+    `qcow2bm.qmp.rescue`.
 
     Args:
         monitor: the machine.
-        name: the node or device; not needed if only one has persistent bitmaps.
+        name: the node or device; not needed if only one node has persistent bitmaps.
 
     Raises:
-        StateError: it is not the time, see `Machine.require_settled`.
-        QmpError: QEMU does not answer, refuses, or did not store them.
+        NodeChoiceError: ``name`` is needed.
+        StateError: the machine's state does not allow it, see `Machine.require_settled`; or the
+            verdict about the last migration is due.
+        QmpError: QEMU does not answer, refuses, or did not store the bitmaps.
         StorageError: there is no room for temporary files.
-        ValueError: it is not clear which node is meant, or it has no such bitmaps.
+        ValueError: there is no such node, or it has no bitmaps that can be saved.
     """
-    machine = look(monitor)
+    machine = query_machine(monitor)
     machine.require_settled()
     scratch.discard_leftover(monitor)
     node = _chosen(machine, name)
@@ -54,17 +83,14 @@ def save(monitor: Monitor, name: str | None = None) -> tuple[Sidecar, list[str]]
         raise StateError("armed, and not judged", "judged by rescue verdict first", subject)
     persistent = [bitmap for bitmap in node.bitmaps if bitmap.is_persistent]
     usable = [bitmap for bitmap in persistent if bitmap.is_usable]
-    left_out = [
-        f'bitmap "{escape(b.name)}" is {_why_not(b)}, and left out'
-        for b in persistent
-        if not b.is_usable
-    ]
+    left_out = tuple(Omission(b, _why_not(b)) for b in persistent if not b.is_usable)
     if not usable:
-        raise ValueError("; ".join(left_out) or "has no persistent bitmaps")
+        reasons = (f'bitmap "{escape(b.name)}" is {reason}' for b, reason in left_out)
+        raise ValueError("; ".join(reasons) or "has no persistent bitmaps")
     with _blank(node.virtual_size) as file:
         digests = _store(monitor, node, usable, file.fileno())
         bitmaps = _read(file, usable, digests)
-    return Sidecar(node.virtual_size, b"", tuple(bitmaps)), left_out
+    return MachineSidecar(Sidecar(node.virtual_size, b"", tuple(bitmaps)), left_out)
 
 
 def _chosen(machine: Machine, name: str | None) -> Node:
@@ -72,8 +98,7 @@ def _chosen(machine: Machine, name: str | None) -> Node:
     if not nodes:
         raise ValueError("no node has persistent bitmaps")
     if len(nodes) > 1:
-        listed = ", ".join(f'"{escape(node.name)}"' for node in nodes)
-        raise ValueError(f"several nodes have bitmaps: choose one with --node ({listed})")
+        raise NodeChoiceError([node.name for node in nodes])
     return nodes[0]
 
 
@@ -87,7 +112,7 @@ def _blank(virtual_size: int) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context(TemporaryFile(buffering=0))
-            blank = blank_image(virtual_size)
+            blank = build_empty_image(virtual_size)
             file.write(blank.head)
             file.truncate(blank.length)
         except OSError as error:
@@ -136,7 +161,7 @@ def _read(
     with open(file) as image:
         for live, digest in zip(bitmaps, digests, strict=True):
             try:
-                (bitmap,) = sidecar.save(image, [image.bitmaps[live.name]]).bitmaps
+                (bitmap,) = sidecar.collect(image, [image.bitmaps[live.name]]).bitmaps
             except BitmapError as error:
                 raise QmpError("blockdev-del", f"QEMU did not store a bitmap: {error}") from error
             if digest not in (None, bitmap.sha256()):

@@ -13,22 +13,22 @@ from qcow2bm.errors import QmpRefusedError
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import COMPARED, SCRATCH_NODE, sentinel_of
-from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, look
-from qcow2bm.qmp.start import sha256
+from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, query_machine
+from qcow2bm.qmp.veto import sha256
 from qcow2bm.units import escape
 
-Word = Literal["untouched", "touched", "unknown", "left-over", "not-armed"]
+VerdictWord = Literal["untouched", "touched", "unknown", "left-over", "not-armed"]
 Remedy = Literal["remove", "all-dirty"]
-Fate = Literal["kept", "in-doubt", "removed", "all-dirty", "left"]
+SettlementOutcome = Literal["kept", "in-doubt", "removed", "all-dirty", "left"]
 
-_FATES: dict[Remedy, Fate] = {"remove": "removed", "all-dirty": "all-dirty"}
+_OUTCOMES: dict[Remedy, SettlementOutcome] = {"remove": "removed", "all-dirty": "all-dirty"}
 
 
 class Verdict(NamedTuple):
     """What was found on a node, and why; ``concerned`` are the bitmaps that something is due to."""
 
     node: Node
-    word: Word
+    word: VerdictWord
     reason: str
     concerned: tuple[NodeBitmap, ...] = ()
 
@@ -38,15 +38,15 @@ class Verdict(NamedTuple):
         return self.word in ("touched", "unknown")
 
 
-class Judged(NamedTuple):
+class BitmapSettlement(NamedTuple):
     """What became of one bitmap, and why."""
 
     bitmap: NodeBitmap
-    fate: Fate
+    outcome: SettlementOutcome
     reason: str
 
 
-class Settled(NamedTuple):
+class Settlement(NamedTuple):
     """What was done by a verdict.
 
     ``is_armed`` is whether the node still is, because something is left to decide; ``obstacle``
@@ -55,7 +55,7 @@ class Settled(NamedTuple):
 
     verdict: Verdict
     is_armed: bool
-    bitmaps: tuple[Judged, ...]
+    bitmaps: tuple[BitmapSettlement, ...]
     obstacle: str = ""
 
     @property
@@ -64,14 +64,14 @@ class Settled(NamedTuple):
         return not self.is_armed and not self.verdict.is_bad
 
 
-class Verdicts(NamedTuple):
+class VerdictReport(NamedTuple):
     """All that was found; ``migration`` is the last word of query-migrate, if any."""
 
     migration: str
     nodes: tuple[Verdict, ...]
 
 
-def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> Verdicts:
+def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> VerdictReport:
     """Judges these nodes, or all that were armed.
 
     *Guarantees*: nothing is changed that matters to what is found when this is done again.
@@ -81,7 +81,7 @@ def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> Verdicts:
         QmpError: QEMU does not answer, or refuses.
         ValueError: there is no node of such a name.
     """
-    machine = look(monitor)
+    machine = query_machine(monitor)
     machine.require_settled()
     scratch.discard_leftover(monitor)
     copies = [
@@ -92,12 +92,14 @@ def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> Verdicts:
     ]
     if copies:  # of somebody who was interrupted
         monitor.transaction(copies)
-        machine = look(monitor)
+        machine = query_machine(monitor)
     chosen = machine.select(nodes, lambda node: bool(node.evidence))
-    return Verdicts(machine.migration, tuple(_judge(monitor, machine, node) for node in chosen))
+    return VerdictReport(
+        machine.migration, tuple(_judge(monitor, machine, node) for node in chosen)
+    )
 
 
-def settle(monitor: Monitor, verdict: Verdict, remedy: Remedy | None = None) -> Settled:
+def settle(monitor: Monitor, verdict: Verdict, remedy: Remedy | None = None) -> Settlement:
     """Disarms a node if there is nothing to decide, or does what was decided.
 
     *Guarantees*: a node is disarmed by the same transaction that does what is due to its bitmaps.
@@ -114,31 +116,36 @@ def settle(monitor: Monitor, verdict: Verdict, remedy: Remedy | None = None) -> 
     """
     node = verdict.node.name
     if verdict.is_bad and not remedy:
-        return Settled(verdict, True, _fates(verdict, "in-doubt"))
+        return Settlement(verdict, True, _bitmap_settlements(verdict, "in-doubt"))
     busy = next((bitmap for bitmap in verdict.concerned if bitmap.is_busy), None)
     if busy:
         obstacle = f'"{escape(busy.name)}" is busy: try again when that has ended'
-        return Settled(verdict, True, _fates(verdict, "left"), obstacle)
-    fate: Fate = _FATES[remedy] if remedy and verdict.is_bad else "kept"
-    is_scratch_needed = fate == "all-dirty" and verdict.concerned
+        return Settlement(verdict, True, _bitmap_settlements(verdict, "left"), obstacle)
+    outcome: SettlementOutcome = _OUTCOMES[remedy] if remedy and verdict.is_bad else "kept"
+    is_scratch_needed = outcome == "all-dirty" and verdict.concerned
     size = verdict.node.virtual_size
     try:
         with scratch.all_dirty(monitor, size) if is_scratch_needed else nullcontext():
-            work = [*_due(verdict, fate), *(actions.remove(node, n) for n in verdict.node.evidence)]
+            work = [
+                *_due(verdict, outcome),
+                *(actions.remove(node, n) for n in verdict.node.evidence),
+            ]
             if work:
                 monitor.transaction(work)
     except QmpRefusedError as error:
-        return Settled(verdict, True, _fates(verdict, "left"), f"QEMU refuses: {error.reason}")
-    return Settled(verdict, False, _fates(verdict, fate))
+        return Settlement(
+            verdict, True, _bitmap_settlements(verdict, "left"), f"QEMU refuses: {error.reason}"
+        )
+    return Settlement(verdict, False, _bitmap_settlements(verdict, outcome))
 
 
-def _due(verdict: Verdict, fate: Fate) -> list[actions.Action]:
+def _due(verdict: Verdict, outcome: SettlementOutcome) -> list[actions.Action]:
     """What is to be done with the bitmaps that are concerned."""
     node = verdict.node.name
     names = [bitmap.name for bitmap in verdict.concerned]
-    if fate == "removed":
+    if outcome == "removed":
         return [actions.remove(node, name) for name in names]
-    if fate == "all-dirty":
+    if outcome == "all-dirty":
         return [actions.merge(node, name, scratch.NAME, SCRATCH_NODE) for name in names]
     sentinel = sentinel_of(verdict.node.twin.name) if verdict.node.twin else ""
     return [actions.merge(node, name, sentinel) for name in names]
@@ -164,7 +171,9 @@ def _judge(monitor: Monitor, machine: Machine, node: Node) -> Verdict:
 _DEATH = "somebody opened the disk for writing, and did not end properly"
 
 
-def _evidence(monitor: Monitor, machine: Machine, node: Node, twin: NodeBitmap) -> tuple[Word, str]:
+def _evidence(
+    monitor: Monitor, machine: Machine, node: Node, twin: NodeBitmap
+) -> tuple[VerdictWord, str]:
     sentinel = node.find(sentinel_of(twin.name))
     if not sentinel:
         return "touched", "the sentinel is gone: a program wrote that does not know bitmaps"
@@ -222,11 +231,13 @@ def _travelled(machine: Machine, bitmap: NodeBitmap) -> bool:
     return bitmap.is_recording and not is_stored
 
 
-def _fates(verdict: Verdict, fate: Fate) -> tuple[Judged, ...]:
+def _bitmap_settlements(
+    verdict: Verdict, outcome: SettlementOutcome
+) -> tuple[BitmapSettlement, ...]:
     return tuple(
-        Judged(
+        BitmapSettlement(
             bitmap,
-            fate if bitmap in verdict.concerned else "kept",
+            outcome if bitmap in verdict.concerned else "kept",
             "inconsistent already" if bitmap.is_inconsistent else "",
         )
         for bitmap in verdict.node.subjects

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -20,7 +20,7 @@ from qcow2bm.tracker.session import Session
 
 if TYPE_CHECKING:
     from qcow2bm.bitmaps.draft import Draft
-    from qcow2bm.bits.runs import Op
+    from qcow2bm.bits.operations import Op
 
 
 class Merge(NamedTuple):

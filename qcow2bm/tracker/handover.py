@@ -19,7 +19,7 @@ from qcow2bm.log import logger
 from qcow2bm.migration.evidence import Definition, Departure, Facts, Fate, Witness, decide, judge
 from qcow2bm.migration.lifecycle import has_ended
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
-from qcow2bm.storage.identity import FileIdentity, FilePath, identify
+from qcow2bm.storage.file_identity import FileIdentity, FilePath, identify
 from qcow2bm.tracker.fanout import Recording
 from qcow2bm.tracker.phase import Migration
 from qcow2bm.tracker.reports import Activation

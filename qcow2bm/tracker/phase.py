@@ -11,7 +11,7 @@ from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.migration.evidence import Departure
 from qcow2bm.migration.lifecycle import Event, State, after
 from qcow2bm.migration.sentinel import Sentinel
-from qcow2bm.storage.identity import FilePath
+from qcow2bm.storage.file_identity import FilePath
 from qcow2bm.tracker.reports import Activation
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.migration.lifecycle import State
-from qcow2bm.storage.identity import FilePath
+from qcow2bm.storage.file_identity import FilePath
 from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker import handover
 from qcow2bm.tracker.edit import TrackerEdit, rotate

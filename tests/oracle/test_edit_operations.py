@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.edits import KINDS, OPERATIONS, SECTOR, KiB, Kind, Step, Twin
+from support.model import OPERATORS
 from support.qemu import StorageDaemon, run, run_ok
+from support.twin import KINDS, SECTOR, KiB, Kind, Step, Twin
 
 import qcow2bm
 
@@ -41,7 +42,7 @@ def steps(size: int) -> list[Step]:
         ("invert", ("weekly",)),
         *[
             step
-            for op in OPERATIONS
+            for op in OPERATORS
             for step in (
                 ("copy", ("daily", f"{op} coarse")),
                 ("merge", (f"{op} coarse", "weekly", op)),
@@ -171,6 +172,7 @@ def test_no_change_writes_nothing(tmp_path: Path) -> None:
     assert (twin.disk.path.read_bytes(), twin.disk.path.stat().st_mtime_ns) == before
 
 
+@pytest.mark.spec("INV-NOPATH")
 @pytest.mark.parametrize("kind", ["cluster-4k", "overlay", "data-file-raw"])
 def test_no_file_that_the_image_names_is_needed(
     tmp_path: Path, daemon: StorageDaemon, kind: str

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import pytest
 from support.console import Result as Printed
 from support.console import run
-from support.edits import KiB, MiB
+from support.migration_alone import CASES
+from support.migration_rescued import Result, Way, rescued
 from support.qemu import Disk, run_ok
 from support.qemu import QmpError as QmpRefused
 from support.rescue import verdict
 from support.specreader import ROOT, page
+from support.twin import KiB, MiB
 from support.vm import NOWHERE, Machine
 
 import qcow2bm
@@ -26,11 +28,8 @@ from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE, copy_of, is_evidence
-from qcow2bm.qmp.nodes import find
-from qcow2bm.qmp.start import copy_and_rename, sha256, start
-
-from .alone import CASES
-from .rescued import Result, Way, rescued
+from qcow2bm.qmp.nodes import query_bitmap
+from qcow2bm.qmp.veto import copy_and_rename, lift_vetoes, sha256
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 
@@ -133,10 +132,10 @@ def interrupted(work: Callable[[Monitor], object], address: str, commands: int) 
 def test_start_is_interrupted_after_each_command(commands: int, tmp_path: Path) -> None:
     with cancelled(tmp_path) as (machine, address, disk):
         hashes = {name: machine.sha256(name) for name in ("a", "b")}
-        assert interrupted(start, address, commands) == (commands < 2)
+        assert interrupted(lift_vetoes, address, commands) == (commands < 2)
         assert {name: machine.sha256(name) for name in machine.bitmaps()} == hashes
         with Monitor(address) as monitor:
-            assert all(one.outcome == "rescued" for one in start(monitor).bitmaps)
+            assert all(one.outcome == "rescued" for one in lift_vetoes(monitor).bitmaps)
         machine.quit()
     assert stored(disk) == hashes
 
@@ -145,7 +144,7 @@ def by_copy(monitor: Monitor) -> list[str]:
     """Rescues both bitmaps as if their removal could not be aborted."""
     outcomes: list[str] = []
     for name in ("a", "b"):
-        if bitmap := find(monitor, "disk", name):
+        if bitmap := query_bitmap(monitor, "disk", name):
             digest = sha256(monitor, bitmap)
             done = copy_and_rename(monitor, bitmap, digest, is_running=True)
             outcomes.append(done.outcome)
@@ -182,14 +181,14 @@ def test_a_copy_is_interrupted_after_each_command(
             assert copy_of("ab"[commands // 2]) in machine.bitmaps()
         if way == "start":
             with Monitor(address) as monitor:
-                assert all(one.is_safe for one in start(monitor).bitmaps)
+                assert all(one.is_safe for one in lift_vetoes(monitor).bitmaps)
         machine.quit()
     if way == "start anew":
         with (
             Machine(disk.path, monitor=tmp_path / "qmp") as machine,
             Monitor(address) as monitor,
         ):
-            rescues = {one.bitmap.name: one for one in start(monitor).bitmaps}
+            rescues = {one.bitmap.name: one for one in lift_vetoes(monitor).bitmaps}
             assert rescues["a"].is_safe
             machine.quit()
     if way == "finish":
@@ -395,7 +394,7 @@ def test_several_nodes(tmp_path: Path) -> None:
         machine.wait_for_migration("cancelled")
         machine.wait_for("running")
         assert [one.verdict.word for one in verdict(monitor)] == ["untouched", "untouched"]
-        assert [one.outcome for one in start(monitor).bitmaps] == ["rescued", "rescued"]
+        assert [one.outcome for one in lift_vetoes(monitor).bitmaps] == ["rescued", "rescued"]
         machine.quit()
     assert [list(stored(disk)) for disk in disks] == [["a"], ["a"]]
     assert disks[0].extents("a") == disks[1].extents("a") == [(0, GRANULARITY)]
@@ -434,21 +433,21 @@ def test_a_destination_that_has_not_run_yet_is_left_alone(tmp_path: Path) -> Non
         Monitor(str(address)) as monitor,
     ):
         with pytest.raises(qcow2bm.StateError, match="inmigrate"):
-            start(monitor)
+            lift_vetoes(monitor)
         machine.enable("dirty-bitmaps", "late-block-activate")
         source.enable("dirty-bitmaps")
         ours, theirs = socket.socketpair()
         machine.receive(theirs)
         source.migrate(ours)
         machine.wait_for_migration("completed")
-        for command in (start, arm, verdict):
+        for command in (lift_vetoes, arm, verdict):
             asked: Callable[[Monitor], object] = command
             with pytest.raises(qcow2bm.StateError, match="a disk is inactive"):
                 asked(monitor)
         source.wait_for("postmigrate")
         source.quit()
         machine.execute("cont")
-        assert [one.outcome for one in start(monitor).bitmaps] == ["rescued"]
+        assert [one.outcome for one in lift_vetoes(monitor).bitmaps] == ["rescued"]
         machine.quit()
     assert "a" in stored(disk)
 
@@ -465,7 +464,7 @@ def test_nothing_is_done_while_a_migration_is_under_way(tmp_path: Path) -> None:
             Monitor(str(tmp_path / "qmp")) as monitor,
             pytest.raises(qcow2bm.StateError, match="migrating"),
         ):
-            start(monitor)
+            lift_vetoes(monitor)
 
 
 @pytest.mark.spec("RESCUE-8", "RESCUE-12")
@@ -477,7 +476,7 @@ def test_an_inconsistent_bitmap_is_left_and_keeps_its_entry(tmp_path: Path) -> N
         machine.add("b", GRANULARITY)
         with Monitor(str(tmp_path / "qmp")) as monitor:
             for _ in range(2):
-                found = [(one.bitmap.name, one.outcome) for one in start(monitor).bitmaps]
+                found = [(one.bitmap.name, one.outcome) for one in lift_vetoes(monitor).bitmaps]
                 assert found == [("a", "left"), ("b", "rescued")]
             assert [o.bitmap.name for o in arm(monitor, set_mapping=True).obstacles] == ["a"]
             assert [found.verdict.word for found in verdict(monitor)] == ["untouched"]

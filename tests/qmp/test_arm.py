@@ -7,14 +7,14 @@ from support.fakeqemu import FakeBitmap, FakeNode, FakeQemu
 
 from qcow2bm.errors import QmpError, QmpRefusedError, StateError
 from qcow2bm.migration.sentinel import PREFIX, is_sentinel
-from qcow2bm.qmp.arm import Arming, arm
+from qcow2bm.qmp.arm import ArmReport, arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
 
 OLD = PREFIX + "0f0e0d0c-0b0a-4908-8706-050403020100"
 
 
-def armed(address: str, *nodes: str, set_mapping: bool = True) -> Arming:
+def armed(address: str, *nodes: str, set_mapping: bool = True) -> ArmReport:
     with Monitor(address) as monitor:
         return arm(monitor, nodes, set_mapping=set_mapping)
 

@@ -15,7 +15,7 @@ from support.fakeqemu import FakeQemu
 from qcow2bm.errors import QmpError, QmpRefusedError, UnsupportedError
 from qcow2bm.qmp import client
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.nodes import look
+from qcow2bm.qmp.nodes import query_machine
 
 
 def test_a_command_is_answered(qemu: FakeQemu, address: str) -> None:
@@ -23,7 +23,7 @@ def test_a_command_is_answered(qemu: FakeQemu, address: str) -> None:
         assert monitor.execute("query-status")["status"] == "running"
         monitor.close()  # may be called twice
     with Monitor(address) as monitor:  # the next one is served
-        assert look(monitor).status == "running"
+        assert query_machine(monitor).status == "running"
 
 
 def test_a_refusal_is_one_line(qemu: FakeQemu, address: str) -> None:
@@ -110,8 +110,8 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.M
 @pytest.mark.spec("RESCUE-3")
 def test_nothing_else_loads_the_package() -> None:
     program = (
-        "import sys, qcow2bm, qcow2bm.cli.rescue, qcow2bm.qmp.start, qcow2bm.qmp.arm\n"
-        "import qcow2bm.qmp.verdict, qcow2bm.qmp.finish\n"
+        "import sys, qcow2bm, qcow2bm.cli.rescue, qcow2bm.qmp.veto, qcow2bm.qmp.arm\n"
+        "import qcow2bm.qmp.verdict, qcow2bm.qmp.copies\n"
         "assert 'qemu' not in sys.modules and 'qemu.qmp' not in sys.modules"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -134,4 +134,4 @@ def test_an_answer_that_is_none_of_qemu(
 ) -> None:
     qemu.answers[command] = answer
     with Monitor(address) as monitor, pytest.raises(QmpError, match="not what QEMU's would be"):
-        look(monitor)
+        query_machine(monitor)

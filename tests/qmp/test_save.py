@@ -15,7 +15,7 @@ from qcow2bm.migration.sidecar import read_sidecar
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.save import save
+from qcow2bm.qmp.save import save_sidecar
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
 
@@ -31,7 +31,7 @@ def expected(qemu: FakeQemu) -> list[tuple[str, int, bool, str]]:
 
 def saved(address: str, node: str | None = None) -> list[tuple[str, int, bool, str]]:
     with Monitor(address) as monitor:
-        sidecar, _ = save(monitor, node)
+        sidecar, _ = save_sidecar(monitor, node)
     assert (sidecar.disk_size, sidecar.header) == (SIZE, b"")
     return [(b.name, b.granularity, b.enabled, b.sha256()) for b in sidecar.bitmaps]
 
@@ -71,7 +71,7 @@ def test_what_is_left_out(qemu: FakeQemu, address: str, tmp_path: Path) -> None:
 def test_not_while_a_migration_is_under_way(qemu: FakeQemu, address: str, state: str) -> None:
     qemu.migration = state
     with Monitor(address) as monitor, pytest.raises(StateError, match="migrating"):
-        save(monitor)
+        save_sidecar(monitor)
     assert qemu.changes() == []
 
 
@@ -80,10 +80,10 @@ def test_not_while_a_migration_is_under_way(qemu: FakeQemu, address: str, state:
 def test_not_before_the_verdict(qemu: FakeQemu, address: str, migration: str) -> None:
     with Monitor(address) as monitor:
         arm(monitor, set_mapping=True)
-        assert save(monitor)[0].bitmaps
+        assert save_sidecar(monitor).sidecar.bitmaps
         qemu.migration = migration
         with pytest.raises(StateError, match="judged by rescue verdict"):
-            save(monitor)
+            save_sidecar(monitor)
 
 
 def test_which_node(qemu: FakeQemu, address: str, tmp_path: Path) -> None:

@@ -16,18 +16,18 @@ from qcow2bm.migration.sentinel import PREFIX
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import COMPARED, SCRATCH_NODE, is_evidence, twin_of
-from qcow2bm.qmp.verdict import Remedy, Settled
+from qcow2bm.qmp.verdict import Remedy, Settlement
 
 SENTINEL = PREFIX + "0f0e0d0c-0b0a-4908-8706-050403020100"
 TWIN = twin_of(SENTINEL)
 
 
-def judged(address: str, remedy: Remedy | None = None) -> list[Settled]:
+def judged(address: str, remedy: Remedy | None = None) -> list[Settlement]:
     with Monitor(address) as monitor:
         return verdict(monitor, remedy=remedy)
 
 
-def one(address: str, remedy: Remedy | None = None) -> Settled:
+def one(address: str, remedy: Remedy | None = None) -> Settlement:
     (found,) = judged(address, remedy)
     return found
 
@@ -173,7 +173,7 @@ def test_which_bitmaps_are_concerned(armed: FakeQemu, address: str) -> None:
     for _ in range(2):
         found = one(address)
         assert not found.is_safe
-        assert {judged.bitmap.name: judged.fate for judged in found.bitmaps} == {
+        assert {judged.bitmap.name: judged.outcome for judged in found.bitmaps} == {
             "a": "in-doubt", "b": "in-doubt", "bad": "kept", "late": "in-doubt",
             "stored": "in-doubt", "t": "in-doubt",
         }  # fmt: skip
@@ -202,7 +202,7 @@ def test_all_dirty_is_all_of_any_disk(armed: FakeQemu, address: str, size: int) 
         bitmap.bits = set()
     armed.bitmaps[SENTINEL].inconsistent = True
     found = one(address, "all-dirty")
-    assert {judged.fate for judged in found.bitmaps} == {"all-dirty"}
+    assert {judged.outcome for judged in found.bitmaps} == {"all-dirty"}
     everything = set(range(-(-size >> 30)))
     assert all(armed.bitmaps[name].bits == everything for name in ("a", "b", "t"))
     assert list(armed.nodes) == ["disk"]
@@ -308,5 +308,5 @@ def test_a_node_that_cannot_be_settled_does_not_hide_the_others(
     assert not found["disk"].is_armed
     assert found["zfixed"].is_armed
     assert "readonly" in found["zfixed"].obstacle
-    assert {judged.fate for judged in found["zfixed"].bitmaps} == {"left"}
+    assert {judged.outcome for judged in found["zfixed"].bitmaps} == {"left"}
     assert not found["zfixed"].is_safe

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.specreader import ROOT, SPEC, page, pages, unhex
+from support.specreader import ROOT, SPEC, marks, page, pages, unhex
+
+import qcow2bm
 
 CITATION = re.compile(r'spec/([\w-]+\.md)((?:,\s+"[^"]+"(?:\s+and\s+"[^"]+")*)?)')
 
@@ -27,8 +28,30 @@ def test_every_page_is_in_the_index() -> None:
     index = page("README.md")
     assert {found.name for found in pages()} == {
         "README.md",
-        *(x for x in index.links if "#" not in x),
+        *(link for link in index.links if "#" not in link and "/" not in link),
     }
+
+
+def test_links_of_the_pages_elsewhere_lead_somewhere() -> None:
+    """Those of the README and of the contributor's pages: to files, and to headings of pages."""
+    for path in (ROOT / "README.md", *sorted((ROOT / ".github").rglob("*.md"))):
+        for link in re.findall(r"\[[^\]]+\]\(([^)\s]+)\)", path.read_text("utf-8")):
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve()
+            assert target.exists(), (path.name, link)
+            if anchor:
+                assert anchor in page(target.name).anchors(), (path.name, link)
+
+
+def test_modules_that_the_contributors_page_names_are_there() -> None:
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"`(\w+/\w+\.py)`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "qcow2bm" / name).is_file()] == []
+
+
+def test_the_changelog_has_this_version() -> None:
+    assert any(h.startswith(f"[{qcow2bm.__version__}] - ") for h in page("changelog.md").headings)
 
 
 def citations() -> Iterator[tuple[Path, str, list[str]]]:
@@ -47,16 +70,6 @@ def test_citations_in_the_source_lead_somewhere() -> None:
             assert heading in page(name).headings, (path, name, heading)
 
 
-def marks() -> Iterator[str]:
-    """The ids of all spec marks in the tests."""
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.spec":
-                for argument in node.args:
-                    assert isinstance(argument, ast.Constant), f"{path}: not a literal id"
-                    yield str(argument.value)
-
-
 def test_each_requirement_is_stated_once() -> None:
     stated = Counter(id for found in pages() for id in found.requirements)
     assert [id for id, times in stated.items() if times > 1] == []
@@ -64,7 +77,7 @@ def test_each_requirement_is_stated_once() -> None:
 
 def test_each_requirement_has_a_test_and_each_mark_a_requirement() -> None:
     stated = {id for found in pages() for id in found.requirements}
-    marked = set(marks())
+    marked = {id for _, id in marks()}
     assert stated - marked == set(), "requirements without a test"
     assert marked - stated == set(), "tests of no requirement"
 

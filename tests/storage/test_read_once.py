@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qcow2bm.errors import StorageError
-from qcow2bm.storage.base import WritableStorage, read_bytes
+from qcow2bm.storage.interface import WritableStorage, read_bytes
 from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.storage.read_once import ReadOnceStorage
 

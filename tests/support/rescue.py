@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.verdict import Remedy, Settled, judge, settle
+from qcow2bm.qmp.verdict import Remedy, Settlement, judge, settle
 
 
 def verdict(
     monitor: Monitor, nodes: Sequence[str] = (), remedy: Remedy | None = None
-) -> list[Settled]:
+) -> list[Settlement]:
     """Judges all of these nodes, and then does what is due to each."""
     return [settle(monitor, one, remedy) for one in judge(monitor, nodes).nodes]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from support.faulty import FaultyStorage
+from support.faulty_storage import FaultyStorage
 from support.images import Stored, build_image, extension
-from tracker.recording import RecordingStorage
+from support.recording import RecordingStorage
 
 import qcow2bm
 from qcow2bm.bitmaps.tracked_bitmap import Bits

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 from support.audit import Audit
 from support.images import ONES, ZEROES, Stored, Word, build_image
-from tracker.recording import RecordingStorage
+from support.recording import RecordingStorage
 
 import qcow2bm
 from qcow2bm.tracker.tracker import Tracker

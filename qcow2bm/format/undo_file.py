@@ -1,0 +1,136 @@
+"""The file that a repair leaves to be undone with.
+
+*Spec*: spec/repair.md, "Undo file".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from construct import Bytes, Int8ub, Int32ub, Int64ub, Struct
+
+from qcow2bm.errors import FormatError, UnsupportedError
+from qcow2bm.format.schema import build, field_offsets, parse
+
+MAGIC = b"\x89qbmundo"
+VERSION = 1
+DIGEST_BYTES = 32
+
+WRITE, BARRIER = 1, 0
+
+_HEAD = Struct(
+    "magic" / Bytes(8),
+    "version" / Int32ub,
+    "nb_steps" / Int32ub,
+    "file_size" / Int64ub,
+    "state" / Bytes(DIGEST_BYTES),
+)
+_SEAL = Struct("magic" / Bytes(8), "mtime_ns" / Int64ub, "sha256" / Bytes(DIGEST_BYTES))
+SEAL_MAGIC = b"\x89qbmseal"
+_STEP = Struct("type" / Int8ub, "length" / Int32ub, "offset" / Int64ub)
+_OFFSETS = field_offsets(_HEAD)
+HEAD_BYTES, STEP_BYTES, SEAL_BYTES = _HEAD.sizeof(), _STEP.sizeof(), _SEAL.sizeof()
+
+
+class UndoStep(NamedTuple):
+    """What a repair wrote at ``offset``, and what stood there before; a barrier has neither."""
+
+    offset: int
+    old: bytes
+    new: bytes
+
+    @property
+    def is_barrier(self) -> bool:
+        """Whether it is a barrier."""
+        return not self.new
+
+
+BARRIER_STEP = UndoStep(0, b"", b"")
+
+
+class UndoLog(NamedTuple):
+    """What a repair did.
+
+    Attributes:
+        file_size: of the image in bytes, before it.
+        state: the digest of the image's metadata after it.
+        steps: all that was done, in order.
+        mtime_ns: when the image was written last by the repair; None if that was not noted,
+            because the repair did not come to its end, or the storage does not tell.
+    """
+
+    file_size: int
+    state: bytes
+    steps: tuple[UndoStep, ...]
+    mtime_ns: int | None = None
+
+
+def build_seal(mtime_ns: int) -> bytes:
+    """What is appended to an undo file when the repair is done."""
+    values = {"magic": SEAL_MAGIC, "mtime_ns": mtime_ns}
+    data = build(_SEAL, {**values, "sha256": bytes(DIGEST_BYTES)}, "seal")[:-DIGEST_BYTES]
+    return data + hashlib.sha256(data).digest()
+
+
+def build_undo(undo: UndoLog) -> Iterator[bytes]:
+    """The bytes of an undo file, piece by piece, without its seal."""
+    digest = hashlib.sha256()
+    for piece in _pieces(undo.file_size, undo.state, undo.steps):
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
+
+
+def _pieces(file_size: int, state: bytes, steps: Sequence[UndoStep]) -> Iterator[bytes]:
+    head = {"magic": MAGIC, "version": VERSION, "nb_steps": len(steps)}
+    yield build(_HEAD, {**head, "file_size": file_size, "state": state}, "undo file")
+    for step in steps:
+        type = BARRIER if step.is_barrier else WRITE
+        values = {"type": type, "length": len(step.new), "offset": step.offset}
+        yield build(_STEP, values, "step")
+        yield step.old
+        yield step.new
+
+
+def parse_undo(data: bytes) -> UndoLog:
+    """What an undo file says.
+
+    Raises:
+        FormatError: it is none, or damaged, or cut off.
+        UnsupportedError: it is of a later version.
+    """
+    found = parse(_HEAD, data[:HEAD_BYTES], "undo file", 0, _OFFSETS)
+    if found.magic != MAGIC:
+        raise FormatError("undo file", "magic", 0, "is not that of an undo file")
+    if found.version != VERSION:
+        raise UnsupportedError(f"version {found.version} of undo files, only {VERSION}")
+    end = len(data)
+    steps, place = [], HEAD_BYTES
+    for number in range(found.nb_steps):
+        step = parse(_STEP, data[place : place + STEP_BYTES], f"step {number}", place)
+        middle = place + STEP_BYTES + step.length
+        stop = middle + step.length
+        if (
+            stop > end
+            or step.type not in (WRITE, BARRIER)
+            or (step.type == WRITE) != bool(step.length)
+        ):
+            raise FormatError(f"step {number}", "", place, "is invalid")
+        old, new = data[place + STEP_BYTES : middle], data[middle:stop]
+        steps.append(UndoStep(step.offset, old, new))
+        place = stop
+    if hashlib.sha256(data[:place]).digest() != data[place : place + DIGEST_BYTES]:
+        raise FormatError("undo file", "sha256", place, "is another: the file is damaged")
+    return UndoLog(
+        found.file_size, found.state, tuple(steps), _sealed(data[place + DIGEST_BYTES :])
+    )
+
+
+def _sealed(seal: bytes) -> int | None:
+    """The time in a seal; None where it did not come to that, or only to a part of it."""
+    is_whole = len(seal) == SEAL_BYTES and seal.startswith(SEAL_MAGIC)
+    if not is_whole or hashlib.sha256(seal[:-DIGEST_BYTES]).digest() != seal[-DIGEST_BYTES:]:
+        return None
+    return int(parse(_SEAL, seal, "seal", 0).mtime_ns)

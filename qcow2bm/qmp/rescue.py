@@ -1,0 +1,67 @@
+"""Rescuing the bitmaps of a running virtual machine around a migration: the public functions.
+
+`Monitor` connects to the machine. The other functions do what the commands ``rescue`` and
+``sidecar save --qmp`` do:
+
+========================  ================================  ======================
+command                   function                          returns
+========================  ================================  ======================
+``rescue start``          `lift_vetoes`                     `RescueReport`
+``rescue arm``            `arm`                             `ArmReport`
+``rescue verdict``        `judge`, then `settle` each       `VerdictReport`, `Settlement`
+``rescue finish``         `rename_copies`                   list of `CopyRename`
+``sidecar save --qmp``    `save_sidecar`                    `MachineSidecar`
+========================  ================================  ======================
+
+*Spec*: spec/rescue.md; spec/sidecar.md, "A running machine".
+"""
+
+from __future__ import annotations
+
+from qcow2bm.qmp.arm import ArmedNode, ArmReport, Obstacle, arm
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.copies import CopyRename, rename_copies
+from qcow2bm.qmp.nodes import Node, NodeBitmap
+from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, Omission, save_sidecar
+from qcow2bm.qmp.verdict import (
+    BitmapSettlement,
+    Remedy,
+    Settlement,
+    SettlementOutcome,
+    Verdict,
+    VerdictReport,
+    VerdictWord,
+    judge,
+    settle,
+)
+from qcow2bm.qmp.veto import BitmapRescue, Proof, RescueOutcome, RescueReport, lift_vetoes
+
+__all__ = [
+    "ArmReport",
+    "ArmedNode",
+    "BitmapRescue",
+    "BitmapSettlement",
+    "CopyRename",
+    "MachineSidecar",
+    "Monitor",
+    "Node",
+    "NodeBitmap",
+    "NodeChoiceError",
+    "Obstacle",
+    "Omission",
+    "Proof",
+    "Remedy",
+    "RescueOutcome",
+    "RescueReport",
+    "Settlement",
+    "SettlementOutcome",
+    "Verdict",
+    "VerdictReport",
+    "VerdictWord",
+    "arm",
+    "judge",
+    "lift_vetoes",
+    "rename_copies",
+    "save_sidecar",
+    "settle",
+]

@@ -1,0 +1,251 @@
+"""Whether a state of an image is one that an edit may leave behind.
+
+The bitmaps are judged by what this library reads, the refcounts by a count of one's own.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from random import Random
+from typing import Literal, NamedTuple
+
+import numpy as np
+from support.crash_states import Choice, Interval, intervals
+
+import qcow2bm
+from qcow2bm.clusters.plan import Plan
+from qcow2bm.format.extensions import BITMAPS, PADDING, HeaderExtension
+from qcow2bm.format.features import AUTOCLEAR_BITMAPS, KNOWN_AUTOCLEAR
+from qcow2bm.format.header import Header
+
+Phase = Literal["old", "either", "new"]
+"""Which bitmaps a state may have."""
+
+
+class BrokenStateError(AssertionError):
+    """A state that must not be."""
+
+
+class Recorded(NamedTuple):
+    """A bitmap as a reader sees it; ``dirty`` are its bits as one number."""
+
+    name: str
+    flags: int
+    granularity: int
+    dirty: int
+    status: str = "valid"
+
+
+class Facts(NamedTuple):
+    """What an edit must keep, ``fixed``, and what it changes all at once, ``bitmaps``.
+
+    ``faults`` are the problems for which QEMU would refuse the image or a bitmap be unusable.
+    """
+
+    fixed: tuple[Header, str | None, tuple[HeaderExtension, ...]]
+    bitmaps: tuple[Recorded, ...]
+    faults: frozenset[str]
+    has_unknown_autoclear: bool
+
+
+def look(data: bytes | bytearray) -> Facts:
+    """The facts about an image, told by this library."""
+    with qcow2bm.open(data) as image:
+        header = image.header
+        # Without the autoclear bit a bitmaps extension is as good as none.
+        faults = {p.id for p in image.problems if p.severity in ("refused", "unusable")}
+        faults.discard("bitmaps-extension.autoclear.off")
+        is_marked = bool(header.autoclear_features & AUTOCLEAR_BITMAPS)
+        if is_marked and image.bitmaps_extension is None:
+            raise BrokenStateError("the autoclear bit is set without a bitmaps extension")
+        entries = range(len(image.directory)) if is_marked else ()
+        fixed = header._replace(
+            backing_file_offset=bool(header.backing_file_offset),
+            refcount_table_offset=0,
+            refcount_table_clusters=0,
+            autoclear_features=header.autoclear_features & KNOWN_AUTOCLEAR & ~AUTOCLEAR_BITMAPS,
+        )
+        kept = (e for _, e in image.extensions if e.type not in (BITMAPS, PADDING))
+        return Facts(
+            (fixed, image.backing_file, tuple(kept)),
+            tuple(_recorded(image.bitmap(number)) for number in entries),
+            frozenset(faults),
+            bool(header.autoclear_features & ~KNOWN_AUTOCLEAR),
+        )
+
+
+def _recorded(bitmap: qcow2bm.Bitmap) -> Recorded:
+    status = bitmap.status
+    packed = bitmap.packed() if status == "valid" else bitmap.stale_bits()
+    dirty = int.from_bytes(packed.tobytes(), "little")
+    return Recorded(bitmap.name, bitmap.entry.flags, bitmap.granularity, dirty, status)
+
+
+def under_counted(data: bytes | bytearray) -> list[str]:
+    """The clusters with a smaller refcount than references, and those beyond the file's end."""
+    (cluster_bits,) = struct.unpack_from(">I", data, 20)
+    table, table_clusters = struct.unpack_from(">QI", data, 48)
+    (order,) = struct.unpack_from(">I", data, 96)
+    per_block = 8 << cluster_bits >> order
+    blocks = struct.unpack_from(f">{(table_clusters << cluster_bits) // 8}Q", data, table)
+    found = []
+    references = Counter(_references(data))
+    references.update(
+        cluster
+        for start, length in [(table, table_clusters), *((b, 1) for b in blocks if b)]
+        for cluster in range(start >> cluster_bits, (start >> cluster_bits) + length)
+    )
+    for cluster, count in references.items():
+        index, entry = divmod(cluster, per_block)
+        block = blocks[index] if index < len(blocks) else 0
+        refcount = _refcount(data, block, entry, order) if block else 0
+        if refcount < count:
+            found.append(f"cluster {cluster} has {count} references and refcount {refcount}")
+        if cluster << cluster_bits >= len(data):
+            found.append(f"cluster {cluster} lies beyond the end of the file")
+    return found
+
+
+def _refcount(data: bytes | bytearray, block: int, entry: int, order: int) -> int:
+    width, bit = 1 << order, entry << order
+    place = block + bit // 8
+    count = int.from_bytes(data[place : place + max(1, width // 8)], "big")
+    return count if width >= 8 else count >> bit % 8 & (1 << width) - 1
+
+
+_OFFSET = (1 << 56) - (1 << 9)  # in entries of L1, L2 and bitmap tables
+
+
+def _references(data: bytes | bytearray) -> Iterator[int]:
+    """The clusters that the header leads to, as often as it does; not refcount structures."""
+    (cluster_bits,) = struct.unpack_from(">I", data, 20)
+    l1_size, l1_offset = struct.unpack_from(">IQ", data, 36)
+    nb_snapshots, snapshots = struct.unpack_from(">IQ", data, 60)
+    incompatible, _, autoclear = struct.unpack_from(">QQQ", data, 72)
+
+    def clusters(offset: int, length: int) -> range:
+        return range(
+            offset >> cluster_bits, (offset + length + (1 << cluster_bits) - 1) >> cluster_bits
+        )
+
+    def words(offset: int, count: int) -> list[int]:
+        """The places a table leads to."""
+        entries = np.frombuffer(data, ">u8", count, offset) & np.uint64(_OFFSET)
+        places: list[int] = entries[entries > 0].tolist()
+        return places
+
+    yield 0
+    l1_tables = [(l1_offset, l1_size)]
+    place = snapshots
+    for _ in range(nb_snapshots):
+        offset, size, id_size, name_size = struct.unpack_from(">QIHH", data, place)
+        (extra_size,) = struct.unpack_from(">I", data, place + 36)
+        l1_tables.append((offset, size))
+        place += 40 + (id_size + name_size + extra_size + 7) // 8 * 8
+    yield from clusters(snapshots, place - snapshots)
+    for offset, size in l1_tables:
+        yield from clusters(offset, 8 * size)
+        for l2 in words(offset, size):
+            yield l2 >> cluster_bits
+            if not incompatible & 4:  # else the data are in a file of their own
+                yield from (p >> cluster_bits for p in words(l2, (1 << cluster_bits) // 8))
+    if not autoclear & 1:
+        return
+    nb_bitmaps, directory_size, directory = _bitmaps_extension(data)
+    yield from clusters(directory, directory_size)
+    for _ in range(nb_bitmaps):
+        table, table_size = struct.unpack_from(">QI", data, directory)
+        name_size, extra_size = struct.unpack_from(">HI", data, directory + 18)
+        yield from clusters(table, 8 * table_size)
+        yield from (p >> cluster_bits for p in words(table, table_size))
+        directory += 24 + (name_size + extra_size + 7) // 8 * 8
+
+
+def _bitmaps_extension(data: bytes | bytearray) -> tuple[int, int, int]:
+    (place,) = struct.unpack_from(">I", data, 100)
+    while True:
+        kind, length = struct.unpack_from(">II", data, place)
+        if kind == BITMAPS:
+            count, _, size, offset = struct.unpack_from(">IIQQ", data, place + 8)
+            return count, size, offset
+        if not kind:
+            raise BrokenStateError("the bitmaps extension cannot be found")
+        place += 8 + (length + 7) // 8 * 8
+
+
+class Judge(NamedTuple):
+    """Judges the states of one image while it is edited."""
+
+    image: bytes
+    old: Facts
+    new: tuple[Recorded, ...]
+
+    def judge(self, data: bytes | bytearray, phase: Phase) -> Facts:
+        """The facts about a state; raises `BrokenStateError` unless all is well."""
+        try:
+            facts = look(data)
+        except qcow2bm.Qcow2BmError as error:
+            raise BrokenStateError(f"it cannot be read: {error}") from error
+        if facts.fixed != self.old.fixed:
+            raise BrokenStateError(f"the header has {facts.fixed}, not {self.old.fixed}")
+        is_old, is_new = facts.bitmaps == self.old.bitmaps, facts.bitmaps == self.new
+        if not {"old": is_old, "new": is_new, "either": is_old or is_new}[phase]:
+            raise BrokenStateError(f"bitmaps are neither or too soon: {names(facts.bitmaps)}")
+        excused = any(bitmap.status == "broken" for bitmap in facts.bitmaps)
+        if facts.faults and not (excused and facts.faults <= self.old.faults):
+            raise BrokenStateError(f"there are new faults: {set(facts.faults)}")
+        # Whoever gave an unknown feature its bit must find all he knows, or the bit gone.
+        if facts.has_unknown_autoclear and data != self.image:
+            raise BrokenStateError("an unknown autoclear bit is still set after a change")
+        try:
+            wrong = under_counted(data)
+        except (struct.error, ValueError) as error:
+            raise BrokenStateError("a table ends behind the end of the file") from error
+        if wrong:
+            raise BrokenStateError(f"refcounts are too low: {wrong}")
+        return facts
+
+    def judge_state(self, interval: Interval, choice: Choice, plan: Plan) -> Facts:
+        """The same for one state of an interval."""
+        try:
+            return self.judge(interval.image(choice), phase(plan, interval))
+        except BrokenStateError as error:
+            steps = [step.what for step in plan.steps[interval.first_step : interval.stop_step]]
+            raise BrokenStateError(f"{interval.describe(choice)} of {steps}: {error}") from None
+
+    def judge_all(self, plan: Plan, random: Random, most: int | None = None) -> int:
+        """Judges the states a plan can leave, at most so many for an interval; how many."""
+        count, end = 0, self.image
+        for interval in intervals(self.image, plan):
+            choices = interval.choices(random)
+            if most is not None and len(choices) > most:
+                choices = random.sample(choices, most)
+            for choice in choices:
+                self.judge_state(interval, choice, plan)
+            self.judge(interval.after, phase(plan, interval, is_complete=True))
+            count, end = count + len(choices) + 1, interval.after
+        facts = self.judge(end, "new")
+        # Ours is not to stay: no state but one in between has it.
+        with qcow2bm.open(end) as image:
+            if any(extension.type == PADDING for _, extension in image.extensions):
+                raise BrokenStateError("the padding extension is still there")
+            if facts.has_unknown_autoclear or (image.is_consistent != bool(self.new)):
+                raise BrokenStateError("the autoclear bits are not as they must be")
+        return count
+
+
+def phase(plan: Plan, interval: Interval, *, is_complete: bool = False) -> Phase:
+    """Which bitmaps are to be found in an interval of a plan, or at its end."""
+    point = plan.commit_point
+    if point is None or interval.stop_step <= point:
+        return "old"
+    if interval.first_step > point or is_complete:
+        return "new"
+    return "either"
+
+
+def names(bitmaps: tuple[Recorded, ...]) -> list[str]:
+    """What can be told of bitmaps in a line."""
+    return [f"{b.name}: {b.flags} {b.granularity} {b.dirty.bit_count()}" for b in bitmaps]
