@@ -279,7 +279,7 @@ def test_a_file_that_is_damaged_is_refused(folder: Path, command: str) -> None:
         (data[:-1], "is cut off"),
         (data[:-1] + bytes([data[-1] ^ 1]), "the file is damaged"),
         (b"", "is cut off"),
-        (image, "is not that of a sidecar"),
+        (image, "is not the magic of a sidecar"),
     ):
         (folder / "saved").write_bytes(content)
         result = run(arguments, folder)
