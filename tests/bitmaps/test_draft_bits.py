@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.audit import Audit
-from support.clusters import opened
-from support.editing import edit, plan_of
 from support.granules import Granules
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
+from support.plans import edit, opened, plan_of
 
 import qcow2bm
 from qcow2bm.bitmaps.draft_bits import DraftBits, PackedSource

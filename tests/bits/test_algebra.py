@@ -38,6 +38,7 @@ def of_numbers(found: set[int], length: int) -> bytes:
     return sum(1 << n for n in found).to_bytes(length, "little")
 
 
+@pytest.mark.spec("INV-COARSE")
 @pytest.mark.parametrize("factor", FACTORS)
 @settings(max_examples=40)
 @given(data=octets)

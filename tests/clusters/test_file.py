@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.images import Built, Stored, build_image, extension
-from support.scripted import OnceAt, ScriptedStorage
+from support.scripted_storage import OnceAt, ScriptedStorage
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import ChangedWhileReadingError, LimitError, ShortReadError, UnsupportedError

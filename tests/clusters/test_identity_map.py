@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from support.clusters import opened
+from support.plans import opened
 
 from qcow2bm.clusters.identity_map import require_identity_map
 from qcow2bm.errors import FormatError, LimitError, UnsupportedError

@@ -11,9 +11,9 @@ from functools import cache
 from random import Random
 
 import pytest
-from checking.test_repair import CRASHES, bitmaps
-from support.faults import broken
-from support.faulty import Fault, FaultyStorage, faults_at
+from support.faulty_storage import Fault, FaultyStorage, faults_at
+from support.problem_images import broken
+from support.repair_cases import CRASHES, bitmap_facts
 
 from qcow2bm.api import repair as api
 from qcow2bm.checking.undo import plan_undo
@@ -76,7 +76,7 @@ def run_faulty(id: str, way: str, fault: Fault, keeps: Callable[[int], bool]) ->
     if came == "refused":
         assert data == start
     before, after, undo = states(id)
-    assert bitmaps(data) in (bitmaps(before), bitmaps(after))
+    assert bitmap_facts(data) in (bitmap_facts(before), bitmap_facts(after))
     back = MemoryStorage(bytearray(data))
     plan = plan_undo(back, undo, is_asserted=True)
     execute(plan, back, None)

@@ -8,9 +8,9 @@ from array import array
 from collections.abc import Callable
 
 import pytest
-from format.hostile import U64
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hostile_bytes import U64
 
 from qcow2bm.format.bitmap_table import MASKS, build_bitmap_table, parse_bitmap_table
 from qcow2bm.format.refcounts import (

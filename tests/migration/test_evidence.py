@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.clusters import opened
 from support.images import Stored, build_image, extension
+from support.plans import opened
 
 from qcow2bm.format.directory import (
     FLAG_AUTO,

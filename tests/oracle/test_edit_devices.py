@@ -8,8 +8,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support.edits import SECTOR, KiB, MiB, Step, do
 from support.qemu import Disk, ToolError, run_ok
+from support.twin import SECTOR, KiB, MiB, Step, do
 
 import qcow2bm
 from qcow2bm.api import repair

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from support.faults import in_entry, in_header, patched
+from support.spec_image import in_entry, in_header, patched
 from support.specreader import Block, pages, unhex, vector
 
 import qcow2bm

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support.audit import Audit
-from support.faulty import EDITS
 from support.images import ONES, Built, Stored, build_image
+from support.interrupted_edits import EDITS
 from tracker.recording import (
     Place,
     RecordingStorage,
