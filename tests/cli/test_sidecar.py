@@ -260,7 +260,7 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     for name in ("vm.qcow2", "."):
         result = run(["sidecar", "save", "vm.qcow2", name], folder)
         assert result.status == 1
-        assert "is there already, and not overwritten" in result.err
+        assert "exists already and is not overwritten" in result.err
     assert (folder / "vm.qcow2").read_bytes() == before
     assert run(["sidecar", "save", "vm.qcow2", "no/folder"], folder).status == 1
 
