@@ -21,7 +21,7 @@ from __future__ import annotations
 from qcow2bm.qmp.arm import ArmedNode, ArmReport, Obstacle, arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.copies import CopyRename, rename_copies
-from qcow2bm.qmp.nodes import Node, NodeBitmap
+from qcow2bm.qmp.machine import Node, NodeBitmap
 from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, Omission, save_sidecar
 from qcow2bm.qmp.verdict import (
     BitmapSettlement,
