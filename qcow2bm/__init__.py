@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     )
     from qcow2bm.migration.evidence import Fate
     from qcow2bm.problems import Problem
-    from qcow2bm.storage.base import Storage, WritableStorage
+    from qcow2bm.storage.interface import Storage, WritableStorage
     from qcow2bm.tracker.group import TrackerGroup
     from qcow2bm.tracker.handover import Activation
     from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
@@ -109,9 +109,9 @@ _HOMES = {
     "Plan": "qcow2bm.clusters.plan",
     "open": "qcow2bm.api.image",
     "Problem": "qcow2bm.problems",
-    "Storage": "qcow2bm.storage.base",
+    "Storage": "qcow2bm.storage.interface",
     "Totals": "qcow2bm.bitmaps.bit_reader",
-    "WritableStorage": "qcow2bm.storage.base",
+    "WritableStorage": "qcow2bm.storage.interface",
     "Write": "qcow2bm.clusters.plan",
 }
 

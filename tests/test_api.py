@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
-from support.scripted import ScriptedStorage
+from support.scripted_storage import ScriptedStorage
 
 import qcow2bm
 from qcow2bm.bitmaps.bit_reader import CHUNK_BYTES

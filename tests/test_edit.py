@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from support.audit import Audit
-from support.editing import edit as commit
 from support.images import ONES, ZEROES, Built, Stored, build_image
-from support.scripted import ScriptedStorage
+from support.plans import edit as commit
+from support.scripted_storage import ScriptedStorage
 
 import qcow2bm
 from qcow2bm.clusters.plan import execute

@@ -6,10 +6,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qcow2bm.api.bitmap import Bitmap
-from qcow2bm.bits.runs import OPS, Op
+from qcow2bm.bits.operations import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import ceil_div, escape
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
-from qcow2bm.storage.base import Storage, WritableStorage
+from qcow2bm.storage.interface import Storage, WritableStorage
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.storage.write_guard import WriteGuard
 

@@ -13,12 +13,12 @@ from qcow2bm.checking.repair import Repair, plan_repair
 from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, execute
 from qcow2bm.errors import StorageError
-from qcow2bm.format.undo import Undo
+from qcow2bm.format.undo_file import UndoLog
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.storage.write_guard import WriteGuard
 
 if TYPE_CHECKING:
-    from qcow2bm.storage.base import Storage, WritableStorage
+    from qcow2bm.storage.interface import Storage, WritableStorage
     from qcow2bm.storage.sources import Source
 
 
@@ -40,7 +40,7 @@ def look(
 
 def repair(
     source: Source,
-    keep: Callable[[Undo], Callable[[int], None]] | None = None,
+    keep: Callable[[UndoLog], Callable[[int], None]] | None = None,
     *,
     lossless: bool = False,
     only: Collection[str] | None = None,
@@ -82,7 +82,7 @@ def repair(
 
 
 def look_back(
-    source: Source, what: Undo, *, is_asserted: bool = False, lock_timeout: float = 0
+    source: Source, what: UndoLog, *, is_asserted: bool = False, lock_timeout: float = 0
 ) -> Plan:
     """What undoing a repair would do; nothing is written. Raises as `undo` does."""
     with _looked_at(source, lock_timeout) as storage:
@@ -91,7 +91,7 @@ def look_back(
 
 def undo(
     source: Source,
-    what: Undo,
+    what: UndoLog,
     *,
     is_asserted: bool = False,
     lock_timeout: float = 0,

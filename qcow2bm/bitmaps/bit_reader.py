@@ -17,8 +17,8 @@ from qcow2bm.bits import pure_python
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import ChangedWhileReadingError, LimitError
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.format.directory import DirectoryEntry
-from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.units import align_up, ceil_div
 
 if TYPE_CHECKING:

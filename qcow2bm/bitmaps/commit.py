@@ -18,6 +18,7 @@ from qcow2bm.clusters.allocator import Allocator, Run
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, coalesce
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, build_bitmap_table
 from qcow2bm.format.directory import (
     TYPE_DIRTY_TRACKING,
     Directory,
@@ -25,7 +26,6 @@ from qcow2bm.format.directory import (
     build_directory,
 )
 from qcow2bm.format.extensions import BitmapsExtension, build_bitmaps_extension
-from qcow2bm.format.table import ENTRY_LENGTH, MASKS, build_bitmap_table
 from qcow2bm.units import ceil_div
 
 if TYPE_CHECKING:

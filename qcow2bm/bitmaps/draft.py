@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.bits.runs import Op
+    from qcow2bm.bits.operations import Op
 
     Ranges = NDArray[np.int64] | Iterable[tuple[int, int]]
     """Guest bytes: (start, length), as int64[n, 2] where there are many."""

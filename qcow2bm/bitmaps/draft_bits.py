@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qcow2bm.bits.algebra import Octets
-    from qcow2bm.bits.runs import Op
+    from qcow2bm.bits.operations import Op
 
 ZEROES, ONES = 0, 1
 """The contents of clusters that are not stored, which are also their table entries."""

@@ -16,7 +16,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.problems import Problem
-from qcow2bm.storage.base import Storage
+from qcow2bm.storage.interface import Storage
 
 
 class Metadata:

@@ -17,8 +17,8 @@ from qcow2bm.bits import pure_python
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, Run
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import fixed_parts
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, parse_bitmap_table
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, DirectoryEntry
-from qcow2bm.format.table import ENTRY_LENGTH, MASKS, parse_bitmap_table
 from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem, Severity, problem
 from qcow2bm.units import ceil_div
 
@@ -89,9 +89,9 @@ def table_runs(words: array[int], cluster_size: int) -> Iterable[Run]:
     """
     if len(words) < _NUMPY_PAYS or "numpy" not in sys.modules:
         return pure_python.table_runs(words, MASKS.offset, cluster_size)
-    from qcow2bm.bits import tables
+    from qcow2bm.bits import table_runs
 
-    runs = tables.table_runs(words, MASKS.offset, cluster_size)
+    runs = table_runs.table_runs(words, MASKS.offset, cluster_size)
     return (Run(*row) for row in runs.tolist())
 
 

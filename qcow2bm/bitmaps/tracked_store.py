@@ -25,6 +25,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
 from qcow2bm.errors import CommitError, LimitError, StorageError, UnsupportedError
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.format.directory import (
     FIELD_OFFSETS,
     FLAG_AUTO,
@@ -32,8 +33,7 @@ from qcow2bm.format.directory import (
     TYPE_DIRTY_TRACKING,
     DirectoryEntry,
 )
-from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import ceil_div, encode_name
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2bm.bits.runs import Op
+from qcow2bm.bits.operations import Op
 
 Octets = NDArray[np.uint8]
 """Packed bits, uint8[n], least significant bit first."""

@@ -17,7 +17,7 @@ _BLOCK = 1 << 16  # a larger integer does not fit the processor's cache
 def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> Iterator[Run]:
     """The entries of a bitmap table, uint64[n], as runs in order.
 
-    *Twin*: `qcow2bm.bits.tables.table_runs`.
+    *Twin*: `qcow2bm.bits.table_runs.table_runs`.
     """
     kind, first, start, expected = -1, 0, 0, -1
     for index, word in enumerate(words):

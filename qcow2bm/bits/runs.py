@@ -1,14 +1,11 @@
-"""The vocabulary of bits: kinds of cluster, runs of them, and set operations."""
+"""The kinds of entries in a bitmap table, and runs of entries of one kind."""
 
-from typing import Final, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 ALL_ZEROES = 0
 ALL_ONES = 1
 ALLOCATED = 2
 INVALID = 3  # reserved bits, a misaligned offset, or an offset together with bit 0
-
-Op = Literal["or", "and", "xor", "subtract"]
-OPS: Final[tuple[Op, ...]] = get_args(Op)
 
 
 class Run(NamedTuple):

@@ -15,7 +15,7 @@ from qcow2bm.checking.references import References
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import LimitError
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2
-from qcow2bm.format.l2 import (
+from qcow2bm.format.l1_l2 import (
     L1_ENTRY_LENGTH,
     L1_MASKS,
     L2_ENTRY_LENGTH,

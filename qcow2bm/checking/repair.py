@@ -54,8 +54,8 @@ from qcow2bm.problems import (
     Problem,
     kind_of,
 )
-from qcow2bm.storage.base import Storage
-from qcow2bm.storage.overlay import OverlayStorage
+from qcow2bm.storage.dry_run import DryRunStorage
+from qcow2bm.storage.interface import Storage
 from qcow2bm.units import ceil_div, decode_name
 
 _EVIDENT = (  # of an entry; of a name that is there twice, see below
@@ -161,7 +161,7 @@ def plan_repair(
         UnsupportedError: it has incompatible features that are unknown here.
         StorageError: reading failed, or there is no room.
     """
-    overlay = OverlayStorage(storage)
+    overlay = DryRunStorage(storage)
     before = view = View.of(overlay)
     for found in view.header:
         if found.id == "header.incompatible_features.unknown":
@@ -254,7 +254,7 @@ def _right_length(view: View) -> list[Step]:
     faults = [found for found in view.header if found.id in _OURS]
     if len(faults) != 1:
         return []
-    overlay = OverlayStorage(view.file.storage)
+    overlay = DryRunStorage(view.file.storage)
     write = Write(faults[0].offset, (BITMAPS_LENGTH.to_bytes(4, "big"),), "length of the extension")
     overlay.write(write.offset, write.parts)
     if any(found.severity == REFUSED for found in View.of(overlay).header):
@@ -277,7 +277,7 @@ def _believed(view: View) -> list[View]:
         return [view]
     best, fewest = [view], _score(view)
     for patches in (*_other_payloads(view), *_other_lengths(view)):
-        overlay = OverlayStorage(view.file.storage)
+        overlay = DryRunStorage(view.file.storage)
         for offset, data in patches:
             overlay.write(offset, (data,))
         other = View.of(overlay)
@@ -377,7 +377,7 @@ def _parses(data: bytes, count: int, file: ClusterFile) -> bool:
     )
 
 
-def _apply(storage: OverlayStorage, steps: Iterable[Step]) -> None:
+def _apply(storage: DryRunStorage, steps: Iterable[Step]) -> None:
     for step in steps:
         if isinstance(step, Write):
             storage.write(step.offset, step.parts)

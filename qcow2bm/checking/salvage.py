@@ -12,8 +12,8 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.problems import REFUSED, UNUSABLE, Problem
-from qcow2bm.storage.base import Storage
-from qcow2bm.storage.overlay import OverlayStorage
+from qcow2bm.storage.dry_run import DryRunStorage
+from qcow2bm.storage.interface import Storage
 
 _TABLE_FIELDS = "directory-entry.bitmap_table_"
 
@@ -47,7 +47,7 @@ def intact_bitmaps(storage: Storage) -> frozenset[int]:
 
 def _as_if_consistent(storage: Storage) -> View:
     """The image as it would be if its bitmaps were not stale."""
-    overlay = OverlayStorage(storage)
+    overlay = DryRunStorage(storage)
     header = ClusterFile(overlay, force_share=True).header
     autoclear = header.autoclear_features | AUTOCLEAR_BITMAPS
     overlay.write(FIELD_OFFSETS["autoclear_features"], (autoclear.to_bytes(8, "big"),))

@@ -15,20 +15,20 @@ from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write
 from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import StateError
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE
-from qcow2bm.format.table import ENTRY_LENGTH
-from qcow2bm.format.undo import BARRIER_STEP, Undo, UndoStep
-from qcow2bm.storage.base import Storage
-from qcow2bm.storage.overlay import OverlayStorage
+from qcow2bm.format.undo_file import BARRIER_STEP, UndoLog, UndoStep
+from qcow2bm.storage.dry_run import DryRunStorage
+from qcow2bm.storage.interface import Storage
 
 
-def undo_of(storage: Storage, plan: Plan) -> Undo:
+def undo_of(storage: Storage, plan: Plan) -> UndoLog:
     """What it takes to undo a plan that was made for this storage, and is not done yet.
 
     Raises:
         StorageError: reading failed.
     """
-    overlay = OverlayStorage(storage)
+    overlay = DryRunStorage(storage)
     steps = []
     for step in plan.steps:
         if isinstance(step, Barrier):
@@ -37,10 +37,10 @@ def undo_of(storage: Storage, plan: Plan) -> Undo:
         new = b"".join(step.parts)
         steps.append(UndoStep(step.offset, _read(overlay, step.offset, len(new)), new))
         overlay.write(step.offset, [new])
-    return Undo(storage.size(), _state(overlay), tuple(steps))
+    return UndoLog(storage.size(), _state(overlay), tuple(steps))
 
 
-def plan_undo(storage: Storage, undo: Undo, *, is_asserted: bool = False) -> Plan:
+def plan_undo(storage: Storage, undo: UndoLog, *, is_asserted: bool = False) -> Plan:
     """The way back, interval by interval; afterwards the storage is cut to its old length.
 
     *Guarantees*: an undoing that was interrupted can be done again, if it is asserted.
@@ -79,7 +79,7 @@ def plan_undo(storage: Storage, undo: Undo, *, is_asserted: bool = False) -> Pla
     return Plan(tuple(steps))
 
 
-def _is_undone(storage: Storage, undo: Undo) -> bool:
+def _is_undone(storage: Storage, undo: UndoLog) -> bool:
     """Whether everything is as it was before the repair."""
     return storage.size() == undo.file_size and all(
         _read(storage, place, SECTOR_SIZE) == contents[0]
@@ -87,12 +87,12 @@ def _is_undone(storage: Storage, undo: Undo) -> bool:
     )
 
 
-def _require_unchanged(storage: Storage, undo: Undo) -> None:
+def _require_unchanged(storage: Storage, undo: UndoLog) -> None:
     """Whoever wrote to the image since may need what would be taken back."""
     for place, contents in _sectors(storage, undo).items():
         if _read(storage, place, SECTOR_SIZE) not in contents:
             raise _changed(f"at {place:#x} stands what neither the repair nor undoing it wrote")
-    overlay = OverlayStorage(storage)
+    overlay = DryRunStorage(storage)
     for step in undo.steps:
         if not step.is_barrier:
             overlay.write(step.offset, [step.new])
@@ -104,7 +104,7 @@ def _changed(reason: str) -> StateError:
     return StateError(f"another than the repair left ({reason})", "as the repair left it")
 
 
-def _sectors(storage: Storage, undo: Undo) -> dict[int, list[bytes]]:
+def _sectors(storage: Storage, undo: UndoLog) -> dict[int, list[bytes]]:
     """All that each sector held that the repair wrote to: before, and after each step.
 
     Where no step wrote, in the same sector, it is what stands there now.

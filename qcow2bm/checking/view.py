@@ -10,7 +10,7 @@ from qcow2bm.checking.check import Check, check
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
 from qcow2bm.problems import CLUSTER, REFUSED, UNUSABLE, Problem
-from qcow2bm.storage.base import Storage
+from qcow2bm.storage.interface import Storage
 
 
 class View(NamedTuple):

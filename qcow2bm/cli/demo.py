@@ -22,7 +22,7 @@ from typing import NamedTuple
 from qcow2bm.api import open
 from qcow2bm.bitmaps.tracked_store import load_live
 from qcow2bm.cli.console import fail
-from qcow2bm.clusters.blank import blank_image
+from qcow2bm.clusters.empty_image import build_empty_image
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.plan import Barrier, Plan, Write, coalesce, execute
 from qcow2bm.errors import StateError, StorageError
@@ -103,7 +103,7 @@ _HEADINGS = f"{'bytes':>12}{'barriers':>10}{'milliseconds':>14}"
 
 def _make_image(path: Path) -> None:
     """An empty disk, and a bitmap of which half the bits are set in every cluster."""
-    blank = blank_image(_DISK_BYTES)
+    blank = build_empty_image(_DISK_BYTES)
     try:
         path.write_bytes(blank.head)
         os.truncate(path, blank.length)

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qcow2bm import __version__
-from qcow2bm.bits.runs import OPS
+from qcow2bm.bits.operations import OPS
 from qcow2bm.cli.arguments import (
     EPILOG,
     MARK,

@@ -17,7 +17,7 @@ from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.edit import plan_as_json, print_plan
 from qcow2bm.cli.facts import count, json_text
 from qcow2bm.errors import ImageLockedError, StateError, StorageError
-from qcow2bm.format.undo import Undo, build_seal, build_undo, parse_undo
+from qcow2bm.format.undo_file import UndoLog, build_seal, build_undo, parse_undo
 from qcow2bm.storage.new_file import append, require_new, write_new
 from qcow2bm.units import escape
 
@@ -62,8 +62,8 @@ def _repair(arguments: argparse.Namespace) -> int:
     return report.PROBLEMS_FOUND if done.left or (arguments.dry_run and done.plan.steps) else 0
 
 
-def _keeper(path: str) -> Callable[[Undo], Callable[[int], None]]:
-    def keep(undo: Undo) -> Callable[[int], None]:
+def _keeper(path: str) -> Callable[[UndoLog], Callable[[int], None]]:
+    def keep(undo: UndoLog) -> Callable[[int], None]:
         write_new(path, build_undo(undo))
         return lambda mtime_ns: _seal(path, mtime_ns)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from qcow2bm.compare.content import Content, Identity
     from qcow2bm.compare.qemu_nbd import ServedContent
-    from qcow2bm.storage.base import Storage
+    from qcow2bm.storage.interface import Storage
 
 SCHEMA = 1
 

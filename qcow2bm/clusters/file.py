@@ -13,7 +13,7 @@ from qcow2bm.format import extensions, features
 from qcow2bm.format.extensions import Generation, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_GENERATION, KNOWN_AUTOCLEAR, Feature, FeatureNames
 from qcow2bm.format.header import FIELD_OFFSETS, V3_LENGTH, parse_header
-from qcow2bm.storage.base import Storage, read_bytes, read_exactly
+from qcow2bm.storage.interface import Storage, read_bytes, read_exactly
 from qcow2bm.units import align_up
 
 MIN_CLUSTER_BITS = 9
@@ -127,6 +127,10 @@ class ClusterFile:
     def find(self, type: int) -> HeaderExtension | None:
         """The last header extension of a type, which is the one QEMU goes by."""
         return next((e for e in reversed(self.area.extensions) if e.type == type), None)
+
+    def payload_offset(self, type: int) -> int | None:
+        """The host offset of the data of the extension that `find` returns; None without one."""
+        return self.area.payload_offset(type, self.extensions_offset)
 
     @property
     def backing_file(self) -> str | None:

@@ -179,9 +179,9 @@ class HeaderDraft:
 
     def _payload_offset(self, extensions: Sequence[HeaderExtension], type: int = BITMAPS) -> int:
         """Where the data of the last extension of that type begin, which is the one that counts."""
-        offsets = HeaderExtensions(tuple(extensions), b"").offsets(self._start)
-        places = zip(extensions, offsets, strict=True)
-        return [place for extension, place in places if extension.type == type][-1] + HEAD_LENGTH
+        place = HeaderExtensions(tuple(extensions), b"").payload_offset(type, self._start)
+        assert place is not None, "the caller knows that there is one"
+        return place
 
     def straighten(self) -> list[Step]:
         """Moves the bitmaps extension to where its payload lies within one sector.

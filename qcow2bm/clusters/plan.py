@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.errors import CommitError, CommitOutcome, StorageError
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:

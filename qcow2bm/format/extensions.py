@@ -96,6 +96,17 @@ class HeaderExtensions(NamedTuple):
             start += extension.size
         return tuple(offsets)
 
+    def payload_offset(self, type: int, start: int) -> int | None:
+        """The host offset of the data of the last extension of a type; None if there is none.
+
+        QEMU uses the last extension of a type. ``start`` is the host offset of the area.
+        """
+        found = None
+        for extension, offset in zip(self.extensions, self.offsets(start), strict=True):
+            if extension.type == type:
+                found = offset + HEAD_LENGTH
+        return found
+
 
 class BitmapsExtension(NamedTuple):
     """The data of the bitmaps extension, 24 bytes."""

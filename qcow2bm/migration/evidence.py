@@ -13,7 +13,7 @@ from qcow2bm.format import extensions
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
-from qcow2bm.storage.identity import FileIdentity
+from qcow2bm.storage.file_identity import FileIdentity
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from qcow2bm.errors import FormatError, Qcow2BmError, UnsupportedError
-from qcow2bm.format import ram, stream
+from qcow2bm.format import stream, stream_bitmap, stream_ram
 from qcow2bm.format.stream import Section
-from qcow2bm.format.window import NotYetError, Window
+from qcow2bm.format.stream_buffer import NeedDataError, StreamBuffer
 from qcow2bm.migration.stream_records import BitmapRecords, Event, StreamEnds
 from qcow2bm.units import decode_name, escape
 
@@ -32,7 +32,7 @@ class StreamReader:
 
     def __init__(self) -> None:
         self.is_stream = False
-        self._window = Window()
+        self._window = StreamBuffer()
         self._state: Callable[[], None] = self._begin
         self._events: list[Event] = []
         self._fault: Qcow2BmError | None = None
@@ -41,7 +41,7 @@ class StreamReader:
         self._section = Section(0, 0)
         self._sections: dict[int, bytes] = {}
         self._left = 0  # bytes to pass over, or to be listed as blocks of memory
-        self._options = ram.Options()
+        self._options = stream_ram.Options()
         self._records = BitmapRecords()
 
     def feed(self, data: bytes) -> list[Event]:
@@ -62,7 +62,7 @@ class StreamReader:
             while True:
                 self._state()
                 window.commit()
-        except NotYetError:
+        except NeedDataError:
             window.rewind()
         except Qcow2BmError as error:
             self._fault = error
@@ -92,7 +92,7 @@ class StreamReader:
         if self._fault:
             raise self._fault
 
-    # The states: each parses one thing that is there as a whole, or raises NotYetError.
+    # The states: each parses one thing that is there as a whole, or raises NeedDataError.
 
     def _begin(self) -> None:
         window = self._window
@@ -120,7 +120,7 @@ class StreamReader:
         idstr = stream.parse_subsection(window)
         if idstr == b"configuration/target-page-bits":
             (bits,) = window.read(stream.U32)
-            if bits not in ram.PAGE_BITS:
+            if bits not in stream_ram.PAGE_BITS:
                 window.reject("configuration", "target page bits", f"is {bits}", 4)
             self._options = self._options._replace(page_size=1 << bits)
         elif idstr == b"configuration/capabilities":
@@ -187,11 +187,14 @@ class StreamReader:
         self._window.commit()
         self._left -= length
         if self._left:
-            raise NotYetError
+            raise NeedDataError
         self._state = self._next
 
     def _begin_section(self, section: Section) -> None:
-        known = {ram.RAM: ram.RAM_VERSION, stream.DIRTY_BITMAP: stream.DIRTY_BITMAP_VERSION}
+        known = {
+            stream_ram.RAM: stream_ram.RAM_VERSION,
+            stream_bitmap.DIRTY_BITMAP: stream_bitmap.DIRTY_BITMAP_VERSION,
+        }
         idstr, version = section.idstr, section.version_id
         if idstr not in known:
             raise UnsupportedError(f'section "{_text(idstr)}" before the dirty bitmaps')
@@ -206,7 +209,7 @@ class StreamReader:
 
     def _open(self, section: Section) -> None:
         self._section = section
-        is_ram = self._sections[section.section_id] == ram.RAM
+        is_ram = self._sections[section.section_id] == stream_ram.RAM
         self._state = self._ram if is_ram else self._dirty_bitmap
 
     def _close(self) -> None:
@@ -214,7 +217,7 @@ class StreamReader:
         section = self._section
         if section.type == stream.SECTION_END:
             idstr = self._sections[section.section_id]
-            self._is_after_bitmaps |= idstr == stream.DIRTY_BITMAP
+            self._is_after_bitmaps |= idstr == stream_bitmap.DIRTY_BITMAP
         self._state = self._footer
 
     def _footer(self) -> None:
@@ -230,22 +233,22 @@ class StreamReader:
     def _ended(self) -> None:
         self._window.skip(self._window.length)
         self._window.commit()
-        raise NotYetError
+        raise NeedDataError
 
     def _ram(self) -> None:
         """A page of memory, or the list of its blocks."""
-        page = ram.parse_page(self._window, self._options.page_size)
-        if page.flags == ram.MEM_SIZE:
+        page = stream_ram.parse_page(self._window, self._options.page_size)
+        if page.flags == stream_ram.MEM_SIZE:
             self._left = page.address
             self._state = self._block
-        elif page.flags == ram.EOS:
+        elif page.flags == stream_ram.EOS:
             self._close()
 
     def _block(self) -> None:
         if not self._left:
             self._state = self._ram
             return
-        length = ram.parse_block(self._window, self._options)
+        length = stream_ram.parse_block(self._window, self._options)
         if length > self._left:
             self._reject("ram block", "length", f"is {length}, of {self._left} that are left")
         self._left -= length
@@ -253,10 +256,10 @@ class StreamReader:
     def _dirty_bitmap(self) -> None:
         """A record of the section that all this is about."""
         window = self._window
-        record = stream.parse_record(window)
-        if record.flags != stream.EOS:
+        record = stream_bitmap.parse_record(window)
+        if record.flags != stream_bitmap.EOS:
             self._events.append(self._records.take(record, window.start))
-        if record.flags & stream.EOS:
+        if record.flags & stream_bitmap.EOS:
             self._close()
 
     def _reject(self, structure: str, field: str, reason: str) -> NoReturn:

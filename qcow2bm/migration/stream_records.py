@@ -10,8 +10,8 @@ from typing import NamedTuple, NoReturn
 from qcow2bm.bitmaps.directory import MAX_BITMAPS
 from qcow2bm.bits.pure_python import fill
 from qcow2bm.errors import FormatError, LimitError
-from qcow2bm.format import stream
-from qcow2bm.format.stream import Bits, Record, Start
+from qcow2bm.format import stream_bitmap
+from qcow2bm.format.stream_bitmap import Bits, Record, Start
 from qcow2bm.units import align_up, ceil_div, decode_name
 
 SECTOR_SIZE = 512
@@ -114,7 +114,7 @@ class BitmapRecords:
             self._reject("dirty-bitmap record", "names", "are of a bitmap that is complete")
         if body:
             return self._bits(bitmap, body)
-        if not flags & stream.COMPLETE:
+        if not flags & stream_bitmap.COMPLETE:
             self._reject("dirty-bitmap record", "flags", f"is {flags:#x}: says nothing")
         return self._complete(bitmap)
 
@@ -125,8 +125,8 @@ class BitmapRecords:
         if number == MAX_BITMAPS:  # a stream has to say little to make each of them
             raise LimitError("the number of bitmaps in the stream", number + 1, MAX_BITMAPS)
         self._bitmaps[key] = _Incoming(number, start.granularity)
-        enabled = bool(start.bitmap_flags & stream.ENABLED)
-        persistent = bool(start.bitmap_flags & stream.PERSISTENT)
+        enabled = bool(start.bitmap_flags & stream_bitmap.ENABLED)
+        persistent = bool(start.bitmap_flags & stream_bitmap.PERSISTENT)
         node_alias, bitmap_alias = map(decode_name, key)
         return BitmapBegins(
             number, node_alias, bitmap_alias, start.granularity, enabled, persistent

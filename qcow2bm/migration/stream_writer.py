@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.errors import BitmapError
-from qcow2bm.format import stream
-from qcow2bm.format.stream import Bits, Record, Section, Start, build_record, build_section
+from qcow2bm.format import stream, stream_bitmap
+from qcow2bm.format.stream import Section, build_section
+from qcow2bm.format.stream_bitmap import Bits, Record, Start, build_record
 from qcow2bm.migration.stream_records import PADDING, SECTOR_SIZE, first_bits
 from qcow2bm.units import align_up, ceil_div, encode_name
 
@@ -76,7 +77,7 @@ def _check(bitmap: Outgoing) -> None:
     granularity, size = bitmap.granularity, bitmap.disk_size
     if not 1 <= len(encode_name(bitmap.node_alias)) <= stream.MAX_NAME:
         raise ValueError(f"a node alias has 1 to {stream.MAX_NAME} bytes")
-    if granularity.bit_count() != 1 or not stream.MIN_GRANULARITY <= granularity < 1 << 32:
+    if granularity.bit_count() != 1 or not stream_bitmap.MIN_GRANULARITY <= granularity < 1 << 32:
         reason = (
             f"has a granularity of {granularity}, but a stream takes powers of two, 512 to 2^31"
         )
@@ -103,22 +104,26 @@ def _check_names(bitmaps: Iterable[Outgoing]) -> None:
 def _stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]:
     if machine is not None:
         yield stream.build_envelope() + stream.build_configuration(encode_name(machine))
-    idstr, version = stream.DIRTY_BITMAP, stream.DIRTY_BITMAP_VERSION
-    end = build_record(Record(stream.EOS)) + build_section(Section(stream.FOOTER, _SECTION_ID))
+    idstr, version = stream_bitmap.DIRTY_BITMAP, stream_bitmap.DIRTY_BITMAP_VERSION
+    end = build_record(Record(stream_bitmap.EOS)) + build_section(
+        Section(stream.FOOTER, _SECTION_ID)
+    )
     named = _Names()
 
     yield build_section(Section(stream.SECTION_START, _SECTION_ID, idstr, 0, version))
     for bitmap in bitmaps:
-        flags = bitmap.enabled * stream.ENABLED | bitmap.persistent * stream.PERSISTENT
-        yield named.record(bitmap, stream.START, Start(bitmap.granularity, flags))
+        flags = (
+            bitmap.enabled * stream_bitmap.ENABLED | bitmap.persistent * stream_bitmap.PERSISTENT
+        )
+        yield named.record(bitmap, stream_bitmap.START, Start(bitmap.granularity, flags))
     yield end
     yield build_section(Section(stream.SECTION_END, _SECTION_ID))
     for bitmap in bitmaps:
         for bits in _chunks(bitmap):
-            flags = stream.BITS | (stream.ZEROES if bits.data is None else 0)
+            flags = stream_bitmap.BITS | (stream_bitmap.ZEROES if bits.data is None else 0)
             yield named.record(bitmap, flags, bits)
     for bitmap in bitmaps:
-        yield named.record(bitmap, stream.COMPLETE)
+        yield named.record(bitmap, stream_bitmap.COMPLETE)
     yield end
     if machine is not None:
         yield stream.U8.pack(stream.EOF)
@@ -135,10 +140,10 @@ class _Names:
         if bitmap is last:
             return build_record(Record(flags, None, None, body))
         node_alias, name = bitmap.key
-        flags |= stream.BITMAP_NAME
+        flags |= stream_bitmap.BITMAP_NAME
         if last and last.node_alias == bitmap.node_alias:
             return build_record(Record(flags, None, name, body))
-        return build_record(Record(flags | stream.DEVICE_NAME, node_alias, name, body))
+        return build_record(Record(flags | stream_bitmap.DEVICE_NAME, node_alias, name, body))
 
 
 def _chunks(bitmap: Outgoing) -> Iterator[Bits]:

@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from typing import BinaryIO, NamedTuple, cast
 
 from qcow2bm.api import open, sidecar
-from qcow2bm.clusters.blank import blank_image
+from qcow2bm.clusters.empty_image import build_empty_image
 from qcow2bm.errors import BitmapError, QmpError, StateError, StorageError
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
@@ -110,7 +110,7 @@ def _blank(virtual_size: int) -> Iterator[BinaryIO]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context(TemporaryFile(buffering=0))
-            blank = blank_image(virtual_size)
+            blank = build_empty_image(virtual_size)
             file.write(blank.head)
             file.truncate(blank.length)
         except OSError as error:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Literal
 from qcow2bm.api import open as open_image
 from qcow2bm.api.track import choose
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.clusters.plain_map import require_plain_map
+from qcow2bm.clusters.identity_map import require_identity_map
 from qcow2bm.errors import StorageError, UnsupportedError
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE
 from qcow2bm.serve.data_file import DataFile
-from qcow2bm.storage.base import Storage, read_exactly
 from qcow2bm.storage.file import FileStorage
+from qcow2bm.storage.interface import Storage, read_exactly
 from qcow2bm.units import align_up
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def require_servable(image: Storage, data: Storage) -> int:
     )
     if not is_fitting:
         raise StorageError(data.name, 0, 0, f"has {size} bytes, and the disk has {disk}")
-    require_plain_map(file)
+    require_identity_map(file)
     return disk
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from qcow2bm.errors import StateError, StorageError, UnsupportedError
-from qcow2bm.storage.direct import DirectFile
+from qcow2bm.storage.direct_io import DirectFile
 from qcow2bm.storage.locks import READER, WRITER, held_locks
 
 if TYPE_CHECKING:

@@ -1,14 +1,12 @@
-"""Images in memory, and behind file objects somebody else opened."""
+"""Images in memory: bytes-like objects, of which a bytearray can be edited."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from qcow2bm.errors import StateError, StorageError
-from qcow2bm.units import escape
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -102,64 +100,3 @@ class MemoryStorage:
     def close(self) -> None:
         """Leaves the bytes to their owner. May be called twice."""
         self._data = None
-
-
-class StreamStorage:
-    """A seekable binary file object, which its owner closes.
-
-    Whatever the object raises becomes `StorageError`: compressed streams, say, have errors of
-    their own.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        """Raises `StorageError` if ``stream`` cannot seek, TypeError if it is a text stream."""
-        self.name = str(getattr(stream, "name", "<stream>"))
-        self._stream = stream
-        if isinstance(stream, io.TextIOBase):
-            raise TypeError("open the image in binary mode")
-        with self._own_errors(0, 0):
-            if not stream.seekable():
-                raise StorageError(self.name, 0, 0, "is a stream that cannot seek")
-
-    @contextmanager
-    def _own_errors(self, offset: int, length: int) -> Iterator[None]:
-        try:
-            yield
-        except StorageError:
-            raise
-        except OSError as error:
-            raise StorageError.from_os(error, self.name, offset, length) from error
-        except Exception as error:
-            reason = escape(str(error)) or type(error).__name__
-            raise StorageError(self.name, offset, length, reason) from error
-
-    def size(self) -> int:
-        """The present length in bytes."""
-        with self._own_errors(0, 0):
-            end = self._stream.seek(0, io.SEEK_END)
-            # Not every seek() returns the position, as it should.
-            return end if isinstance(end, int) else int(self._stream.tell())
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
-        done = 0
-        with self._own_errors(offset, len(buffer)):
-            self._stream.seek(offset)
-            while done < len(buffer):
-                data = self._stream.read(len(buffer) - done)
-                if not data:
-                    break
-                buffer[done : done + len(data)] = data
-                done += len(data)
-        return done
-
-    def change_token(self) -> object:
-        """A stream does not tell when it changes."""
-        return None
-
-    def read_lock(self) -> AbstractContextManager[None]:
-        """The owner of the stream does the locking."""
-        return nullcontext()
-
-    def close(self) -> None:
-        """Leaves the stream to its owner."""

@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from qcow2bm.errors import UnsupportedError
-from qcow2bm.storage.base import Storage, WritableStorage
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.storage.memory import MemoryStorage, StreamStorage
+from qcow2bm.storage.file_object import FileObjectStorage
+from qcow2bm.storage.interface import Storage, WritableStorage
+from qcow2bm.storage.memory import MemoryStorage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -30,7 +31,7 @@ def open_source(source: Source, lock_timeout: float = 0) -> Storage:
     if isinstance(source, Storage):
         return source
     if all(hasattr(source, name) for name in ("seek", "read", "seekable")):
-        return StreamStorage(cast("BinaryIO", source))
+        return FileObjectStorage(cast("BinaryIO", source))
     try:
         return MemoryStorage(cast("Buffer", source))
     except TypeError:

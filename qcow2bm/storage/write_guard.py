@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 from qcow2bm.errors import StateError
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -19,7 +19,7 @@ from qcow2bm.tracker.fanout import Tracked, merge
 
 if TYPE_CHECKING:
     from qcow2bm.bitmaps.draft import Draft
-    from qcow2bm.bits.runs import Op
+    from qcow2bm.bits.operations import Op
     from qcow2bm.tracker.tracker import Tracker
 
 

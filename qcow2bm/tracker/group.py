@@ -15,7 +15,7 @@ from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
     from qcow2bm.migration.evidence import Policy
-    from qcow2bm.storage.identity import FilePath
+    from qcow2bm.storage.file_identity import FilePath
     from qcow2bm.tracker.handover import Activation
 
 _Result = TypeVar("_Result")

@@ -27,7 +27,7 @@ from qcow2bm.migration.evidence import (
     judge,
 )
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
-from qcow2bm.storage.identity import FileIdentity, FilePath, identify
+from qcow2bm.storage.file_identity import FileIdentity, FilePath, identify
 from qcow2bm.tracker.fanout import Recording, Tracked
 from qcow2bm.units import decode_name
 

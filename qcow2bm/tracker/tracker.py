@@ -25,7 +25,7 @@ from qcow2bm.errors import (
 )
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.migration.lifecycle import TRANSITIONS, Event, State, after
-from qcow2bm.storage.identity import FilePath, identify
+from qcow2bm.storage.file_identity import FilePath, identify
 from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.batches import Batch, Batches
 from qcow2bm.tracker.fanout import Recording, Tracked

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from support.images import Stored, build_image  # noqa: E402
 
 import qcow2bm  # noqa: E402
-from qcow2bm.format.table import ENTRY_LENGTH, MASKS, build_bitmap_table  # noqa: E402
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, build_bitmap_table  # noqa: E402
 
 TIB = 1 << 40
 CLUSTER_BITS = 16
@@ -178,8 +178,8 @@ def bench_commands(bench: Bench, folder: Path) -> None:
 
 
 def bench_process(bench: Bench, folder: Path) -> None:
-    from qcow2bm.bits import tables
-    from qcow2bm.format.table import parse_bitmap_table
+    from qcow2bm.bits import table_runs
+    from qcow2bm.format.bitmap_table import parse_bitmap_table
 
     image = make_image(folder / "dense", 16 * TIB, 16, 0.5)
     length = 32 << 20
@@ -223,7 +223,7 @@ def bench_process(bench: Bench, folder: Path) -> None:
         data = words.astype(">u8").tobytes()
 
         def classify(data: bytes = data) -> object:
-            return tables.table_runs(parse_bitmap_table(data), MASKS.offset, CLUSTER_SIZE)
+            return table_runs.table_runs(parse_bitmap_table(data), MASKS.offset, CLUSTER_SIZE)
 
         bench.compare(
             f"table of {entries} entries, {what}, parsed / construct Array",

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
-from support.scripted import OnceAt, ScriptedStorage, io_error, short_read
+from support.scripted_storage import OnceAt, ScriptedStorage, io_error, short_read
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_IN_USE

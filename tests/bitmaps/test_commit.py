@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.audit import Audit
-from support.editing import Work, each, edit, plan_of
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
+from support.plans import Work, each, edit, plan_of
 
 import qcow2bm
 from qcow2bm.clusters.plan import is_in_one_sector

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.audit import Audit
-from support.clusters import opened
-from support.editing import edit, plan_of
 from support.granules import Granules
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
+from support.plans import edit, opened, plan_of
 
 import qcow2bm
 from qcow2bm.bitmaps.draft_bits import DraftBits, PackedSource
-from qcow2bm.bits.runs import OPS
+from qcow2bm.bits.operations import OPS
 from qcow2bm.errors import LimitError
 
 CLUSTER = 512

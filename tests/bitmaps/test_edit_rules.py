@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import faults
+from support import problem_images
 from support.audit import Audit
-from support.editing import Work, edit, plan_of
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
+from support.plans import Work, edit, plan_of
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
@@ -150,9 +150,9 @@ def test_dropping_stale_bitmaps_takes_the_extension_away() -> None:
 
 
 @pytest.mark.spec("EDIT-6")
-@pytest.mark.parametrize("id", [id for id in faults.IDS if id != "bitmap-table.limit"])
+@pytest.mark.parametrize("id", [id for id in problem_images.IDS if id != "bitmap-table.limit"])
 def test_an_image_with_a_fault_is_edited_if_that_harms_nothing(id: str) -> None:
-    data = bytearray(faults.broken(id))
+    data = bytearray(problem_images.broken(id))
     before = bytes(data)
     try:
         image = qcow2bm.open(data, "r+")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.images import ZEROES, Built, Stored, build_image
-from support.scripted import ScriptedStorage
+from support.scripted_storage import ScriptedStorage
 
 import qcow2bm
 from qcow2bm.bitmaps import tables

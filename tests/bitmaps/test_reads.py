@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
-from support.scripted import ScriptedStorage
+from support.scripted_storage import ScriptedStorage
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_IN_USE

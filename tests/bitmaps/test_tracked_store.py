@@ -64,6 +64,7 @@ def test_all_bits_are_in_memory() -> None:
     assert found == Model.of_table(TABLE, 512, 512, SIZE)
 
 
+@pytest.mark.spec("INV-TAIL")
 @pytest.mark.parametrize("word", [b"\xff" * 512, ONES])
 def test_bits_behind_the_disk_are_not_loaded(word: int | bytes) -> None:
     """Others may store what they like there (INV-TAIL)."""
@@ -75,6 +76,7 @@ def test_bits_behind_the_disk_are_not_loaded(word: int | bytes) -> None:
 # --- beginning -----------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("INV-INUSE")
 @pytest.mark.spec("TRACK-1")
 def test_begin_sets_in_use_and_nothing_else() -> None:
     built = small()
@@ -91,6 +93,7 @@ def test_begin_sets_in_use_and_nothing_else() -> None:
     assert built.data == before
 
 
+@pytest.mark.spec("INV-UNKNOWN")
 def test_an_unknown_autoclear_bit_is_cleared_before_anything_else() -> None:
     """Durably: whoever it belongs to has to notice (INV-UNKNOWN)."""
     built = build_image(Stored(), size=SIZE, header={"autoclear_features": 1 | 1 << 40})

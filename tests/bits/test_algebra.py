@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from support.granules import OPERATORS
 
 from qcow2bm.bits.algebra import Octets, coarsen, combine, mask_of, merged, refine
-from qcow2bm.bits.runs import OPS, Op
+from qcow2bm.bits.operations import OPS, Op
 
 ops = st.sampled_from(OPS)
 octets = st.one_of(
@@ -38,6 +38,7 @@ def of_numbers(found: set[int], length: int) -> bytes:
     return sum(1 << n for n in found).to_bytes(length, "little")
 
 
+@pytest.mark.spec("INV-COARSE")
 @pytest.mark.parametrize("factor", FACTORS)
 @settings(max_examples=40)
 @given(data=octets)

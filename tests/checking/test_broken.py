@@ -7,8 +7,8 @@ import tracemalloc
 from collections.abc import Iterator
 
 import pytest
-from support.broken import broken_images, faults
-from support.faults import CLUSTER, DIRECTORY, EXTENSION, Patch, image, patched
+from support.broken_images import broken_images, faults
+from support.spec_image import CLUSTER, DIRECTORY, EXTENSION, Patch, image, patched
 
 import qcow2bm
 from qcow2bm.checking.repair import plan_repair

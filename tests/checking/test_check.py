@@ -11,22 +11,30 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.clusters import after
 from support.console import run
-from support.faults import (
+from support.images import Stored, build_image
+from support.jsonspec import check_check
+from support.plans import after
+from support.problem_images import IDS, broken
+from support.spec_image import (
     CLUSTER,
+    COPIED,
     DAILY,
-    IDS,
+    DATA,
+    L1,
+    L2,
+    REFCOUNT_BLOCK,
+    REFCOUNT_TABLE,
     TABLES,
     Patch,
-    broken,
     image,
     in_entry,
     in_header,
     patched,
+    refcount,
+    with_disk,
+    word,
 )
-from support.images import Stored, build_image
-from support.jsonspec import check_check
 
 import qcow2bm
 from qcow2bm.checking.check import MAX_LISTED, Check
@@ -36,31 +44,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.problems import CHECKED_KINDS, KINDS
 from qcow2bm.storage.memory import MemoryStorage
 
-REFCOUNT_TABLE, REFCOUNT_BLOCK, L1 = 0x200, 0x400, 0x600
-L2, DATA, BEHIND = 24 * CLUSTER, 25 * CLUSTER, 26 * CLUSTER
-COPIED = 1 << 63
-
-
-def word(value: int) -> bytes:
-    return struct.pack(">Q", value & (1 << 64) - 1)
-
-
-def refcount(cluster: int, value: int) -> Patch:
-    return REFCOUNT_BLOCK + 2 * cluster, struct.pack(">H", value)
-
-
-def with_disk(*patches: Patch) -> bytes:
-    """The image of the specification with one cluster of data, and patches."""
-    l2 = word(COPIED | DATA).ljust(CLUSTER, b"\0")
-    return patched(
-        image(),
-        (L1, word(COPIED | L2)),
-        (L2, l2),
-        (DATA, b"d" * CLUSTER),
-        refcount(24, 1),
-        refcount(25, 1),
-        *patches,
-    )
+BEHIND = 26 * CLUSTER
 
 
 def checked(data: bytes | bytearray) -> Check:

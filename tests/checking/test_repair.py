@@ -5,25 +5,29 @@ from __future__ import annotations
 import argparse
 import struct
 from functools import cache
-from typing import NamedTuple
 
 import pytest
-from support.broken import broken_images
-from support.crash import intervals
-from support.faults import (
+from support.broken_images import broken_images
+from support.crash_states import intervals
+from support.images import Stored, build_image, extension
+from support.problem_images import HUGE, IDS, broken
+from support.repair_cases import CRASHES, BitmapFacts, bitmap_facts
+from support.spec_image import (
+    DATA,
     EXTENSION,
-    HUGE,
-    IDS,
+    L1,
+    L2,
+    REFCOUNT_TABLE,
     TABLES,
     Patch,
-    broken,
     image,
     in_entry,
     in_header,
     in_payload,
     patched,
+    with_disk,
+    word,
 )
-from support.images import Stored, build_image, extension
 from support.specreader import page
 
 import qcow2bm
@@ -32,7 +36,7 @@ from qcow2bm.checking.repair import REPAIRS, Repair, plan_repair, repairs_of
 from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, Write
 from qcow2bm.errors import FormatError, Qcow2BmError, StateError, StorageError
-from qcow2bm.format.undo import Undo, build_undo, parse_undo
+from qcow2bm.format.undo_file import UndoLog, build_undo, parse_undo
 from qcow2bm.problems import KINDS
 from qcow2bm.storage.memory import MemoryStorage
 
@@ -42,26 +46,6 @@ each_id = pytest.mark.parametrize(
 )
 NAMES = "daily", "weekly", "crashed"
 FOREIGN = ("header", "snapshot table", "header extension")
-
-
-class Bitmap(NamedTuple):
-    """What a bitmap is to a reader."""
-
-    status: str
-    flags: int
-    granularity: int
-    digest: str
-
-
-def bitmaps(data: bytes | bytearray) -> dict[str, Bitmap]:
-    """All bitmaps of an image by name; a digest only of those that are valid."""
-    found = {}
-    with qcow2bm.open(bytes(data)) as opened:
-        for name, bitmap in opened.bitmaps.items():
-            digest = bitmap.sha256() if bitmap.status == "valid" else ""
-            flags = bitmap.entry.flags & 3
-            found[name] = Bitmap(bitmap.status, flags, bitmap.granularity, digest)
-    return found
 
 
 def after(data: bytes, plan: Plan, size: int | None = None) -> bytearray:
@@ -81,8 +65,8 @@ def planned(data: bytes, *, lossless: bool = False) -> Repair:
 
 
 @cache
-def sound() -> dict[str, Bitmap]:
-    return bitmaps(image())
+def sound() -> dict[str, BitmapFacts]:
+    return bitmap_facts(image())
 
 
 def require_repaired(data: bytes) -> Repair:
@@ -98,7 +82,7 @@ def require_repaired(data: bytes) -> Repair:
     assert {step.what for step in again.plan.steps} <= {"refcounts", "refcounts and tails"}
     if not again.leaked_clusters < done.leaked_clusters:
         assert again.plan.steps == ()
-    before, now = bitmaps(data), bitmaps(repaired)
+    before, now = bitmap_facts(data), bitmap_facts(repaired)
     lost = {name for name, _ in done.lost}
     renamed = dict(done.renamed)
     for name, bitmap in before.items():
@@ -142,7 +126,7 @@ def test_broken_images(what: str) -> None:
     if what.startswith(("entry", "table")) and " and " not in what and not done.left:
         index = int(what.split()[1][0])
         shared = {name for name, reason in done.lost if "also used by" in reason}
-        repaired = bitmaps(after(data, done.plan))
+        repaired = bitmap_facts(after(data, done.plan))
         for number, name in enumerate(NAMES):
             if number != index and name not in shared and name not in dict(done.renamed):
                 assert repaired.get(name) == sound()[name], (name, done.lost)
@@ -171,8 +155,8 @@ def test_lossless_loses_nothing(id: str) -> None:
     data = broken(id)
     done = planned(data, lossless=True)
     assert done.lost == ()
-    repaired = bitmaps(after(data, done.plan))
-    for name, bitmap in bitmaps(data).items():
+    repaired = bitmap_facts(after(data, done.plan))
+    for name, bitmap in bitmap_facts(data).items():
         assert dict(done.renamed).get(name, name) in repaired
         if bitmap.status == "valid":
             assert repaired[dict(done.renamed).get(name, name)] == bitmap
@@ -247,8 +231,6 @@ def test_the_repairs_that_are_named() -> None:
 
 def test_a_refcount_block_in_guest_data_is_not_written_to() -> None:
     """A refcount table entry leads to a cluster of the disk."""
-    from checking.test_check import DATA, REFCOUNT_TABLE, with_disk, word
-
     shared = REFCOUNT_TABLE + 8, word(DATA)
     data = with_disk(shared, *in_entry(0, flags=4))
     with pytest.raises(FormatError, match="something else uses as well"):
@@ -271,7 +253,7 @@ def test_of_two_that_claim_one_table_neither_is_believed(is_size_wrong: bool) ->
         data = patched(data, (a.offset + 8, (2).to_bytes(4, "big")))
     done = planned(data)
     assert [name for name, _ in done.lost] == ["a", "b"]
-    assert set(bitmaps(after(data, done.plan))) == {"c"}
+    assert set(bitmap_facts(after(data, done.plan))) == {"c"}
 
 
 @pytest.mark.spec("REPAIR-2")
@@ -309,8 +291,6 @@ def test_extra_data_are_not_taken_for_a_name() -> None:
 @pytest.mark.spec("REPAIR-5")
 @pytest.mark.parametrize("what", ["L1 table", "L1 entry", "L2 entry", "compressed", "snapshots"])
 def test_nothing_is_put_where_something_leads_that_was_cut_off(what: str) -> None:
-    from checking.test_check import L1, L2, with_disk, word
-
     sound = with_disk(*in_entry(0, type=9))
     end = len(sound)
     patches: dict[str, list[Patch]] = {
@@ -325,15 +305,13 @@ def test_nothing_is_put_where_something_leads_that_was_cut_off(what: str) -> Non
     fresh = [s.offset for s in done.plan.steps if isinstance(s, Write) and s.is_fresh]
     assert fresh
     assert min(fresh) > end
-    before = bitmaps(sound)
-    repaired = bitmaps(after(data, done.plan))
+    before = bitmap_facts(sound)
+    repaired = bitmap_facts(after(data, done.plan))
     assert repaired["weekly"] == before["weekly"]
     assert planned(bytes(after(data, done.plan))).lost == ()
 
 
 def test_a_stray_entry_does_not_make_the_file_endless() -> None:
-    from checking.test_check import L2, with_disk, word
-
     data = with_disk(*in_entry(0, type=9), (L2 + 8, word(1 << 63 | 1 << 45)))
     with pytest.raises(FormatError, match=r"L2 table: entry 1 at 0x3008 .* mend that first"):
         planned(data)
@@ -341,8 +319,6 @@ def test_a_stray_entry_does_not_make_the_file_endless() -> None:
 
 def test_tails_are_left_where_nobody_knows_whose_they_are() -> None:
     """The table leads to guest data, and the disk's own tables cannot be followed."""
-    from checking.test_check import DATA, with_disk, word
-
     sound = with_disk((TABLES[0], word(DATA)), (DATA, b"\xff" * 512))
     broken_header = patched(sound, *in_header(l1_size=1 << 30))
     done = planned(broken_header)
@@ -360,7 +336,7 @@ def test_a_directory_that_gets_longer_than_the_file() -> None:
     data = bytes(build_image(Stored(name, (b"\1",)), Stored(name, (b"\2",))).data)
     done = planned(data)
     assert len(done.renamed) == 2
-    assert len(bitmaps(after(data, done.plan))) == 2
+    assert len(bitmap_facts(after(data, done.plan))) == 2
 
 
 def test_an_extension_in_version_2_is_left_alone() -> None:
@@ -386,8 +362,6 @@ def test_what_a_stale_entry_that_cannot_be_read_names_is_not_given_back() -> Non
 
 @pytest.mark.spec("REPAIR-3")
 def test_what_is_seen_only_once_the_length_is_right_is_no_reason_to_do_nothing() -> None:
-    from checking.test_check import DATA, with_disk, word
-
     data = with_disk((TABLES[0], word(DATA)), (EXTENSION + 4, bytes([0, 0, 0, 16])))
     done = planned(data, lossless=True)
     assert done.plan.steps
@@ -429,14 +403,14 @@ def test_an_entry_that_swallows_the_next_one() -> None:
     data = patched(image(), *in_entry(0, name_size=5 + 32))
     done = planned(data)
     assert (done.lost, done.left) == ((), ())
-    assert bitmaps(after(data, done.plan)) == sound()
+    assert bitmap_facts(after(data, done.plan)) == sound()
 
 
 def test_of_a_name_that_two_have_nobody_knows_whose_it_is() -> None:
     data = broken("directory-entry.name.duplicate")
     done = planned(data)
     assert done.renamed == (("daily", "daily-1"), ("daily", "daily-2"))
-    assert "daily" not in bitmaps(after(data, done.plan))
+    assert "daily" not in bitmap_facts(after(data, done.plan))
 
 
 def test_a_granularity_that_bits_speak_against_is_not_believed() -> None:
@@ -464,22 +438,15 @@ def test_a_size_that_reaches_over_an_old_entry_revives_nothing() -> None:
     data[new + 64 : new + 96] = entry
     data[payload + 8 : payload + 16] = (96).to_bytes(8, "big")
     done = planned(bytes(data))
-    assert set(bitmaps(after(bytes(data), done.plan))) == {"a", "b"}
+    assert set(bitmap_facts(after(bytes(data), done.plan))) == {"a", "b"}
 
 
 # --- crashes ------------------------------------------------------------------------------------
 
-CRASHES = (
-    "directory-entry.type.unknown", "bitmaps-extension.nb_bitmaps.less", "bitmap-data.overlap",
-    "header.autoclear_features.no-bitmaps", "header-extension.bitmaps.length",
-    "bitmap-table.entry.past-eof", "directory-entry.name.duplicate", "bitmap-directory.rest",
-    "directory-entry.extra_data.compatible", "bitmaps-extension.bitmap_directory_offset.zero",
-)  # fmt: skip
 
-
-def require_no_worse(data: bytes | bytearray, states: tuple[dict[str, Bitmap], ...]) -> None:
+def require_no_worse(data: bytes | bytearray, states: tuple[dict[str, BitmapFacts], ...]) -> None:
     """What a crash left has the bitmaps of one of the two states."""
-    found = bitmaps(data)
+    found = bitmap_facts(data)
     assert found in states, found
 
 
@@ -493,7 +460,7 @@ def test_a_crash_leaves_the_image_as_before_or_repaired(id: str, way: str) -> No
     done = planned(data)
     repaired = bytes(after(data, done.plan))
     undo = undo_of(MemoryStorage(data), done.plan)
-    states = bitmaps(data), bitmaps(repaired)
+    states = bitmap_facts(data), bitmap_facts(repaired)
     start, plan = (
         (data, done.plan)
         if way == "repair"
@@ -510,7 +477,7 @@ def test_a_crash_leaves_the_image_as_before_or_repaired(id: str, way: str) -> No
                 assert after(bytes(state), back, undo.file_size) == data
             elif count % 7 == 0:  # and a repair, too
                 again = planned(bytes(state))
-                assert bitmaps(after(bytes(state), again.plan)) == states[1]
+                assert bitmap_facts(after(bytes(state), again.plan)) == states[1]
                 assert not again.left
     assert count
 
@@ -541,15 +508,15 @@ def test_the_way_back_is_kept_before_anything_is_written() -> None:
     data = bytearray(broken("directory-entry.type.unknown"))
     before = bytes(data)
 
-    def fail(undo: Undo) -> object:
+    def fail(undo: UndoLog) -> object:
         raise StorageError("undo", 0, 0, "No space left on device")
 
     with pytest.raises(StorageError):
         api.repair(data, fail)  # type: ignore[arg-type]
     assert data == before
-    kept: list[Undo] = []
+    kept: list[UndoLog] = []
 
-    def keep(undo: Undo) -> object:
+    def keep(undo: UndoLog) -> object:
         assert data == before
         kept.append(undo)
         return lambda mtime: None

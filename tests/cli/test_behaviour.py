@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import golden_images as images
 from support.console import environment, run, start
 from support.images import Built, Stored, build_image
 from support.jsonspec import check_dump, check_map
 
 import qcow2bm
 from qcow2bm.errors import Qcow2BmError
-
-from . import images
 
 IMAGES = [
     images.sound,

@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support import golden_images as images
 from support.console import environment, run
 from support.images import Built, Stored, build_image
-
-from . import images
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support import golden_images as images
 from support.console import run
-
-from . import images
 
 GOLDEN = Path(__file__).parent / "golden"
 

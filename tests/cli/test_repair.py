@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from support.console import Result, run
-from support.faults import HUGE, IDS, broken, image
 from support.images import Stored, build_image
 from support.jsonspec import check_dry_run, check_repair
+from support.problem_images import HUGE, IDS, broken
+from support.spec_image import image
 
 REPAIR = ["repair", "vm.qcow2"]
 UNDO = ["undo", "vm.qcow2", "way back"]

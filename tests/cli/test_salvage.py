@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from support.clusters import after
 from support.console import run
-from support.faults import broken
 from support.images import Stored, build_image
 from support.jsonspec import check_salvage
+from support.plans import after
+from support.problem_images import broken
 
 import qcow2bm
 from qcow2bm.clusters.plan import Barrier, Write

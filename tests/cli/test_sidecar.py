@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.console import run
+from support.golden_images import crashed, empty, names, sound
 from support.images import Stored, build_image
 from support.jsonspec import check_sidecar_dump
 
@@ -15,8 +16,6 @@ import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.migration.sidecar import read_sidecar, write_sidecar
-
-from .images import crashed, empty, names, sound
 
 SAVE = ["sidecar", "save", "vm.qcow2", "saved"]
 LOAD = ["sidecar", "load", "saved", "vm.qcow2"]

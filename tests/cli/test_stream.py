@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 from support.console import Result, environment, run, start
-from support.faults import broken
+from support.golden_images import crashed, empty, names, sound
 from support.images import Stored, build_image
 from support.jsonspec import check_stream_dump
+from support.problem_images import broken
 
 import qcow2bm
 from qcow2bm.migration.stream_bitmaps import read_stream
-
-from .images import crashed, empty, names, sound
 
 DATA = Path(__file__).parents[1] / "data"
 WRITE = ["stream", "write", "vm.qcow2", "--node-alias=disk"]

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.audit import Audit
-from support.clusters import after, opened
 from support.images import Built, build_image
+from support.plans import after, opened
 
 from qcow2bm.clusters.allocator import Allocation, Allocator, Run
 from qcow2bm.clusters.plan import Barrier, Step

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.images import Built, Stored, build_image, extension
-from support.scripted import OnceAt, ScriptedStorage
+from support.scripted_storage import OnceAt, ScriptedStorage
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import ChangedWhileReadingError, LimitError, ShortReadError, UnsupportedError
@@ -45,6 +45,15 @@ def test_the_extensions_begin_behind_the_header(version: int, additional_fields:
 def test_of_two_extensions_of_a_type_the_last_counts() -> None:
     listed = [extension(DATA_FILE, name) for name in (b"first", b"last \xff")]
     assert opened(image_of(extensions=listed)).find(DATA_FILE) == listed[-1]
+
+
+def test_the_payload_offset_is_that_of_the_last_extension_of_a_type() -> None:
+    listed = [extension(DATA_FILE, name) for name in (b"first", b"last \xff")]
+    image = image_of(extensions=[*listed, extension(BACKING_FORMAT, b"raw")])
+    file = opened(image)
+    assert file.payload_offset(DATA_FILE) == image.offset("header-extension", 1) + 8
+    assert file.read(image.offset("header-extension", 1) + 8, 6) == b"last \xff"
+    assert file.payload_offset(FEATURE_NAMES) is None
 
 
 def test_extensions_end_where_the_backing_name_begins() -> None:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 from support.audit import Audit
-from support.clusters import after, opened
 from support.images import Built, Stored, build_image, extension
+from support.plans import after, opened
 
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, is_in_one_sector
@@ -267,6 +267,7 @@ def test_in_and_out_again(layout: Layout) -> None:
 # --- the rest ---------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("INV-UNKNOWN")
 @pytest.mark.parametrize(
     ("bits", "left"), [(0b101, 0b1), (1 << 63 | 0b11, 0b11), (1 << 2, 0), (0b11, None), (0, None)]
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 
 import pytest
-from support.faults import (
+from support.problem_images import snapshot_table
+from support.spec_image import (
     BEHIND,
     CLUSTER,
     DAILY,
@@ -18,7 +19,6 @@ from support.faults import (
     in_header,
     in_table,
     patched,
-    snapshot_table,
 )
 
 import qcow2bm

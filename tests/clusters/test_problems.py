@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.images import Stored, build_image, extension
-from support.scripted import ScriptedStorage
+from support.scripted_storage import ScriptedStorage
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems

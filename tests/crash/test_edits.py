@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from random import Random
 
 import pytest
-from crash.layouts import FAMILIES, LAYOUTS, NAMES, build, header
-from crash.operations import Operation, named, operations, planned
+from support.edit_operations import Operation, named, operations, planned
+from support.layouts import FAMILIES, LAYOUTS, NAMES, build, header
 
 import qcow2bm
 
@@ -15,6 +15,7 @@ MIN_STATES = 1500
 """In a family; so that all of them cannot have less than 10,000."""
 
 
+@pytest.mark.spec("INV-ATOMIC", "INV-HEADER", "INV-REFCOUNT", "INV-UNKNOWN")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_some_states(name: str) -> None:
     random = Random(name)
@@ -24,6 +25,7 @@ def test_some_states(name: str) -> None:
         judge.judge_all(plan, random, most=4)
 
 
+@pytest.mark.spec("INV-ATOMIC", "INV-HEADER", "INV-REFCOUNT")
 @pytest.mark.deep
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_states(family: str) -> None:
@@ -37,6 +39,8 @@ def test_all_states(family: str) -> None:
     assert count >= MIN_STATES
 
 
+@pytest.mark.spec("INV-ATOMIC")
+@pytest.mark.spec("INV-HEADER")
 @pytest.mark.parametrize("backing", ["none", *NAMES])
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("cluster_bits", [9, 10, 12])
@@ -45,6 +49,7 @@ def test_some_places_of_the_extension(cluster_bits: int, count: int, backing: st
     judge_places(cluster_bits, count, backing, places, most=4)
 
 
+@pytest.mark.spec("INV-HEADER")
 @pytest.mark.deep
 @pytest.mark.parametrize("backing", ["none", *NAMES])
 @pytest.mark.parametrize("count", [0, 1])

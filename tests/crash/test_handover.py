@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from crash.judge import BrokenStateError, Recorded, look, names, under_counted
-from crash.layouts import FAMILIES, UNKNOWN, build
-from crash.layouts import image as layout_image
-from crash.test_tracking import trackable
-from support.crash import intervals
+from support.crash_judge import BrokenStateError, Recorded, look, names, under_counted
+from support.crash_states import intervals
 from support.images import extension
+from support.layouts import FAMILIES, UNKNOWN, build, trackable
+from support.layouts import image as layout_image
 from tracker.recording import RecordingStorage, cover, random_ranges, stored_bits
 
 import qcow2bm

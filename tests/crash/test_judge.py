@@ -6,10 +6,10 @@ import struct
 from random import Random
 
 import pytest
-from crash.judge import BrokenStateError, Judge, look, under_counted
-from crash.layouts import LAYOUTS, build, set_refcount
-from crash.operations import named, planned
-from support.crash import intervals
+from support.crash_judge import BrokenStateError, Judge, look, under_counted
+from support.crash_states import intervals
+from support.edit_operations import named, planned
+from support.layouts import LAYOUTS, build, set_refcount
 
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write
 from qcow2bm.format.directory import FIELD_OFFSETS, FLAG_IN_USE
@@ -80,6 +80,7 @@ def test_the_commit_must_not_come_first(layout: str, operation: str) -> None:
     assert_noticed(judge, Plan((commit, barrier, *rest), 0), commit)
 
 
+@pytest.mark.spec("INV-REFCOUNT")
 @pytest.mark.parametrize(("layout", "operation"), CASES[:4])
 def test_nothing_must_be_freed_before_the_commit(layout: str, operation: str) -> None:
     judge, plan = case(layout, operation)
@@ -91,6 +92,7 @@ def test_nothing_must_be_freed_before_the_commit(layout: str, operation: str) ->
     assert_noticed(judge, Plan(steps, point + len(freeing)), freeing[0])
 
 
+@pytest.mark.spec("INV-HEADER")
 @pytest.mark.parametrize("layout", [layout for layout, _ in CASES])
 def test_a_header_torn_in_two_is_noticed(layout: str) -> None:
     data, facts = bytearray(build(layout)), look(build(layout))

@@ -7,11 +7,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from crash.judge import Facts
-from crash.layouts import BACKING_NAME, DATA_FILE_NAME, LAYOUTS, build
-from crash.operations import operations, planned
 from support import qemu
-from support.crash import intervals
+from support.crash_judge import Facts
+from support.crash_states import intervals
+from support.edit_operations import operations, planned
+from support.layouts import BACKING_NAME, DATA_FILE_NAME, LAYOUTS, build
 from support.qemu import LEAKS, Disk
 
 import qcow2bm

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from crash.judge import BrokenStateError, look, under_counted
-from support.crash import intervals
+from support.crash_judge import BrokenStateError, look, under_counted
+from support.crash_states import intervals
 from support.images import ONES, ZEROES, Stored, build_image, extension
 from tracker.recording import RecordingStorage, cover, random_ranges, stored_bits
 
@@ -135,6 +135,7 @@ def judge_all(run: Session, random: Random, most: int) -> int:
     return count
 
 
+@pytest.mark.spec("INV-SUPERSET")
 @pytest.mark.spec("TRACK-13")
 @pytest.mark.spec("TRACK-14")
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from crash.judge import BrokenStateError, Facts, look, names, under_counted
-from crash.layouts import FAMILIES, LAYOUTS, build
-from support.crash import Interval, intervals
+from support.crash_judge import BrokenStateError, Facts, look, names, under_counted
+from support.crash_states import Interval, intervals
 from support.images import build_image
+from support.layouts import FAMILIES, LAYOUTS, build, trackable
 from tracker.recording import (
     Octets,
     RecordingStorage,
@@ -163,19 +163,7 @@ def sessions(name: str, count: int) -> Iterator[Session]:
         yield track(image, random, rounds=random.randrange(4), leaves_out=leaves_out)
 
 
-def trackable(family: str | None = None) -> list[str]:
-    """The layouts of a family, or all of them, that have a bitmap to be tracked."""
-    found = []
-    for name, layout in LAYOUTS.items():
-        if family in (None, layout.family) and layout.bitmaps:
-            with qcow2bm.open(build(name)) as image:
-                listed = [image.bitmap(number) for number in range(len(image.directory))]
-                statuses = {(bitmap.status, bitmap.auto) for bitmap in listed}
-            if ("valid", True) in statuses and not {("broken", True), ("broken", False)} & statuses:
-                found.append(name)
-    return found
-
-
+@pytest.mark.spec("INV-SUPERSET", "INV-INUSE", "INV-REFCOUNT")
 @pytest.mark.parametrize("name", MIXED)
 def test_some_states(name: str) -> None:
     for session in sessions(name, 4):
@@ -190,6 +178,7 @@ def test_some_layouts() -> None:
             session.judge_all(random, most=4)
 
 
+@pytest.mark.spec("INV-SUPERSET", "INV-INUSE", "INV-REFCOUNT")
 @pytest.mark.deep
 @pytest.mark.parametrize("name", MIXED)
 def test_many_states(name: str) -> None:
@@ -208,6 +197,7 @@ def test_many_states_of_all_layouts(family: str) -> None:
     print(f"crash states checked: {count} ({family})")
 
 
+@pytest.mark.spec("INV-INUSE")
 @pytest.mark.parametrize(
     "which", ["after in_use", "before bitmaps are valid", "before table entries"]
 )

@@ -10,17 +10,8 @@ from itertools import takewhile
 from random import Random
 
 import pytest
-from support.faulty import (
-    EDITS,
-    Fault,
-    FaultyStorage,
-    State,
-    calls,
-    faults_at,
-    plan,
-    state_of,
-    states,
-)
+from support.faulty_storage import Fault, FaultyStorage, faults_at
+from support.interrupted_edits import EDITS, State, calls, plan, state_of, states
 
 import qcow2bm
 from qcow2bm.clusters.plan import Write
@@ -112,6 +103,7 @@ def test_the_unusual_edits_take_an_unusual_way(name: str, way: str) -> None:
     assert with_it == [name]
 
 
+@pytest.mark.spec("INV-ATOMIC")
 @watched
 @every_edit
 def test_some_faults(name: str, is_watched: bool) -> None:

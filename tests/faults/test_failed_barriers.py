@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 import pytest
-from support.faulty import EDITS, Fault, FaultyStorage, calls, plan, state_of, states
+from support.faulty_storage import Fault, FaultyStorage
+from support.interrupted_edits import EDITS, calls, plan, state_of, states
 
 import qcow2bm
 from qcow2bm.errors import CommitError, StateError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.faulty import EDITS, SIZE, FaultyStorage
+from support.faulty_storage import FaultyStorage
+from support.interrupted_edits import EDITS, SIZE
 
 import qcow2bm
 from qcow2bm.api import Edit

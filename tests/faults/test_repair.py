@@ -11,15 +11,15 @@ from functools import cache
 from random import Random
 
 import pytest
-from checking.test_repair import CRASHES, bitmaps
-from support.faults import broken
-from support.faulty import Fault, FaultyStorage, faults_at
+from support.faulty_storage import Fault, FaultyStorage, faults_at
+from support.problem_images import broken
+from support.repair_cases import CRASHES, bitmap_facts
 
 from qcow2bm.api import repair as api
 from qcow2bm.checking.undo import plan_undo
 from qcow2bm.clusters.plan import execute
 from qcow2bm.errors import CommitError, StorageError
-from qcow2bm.format.undo import Undo
+from qcow2bm.format.undo_file import UndoLog
 from qcow2bm.storage.memory import MemoryStorage
 
 Work = Callable[[FaultyStorage], object]
@@ -29,11 +29,11 @@ both_ways = pytest.mark.parametrize("way", ["repair", "undo"])
 
 
 @cache
-def states(id: str) -> tuple[bytes, bytes, Undo]:
+def states(id: str) -> tuple[bytes, bytes, UndoLog]:
     """An image before a repair and after it, and what leads back."""
     data, kept = bytearray(broken(id)), []
 
-    def keep(undo: Undo) -> Callable[[int], None]:
+    def keep(undo: UndoLog) -> Callable[[int], None]:
         kept.append(undo)
         return lambda mtime_ns: None
 
@@ -76,7 +76,7 @@ def run_faulty(id: str, way: str, fault: Fault, keeps: Callable[[int], bool]) ->
     if came == "refused":
         assert data == start
     before, after, undo = states(id)
-    assert bitmaps(data) in (bitmaps(before), bitmaps(after))
+    assert bitmap_facts(data) in (bitmap_facts(before), bitmap_facts(after))
     back = MemoryStorage(bytearray(data))
     plan = plan_undo(back, undo, is_asserted=True)
     execute(plan, back, None)

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.faulty import EDITS, plan, state_of, states
+from support.interrupted_edits import EDITS, plan, state_of, states
 
 import qcow2bm
-
-SCRIPT = Path(__file__).with_name("killed.py")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="writing is for Linux")
 
@@ -25,7 +23,7 @@ SAMPLE = ("set", "overlay")
 )
 def test_killed_at_every_call(name: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(SCRIPT), name, str(tmp_path)]
+    command = [sys.executable, "-m", "support.killed_edits", name, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

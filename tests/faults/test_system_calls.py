@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.faulty import BACKING_NAME, EDITS, Fault, FaultyStorage, calls, plan, state_of, states
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import build_image
+from support.interrupted_edits import BACKING_NAME, EDITS, calls, plan, state_of, states
 from support.qemu import LEAKS, TOOLS, Disk, run
 
 import qcow2bm
@@ -31,7 +32,7 @@ CALLS = ("pwritev2", "fdatasync")
 PROGRAM = """
 import sys
 import qcow2bm
-from support.faulty import EDITS
+from support.interrupted_edits import EDITS
 
 try:
     with qcow2bm.open(sys.argv[2], "r+") as image:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from qcow2bm.format import features
+from qcow2bm.format.bitmap_table import parse_bitmap_table
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, parse_directory
 from qcow2bm.format.extensions import BITMAPS, parse_bitmaps_extension, parse_extensions
 from qcow2bm.format.features import FeatureNames
 from qcow2bm.format.header import parse_header
 from qcow2bm.format.refcounts import parse_refcount_block, parse_refcount_table
-from qcow2bm.format.table import parse_bitmap_table
 
 HEADER = bytes.fromhex(
     "514649fb 00000003 0000000000000000"  # magic, version, backing_file_offset

@@ -4,9 +4,9 @@ from typing import Any
 
 import construct
 import pytest
-from format.hostile import U8, U32, U64, hostile, padding
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hostile_bytes import U8, U32, U64, hostile, padding
 
 from qcow2bm.errors import FormatError
 from qcow2bm.format.directory import (

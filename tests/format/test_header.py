@@ -4,9 +4,9 @@ import struct
 from typing import Any
 
 import pytest
-from format.hostile import U8, U32, U64, hostile
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hostile_bytes import U8, U32, U64, hostile
 
 from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.header import FIELD_OFFSETS, Header, build_header, parse_header

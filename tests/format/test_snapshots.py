@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from format.hostile import U32, U64, hostile, padding
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hostile_bytes import U32, U64, hostile, padding
 
 from qcow2bm.errors import FormatError
 from qcow2bm.format.snapshots import (

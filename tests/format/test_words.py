@@ -8,17 +8,17 @@ from array import array
 from collections.abc import Callable
 
 import pytest
-from format.hostile import U64
 from hypothesis import given
 from hypothesis import strategies as st
+from support.hostile_bytes import U64
 
+from qcow2bm.format.bitmap_table import MASKS, build_bitmap_table, parse_bitmap_table
 from qcow2bm.format.refcounts import (
     TABLE_OFFSET_MASK,
     TABLE_RESERVED_MASK,
     build_refcount_table,
     parse_refcount_table,
 )
-from qcow2bm.format.table import MASKS, build_bitmap_table, parse_bitmap_table
 
 Parse = Callable[[bytes], "array[int]"]
 Build = Callable[["array[int]"], bytes]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.clusters import opened
 from support.images import Stored, build_image, extension
+from support.plans import opened
 
 from qcow2bm.format.directory import (
     FLAG_AUTO,
@@ -34,7 +34,7 @@ from qcow2bm.migration.evidence import (
     judge,
 )
 from qcow2bm.migration.sentinel import PREFIX, Sentinel
-from qcow2bm.storage.identity import FileIdentity
+from qcow2bm.storage.file_identity import FileIdentity
 
 SIZE = 1 << 20
 SENTINEL = Sentinel(f"{PREFIX}0f0e0d0c-0b0a-4908-8706-050403020100", 512, SIZE)

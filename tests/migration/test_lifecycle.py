@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import pytest
-from crash.judge import under_counted
-from crash.layouts import append, set_refcount
-from support.faulty import Fault, FaultyStorage
+from support.crash_judge import under_counted
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image
+from support.layouts import append, set_refcount
 
 import qcow2bm
 from qcow2bm.errors import CommitError, StateError

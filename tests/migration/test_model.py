@@ -28,7 +28,7 @@ from migration.world import (
     plain_name,
     touched,
 )
-from support.crash import intervals
+from support.crash_states import intervals
 
 from qcow2bm.clusters.plan import Plan
 from qcow2bm.migration import sentinel

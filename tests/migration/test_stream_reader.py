@@ -255,6 +255,7 @@ def test_padding_is_up_to_32_bytes(padding: int) -> None:
     assert found.complete[0].packed().tobytes() == b"\xaa" * 8
 
 
+@pytest.mark.spec("INV-TAIL")
 @pytest.mark.spec("STREAM-9")
 @pytest.mark.parametrize("sectors", [1, 7, 8, 9, 63, 64, 65])
 def test_bits_past_the_disk_are_ignored(sectors: int) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support.streams import FORMS, came, cut, outcome, outgoing, sent, several
 
 from qcow2bm.errors import BitmapError, FormatError
-from qcow2bm.format import stream
-from qcow2bm.format.window import NotYetError, Window
+from qcow2bm.format import stream, stream_bitmap
+from qcow2bm.format.stream_buffer import NeedDataError, StreamBuffer
 from qcow2bm.migration.stream_bitmaps import read_stream
 from qcow2bm.migration.stream_writer import Outgoing, write_stream
 
@@ -53,14 +53,14 @@ def test_no_bitmaps_make_sections_all_the_same() -> None:
     assert (found.is_complete, found.all) == (True, [])
 
 
-def records(data: bytes) -> list[stream.Record]:
+def records(data: bytes) -> list[stream_bitmap.Record]:
     """All records of the bitmaps in the sections alone."""
-    window = Window(data)
-    found: list[stream.Record] = []
+    window = StreamBuffer(data)
+    found: list[stream_bitmap.Record] = []
     while window.length:
         stream.parse_section(window)
-        while not found or found[-1].flags != stream.EOS:
-            found.append(stream.parse_record(window))
+        while not found or found[-1].flags != stream_bitmap.EOS:
+            found.append(stream_bitmap.parse_record(window))
         stream.parse_section(window)  # the footer
         if window.length:
             found.pop()  # EOS ends the loop above
@@ -71,7 +71,7 @@ def records(data: bytes) -> list[stream.Record]:
 @given(outgoing())
 def test_chunks_are_as_qemu_sends_them(bitmap: Outgoing) -> None:
     found = records(b"".join(write_stream([bitmap], None)))
-    chunks = [record.body for record in found if isinstance(record.body, stream.Bits)]
+    chunks = [record.body for record in found if isinstance(record.body, stream_bitmap.Bits)]
     per_bit = bitmap.granularity // 512
     assert chunks[0].start_sector == 0
     assert all(a.start_sector + a.nr_sectors == b.start_sector for a, b in pairwise(chunks))
@@ -137,19 +137,19 @@ def test_a_machine_has_a_name(machine: str) -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        stream.Record(stream.START, None, None, stream.Start(1 << 32, 0)),
-        stream.Record(stream.BITS, None, None, stream.Bits(0, 1 << 32, None)),
-        stream.Record(stream.BITS, None, None, stream.Bits(-1, 1, bytes(8))),
-        stream.Record(stream.BITMAP_NAME | stream.COMPLETE, None, bytes(256)),
+        stream_bitmap.Record(stream_bitmap.START, None, None, stream_bitmap.Start(1 << 32, 0)),
+        stream_bitmap.Record(stream_bitmap.BITS, None, None, stream_bitmap.Bits(0, 1 << 32, None)),
+        stream_bitmap.Record(stream_bitmap.BITS, None, None, stream_bitmap.Bits(-1, 1, bytes(8))),
+        stream_bitmap.Record(stream_bitmap.BITMAP_NAME | stream_bitmap.COMPLETE, None, bytes(256)),
     ],
 )
-def test_a_record_that_does_not_fit_is_not_built(record: stream.Record) -> None:
+def test_a_record_that_does_not_fit_is_not_built(record: stream_bitmap.Record) -> None:
     with pytest.raises(FormatError):
-        stream.build_record(record)
+        stream_bitmap.build_record(record)
 
 
 def test_a_record_that_is_cut_off_waits() -> None:
     data = next(piece for piece in write_stream([ONE], None) if b"daily" in piece)
     for length in range(len(data)):
-        with pytest.raises(NotYetError):
-            stream.parse_record(Window(data[:length]))
+        with pytest.raises(NeedDataError):
+            stream_bitmap.parse_record(StreamBuffer(data[:length]))

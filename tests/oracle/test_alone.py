@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.migration_alone import CASES, alone
 from support.specreader import page
-
-from .alone import CASES, alone
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.broken import broken_images
+from support.broken_images import broken_images
 from support.console import run
-from support.faults import IDS, broken
+from support.problem_images import IDS, broken
 from support.qemu import Disk, run_ok
 from support.qemu import run as run_tool
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.hosts import Host, host
 
-from qcow2bm.storage.direct import DirectFile
+from qcow2bm.storage.direct_io import DirectFile
 
 PAGE = 4096
 SIZE = 64 * PAGE

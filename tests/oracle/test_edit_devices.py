@@ -8,12 +8,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support.edits import SECTOR, KiB, MiB, Step, do
 from support.qemu import Disk, ToolError, run_ok
+from support.twin import SECTOR, KiB, MiB, Step, do
 
 import qcow2bm
 from qcow2bm.api import repair
-from qcow2bm.format.undo import Undo
+from qcow2bm.format.undo_file import UndoLog
 from qcow2bm.storage.file import FileStorage
 
 SIZE = 40 * MiB + SECTOR
@@ -141,10 +141,10 @@ def test_a_repair_finds_room_on_it_and_is_undone(disk: Disk) -> None:
         written.seek(place)
         written.write(b"\0\0\0\x10")
     before = disk.path.read_bytes()
-    kept: list[Undo] = []
+    kept: list[UndoLog] = []
     with closing(FixedFile(disk.path, writable=True)) as storage:
 
-        def keep(undo: Undo) -> Callable[[int], None]:
+        def keep(undo: UndoLog) -> Callable[[int], None]:
             kept.append(undo)
             return lambda mtime_ns: None
 

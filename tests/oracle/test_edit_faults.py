@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.edits import SECTOR, Bitmaps, Expected, KiB, MiB, Step, do, hashes
 from support.qemu import Disk, StorageDaemon, ToolError, run, run_ok
+from support.twin import SECTOR, Bitmaps, Expected, KiB, MiB, Step, do, hashes
 
 import qcow2bm
 

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from support.edits import KiB, MiB, held_lock_bytes
 from support.qemu import Disk, StorageDaemon, run
+from support.twin import KiB, MiB, held_lock_bytes
 
 import qcow2bm
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.edits import KINDS, OPERATIONS, SECTOR, KiB, Kind, Step, Twin
 from support.qemu import StorageDaemon, run, run_ok
+from support.twin import KINDS, OPERATIONS, SECTOR, KiB, Kind, Step, Twin
 
 import qcow2bm
 
@@ -171,6 +171,7 @@ def test_no_change_writes_nothing(tmp_path: Path) -> None:
     assert (twin.disk.path.read_bytes(), twin.disk.path.stat().st_mtime_ns) == before
 
 
+@pytest.mark.spec("INV-NOPATH")
 @pytest.mark.parametrize("kind", ["cluster-4k", "overlay", "data-file-raw"])
 def test_no_file_that_the_image_names_is_needed(
     tmp_path: Path, daemon: StorageDaemon, kind: str

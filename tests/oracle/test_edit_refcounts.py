@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.edits import SECTOR, KiB, MiB, Step, Twin, make_kind
 from support.qemu import StorageDaemon
+from support.twin import SECTOR, KiB, MiB, Step, Twin, make_kind
 
 import qcow2bm
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from support.edits import SECTOR, GiB, KiB, MiB, do, hashes
 from support.qemu import Disk, StorageDaemon, run
+from support.twin import SECTOR, GiB, KiB, MiB, do, hashes
 
 import qcow2bm
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from support.edits import KINDS, OPERATIONS, SECTOR, KiB, Kind, MiB, Step, Twin
 from support.qemu import StorageDaemon
+from support.twin import KINDS, OPERATIONS, SECTOR, KiB, Kind, MiB, Step, Twin
 
 GRANULARITIES = (512, 1 * KiB, 4 * KiB, 64 * KiB, 1 * MiB)
 MOST = 8  # bitmaps at a time

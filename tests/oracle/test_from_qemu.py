@@ -175,6 +175,7 @@ def test_all_zeroes_clusters_in_every_place(tmp_path: Path, clusters: int) -> No
     assert_reads_as_qemu_does(disk)
 
 
+@pytest.mark.spec("INV-NOPATH")
 def test_what_an_image_names_is_never_touched(tmp_path: Path) -> None:
     """INV-NOPATH."""
     overlay = CONFIGS["overlay"]

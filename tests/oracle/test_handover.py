@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from support import vm
-from support.edits import MiB
+from support.migration_tracked import CASES, Way, handed_over
 from support.qemu import Disk, StorageDaemon
 from support.specreader import page
-
-from .handover import CASES, Way, handed_over
+from support.twin import MiB
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from support.console import run
-from support.faults import IDS, broken, in_entry, patched
+from support.problem_images import IDS, broken
 from support.qemu import Disk
+from support.spec_image import in_entry, patched
 
 from qcow2bm.bitmaps.entries import FITTABLE
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, KINDS, REFUSED, TABLE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.broken import broken_images
+from support.broken_images import broken_images
 from support.console import run
 from support.qemu import LEAKS, Disk
 from support.qemu import run as run_tool

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import pytest
 from support.console import Result as Printed
 from support.console import run
-from support.edits import KiB, MiB
+from support.migration_alone import CASES
+from support.migration_rescued import Result, Way, rescued
 from support.qemu import Disk, run_ok
 from support.qemu import QmpError as QmpRefused
 from support.rescue import verdict
 from support.specreader import ROOT, page
+from support.twin import KiB, MiB
 from support.vm import NOWHERE, Machine
 
 import qcow2bm
@@ -28,9 +30,6 @@ from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE, copy_of, is_evidence
 from qcow2bm.qmp.queries import query_bitmap, query_digest
 from qcow2bm.qmp.veto import copy_and_rename, lift_vetoes
-
-from .alone import CASES
-from .rescued import Result, Way, rescued
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.console import run
-from support.edits import KiB, MiB
 from support.qemu import Disk
+from support.twin import KiB, MiB
 from support.vm import Machine
 
 pytestmark = pytest.mark.usefixtures("system_emulator")

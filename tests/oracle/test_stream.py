@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.console import run
-from support.edits import KiB, MiB
 from support.qemu import Disk
+from support.twin import KiB, MiB
 from support.vm import Machine
 
 import qcow2bm

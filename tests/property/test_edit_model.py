@@ -26,7 +26,7 @@ from support.granules import Granules
 from support.images import build_image, extension
 
 import qcow2bm
-from qcow2bm.bits.runs import OPS
+from qcow2bm.bits.operations import OPS
 from qcow2bm.format.extensions import BACKING_FORMAT
 
 GRANULARITY_BITS = st.integers(9, 16)

@@ -222,6 +222,7 @@ def run(examples: int, steps: int) -> None:
     )
 
 
+@pytest.mark.spec("INV-SUPERSET", "INV-META", "INV-TAIL")
 @pytest.mark.spec("TRACK-8")
 @pytest.mark.spec("TRACK-1")
 def test_any_sequence() -> None:

@@ -6,7 +6,8 @@ import hashlib
 import struct
 
 import pytest
-from support.faults import (
+from support.problem_images import broken, cut_directory, in_version_2
+from support.spec_image import (
     CRASHED,
     DAILY,
     PAST_EOF,
@@ -14,14 +15,11 @@ from support.faults import (
     WEEKLY,
     Patch,
     after_head,
-    broken,
-    cut_directory,
     image,
     in_entry,
     in_header,
     in_payload,
     in_table,
-    in_version_2,
     patched,
 )
 
@@ -242,6 +240,7 @@ def test_how_much_of_the_last_clusters_must_be_in_the_file() -> None:
         assert statuses(opened) == ["valid", "valid", "broken"]
 
 
+@pytest.mark.spec("INV-TAIL")
 @pytest.mark.spec("DATA-1")
 @pytest.mark.spec("DATA-2")
 @pytest.mark.parametrize("stored", [[(0x1000, b"\xff" * 512)], [in_table(DAILY, 1)]])
@@ -296,6 +295,7 @@ def test_only_a_valid_bitmap_is_read(patches: list[Patch], error: type[BitmapErr
                 read()
 
 
+@pytest.mark.spec("INV-COARSE")
 @pytest.mark.spec("STAT-2")
 def test_stale_bits_are_dirty_where_they_cannot_be_read() -> None:
     with open_patched(in_table(WEEKLY, 0x1400, 2, 0)) as opened:

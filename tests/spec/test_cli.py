@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.faults import DAILY, IDS, broken, image, in_table, patched
 from support.jsonspec import check_dry_run, check_dump, check_map
+from support.problem_images import IDS, broken
+from support.spec_image import DAILY, image, in_table, patched
 from support.specreader import ROOT, page
 
 import qcow2bm

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.faulty import Fault, FaultyStorage
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import ONES, ZEROES, Built, Stored, build_image, extension
 from support.specreader import page
 
@@ -81,6 +81,7 @@ def prefixes(data: bytes | bytearray, plan: Plan) -> Iterator[bytes]:
         yield bytes(state)
 
 
+@pytest.mark.spec("INV-ATOMIC")
 @pytest.mark.spec("EDIT-1")
 def test_at_every_step_all_is_old_or_all_is_new() -> None:
     def change(edit: Edit) -> None:
@@ -128,6 +129,7 @@ def test_one_bit_writes_one_cluster_of_data() -> None:
     ]
 
 
+@pytest.mark.spec("INV-TAIL")
 @pytest.mark.spec("EDIT-4")
 def test_clusters_of_one_value_are_not_stored() -> None:
     size = SIZE + 512  # so that the last cluster has one bit
@@ -141,6 +143,7 @@ def test_clusters_of_one_value_are_not_stored() -> None:
         assert image.bitmaps["daily"].clusters == (4, 0, 0)
 
 
+@pytest.mark.spec("INV-UNKNOWN")
 @pytest.mark.spec("EDIT-5")
 def test_what_is_unknown_survives() -> None:
     names = bytes([2, 9]) + b"a future feature".ljust(46, b"\0")
@@ -314,6 +317,7 @@ def test_limits_of_size() -> None:
         edit.add("new")
 
 
+@pytest.mark.spec("INV-COARSE")
 @pytest.mark.spec("EDIT-11")
 def test_rounding_never_loses_a_dirty_byte() -> None:
     def change(edit: Edit) -> None:
@@ -336,6 +340,7 @@ def test_fitting_drops_what_is_cut_off() -> None:
         assert image.bitmaps["daily"].packed().tobytes() == BITS.ljust(512, b"\0") + b"\0"
 
 
+@pytest.mark.spec("INV-COARSE")
 @pytest.mark.spec("EDIT-12")
 def test_fitting_makes_dirty_what_was_not_covered() -> None:
     data = edited(grown(), lambda edit: edit.fit("daily"))
@@ -353,6 +358,7 @@ OPERATIONS: dict[str, Callable[[set[int], set[int]], set[int]]] = {
 }
 
 
+@pytest.mark.spec("INV-COARSE")
 @pytest.mark.spec("EDIT-13")
 @pytest.mark.parametrize("op", OPERATIONS)
 @pytest.mark.parametrize(("target", "source"), [(9, 9), (9, 12), (12, 9), (11, 9), (16, 10)])
@@ -477,6 +483,7 @@ def test_how_many_barriers(
     assert 2 <= planned(image(), change).barriers <= limit
 
 
+@pytest.mark.spec("INV-REFCOUNT")
 @pytest.mark.spec("EDIT-16")
 @pytest.mark.spec("REF-6")
 def test_new_structures_are_whole_clusters_counted_before_the_commit() -> None:
@@ -492,6 +499,7 @@ def test_new_structures_are_whole_clusters_counted_before_the_commit() -> None:
     assert counts[-1] not in before
 
 
+@pytest.mark.spec("INV-ATOMIC")
 @pytest.mark.spec("EDIT-17")
 def test_what_a_failure_leaves_behind() -> None:
     data = three().data

@@ -7,7 +7,8 @@ from array import array
 from pathlib import Path
 
 import pytest
-from support.faults import END, EXTENSION, broken, extension, image, in_header, patched
+from support.problem_images import broken
+from support.spec_image import END, EXTENSION, extension, image, in_header, patched
 from support.specreader import vector
 
 import qcow2bm
@@ -48,6 +49,7 @@ def test_the_disk_is_whole_sectors() -> None:
         assert opened.virtual_size == 5242368
 
 
+@pytest.mark.spec("INV-UNKNOWN")
 @pytest.mark.spec("HDR-4")
 def test_additional_fields_survive() -> None:
     data = bytearray(vector("header.md", "hex header"))
@@ -73,6 +75,7 @@ def test_what_is_not_opened() -> None:
         qcow2bm.open(short).close()
 
 
+@pytest.mark.spec("INV-NOPATH")
 @pytest.mark.spec("HDR-6")
 def test_no_file_that_an_image_names_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +107,7 @@ def test_no_file_that_an_image_names_is_touched(
     assert {os.fspath(where) for where in touched if isinstance(where, str | Path)} == {str(path)}
 
 
+@pytest.mark.spec("INV-UNKNOWN")
 @pytest.mark.spec("FEAT-1")
 def test_an_unknown_incompatible_bit_breaks_every_bitmap() -> None:
     with qcow2bm.open(broken("header.incompatible_features.unknown")) as opened:
@@ -122,6 +126,7 @@ def test_who_names_a_feature_bit() -> None:
         assert opened.features("autoclear") == ((0, "bitmaps"), (62, None), (63, "generation"))
 
 
+@pytest.mark.spec("INV-UNKNOWN")
 @pytest.mark.spec("EXT-1")
 def test_unknown_extensions_survive_in_order() -> None:
     area = (

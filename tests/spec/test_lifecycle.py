@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
-from crash.layouts import append
-from support.crash import intervals
-from support.editing import each
-from support.faulty import Fault, FaultyStorage
+from support.crash_states import intervals
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image, extension
+from support.layouts import append
+from support.plans import each
 from support.specreader import page
 from tracker.recording import RecordingStorage, intervals_of
 
@@ -32,7 +32,7 @@ from qcow2bm.format.features import AUTOCLEAR_GENERATION, GENERATION_NAME
 from qcow2bm.migration.lifecycle import TRANSITIONS, Event, State
 from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.storage.identity import identify
+from qcow2bm.storage.file_identity import identify
 from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.tracker.handover import Activation
 from qcow2bm.tracker.tracker import Tracker
@@ -678,6 +678,7 @@ def edit_while_tracked(opened: qcow2bm.Image) -> None:
         edit.add("x")
 
 
+@pytest.mark.spec("INV-INACTIVE")
 @pytest.mark.spec("LIFE-2")
 def test_nothing_is_written_while_it_is_in_other_hands() -> None:
     """INV-INACTIVE, whoever asks for it."""
@@ -745,6 +746,7 @@ def test_nothing_is_written_while_it_is_in_other_hands() -> None:
     assert data == before
 
 
+@pytest.mark.spec("INV-INACTIVE")
 @pytest.mark.spec("LIFE-2")
 def test_until_the_locks_are_taken_nothing_is_written() -> None:
     data = image()
@@ -969,6 +971,7 @@ def attempts(*, generation: bool | None = None) -> tuple[Attempt, ...]:
     return tuple(all_of_them)
 
 
+@pytest.mark.spec("INV-SUPERSET")
 @pytest.mark.spec("LIFE-4")
 @pytest.mark.parametrize("is_recorded", [False, True])
 def test_whatever_fails_no_bitmap_is_valid_that_misses_something(is_recorded: bool) -> None:
@@ -1126,6 +1129,7 @@ def test_without_locking_nobody_is_kept_away(tmp_path: Path, locking: bool) -> N
         assert tracker.activate(other_side_has_stopped=not locking).outcome == "unchanged"
 
 
+@pytest.mark.spec("INV-INUSE")
 @pytest.mark.spec("LIFE-6")
 @pytest.mark.parametrize("tamper", [nothing, wrote], ids=["unchanged", "changed"])
 def test_bitmaps_are_in_use_before_a_mark_is_accepted(tamper: Tamper) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.faults import TABLES, WEEKLY, Patch, image, in_header, in_table, patched
+from support.spec_image import TABLES, WEEKLY, Patch, image, in_header, in_table, patched
 from support.specreader import page
 
 import qcow2bm

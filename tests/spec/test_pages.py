@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.specreader import ROOT, SPEC, page, pages, unhex
+from support.specreader import ROOT, SPEC, marks, page, pages, unhex
 
 CITATION = re.compile(r'spec/([\w-]+\.md)((?:,\s+"[^"]+"(?:\s+and\s+"[^"]+")*)?)')
 
@@ -47,16 +46,6 @@ def test_citations_in_the_source_lead_somewhere() -> None:
             assert heading in page(name).headings, (path, name, heading)
 
 
-def marks() -> Iterator[str]:
-    """The ids of all spec marks in the tests."""
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.spec":
-                for argument in node.args:
-                    assert isinstance(argument, ast.Constant), f"{path}: not a literal id"
-                    yield str(argument.value)
-
-
 def test_each_requirement_is_stated_once() -> None:
     stated = Counter(id for found in pages() for id in found.requirements)
     assert [id for id, times in stated.items() if times > 1] == []
@@ -64,7 +53,7 @@ def test_each_requirement_is_stated_once() -> None:
 
 def test_each_requirement_has_a_test_and_each_mark_a_requirement() -> None:
     stated = {id for found in pages() for id in found.requirements}
-    marked = set(marks())
+    marked = {id for _, id in marks()}
     assert stated - marked == set(), "requirements without a test"
     assert marked - stated == set(), "tests of no requirement"
 

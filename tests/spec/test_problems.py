@@ -7,18 +7,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.faults import (
+from support.problem_images import IDS, broken, cut_directory, repeated, snapshot_table
+from support.spec_image import (
     BEHIND,
     BEYOND,
     CLUSTER,
     CRASHED,
     DAILY,
     END,
-    IDS,
     LONGEST,
     PAST_EOF,
-    broken,
-    cut_directory,
     extension,
     image,
     in_entry,
@@ -26,8 +24,6 @@ from support.faults import (
     in_payload,
     in_table,
     patched,
-    repeated,
-    snapshot_table,
 )
 
 import qcow2bm

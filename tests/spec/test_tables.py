@@ -17,17 +17,18 @@ from qcow2bm.bitmaps import status
 from qcow2bm.checking.meanings import MEANINGS
 from qcow2bm.cli import arguments, check, console, grammar, report, rescue_arguments
 from qcow2bm.format import (
+    bitmap_table,
     directory,
     extensions,
     features,
     header,
-    ram,
     refcounts,
     sidecar,
     snapshots,
     stream,
-    table,
-    undo,
+    stream_bitmap,
+    stream_ram,
+    undo_file,
 )
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.storage import locks
@@ -41,9 +42,9 @@ FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("bitmaps.md", "Bitmaps extension"): extensions._BITMAPS,
     ("bitmaps.md", "Bitmap directory"): directory.ENTRY,
     ("refcounts.md", "Snapshot table"): snapshots.SNAPSHOT,
-    ("repair.md", "Undo file"): undo._HEAD,
-    ("repair.md", "Step"): undo._STEP,
-    ("repair.md", "Seal"): undo._SEAL,
+    ("repair.md", "Undo file"): undo_file._HEAD,
+    ("repair.md", "Step"): undo_file._STEP,
+    ("repair.md", "Seal"): undo_file._SEAL,
     ("sidecar.md", "Head"): sidecar._HEAD,
     ("sidecar.md", "Bitmap"): sidecar._BITMAP,
     ("stream.md", "Envelope"): stream._ENVELOPE,
@@ -51,13 +52,13 @@ FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("stream.md", "Sections"): stream._SECTION,
     ("stream.md", "Parts and footers"): stream._PART,
     ("stream.md", "Commands"): stream._COMMAND,
-    ("stream.md", "Names"): stream._NAME,
-    ("stream.md", "Start"): stream._START,
-    ("stream.md", "Bits"): stream._BITS,
-    ("stream.md", "Buffer"): stream._BUFFER,
+    ("stream.md", "Names"): stream_bitmap._NAME,
+    ("stream.md", "Start"): stream_bitmap._START,
+    ("stream.md", "Bits"): stream_bitmap._BITS,
+    ("stream.md", "Buffer"): stream_bitmap._BUFFER,
 }
 BIT_TABLES = {
-    ("bitmaps.md", "Bitmap table"): table.ENTRY,
+    ("bitmaps.md", "Bitmap table"): bitmap_table.ENTRY,
     ("refcounts.md", "Refcount table"): refcounts.TABLE_ENTRY,
 }
 LENGTHS = {"header_length": (112, 120, 200)}  # of which the formulas speak; else these:
@@ -165,7 +166,11 @@ def test_record_types_of_a_stream() -> None:
 
 @pytest.mark.parametrize(
     ("heading", "home"),
-    [("Records of bitmaps", stream), ("Flags of a bitmap", stream), ("RAM", ram)],
+    [
+        ("Records of bitmaps", stream_bitmap),
+        ("Flags of a bitmap", stream_bitmap),
+        ("RAM", stream_ram),
+    ],
 )
 def test_flags_of_a_stream(heading: str, home: object) -> None:
     rows = page("stream.md").table(heading).rows
@@ -176,7 +181,7 @@ def test_flags_of_a_stream(heading: str, home: object) -> None:
 
 def test_reserved_flags_of_a_stream() -> None:
     rows = page("stream.md").table("Flags of a bitmap").rows
-    assert sum(1 << int(row["bit"]) for row in rows) == 0xFF & ~stream.RESERVED_FLAGS
+    assert sum(1 << int(row["bit"]) for row in rows) == 0xFF & ~stream_bitmap.RESERVED_FLAGS
 
 
 def test_statuses() -> None:

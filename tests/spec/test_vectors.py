@@ -8,21 +8,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from support.faults import in_entry, in_header, patched
+from support.spec_image import in_entry, in_header, patched
 from support.specreader import Block, pages, unhex, vector
 
 import qcow2bm
 from qcow2bm.format import (
+    bitmap_table,
     directory,
     extensions,
     features,
     header,
     refcounts,
     snapshots,
-    stream,
-    table,
+    stream_bitmap,
 )
-from qcow2bm.format.window import Window
+from qcow2bm.format.stream_buffer import StreamBuffer
 from qcow2bm.migration.stream_bitmaps import read_stream
 from qcow2bm.migration.stream_writer import Outgoing, write_stream
 
@@ -129,7 +129,10 @@ class Stream:
         )
 
 
-_RECORD = Codec(lambda data: stream.parse_record(Window(data)), stream.build_record)
+_RECORD = Codec(
+    lambda data: stream_bitmap.parse_record(StreamBuffer(data)),
+    stream_bitmap.build_record,
+)
 
 CODECS = {
     "header": Codec(header.parse_header, header.build_header),
@@ -143,7 +146,7 @@ CODECS = {
     "bitmap directory": Codec(
         lambda data: directory.parse_directory(data, 0, 65535), directory.build_directory
     ),
-    "bitmap table": words(table.parse_bitmap_table, table.build_bitmap_table, "Q"),
+    "bitmap table": words(bitmap_table.parse_bitmap_table, bitmap_table.build_bitmap_table, "Q"),
     "bitmap data": Codec(Bits),
     "refcount table": words(refcounts.parse_refcount_table, refcounts.build_refcount_table, "Q"),
     "refcount block of order 4": block_of(4, "H"),

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from qcow2bm.errors import ShortReadError, StateError, StorageError
-from qcow2bm.storage.base import read_bytes, read_exactly
 from qcow2bm.storage.file import FileStorage
+from qcow2bm.storage.interface import read_bytes, read_exactly
 
 CONTENT = bytes(range(256)) * 4
 

@@ -18,8 +18,8 @@ import pytest
 
 from qcow2bm.errors import ImageLockedError, StateError, StorageError
 from qcow2bm.storage import locks
-from qcow2bm.storage.base import read_bytes
 from qcow2bm.storage.file import FileStorage
+from qcow2bm.storage.interface import read_bytes
 from qcow2bm.storage.locks import held_locks
 
 if sys.platform != "linux":

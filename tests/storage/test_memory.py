@@ -12,8 +12,9 @@ from support.images import Stored, build_image
 
 import qcow2bm
 from qcow2bm.errors import StorageError
-from qcow2bm.storage.base import read_bytes
-from qcow2bm.storage.memory import MemoryStorage, StreamStorage
+from qcow2bm.storage.file_object import FileObjectStorage
+from qcow2bm.storage.interface import read_bytes
+from qcow2bm.storage.memory import MemoryStorage
 
 CONTENT = bytes(range(200))
 
@@ -50,8 +51,8 @@ class Failing(io.BytesIO):
         raise OSError(errno.EIO, "first line\nsecond line")
 
 
-def stream(raw: io.RawIOBase) -> StreamStorage:
-    return StreamStorage(cast(BinaryIO, raw))
+def stream(raw: io.RawIOBase) -> FileObjectStorage:
+    return FileObjectStorage(cast(BinaryIO, raw))
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
@@ -104,7 +105,7 @@ def test_short_reads_of_a_stream_are_put_together() -> None:
 
 def test_a_stream_stays_open() -> None:
     owned = io.BytesIO(CONTENT)
-    storage = StreamStorage(owned)
+    storage = FileObjectStorage(owned)
     with storage.read_lock():
         assert read_bytes(storage, 0, 8) == CONTENT[:8]
     storage.close()
@@ -113,31 +114,31 @@ def test_a_stream_stays_open() -> None:
 
 
 def test_a_stream_is_called_what_it_calls_itself(tmp_path: Path) -> None:
-    assert StreamStorage(io.BytesIO()).name == "<stream>"
+    assert FileObjectStorage(io.BytesIO()).name == "<stream>"
     path = tmp_path / "disk"
     path.write_bytes(b"")
     with open(path, "rb") as file:
-        assert StreamStorage(file).name == str(path)
+        assert FileObjectStorage(file).name == str(path)
         with open(file.fileno(), "rb", closefd=False) as by_number:
-            assert StreamStorage(by_number).name == str(file.fileno())
+            assert FileObjectStorage(by_number).name == str(file.fileno())
 
 
 def test_text_is_no_image() -> None:
     with pytest.raises(TypeError, match="binary mode"):
-        StreamStorage(cast(BinaryIO, io.StringIO("QFI")))
+        FileObjectStorage(cast(BinaryIO, io.StringIO("QFI")))
 
 
 def test_a_stream_that_cannot_seek_is_refused() -> None:
     receiving, sending = os.pipe()
     os.close(sending)
     with open(receiving, "rb") as pipe, pytest.raises(StorageError, match="cannot seek") as caught:
-        StreamStorage(pipe)
+        FileObjectStorage(pipe)
     assert (caught.value.path, caught.value.errno) == (str(receiving), None)
 
 
 def test_a_stream_opened_for_writing_fails_as_a_storage(tmp_path: Path) -> None:
     with open(tmp_path / "new", "wb") as file:
-        storage = StreamStorage(file)
+        storage = FileObjectStorage(file)
         assert storage.size() == 0
         with pytest.raises(StorageError, match="read") as caught:
             read_bytes(storage, 0, 1)
@@ -145,7 +146,7 @@ def test_a_stream_opened_for_writing_fails_as_a_storage(tmp_path: Path) -> None:
 
 
 def test_a_failing_stream_says_where_in_one_line() -> None:
-    storage = StreamStorage(Failing())
+    storage = FileObjectStorage(Failing())
     with pytest.raises(StorageError) as caught:
         read_bytes(storage, 512, 64)
     error = caught.value
@@ -159,7 +160,7 @@ def test_a_failing_stream_says_where_in_one_line() -> None:
 
 def test_a_stream_its_owner_closed_fails_as_a_storage() -> None:
     owned = io.BytesIO(CONTENT)
-    storage = StreamStorage(owned)
+    storage = FileObjectStorage(owned)
     owned.close()
     for use in (storage.size, lambda: read_bytes(storage, 0, 1)):
         with pytest.raises(StorageError):

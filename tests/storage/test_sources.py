@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2bm.errors import StorageError, UnsupportedError
-from qcow2bm.storage.base import Storage, WritableStorage, read_bytes
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.storage.memory import MemoryStorage, StreamStorage
+from qcow2bm.storage.file_object import FileObjectStorage
+from qcow2bm.storage.interface import Storage, WritableStorage, read_bytes
+from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.storage.sources import open_source, open_writable
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         (b"", MemoryStorage),
         (bytearray(), MemoryStorage),
         (memoryview(b""), MemoryStorage),
-        (io.BytesIO(), StreamStorage),
+        (io.BytesIO(), FileObjectStorage),
     ],
 )
 def test_each_source_has_its_storage(source: Source, kind: type[Storage]) -> None:
@@ -49,7 +50,7 @@ def test_paths_and_open_files(tmp_path: Path) -> None:
         assert storage.name == str(path)
         storage.close()
     with open(path, "rb") as buffered, open(path, "rb", buffering=0) as raw:
-        assert type(open_source(buffered)) is type(open_source(raw)) is StreamStorage
+        assert type(open_source(buffered)) is type(open_source(raw)) is FileObjectStorage
 
 
 def test_a_storage_is_its_own() -> None:

@@ -14,8 +14,8 @@ from support.images import Stored, build_image
 
 import qcow2bm
 from qcow2bm.errors import ImageLockedError, StateError, StorageError
-from qcow2bm.storage.base import WritableStorage, read_bytes
 from qcow2bm.storage.file import FileStorage
+from qcow2bm.storage.interface import WritableStorage, read_bytes
 from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.storage.write_guard import WriteGuard
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import qcow2bm
 from qcow2bm.errors import StateError, StorageError, UnsupportedError
-from qcow2bm.storage.base import WritableStorage, read_bytes
 from qcow2bm.storage.file import FileStorage
+from qcow2bm.storage.interface import WritableStorage, read_bytes
 from qcow2bm.storage.memory import MemoryStorage
 
 if sys.platform != "linux":

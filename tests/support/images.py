@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.format.directory import (
     FIELD_OFFSETS as ENTRY_OFFSETS,
 )
@@ -39,7 +40,6 @@ from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS as HEADER_OFFSETS
 from qcow2bm.format.header import V2_LENGTH, Header, build_header
 from qcow2bm.format.refcounts import build_refcount_block, build_refcount_table
-from qcow2bm.format.table import ENTRY_LENGTH, build_bitmap_table
 from qcow2bm.units import align_up, ceil_div
 
 ZEROES, ONES = 0, 1

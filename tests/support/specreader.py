@@ -5,7 +5,9 @@ spec/README.md says which of them are executed. Nothing here knows what they mea
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "spec"
 
 _HEADING = re.compile(r"#+ (.+)")
-_REQUIREMENT = re.compile(r"\*\*([A-Z]+-\d+)\*\*")
+_REQUIREMENT = re.compile(r"\*\*([A-Z]+-\d+|INV-[A-Z]+)\*\*")
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _HEX_LINE = re.compile(r"([0-9a-f]+)  ((?:[0-9a-f]{2}(?:\*\d+)? ?)+)\s*(?:;.*)?")
 
@@ -117,6 +119,16 @@ def _table(name: str, heading: str, rows: list[list[str]]) -> Table:
         tuple(columns),
         tuple(dict(zip(columns, row, strict=True)) for row in cells),
     )
+
+
+def marks() -> Iterator[tuple[Path, str]]:
+    """The file and the id of each ``pytest.mark.spec`` in the tests."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.spec":
+                for argument in node.args:
+                    assert isinstance(argument, ast.Constant), f"{path}: not a literal id"
+                    yield path, str(argument.value)
 
 
 def vector(name: str, info: str) -> bytes:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support.audit import Audit
-from support.faulty import EDITS
 from support.images import ONES, Built, Stored, build_image
+from support.interrupted_edits import EDITS
 from tracker.recording import (
     Place,
     RecordingStorage,
@@ -21,7 +21,7 @@ from tracker.recording import (
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan
-from qcow2bm.format.table import ENTRY_LENGTH
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH
 from qcow2bm.units import ceil_div
 
 KiB = 1 << 10

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from support.faulty import Fault, FaultyStorage
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image
 
 import qcow2bm

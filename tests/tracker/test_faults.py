@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support.audit import Audit
-from support.faulty import EDITS, Fault, FaultyStorage
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import ZEROES, Stored, Word, build_image
+from support.interrupted_edits import EDITS
 from tracker.recording import Place, cover, stored_bits
 
 import qcow2bm
@@ -226,6 +227,7 @@ def is_in_use(data: bytearray) -> bool:
     return any(bitmap.flags & FLAG_IN_USE for bitmap in Audit(data).bitmaps)
 
 
+@pytest.mark.spec("INV-META")
 @pytest.mark.spec("TRACK-7")
 @pytest.mark.spec("TRACK-12")
 def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from support.faulty import FaultyStorage
+from support.faulty_storage import FaultyStorage
 from support.images import Stored, build_image, extension
 from tracker.recording import RecordingStorage
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
-from support.faulty import FaultyStorage
+from support.faulty_storage import FaultyStorage
 from support.images import Stored, build_image
 
 import qcow2bm

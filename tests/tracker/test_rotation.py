@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from support.faulty import Fault, FaultyStorage
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import ONES, ZEROES, Stored, build_image
 
 import qcow2bm

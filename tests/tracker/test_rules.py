@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.audit import Audit
-from support.faulty import FaultyStorage
+from support.faulty_storage import FaultyStorage
 from support.images import ONES, ZEROES, Stored, build_image
 
 import qcow2bm
@@ -46,6 +46,7 @@ def flags(data: bytearray) -> dict[str, int]:
 Tracking = Callable[[qcow2bm.Image], object]
 
 
+@pytest.mark.spec("INV-AUTO")
 @pytest.mark.parametrize(
     ("track", "error", "message"),
     [
@@ -141,6 +142,7 @@ def test_bitmaps_from_before_are_outdated() -> None:
         assert opened.bitmaps["daily"].count() == 512
 
 
+@pytest.mark.spec("INV-AUTO")
 @pytest.mark.spec("TRACK-2")
 def test_all_that_record_are_tracked_and_no_others() -> None:
     data = image()
@@ -154,6 +156,7 @@ def test_all_that_record_are_tracked_and_no_others() -> None:
     assert flags(data) == {"daily": FLAG_AUTO, "weekly": FLAG_AUTO, "crashed": both, "disabled": 0}
 
 
+@pytest.mark.spec("INV-AUTO")
 @pytest.mark.spec("TRACK-2")
 def test_others_are_lost_if_the_caller_says_so() -> None:
     """Durably before anything is marked, and for good."""
@@ -335,6 +338,7 @@ def test_a_tracker_is_not_pickled() -> None:
         pickle.dumps(opened.track())
 
 
+@pytest.mark.spec("INV-INUSE")
 @pytest.mark.spec("TRACK-1")
 def test_closing_the_image_leaves_in_use() -> None:
     """Nobody stopped: so the bitmaps are not to be believed, and nothing can be written."""

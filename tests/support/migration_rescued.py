@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import pytest
-from support.edits import KiB
+from support.migration_alone import (
+    BEFORE,
+    CASES,
+    GRANULARITY,
+    OLD,
+    SIZE,
+    Scene,
+    UnusableError,
+    misses,
+)
 from support.qemu import LEAKS, Disk
 from support.rescue import verdict
+from support.twin import KiB
 from support.vm import Machine
 
 import qcow2bm
@@ -23,8 +33,6 @@ from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence
 from qcow2bm.qmp.verdict import Remedy, Settlement
 from qcow2bm.qmp.veto import lift_vetoes
-
-from .alone import BEFORE, CASES, GRANULARITY, OLD, SIZE, Scene, UnusableError, misses
 
 Way = Literal["alone", "start", "remove", "all-dirty"]
 

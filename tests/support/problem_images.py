@@ -1,101 +1,41 @@
-"""The image of spec/image.md, broken in every way spec/problems.md lists."""
+"""The image of spec/image.md, broken in every way that spec/problems.md lists."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
 
-from support.specreader import vector
+from support.spec_image import (
+    BEHIND,
+    BEYOND,
+    CLUSTER,
+    CRASHED,
+    DAILY,
+    DIRECTORY,
+    END,
+    EXTENSION,
+    LONGEST,
+    PAST_EOF,
+    TABLES,
+    WEEKLY,
+    Patch,
+    after_head,
+    crypto,
+    extension,
+    fields,
+    image,
+    in_entry,
+    in_header,
+    in_payload,
+    in_table,
+    patched,
+    places,
+)
 
 from qcow2bm.bitmaps import tables
-from qcow2bm.format import directory, extensions, header, snapshots
+from qcow2bm.format import extensions, header, snapshots
 
-CLUSTER = 512
-LONGEST = 0x7FFFFFFFC0000000
-"""How long a file can be for QEMU."""
-EXTENSION, PAYLOAD, END = 0x70, 0x78, 0x90
-DIRECTORY, PAST_EOF = 0xC00, 1 << 20
-BEHIND = 12 * CLUSTER
-"""The first cluster behind all others."""
-BEYOND = 1 << 63
-"""An offset no file reaches."""
-DAILY, WEEKLY, CRASHED = range(3)
-TABLES = {DAILY: 0xE00, WEEKLY: 0x1200, CRASHED: 0x1600}
-
-Patch = tuple[int, bytes]
-"""Bytes to be written over those at an offset."""
-
-
-def image() -> bytes:
-    """The sound image."""
-    return vector("image.md", "hex image")
-
-
-def patched(image: bytes, *patches: Patch) -> bytes:
-    """A copy of an image, longer if need be."""
-    data = bytearray(image)
-    for offset, content in patches:
-        data.extend(bytes(max(0, offset - len(data))))
-        data[offset : offset + len(content)] = content
-    return bytes(data)
-
-
-def _places(schema: Any) -> dict[str, tuple[int, int]]:
-    places, position = {}, 0
-    for field in schema.subcons:
-        places[field.name] = position, field.sizeof()
-        position += field.sizeof()
-    return places
-
-
-_HEADER = _places(header._V3_FIXED) | {"compression_type": (104, 1), "padding": (105, 7)}
-_PAYLOAD = _places(extensions._BITMAPS)
-_ENTRY = _places(directory._HEAD)
-_SNAPSHOT = _places(snapshots._HEAD)
-
-
-def _field(places: dict[str, tuple[int, int]], start: int, **values: int) -> list[Patch]:
-    return [
-        (start + places[name][0], value.to_bytes(places[name][1], "big"))
-        for name, value in values.items()
-    ]
-
-
-def in_header(**values: int) -> list[Patch]:
-    """Sets fields of the fixed header."""
-    return _field(_HEADER, 0, **values)
-
-
-def in_payload(**values: int) -> list[Patch]:
-    """Sets fields of the bitmaps extension."""
-    return _field(_PAYLOAD, PAYLOAD, **values)
-
-
-def in_entry(index: int, **values: int) -> list[Patch]:
-    """Sets fields of a bitmap directory entry."""
-    return _field(_ENTRY, DIRECTORY + 32 * index, **values)
-
-
-def after_head(index: int, content: bytes) -> Patch:
-    """Replaces the 8 bytes of extra data, name and padding of an entry."""
-    return DIRECTORY + 32 * index + directory.HEAD_LENGTH, content.ljust(8, b"\0")
-
-
-def in_table(index: int, *words: int) -> Patch:
-    """Replaces the first entries of a bitmap table."""
-    return TABLES[index], struct.pack(f">{len(words)}Q", *words)
-
-
-def extension(type: int, length: int, content: bytes) -> bytes:
-    """A header extension that claims a length."""
-    return struct.pack(">II", type, length) + content
-
-
-def crypto(offset: int, length: int = 16) -> Patch:
-    """A crypto header extension that leads to an offset, cut or padded to a length."""
-    data = struct.pack(">QQ", offset, CLUSTER).ljust(length, b"\0")[:length]
-    return END, extension(extensions.CRYPTO, length, data)
+_SNAPSHOT = places(snapshots._HEAD)
 
 
 def snapshot_table(*extra_data_sizes: int) -> list[Patch]:
@@ -103,7 +43,7 @@ def snapshot_table(*extra_data_sizes: int) -> list[Patch]:
     table = b""
     for size in extra_data_sizes:
         head = bytearray(snapshots.HEAD_LENGTH)
-        for offset, content in _field(_SNAPSHOT, 0, extra_data_size=size):
+        for offset, content in fields(_SNAPSHOT, 0, extra_data_size=size):
             head[offset : offset + len(content)] = content
         table += head + bytes(size + -size % 8)
     count = len(extra_data_sizes)
@@ -112,7 +52,7 @@ def snapshot_table(*extra_data_sizes: int) -> list[Patch]:
 
 def long_snapshot_table() -> list[Patch]:
     """One snapshot more, with names of the greatest length, than fit into 64 MiB."""
-    sizes = _field(_SNAPSHOT, 0, id_str_size=65535, name_size=65535)
+    sizes = fields(_SNAPSHOT, 0, id_str_size=65535, name_size=65535)
     length = snapshots.HEAD_LENGTH + 2 * 65535 + 2
     count = snapshots.MAX_TABLE_SIZE // length + 1
     return [

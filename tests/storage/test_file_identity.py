@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qcow2bm.errors import StorageError
-from qcow2bm.storage.identity import FileIdentity, identify
+from qcow2bm.storage.file_identity import FileIdentity, identify
 
 CONTENT = b"what was there"
 

@@ -14,14 +14,14 @@ _CLUSTER_BITS, _HUGE_CLUSTER_BITS = 16, 21
 _MAX_L1_BYTES = 32 << 20  # of QEMU
 
 
-class Blank(NamedTuple):
+class EmptyImage(NamedTuple):
     """An image: the bytes it begins with, and the length up to which only zeros follow."""
 
     head: bytes
     length: int
 
 
-def blank_image(virtual_size: int) -> Blank:
+def build_empty_image(virtual_size: int) -> EmptyImage:
     """An image of version 3 with no bitmaps; its disk is all zeros.
 
     Clusters have 64 KiB, or 2 MiB where the L1 table would become too large.
@@ -57,4 +57,4 @@ def blank_image(virtual_size: int) -> Blank:
         build_refcount_table(array("Q", [2 * cluster])),
         build_refcount_block(array("H", [1] * used), header.refcount_order),
     )
-    return Blank(b"".join(part.ljust(cluster, b"\0") for part in parts), used * cluster)
+    return EmptyImage(b"".join(part.ljust(cluster, b"\0") for part in parts), used * cluster)

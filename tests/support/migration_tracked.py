@@ -23,14 +23,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from support.edits import KiB, MiB, held_lock_bytes
-from support.qemu import LEAKS, Disk, QmpError, StorageDaemon, run, run_ok
-from support.vm import Machine, until_deadline
-
-import qcow2bm
-from qcow2bm.migration.sentinel import is_sentinel
-
-from .alone import (
+from support.migration_alone import (
     AFTER,
     BEFORE,
     EARLY,
@@ -43,6 +36,12 @@ from .alone import (
     Range,
     misses,
 )
+from support.qemu import LEAKS, Disk, QmpError, StorageDaemon, run, run_ok
+from support.twin import KiB, MiB, held_lock_bytes
+from support.vm import Machine, until_deadline
+
+import qcow2bm
+from qcow2bm.migration.sentinel import is_sentinel
 
 FLUSHED: Range = (12 * MiB, 128 * KiB)  # by the source while it migrates, and stored by then
 END: Range = (SIZE - KiB // 2, KiB // 2)  # by whoever has the disk

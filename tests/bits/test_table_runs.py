@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2bm.bits import pure_python, tables
+from qcow2bm.bits import pure_python, table_runs
 from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, Run
 
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
@@ -52,7 +52,7 @@ def both(words: list[int], cluster_size: int) -> list[Run]:
     """The runs, after a look at whether both implementations find the same."""
     table = array("Q", words)
     runs = list(pure_python.table_runs(table, OFFSET_MASK, cluster_size))
-    found = tables.table_runs(table, OFFSET_MASK, cluster_size)
+    found = table_runs.table_runs(table, OFFSET_MASK, cluster_size)
     assert found.dtype == np.int64
     assert found.shape == (len(runs), 4)
     assert [Run(*row) for row in found.tolist()] == runs

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from support.images import ONES, ZEROES, Stored, build_image, extension
 
+import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.extensions import BACKING_FORMAT, DATA_FILE, FEATURE_NAMES, HeaderExtension
 from qcow2bm.format.features import FeatureName, FeatureNames, build_feature_names
@@ -332,3 +333,17 @@ FAMILIES = tuple(dict.fromkeys(layout.family for layout in LAYOUTS.values()))
 def build(name: str) -> bytes:
     """The image of a layout by its full name."""
     return LAYOUTS[name].make()
+
+
+@cache
+def trackable(family: str | None = None) -> list[str]:
+    """The layouts of a family, or all of them, that have a bitmap to be tracked."""
+    found = []
+    for name, layout in LAYOUTS.items():
+        if family in (None, layout.family) and layout.bitmaps:
+            with qcow2bm.open(build(name)) as image:
+                listed = [image.bitmap(number) for number in range(len(image.directory))]
+                statuses = {(bitmap.status, bitmap.auto) for bitmap in listed}
+            if ("valid", True) in statuses and not {("broken", True), ("broken", False)} & statuses:
+                found.append(name)
+    return found

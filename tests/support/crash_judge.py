@@ -12,7 +12,7 @@ from random import Random
 from typing import Literal, NamedTuple
 
 import numpy as np
-from support.crash import Choice, Interval, intervals
+from support.crash_states import Choice, Interval, intervals
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from support.qemu import Disk, StorageDaemon, run, run_ok
 
 import qcow2bm
-from qcow2bm.storage.base import WritableStorage
+from qcow2bm.storage.interface import WritableStorage
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 SECTOR = 512

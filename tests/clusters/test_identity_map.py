@@ -7,13 +7,13 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from support.clusters import opened
+from support.plans import opened
 
-from qcow2bm.clusters.plain_map import require_plain_map
+from qcow2bm.clusters.identity_map import require_identity_map
 from qcow2bm.errors import FormatError, LimitError, UnsupportedError
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2
 from qcow2bm.format.header import Header, build_header
-from qcow2bm.format.l2 import L1_MASKS, L2_MASKS, SUBCLUSTERS, SUBCLUSTERS_PER_CLUSTER
+from qcow2bm.format.l1_l2 import L1_MASKS, L2_MASKS, SUBCLUSTERS, SUBCLUSTERS_PER_CLUSTER
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.units import ceil_div
 
@@ -67,7 +67,7 @@ class Mapped:
             words = [word for pair in zip(words, seconds, strict=True) for word in pair]
         l2 = struct.pack(f">{len(words)}Q", *words)
         header = build_header(self.header).ljust(self.cluster, b"\0")
-        require_plain_map(opened(header + l1 + l2))
+        require_identity_map(opened(header + l1 + l2))
 
 
 SIZES = (512, 32768, 32768 + 512, 5 * 32768, 5 * 32768 - 512, 70 * 32768)

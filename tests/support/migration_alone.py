@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.edits import KiB, MiB, held_lock_bytes
 from support.qemu import Disk, QmpError, run_ok
+from support.twin import KiB, MiB, held_lock_bytes
 from support.vm import NOWHERE, Machine, until_deadline
 
 import qcow2bm

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.features import INCOMPATIBLE_EXTENDED_L2
-from qcow2bm.format.l2 import (
+from qcow2bm.format.l1_l2 import (
     L1_ENTRY_LENGTH,
     L1_MASKS,
     L2_ENTRY_LENGTH,
@@ -29,7 +29,7 @@ _WORD = ">u8"
 _L1_RESERVED = L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"]
 
 
-def require_plain_map(file: ClusterFile) -> None:
+def require_identity_map(file: ClusterFile) -> None:
     """Returns if every cluster is plainly allocated, its host offset being its guest offset.
 
     Reads the L1 table and all L2 tables, one at a time; the caller holds the locks of ``file``.

@@ -9,7 +9,7 @@ import itertools
 import struct
 from collections.abc import Iterator
 
-from support.faults import (
+from support.spec_image import (
     CLUSTER,
     CRASHED,
     DAILY,

@@ -8,14 +8,14 @@ from typing import NoReturn
 from qcow2bm.errors import FormatError
 
 
-class NotYetError(Exception):
+class NeedDataError(Exception):
     """The rest of the record has not come yet."""
 
 
-class Window:
+class StreamBuffer:
     """What has come of a stream and is not parsed yet.
 
-    The parse functions advance it, and raise `NotYetError` where a record goes on beyond it.
+    The parse functions advance it, and raise `NeedDataError` where a record goes on beyond it.
 
     Attributes:
         position: of what is to be parsed next, in ``data``.
@@ -60,7 +60,7 @@ class Window:
     def peek(self) -> int:
         """The next byte, which stays."""
         if self.position >= len(self.data):
-            raise NotYetError
+            raise NeedDataError
         return self.data[self.position]
 
     def read(self, layout: struct.Struct) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class Window:
         try:
             values = layout.unpack_from(self.data, self.position)
         except struct.error:
-            raise NotYetError from None
+            raise NeedDataError from None
         self.position += layout.size
         return values
 
@@ -76,7 +76,7 @@ class Window:
         """The next bytes."""
         stop = self.position + length
         if stop > len(self.data):
-            raise NotYetError
+            raise NeedDataError
         data = self.data[self.position : stop]
         self.position = stop
         return data
@@ -84,7 +84,7 @@ class Window:
     def skip(self, length: int) -> None:
         """Passes over the next bytes, all of which must have come."""
         if length > len(self.data) - self.position:
-            raise NotYetError
+            raise NeedDataError
         self.position += length
 
     def reject(self, structure: str, field: str, reason: str, back: int = 0) -> NoReturn:

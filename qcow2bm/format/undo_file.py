@@ -50,7 +50,7 @@ class UndoStep(NamedTuple):
 BARRIER_STEP = UndoStep(0, b"", b"")
 
 
-class Undo(NamedTuple):
+class UndoLog(NamedTuple):
     """What a repair did.
 
     Attributes:
@@ -74,7 +74,7 @@ def build_seal(mtime_ns: int) -> bytes:
     return data + hashlib.sha256(data).digest()
 
 
-def build_undo(undo: Undo) -> Iterator[bytes]:
+def build_undo(undo: UndoLog) -> Iterator[bytes]:
     """The bytes of an undo file, piece by piece, without its seal."""
     digest = hashlib.sha256()
     for piece in _pieces(undo.file_size, undo.state, undo.steps):
@@ -94,7 +94,7 @@ def _pieces(file_size: int, state: bytes, steps: Sequence[UndoStep]) -> Iterator
         yield step.new
 
 
-def parse_undo(data: bytes) -> Undo:
+def parse_undo(data: bytes) -> UndoLog:
     """What an undo file says.
 
     Raises:
@@ -123,7 +123,9 @@ def parse_undo(data: bytes) -> Undo:
         place = stop
     if hashlib.sha256(data[:place]).digest() != data[place : place + DIGEST_BYTES]:
         raise FormatError("undo file", "sha256", place, "is another: the file is damaged")
-    return Undo(found.file_size, found.state, tuple(steps), _sealed(data[place + DIGEST_BYTES :]))
+    return UndoLog(
+        found.file_size, found.state, tuple(steps), _sealed(data[place + DIGEST_BYTES :])
+    )
 
 
 def _sealed(seal: bytes) -> int | None:

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcow2bm.storage import direct
-from qcow2bm.storage.direct import DirectFile
+from qcow2bm.storage import direct_io
+from qcow2bm.storage.direct_io import DirectFile
 
 if sys.platform != "linux":
     pytest.skip("unbuffered access is for Linux", allow_module_level=True)
@@ -162,7 +162,7 @@ def test_it_is_as_bytes_in_memory_are(
     path.write_bytes(CONTENT)
     model = bytearray(CONTENT)
     with closing(DirectFile(str(path))) as file, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct, "_PIECE", piece)
+        patch.setattr(direct_io, "_PIECE", piece)
         system = LazySystem(patch, limit)
         for offset, parts in calls:
             data = b"".join(parts)
@@ -224,7 +224,7 @@ def test_parts_of_any_kind(file: DirectFile, path: Path, parts: Sequence[bytes])
 def test_a_regular_file_grows_by_whole_blocks(
     file: DirectFile, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "_PIECE", PIECE)
+    monkeypatch.setattr(direct_io, "_PIECE", PIECE)
     file.write(SIZE - 2, [b"x" * (PIECE + 4)])
     expected = CONTENT[:-2] + b"x" * (PIECE + 4)
     assert path.read_bytes() == expected.ljust(SIZE + 3 * BLOCK, b"\0")
@@ -272,7 +272,7 @@ def test_nothing_is_written_where_there_is_nothing(
 
 
 def test_no_call_moves_more_than_a_piece(file: DirectFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_PIECE", PIECE)
+    monkeypatch.setattr(direct_io, "_PIECE", PIECE)
     system = LazySystem(monkeypatch)
     file.write(BLOCK + 5, [b"x" * (5 * BLOCK)])
     assert [length for _, length in system.writes] == [PIECE] * 3
@@ -331,7 +331,7 @@ def test_it_is_not_opened_if_its_blocks_are_unknown(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(direct, "_block_size", failing(errno.ENOTTY))
+        patch.setattr(direct_io, "_block_size", failing(errno.ENOTTY))
         with pytest.raises(OSError, match=os.strerror(errno.ENOTTY)):
             DirectFile(str(path))
 
@@ -368,7 +368,7 @@ def test_one_descriptor_for_everything(
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])
 def test_it_can_be_imported_anywhere(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
-    source = direct.__file__
+    source = direct_io.__file__
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", platform)
         patch.setitem(sys.modules, "fcntl", None)

@@ -11,7 +11,7 @@ from construct import Int8ub, Int16ub, Int32ub, Struct
 
 from qcow2bm.format.schema import flat_struct
 from qcow2bm.format.stream import U64, parse_string
-from qcow2bm.format.window import Window
+from qcow2bm.format.stream_buffer import StreamBuffer
 
 RAM = b"ram"
 RAM_VERSION = 4
@@ -54,7 +54,7 @@ class Options(NamedTuple):
     has_block_address: bool = False
 
 
-def parse_page(window: Window, page_size: int) -> PageHeader:
+def parse_page(window: StreamBuffer, page_size: int) -> PageHeader:
     """The header of a page, after which comes the next one: its content is passed over.
 
     Raises:
@@ -72,7 +72,7 @@ def parse_page(window: Window, page_size: int) -> PageHeader:
     return PageHeader(word - flags, kind)
 
 
-def _skip_page(window: Window, kind: int, page_size: int) -> None:
+def _skip_page(window: StreamBuffer, kind: int, page_size: int) -> None:
     if kind == ZERO:
         window.skip(1)
     elif kind == PAGE:
@@ -89,7 +89,7 @@ def _skip_page(window: Window, kind: int, page_size: int) -> None:
         window.skip(length)
 
 
-def parse_block(window: Window, options: Options) -> int:
+def parse_block(window: StreamBuffer, options: Options) -> int:
     """How many bytes a block of memory has, from the list that follows MEM_SIZE."""
     parse_string(window)
     (length,) = window.read(U64)

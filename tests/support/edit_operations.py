@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from crash.judge import Judge, Recorded, look
-from crash.layouts import Layout, image
+from support.crash_judge import Judge, Recorded, look
+from support.layouts import Layout, image
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from qcow2bm.storage.base import Storage
+from qcow2bm.storage.interface import Storage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _PAGE = 4096
 
 
-class OverlayStorage:
+class DryRunStorage:
     """Another storage with writes on top of it, in memory. It stays open when this is closed."""
 
     def __init__(self, base: Storage) -> None:

@@ -14,7 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from support.faulty import EDITS, sectors_of, states
+from support.faulty_storage import sectors_of
+from support.interrupted_edits import EDITS, states
 
 import qcow2bm
 

@@ -1,212 +1,35 @@
-"""Edits to interrupt, and a storage that interrupts them as real ones do.
+"""Edits to interrupt, one for each way through the commit, and what an image has before and after.
 
-    storage = FaultyStorage(EDITS["rename"].image(), Fault(17, errno.EIO))
-    with qcow2bm.open(storage, "r+") as image, image.edit() as edit:
-        EDITS["rename"].change(edit)
-
-Half a write is half of its sectors: one sector is written whole or not at all.
+storage = FaultyStorage(EDITS["rename"].image(), Fault(17, errno.EIO))
+with qcow2bm.open(storage, "r+") as image:
+    EDITS["rename"].run(image)
 """
 
 from __future__ import annotations
 
-import errno
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from support.audit import Audit
+from support.faulty_storage import FaultyStorage
 from support.images import ONES, ZEROES, Stored, build_image, extension
 
 import qcow2bm
 from qcow2bm.api import Edit
 from qcow2bm.clusters.plan import Plan
-from qcow2bm.errors import StorageError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.extensions import BITMAPS, PADDING
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
-from qcow2bm.storage.memory import MemoryStorage
-from qcow2bm.units import ceil_div
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-SECTOR = 512
 CLUSTER = 512
 COVERED = 8 * CLUSTER << 9
-"""What a cluster of a bitmap of granularity 512 covers, in guest bytes."""
+"""Guest bytes that a cluster of a bitmap of granularity 512 covers."""
 SIZE = 4 * COVERED
-"""Of the disks here, so that such a bitmap has four clusters."""
+"""The size of the disks here: such a bitmap has four clusters."""
 BACKING_NAME = b"base.qcow2"
-"""Of a backing file beside the overlays, which only QEMU looks for."""
-
-
-# --- storages -----------------------------------------------------------------------------------
-
-
-class Fault(NamedTuple):
-    """What goes wrong: call ``number``, and with ``is_sticky`` every call of that name after it.
-
-    A write that fails has written ``share`` of its sectors all the same.
-    """
-
-    number: int
-    error: int | BaseException = errno.EIO
-    is_sticky: bool = False
-    share: float = 0
-
-    def strike(self) -> None:
-        """Raises what the storage raises."""
-        if isinstance(self.error, BaseException):
-            raise self.error
-        raise StorageError("<faulty>", 0, 0, os.strerror(self.error), self.error)
-
-
-_WRITE_FAULTS = [
-    Fault(0, errno.EIO),
-    Fault(0, errno.EIO, is_sticky=True),
-    Fault(0, errno.ENOSPC, share=0.5),
-    Fault(0, errno.ENOSPC, is_sticky=True, share=0.5),
-    Fault(0, errno.EIO, share=1),
-]
-_OTHER_FAULTS = [Fault(0, errno.EIO), Fault(0, errno.EIO, is_sticky=True)]
-
-
-def faults_at(calls: Sequence[str]) -> Iterator[Fault]:
-    """Each kind of fault at each of the calls."""
-    for number, call in enumerate(calls):
-        for fault in _WRITE_FAULTS if call == "write" else _OTHER_FAULTS:
-            yield fault._replace(number=number)
-
-
-class FaultyStorage:
-    """An image in memory that lists every call, and fails where its fault says.
-
-    When a barrier fails, ``keeps`` says of the number of every sector written since the last good
-    one whether it reached the disk. The others are as they were, also for whoever reads them now,
-    and later barriers succeed: so Linux may do after a failed fdatasync.
-    """
-
-    name = "<faulty>"
-    excludes_other_hosts = True
-
-    def __init__(
-        self,
-        data: bytearray,
-        fault: Fault | None = None,
-        *,
-        is_watched: bool = True,
-        keeps: Callable[[int], bool] = lambda sector: True,
-    ) -> None:
-        self.data = data
-        self.fault = fault
-        self.calls: list[str] = []
-        self._memory = MemoryStorage(data, self.name)
-        self._durable = bytes(data)
-        self._is_watched = is_watched
-        self._keeps = keeps
-
-    @property
-    def effects(self) -> list[str]:
-        """The calls that change something, or claim to have made it last."""
-        return [call for call in self.calls if call in ("write", "barrier", "truncate")]
-
-    @property
-    def was_hit(self) -> bool:
-        """Whether the fault has happened."""
-        return self.fault is not None and self.fault.number < len(self.calls)
-
-    def _is_struck(self, call: str) -> bool:
-        number = len(self.calls)
-        self.calls.append(call)
-        fault = self.fault
-        if fault is None or number < fault.number:
-            return False
-        return number == fault.number or (fault.is_sticky and call == self.calls[fault.number])
-
-    def _enter(self, call: str) -> None:
-        if self._is_struck(call):
-            assert self.fault
-            self.fault.strike()
-
-    def size(self) -> int:
-        self._enter("size")
-        return self._memory.size()
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        self._enter("read_into")
-        return self._memory.read_into(offset, buffer)
-
-    def change_token(self) -> object:
-        self._enter("change_token")
-        return self.calls.count("write") if self._is_watched else None
-
-    @contextmanager
-    def read_lock(self) -> Iterator[None]:
-        self._enter("read_lock")
-        yield
-
-    def close(self) -> None:
-        self._memory.close()
-
-    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        if not self._is_struck("write"):
-            self._memory.write(offset, parts)
-            return
-        assert self.fault
-        data = b"".join(parts)
-        stop = sectors_of(offset, len(data), self.fault.share)
-        self._memory.write(offset, [data[:stop]])
-        self.fault.strike()
-
-    def barrier(self) -> None:
-        if not self._is_struck("barrier"):
-            self._durable = bytes(self.data)
-            return
-        assert self.fault
-        self._drop_sectors()
-        self.fault.strike()
-
-    def _drop_sectors(self) -> None:
-        old = self._durable.ljust(len(self.data), b"\0")
-        end = len(self._durable)
-        for start in range(0, len(old), SECTOR):
-            sector = slice(start, start + SECTOR)
-            if self.data[sector] == old[sector]:
-                continue
-            if self._keeps(start // SECTOR):
-                end = max(end, min(start + SECTOR, len(old)))
-            else:
-                self.data[sector] = old[sector]
-        del self.data[end:]
-
-    def truncate(self, size: int) -> None:
-        self._enter("truncate")
-        self._memory.truncate(size)
-
-    def capacity(self) -> int | None:
-        self._enter("capacity")
-        return None
-
-    def refresh(self) -> None:
-        self._enter("refresh")
-
-    @contextmanager
-    def write_lock(self, timeout: float) -> Iterator[None]:
-        self._enter("write_lock")
-        yield
-
-
-def sectors_of(offset: int, length: int, share: float) -> int:
-    """How many bytes from ``offset`` on are a share of the sectors that a write touches."""
-    first, last = offset // SECTOR, ceil_div(offset + length, SECTOR)
-    stop = (first + int((last - first) * share)) * SECTOR
-    return max(0, min(stop - offset, length))
-
-
-# --- what an image has --------------------------------------------------------------------------
+"""The name of a backing file beside the overlays. Only QEMU looks for this file."""
 
 
 class Bits(NamedTuple):
@@ -241,9 +64,6 @@ def state_of(data: bytes | bytearray) -> State:
     audit = Audit(data)
     assert audit.references - audit.refcounts == Counter()  # INV-REFCOUNT: leaks, nothing worse
     return state
-
-
-# --- edits --------------------------------------------------------------------------------------
 
 
 class Interrupted(NamedTuple):
