@@ -5,8 +5,12 @@
 ...     for extents in image.bitmaps["daily"].extents():
 ...         print(extents)                                       # int64[n, 2]: start, length
 
-The public names are loaded on first use: importing the package loads neither construct nor
-numpy.
+The public names are those in ``__all__``. Seven of them are modules: `compare` finds what differs
+between two disks, `new_file` writes files whole or not at all, `problems` says what each id of a
+`Problem` means, `rescue` keeps bitmaps of running machines through migrations, `sidecar` and
+`stream` carry bitmaps outside of images, `units` reads and prints sizes and names.
+
+Each public name is loaded on first use: importing the package loads neither construct nor numpy.
 """
 
 from __future__ import annotations
@@ -17,10 +21,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from qcow2bm import compare, problems, units
+    from qcow2bm.api import sidecar, stream
     from qcow2bm.api.bitmap import Bitmap
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
+    from qcow2bm.api.repair import check, plan_repair, plan_undo, repair, salvage, undo
     from qcow2bm.bitmaps.bit_reader import Totals
+    from qcow2bm.bitmaps.status import Status
+    from qcow2bm.bitmaps.tables import Clusters
+    from qcow2bm.bits.operations import Op
+    from qcow2bm.checking.check import Check
+    from qcow2bm.checking.repair import Lost, Repair, repairs_of
+    from qcow2bm.clusters.empty_image import EmptyImage, build_empty_image
     from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
         BitmapBrokenError,
@@ -31,6 +44,7 @@ if TYPE_CHECKING:
         BitmapStaleError,
         ChangedWhileReadingError,
         CommitError,
+        CommitOutcome,
         FormatError,
         ImageLockedError,
         LimitError,
@@ -43,9 +57,19 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedError,
     )
-    from qcow2bm.migration.evidence import Fate
-    from qcow2bm.problems import Problem
+    from qcow2bm.format.directory import DirectoryEntry
+    from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
+    from qcow2bm.format.features import Feature
+    from qcow2bm.format.header import Header
+    from qcow2bm.format.undo_file import UndoLog, UndoStep, build_seal, build_undo, parse_undo
+    from qcow2bm.migration.evidence import Fate, Policy
+    from qcow2bm.migration.lifecycle import State
+    from qcow2bm.problems import Problem, Severity
+    from qcow2bm.qmp import rescue
+    from qcow2bm.storage import new_file
+    from qcow2bm.storage.file import FileStorage
     from qcow2bm.storage.interface import Storage, WritableStorage
+    from qcow2bm.tracker.edit import TrackerEdit
     from qcow2bm.tracker.group import TrackerGroup
     from qcow2bm.tracker.handover import Activation
     from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
@@ -61,65 +85,147 @@ __all__ = [
     "BitmapInconsistentError",
     "BitmapNotFoundError",
     "BitmapStaleError",
+    "BitmapsExtension",
     "ChangedWhileReadingError",
+    "Check",
+    "Clusters",
     "CommitError",
+    "CommitOutcome",
     "Convergence",
+    "DirectoryEntry",
     "Edit",
+    "EmptyImage",
     "Fate",
+    "Feature",
+    "FileStorage",
     "FlushReport",
     "FormatError",
+    "Header",
+    "HeaderExtension",
     "Image",
     "ImageLockedError",
     "LimitError",
+    "Lost",
+    "Op",
     "Pending",
     "Plan",
+    "Policy",
     "Problem",
     "Qcow2BmError",
     "QmpError",
     "QmpRefusedError",
     "ReadOnlyImageError",
+    "Repair",
+    "Severity",
     "ShortReadError",
+    "State",
     "StateError",
+    "Status",
     "StopReport",
     "Storage",
     "StorageError",
     "Totals",
     "Tracker",
+    "TrackerEdit",
     "TrackerGroup",
+    "UndoLog",
+    "UndoStep",
     "UnsupportedError",
     "WritableStorage",
     "Write",
     "__version__",
+    "build_empty_image",
+    "build_seal",
+    "build_undo",
+    "check",
+    "compare",
+    "new_file",
     "open",
+    "parse_undo",
+    "plan_repair",
+    "plan_undo",
+    "problems",
+    "repair",
+    "repairs_of",
+    "rescue",
+    "salvage",
+    "sidecar",
+    "stream",
+    "undo",
+    "units",
 ]
 
-_HOMES = {
-    "Activation": "qcow2bm.tracker.handover",
-    "Fate": "qcow2bm.migration.evidence",
-    "Convergence": "qcow2bm.tracker.reports",
-    "FlushReport": "qcow2bm.tracker.reports",
-    "Pending": "qcow2bm.tracker.reports",
-    "StopReport": "qcow2bm.tracker.reports",
-    "Tracker": "qcow2bm.tracker.tracker",
-    "TrackerGroup": "qcow2bm.tracker.group",
-    "Barrier": "qcow2bm.clusters.plan",
-    "Bitmap": "qcow2bm.api.bitmap",
-    "Edit": "qcow2bm.api.edit",
-    "Image": "qcow2bm.api.image",
-    "Plan": "qcow2bm.clusters.plan",
-    "open": "qcow2bm.api.image",
-    "Problem": "qcow2bm.problems",
-    "Storage": "qcow2bm.storage.interface",
-    "Totals": "qcow2bm.bitmaps.bit_reader",
-    "WritableStorage": "qcow2bm.storage.interface",
-    "Write": "qcow2bm.clusters.plan",
+_NAMES_OF = {
+    "qcow2bm.api.bitmap": ("Bitmap",),
+    "qcow2bm.api.edit": ("Edit",),
+    "qcow2bm.api.image": ("Image", "open"),
+    "qcow2bm.api.repair": ("check", "plan_repair", "plan_undo", "repair", "salvage", "undo"),
+    "qcow2bm.bitmaps.bit_reader": ("Totals",),
+    "qcow2bm.bitmaps.status": ("Status",),
+    "qcow2bm.bitmaps.tables": ("Clusters",),
+    "qcow2bm.bits.operations": ("Op",),
+    "qcow2bm.checking.check": ("Check",),
+    "qcow2bm.checking.repair": ("Lost", "Repair", "repairs_of"),
+    "qcow2bm.clusters.empty_image": ("EmptyImage", "build_empty_image"),
+    "qcow2bm.clusters.plan": ("Barrier", "Plan", "Write"),
+    "qcow2bm.errors": (
+        "BitmapBrokenError",
+        "BitmapError",
+        "BitmapExistsError",
+        "BitmapInconsistentError",
+        "BitmapNotFoundError",
+        "BitmapStaleError",
+        "ChangedWhileReadingError",
+        "CommitError",
+        "CommitOutcome",
+        "FormatError",
+        "ImageLockedError",
+        "LimitError",
+        "Qcow2BmError",
+        "QmpError",
+        "QmpRefusedError",
+        "ReadOnlyImageError",
+        "ShortReadError",
+        "StateError",
+        "StorageError",
+        "UnsupportedError",
+    ),
+    "qcow2bm.format.directory": ("DirectoryEntry",),
+    "qcow2bm.format.extensions": ("BitmapsExtension", "HeaderExtension"),
+    "qcow2bm.format.features": ("Feature",),
+    "qcow2bm.format.header": ("Header",),
+    "qcow2bm.format.undo_file": ("UndoLog", "UndoStep", "build_seal", "build_undo", "parse_undo"),
+    "qcow2bm.migration.evidence": ("Fate", "Policy"),
+    "qcow2bm.migration.lifecycle": ("State",),
+    "qcow2bm.problems": ("Problem", "Severity"),
+    "qcow2bm.storage.interface": ("Storage", "WritableStorage"),
+    "qcow2bm.storage.file": ("FileStorage",),
+    "qcow2bm.tracker.edit": ("TrackerEdit",),
+    "qcow2bm.tracker.group": ("TrackerGroup",),
+    "qcow2bm.tracker.handover": ("Activation",),
+    "qcow2bm.tracker.reports": ("Convergence", "FlushReport", "Pending", "StopReport"),
+    "qcow2bm.tracker.tracker": ("Tracker",),
+}
+_HOME_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+_MODULES = {
+    "compare": "qcow2bm.compare",
+    "new_file": "qcow2bm.storage.new_file",
+    "problems": "qcow2bm.problems",
+    "rescue": "qcow2bm.qmp.rescue",
+    "sidecar": "qcow2bm.api.sidecar",
+    "stream": "qcow2bm.api.stream",
+    "units": "qcow2bm.units",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    value: object
+    if name in _MODULES:
+        value = import_module(_MODULES[name])
+    elif name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name]), name)
+    else:
         raise AttributeError(f"module 'qcow2bm' has no attribute {name!r}")
-    value: object = getattr(import_module(_HOMES.get(name, "qcow2bm.errors")), name)
     globals()[name] = value
     return value
 

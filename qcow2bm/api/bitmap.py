@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
+from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT
 from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, Status
 from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
 from qcow2bm.errors import (
@@ -14,7 +15,12 @@ from qcow2bm.errors import (
     BitmapStaleError,
     StateError,
 )
-from qcow2bm.format.directory import DirectoryEntry
+from qcow2bm.format.directory import (
+    FLAG_NAMES,
+    KNOWN_FLAGS,
+    TYPE_DIRTY_TRACKING,
+    DirectoryEntry,
+)
 from qcow2bm.problems import Problem
 from qcow2bm.units import escape
 
@@ -80,6 +86,38 @@ class Bitmap:
     def in_use(self) -> bool:
         """Whether writes may be missing from what is stored."""
         return self.entry.in_use
+
+    @property
+    def disk_size(self) -> int:
+        """The size of the disk in bytes."""
+        return self._image.virtual_size
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The names of the flags that are set: "in-use", "auto", "extra-data-compatible"."""
+        return tuple(name for bit, name in FLAG_NAMES.items() if self.entry.flags & bit)
+
+    @property
+    def unknown_flags(self) -> int:
+        """The flags that are set and have no meaning in the specification."""
+        return self.entry.flags & ~KNOWN_FLAGS
+
+    @property
+    def is_dirty_tracking(self) -> bool:
+        """Whether the type of the bitmap is 1, dirty tracking, the only one that is defined."""
+        return self.entry.type == TYPE_DIRTY_TRACKING
+
+    @property
+    def has_legal_granularity(self) -> bool:
+        """Whether the specification allows the stored granularity."""
+        return self.entry.granularity_bits < GRANULARITY_BITS_LIMIT
+
+    @property
+    def is_sentinel(self) -> bool:
+        """Whether the bitmap is a sentinel of this library; see spec/lifecycle.md."""
+        from qcow2bm.migration.sentinel import is_sentinel  # it takes time to load uuid
+
+        return is_sentinel(self.entry.name)
 
     @property
     def problems(self) -> tuple[Problem, ...]:

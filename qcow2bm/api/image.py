@@ -17,13 +17,14 @@ from qcow2bm.bitmaps.status import as_error
 from qcow2bm.bitmaps.tables import Survey
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError, StateError
 from qcow2bm.format.directory import DirectoryEntry
-from qcow2bm.format.extensions import BitmapsExtension, HeaderExtension
+from qcow2bm.format.extensions import DATA_FILE, BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.interface import Storage, WritableStorage
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.storage.write_guard import WriteGuard
+from qcow2bm.units import decode_name
 
 if TYPE_CHECKING:
     from qcow2bm.checking.check import Check
@@ -212,6 +213,17 @@ class Image:
         return self._file.backing_file
 
     @property
+    def used_header(self) -> bytes:
+        """The bytes of the header, its extensions and the name of the backing file, as read."""
+        return self._file.used_header
+
+    @property
+    def data_file(self) -> str | None:
+        """The name of the data file as the header has it; never opened."""
+        found = self._file.find(DATA_FILE)
+        return decode_name(found.data) if found else None
+
+    @property
     def has_data_file(self) -> bool:
         """Whether guest data are in a file of their own, which is never opened here."""
         return bool(self._file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
@@ -223,7 +235,7 @@ class Image:
         return self.has_data_file and bool(autoclear & AUTOCLEAR_RAW_DATA_FILE)
 
     def features(self, kind: str) -> tuple[Feature, ...]:
-        """The feature bits that are set; ``kind`` is one of `format.features.KINDS`."""
+        """The feature bits that are set; ``kind``: "incompatible", "compatible", "autoclear"."""
         return self._file.features(kind)
 
     @property

@@ -1,18 +1,34 @@
-"""Bitmaps that are kept outside of their image, and put into it again if they are still true.
+"""Sidecars: the bitmaps of a disk in a file of their own.
+
+A bitmap goes back into the image only if nothing was written to the disk since the bitmap was
+saved. A sentinel in the image is the evidence for that.
+
+>>> from qcow2bm import sidecar
+>>> with qcow2bm.open("vm.qcow2", "r+") as image:                # doctest: +SKIP
+...     sidecar.add_sentinel(image)
+...     saved = sidecar.collect(image, image.bitmaps.values())
+...     pieces = sidecar.write(saved)                            # the bytes of the file
 
 *Spec*: spec/sidecar.md, "Evidence".
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qcow2bm.bitmaps.status import BROKEN, VALID
 from qcow2bm.errors import BitmapError
 from qcow2bm.migration.evidence import Definition, Departure, Facts, Witness, judge
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, Sentinel, is_sentinel
-from qcow2bm.migration.sidecar import SavedBitmap, Sidecar, parse_saved_header
+from qcow2bm.migration.sidecar import (
+    MAX_BYTES,
+    SavedBitmap,
+    Sidecar,
+    parse_saved_header,
+    read_sidecar,
+    write_sidecar,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,28 +39,75 @@ if TYPE_CHECKING:
     from qcow2bm.api.image import Image
 
 
-def save(image: Image, bitmaps: Iterable[Bitmap]) -> Sidecar:
-    """These bitmaps of an image, and what tells later whether its disk is still the same.
+__all__ = [
+    "MAX_BYTES",
+    "SavedBitmap",
+    "Sidecar",
+    "add_sentinel",
+    "collect",
+    "is_sentinel",
+    "read",
+    "reason_for_doubt",
+    "restore",
+    "write",
+]
+
+
+def read(pieces: Iterable[bytes], limit_bytes: int = MAX_BYTES) -> Sidecar:
+    """Reads a sidecar.
+
+    Args:
+        pieces: the bytes of the whole file, in pieces of any size.
+        limit_bytes: how many bytes of bits the bitmaps may have together.
 
     Raises:
-        BitmapError: one is not valid.
-        StorageError: reading failed.
+        FormatError: the file is no sidecar, is damaged, or is cut off.
+        UnsupportedError: the version of the sidecar, or of the header in it, is unknown here.
+        LimitError: there are too many bits.
+    """
+    return read_sidecar(pieces, limit_bytes)
+
+
+def write(sidecar: Sidecar) -> Iterator[bytes]:
+    """Returns the bytes of a sidecar, in pieces; memory grows with one bitmap, compressed.
+
+    Raises:
+        BitmapError: two bitmaps have one name, or a bitmap belongs to a disk of another size.
+        FormatError: a value does not fit its field.
+        LimitError: there are too many bits, or the header is too long.
+    """
+    return write_sidecar(sidecar.disk_size, sidecar.header, sidecar.bitmaps)
+
+
+def collect(image: Image, bitmaps: Iterable[Bitmap]) -> Sidecar:
+    """Returns bitmaps of an image, with the evidence of what its disk is now.
+
+    Args:
+        image: the image that has the bitmaps.
+        bitmaps: the bitmaps; sentinels among them are the evidence.
+
+    Raises:
+        BitmapError: a bitmap is not valid.
+        ImageLockedError, ChangedWhileReadingError, StorageError: as `Bitmap.packed` does.
     """
     size = image.virtual_size
     saved = [SavedBitmap(b.name, b.granularity, b.auto, size, b.packed().data) for b in bitmaps]
-    return Sidecar(size, image._file.used_header, tuple(saved))
+    return Sidecar(size, image.used_header, tuple(saved))
 
 
 def add_sentinel(image: Image) -> None:
-    """Leaves a sentinel in an image that is open for editing, unless there is one that will do.
+    """Adds a sentinel to an image, unless the image has a sentinel that recorded no write.
+
+    Args:
+        image: an image that is open for editing.
 
     Raises:
-        Qcow2BmError: as an edit does.
+        Qcow2BmError: as `Image.edit` and a commit do.
     """
     old = [name for name in image.bitmaps if is_sentinel(name)]
     valid = (bitmap for bitmap in map(image.bitmaps.get, old) if bitmap and bitmap.status == VALID)
-    found = save(image, valid)
-    if not why_in_doubt(image, found.bitmaps, found.header):
+    found = collect(image, valid)
+    if not reason_for_doubt(image, found.bitmaps, found.header):
         return
     sentinel = Sentinel.fresh(image.virtual_size, image.cluster_size)
     with image.edit() as edit:
@@ -55,19 +118,19 @@ def add_sentinel(image: Image) -> None:
         edit.set_many(sentinel.canary_name, sentinel.canary_ranges)
 
 
-def why_in_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b"") -> str:
-    """What keeps an image from proving that its disk is as it was; nothing if it does prove it.
+def reason_for_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b"") -> str:
+    """Returns why a disk may have changed since bitmaps were saved; "" if it has not changed.
 
-    It does by a sentinel that was saved with the bitmaps without a write, and is in the image
-    without a write: then nothing was written since it was made, which was before they were saved.
+    A sentinel proves that the disk has not changed if it was saved with the bitmaps, recorded no
+    write until then, and has recorded no write in the image since.
 
     Args:
-        image: what the bitmaps are to be put into.
-        saved: all that was saved.
-        header: that of the image they were saved from, if it is known; see `Sidecar`.
+        image: the image that is to get the bitmaps.
+        saved: everything that was saved, sentinels included.
+        header: the header of the image they were saved from, if it is known; see `Sidecar`.
 
     Raises:
-        ImageLockedError: somebody writes to the image.
+        ImageLockedError: another process writes to the image.
         ChangedWhileReadingError: the image changed since it was opened.
         StorageError: reading failed.
     """
@@ -94,9 +157,10 @@ def why_in_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes = b
 
 
 def _facts(image: Image) -> Facts:
+    file = parse_saved_header(image.used_header)
     return Facts(
-        Definition.of(image._file),
-        image._file.token,
+        Definition.of(file),
+        file.token,
         None,
         image.is_consistent,
         {name: bitmap.entry for name, bitmap in image.bitmaps.items()},
@@ -109,16 +173,23 @@ def _bits(image: Image, name: str) -> NDArray[np.uint8] | None:
     return bitmap.packed() if bitmap and bitmap.status == VALID else None
 
 
-def load(
+def restore(
     image: Image, edit: Edit, saved: Iterable[SavedBitmap], *, is_all_dirty: bool = False
 ) -> None:
-    """Adds saved bitmaps in an edit, as they are or all dirty; sentinels have served, and go.
+    """Adds saved bitmaps to an image in an edit, and removes all sentinels from the image.
 
-    Bitmaps of the same names that are in_use are replaced. What a sentinel in the image has was
-    written after it was made, so those that record writes get that, too: more is never wrong.
+    A bitmap of the same name that is in_use is replaced. A sentinel in the image has recorded
+    the writes since it was added: each restored bitmap that is enabled gets them, too, since a
+    bit too many is never wrong.
+
+    Args:
+        image: the image.
+        edit: an edit of that image that is going on.
+        saved: the bitmaps; sentinels among them are not added.
+        is_all_dirty: make every bit of every bitmap dirty.
 
     Raises:
-        BitmapError: one is there, or belongs to a disk of another size.
+        BitmapError: a bitmap of that name is there, or belongs to a disk of another size.
         ValueError: QEMU could not use such a name or granularity.
     """
     size = image.virtual_size

@@ -38,7 +38,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     wait, lossless, only = arguments.wait, arguments.lossless, arguments.only or None
     if arguments.dry_run:
         try:
-            done = api.look(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
+            done = api.plan_repair(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
         except ImageLockedError as error:  # of reading, which is not what is wanted
             raise ImageLockedError(error.path, error.held, "writing") from error
     else:
@@ -131,7 +131,7 @@ def _undo(arguments: argparse.Namespace) -> int:
     try:
         if arguments.dry_run:
             wait, word = arguments.wait, arguments.is_unchanged
-            print_plan(arguments, api.look_back(image, undo, is_asserted=word, lock_timeout=wait))
+            print_plan(arguments, api.plan_undo(image, undo, is_asserted=word, lock_timeout=wait))
             return 0
         is_done = api.undo(
             image,

@@ -30,11 +30,11 @@ def restore(
     is_proof_needed = not (arguments.is_unchanged or arguments.is_all_dirty)
     try:
         with open_to_edit(arguments) as image:
-            doubt = sidecar.why_in_doubt(image, bitmaps, header) if is_proof_needed else ""
+            doubt = sidecar.reason_for_doubt(image, bitmaps, header) if is_proof_needed else ""
             if doubt:
                 return fail(image.name, f"{_DOUBT}: {doubt}; {_CURES}")
             with image.edit(dry_run=arguments.dry_run) as edit:
-                sidecar.load(image, edit, bitmaps, is_all_dirty=arguments.is_all_dirty)
+                sidecar.restore(image, edit, bitmaps, is_all_dirty=arguments.is_all_dirty)
                 plan = edit.plan() if arguments.dry_run else Plan()
     except ValueError as error:
         return fail(arguments.image, str(error))

@@ -100,7 +100,7 @@ def _require_salvageable(image: Image, name: str) -> None:
 
 
 def _differing(arguments: argparse.Namespace, image: Image, name: str) -> NDArray[np.uint8]:
-    from qcow2bm.compare.differences import differences
+    from qcow2bm.compare.differences import find_differences
 
     old, new = arguments.compare
     say(
@@ -141,7 +141,7 @@ def _differing(arguments: argparse.Namespace, image: Image, name: str) -> NDArra
                 "resized since?"
             )
         show = opened.enter_context(progress(min(content.size, current.size)))
-        return differences(content, current, image.bitmaps[name].granularity, progress=show)
+        return find_differences(content, current, image.bitmaps[name].granularity, progress=show)
 
 
 def _identity(path: str) -> Identity:

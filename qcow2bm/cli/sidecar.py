@@ -61,7 +61,9 @@ def _from_image(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
 def _saved(image: Image) -> tuple[Sidecar, list[str]]:
     valid, left_out = report.valid_bitmaps(image)
     nameless = [f"bitmap @{b.index} has no name, and is left out" for b in valid if not b.name]
-    return saved_bitmaps.save(image, filter(lambda bitmap: bitmap.name, valid)), left_out + nameless
+    return saved_bitmaps.collect(
+        image, filter(lambda bitmap: bitmap.name, valid)
+    ), left_out + nameless
 
 
 def _from_vm(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:

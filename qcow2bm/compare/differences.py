@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 """Takes how many more bytes are done; called by any thread, one at a time."""
 
 
-def differences(
+def find_differences(
     old: Content,
     new: Content,
     granularity: int,

@@ -157,7 +157,7 @@ def _read(
     with open(file) as image:
         for live, digest in zip(bitmaps, digests, strict=True):
             try:
-                (bitmap,) = sidecar.save(image, [image.bitmaps[live.name]]).bitmaps
+                (bitmap,) = sidecar.collect(image, [image.bitmaps[live.name]]).bitmaps
             except BitmapError as error:
                 raise QmpError("blockdev-del", f"QEMU did not store a bitmap: {error}") from error
             if digest not in (None, bitmap.sha256()):

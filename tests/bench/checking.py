@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import qcow2bm  # noqa: E402
 from qcow2bm.compare.content import Content, RawContent  # noqa: E402
-from qcow2bm.compare.differences import WORKERS, differences  # noqa: E402
+from qcow2bm.compare.differences import WORKERS, find_differences  # noqa: E402
 from qcow2bm.compare.qemu_nbd import served  # noqa: E402
 from qcow2bm.storage.file import FileStorage  # noqa: E402
 
@@ -65,7 +65,7 @@ def differing(old: Path, new: Path) -> None:
             content: Content = opened.enter_context(served(str(new), WORKERS))
         else:
             content = RawContent(opened.enter_context(closing(FileStorage(new))))
-        assert not differences(RawContent(one), content, GRANULARITY).any()
+        assert not find_differences(RawContent(one), content, GRANULARITY).any()
 
 
 def make_disks(folder: Path) -> tuple[Path, Path, Path]:

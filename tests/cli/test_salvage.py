@@ -431,7 +431,7 @@ def test_nobody_else_gets_the_image_while_disks_are_compared(
     write(tmp_path, CRASHED)
     write_raw(tmp_path, "old", 1)
     write_raw(tmp_path, "new")
-    compare, tried = differences.differences, []
+    compare, tried = differences.find_differences, []
 
     def compare_and_try(*arguments: object, **options: object) -> object:
         with pytest.raises(qcow2bm.ImageLockedError):
@@ -439,7 +439,7 @@ def test_nobody_else_gets_the_image_while_disks_are_compared(
         tried.append(True)
         return compare(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(differences, "differences", compare_and_try)
+    monkeypatch.setattr(differences, "find_differences", compare_and_try)
     assert run(COMPARE, tmp_path).status == 0
     assert tried
     assert dirty(tmp_path) == {"crashed": [1]}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcow2bm.compare.content import Content, RawContent, Reader
-from qcow2bm.compare.differences import PIECE_BYTES, differences
+from qcow2bm.compare.differences import PIECE_BYTES, find_differences
 from qcow2bm.errors import ChangedWhileReadingError, StorageError
 from qcow2bm.storage.file import FileStorage
 
@@ -102,7 +102,7 @@ def test_it_is_what_the_plainest_way_finds(
     old, new = content(common, only_old, old_sectors), content(common, only_new, new_sectors)
     granularity = 1 << granularity_bits
     done: list[int] = []
-    found = differences(
+    found = find_differences(
         Memory(old), Memory(new), granularity, workers=workers, progress=done.append
     )
     assert dirty(found, -(-len(new) // granularity)) == expected(old, new, granularity)
@@ -113,7 +113,7 @@ def test_what_is_a_hole_in_both_is_not_read() -> None:
     data = bytearray(64 * PIECE_BYTES)
     data[40 * PIECE_BYTES] = 1
     old, new = Memory(bytes(len(data))), Memory(bytes(data))
-    assert dirty(differences(old, new, 65536), len(data) >> 16) == [40 * PIECE_BYTES >> 16]
+    assert dirty(find_differences(old, new, 65536), len(data) >> 16) == [40 * PIECE_BYTES >> 16]
     assert old.read == new.read == [(40 * PIECE_BYTES, PIECE_BYTES)]
 
 
@@ -138,7 +138,7 @@ def test_a_read_that_fails_ends_it(which: str, number: int, workers: int) -> Non
     old: Content = Failing(data, number) if which == "old" else Memory(data)
     new: Content = Failing(data, number) if which == "new" else Memory(data)
     with pytest.raises(StorageError, match="Input/output error"):
-        differences(old, new, 65536, workers=workers)
+        find_differences(old, new, 65536, workers=workers)
 
 
 # --- raw files ----------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_raw_files_with_holes(tmp_path: Path, raw: Callable[[Path], RawContent])
                 file.seek(place)
                 file.write(b"x" * 4096)
             file.truncate(1 << 40)
-    found = differences(raw(old), raw(new), 65536)
+    found = find_differences(raw(old), raw(new), 65536)
     assert dirty(found, 1 << 24) == [5 << 4, 9 << 4]
 
 
@@ -175,9 +175,9 @@ def test_a_raw_file_ends_with_a_whole_sector(
     old.write_bytes(b"x" * 1000)
     new.write_bytes((b"x" * 1000).ljust(1024, b"\0"))
     assert raw(old).size == raw(new).size == 1024
-    assert dirty(differences(raw(old), raw(new), 512), 2) == []
+    assert dirty(find_differences(raw(old), raw(new), 512), 2) == []
     new.write_bytes((b"x" * 1000).ljust(1024, b"\1"))
-    assert dirty(differences(raw(old), raw(new), 512), 2) == [1]
+    assert dirty(find_differences(raw(old), raw(new), 512), 2) == [1]
 
 
 @pytest.mark.parametrize("how", ["written", "cut"])
@@ -195,4 +195,4 @@ def test_a_raw_file_that_changes_meanwhile_is_noticed(
             file.write(b"y")
     os.utime(new, ns=(1, 1))  # the clock of files is coarse
     with pytest.raises(ChangedWhileReadingError):
-        differences(*contents, 65536)
+        find_differences(*contents, 65536)
