@@ -18,7 +18,7 @@ from qcow2bm.log import logger
 from qcow2bm.migration.sentinel import Sentinel
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.machine import Machine, Mapping, Node, NodeBitmap
+from qcow2bm.qmp.machine import BitmapMapping, Machine, Node, NodeBitmap
 from qcow2bm.qmp.mapping import left_out, mapping_without_evidence
 from qcow2bm.qmp.names import sentinel_of, twin_of
 from qcow2bm.qmp.queries import query_machine
@@ -59,7 +59,7 @@ class ArmReport(NamedTuple):
     """
 
     nodes: tuple[ArmedNode, ...]
-    mapping: Mapping
+    mapping: BitmapMapping
     is_set: bool
     obstacles: tuple[Obstacle, ...]
     left_out: tuple[NodeBitmap, ...]
@@ -147,7 +147,7 @@ def fresh_sentinel(node: Node) -> Sentinel:
     return sentinel._replace(granularity=min(sentinel.granularity, finest))
 
 
-def _obstacles(machine: Machine, mapping: Mapping) -> list[Obstacle]:
+def _obstacles(machine: Machine, mapping: BitmapMapping) -> list[Obstacle]:
     """The bitmaps for which QEMU refuses: it checks all bitmaps of a node that the mapping has."""
     listed = {node["node-name"] for node in mapping}
     return [

@@ -13,7 +13,7 @@ from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
 from qcow2bm.qmp.names import is_evidence, sentinel_of
 from qcow2bm.units import escape
 
-Mapping = list[dict[str, Any]]
+BitmapMapping = list[dict[str, Any]]
 """A block-bitmap-mapping as QEMU takes it: of each node, the bitmaps that travel."""
 
 _MIGRATION_IS_OVER = ("", "none", "cancelled", "failed", "completed")
@@ -137,7 +137,7 @@ class Machine(NamedTuple):
 
     status: str
     migration: str
-    mapping: Mapping | None
+    mapping: BitmapMapping | None
     nodes: tuple[Node, ...]
 
     @property

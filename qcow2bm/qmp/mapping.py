@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 
 from qcow2bm.format.stream import MAX_NAME
-from qcow2bm.qmp.machine import Machine, Mapping, Node, NodeBitmap
+from qcow2bm.qmp.machine import BitmapMapping, Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import is_evidence
 from qcow2bm.units import encode_name
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")  # what QEMU takes as an alias
 
 
-def mapping_without_evidence(machine: Machine) -> Mapping:
+def mapping_without_evidence(machine: Machine) -> BitmapMapping:
     """Returns the mapping that is set, or else what QEMU does without one; never a sentinel."""
     if machine.mapping is not None:
         return [
@@ -30,13 +30,13 @@ def mapping_without_evidence(machine: Machine) -> Mapping:
     ]
 
 
-def mapped_names(mapping: Mapping, node: str) -> set[str]:
+def mapped_names(mapping: BitmapMapping, node: str) -> set[str]:
     """Returns the names of the bitmaps of a node that travel by a mapping."""
     listed = [one for one in mapping if one["node-name"] == node]
     return {bitmap["name"] for one in listed for bitmap in one["bitmaps"]}
 
 
-def left_out(machine: Machine, mapping: Mapping) -> list[NodeBitmap]:
+def left_out(machine: Machine, mapping: BitmapMapping) -> list[NodeBitmap]:
     """Returns the bitmaps that do not travel by a mapping, though their nodes are writable."""
     return [
         bitmap

@@ -13,7 +13,7 @@ from qcow2bm.errors import QmpRefusedError, StateError
 from qcow2bm.qmp.aliases import Device, default_aliases
 from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.client import LENT, Monitor
-from qcow2bm.qmp.machine import Machine, Mapping, Node, NodeBitmap
+from qcow2bm.qmp.machine import BitmapMapping, Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.units import escape
 
@@ -108,7 +108,7 @@ def run_qemu_io(monitor: Monitor, node: str, command: str) -> str:
     return escape(" ".join(printed.split()))
 
 
-def _mapping(parameters: Answer) -> Mapping | None:
+def _mapping(parameters: Answer) -> BitmapMapping | None:
     """The block-bitmap-mapping as QEMU has it: fields that are not known here stay in it."""
     answer = parameters.get("block-bitmap-mapping")
     if not answer:
@@ -117,7 +117,7 @@ def _mapping(parameters: Answer) -> Mapping | None:
         node["node-name"].text()
         for bitmap in node["bitmaps"].items():
             bitmap["name"].text()
-    return cast("Mapping", answer.raw)
+    return cast("BitmapMapping", answer.raw)
 
 
 def _device(answer: Answer) -> Device | None:
