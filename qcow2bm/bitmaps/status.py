@@ -45,6 +45,6 @@ def judge(
 
 
 def as_error(found: Problem, consequence: str = "") -> FormatError:
-    """A problem as the error for those who cannot go on because of it."""
-    structure, _, field = found.message.partition(f" at {found.offset:#x} ")[0].partition(": ")
-    return FormatError(structure, field, found.offset, found.reason + consequence)
+    """Returns a problem as the error to raise for it, its reason followed by ``consequence``."""
+    field = found.numbered_field
+    return FormatError(found.place, field, found.offset, found.reason + consequence)
