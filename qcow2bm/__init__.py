@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
     from qcow2bm.api.repair import check, plan_repair, plan_undo, repair, salvage, undo
+    from qcow2bm.api.undo_file import UndoFile
     from qcow2bm.bitmaps.bit_reader import Totals
     from qcow2bm.bitmaps.status import Status
     from qcow2bm.bitmaps.tables import Clusters
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         ChangedWhileReadingError,
         CommitError,
         CommitOutcome,
+        ComparisonError,
         FormatError,
         ImageLockedError,
         LimitError,
@@ -72,8 +74,7 @@ if TYPE_CHECKING:
     from qcow2bm.storage.interface import Storage, WritableStorage
     from qcow2bm.tracker.edit import TrackerEdit
     from qcow2bm.tracker.group import TrackerGroup
-    from qcow2bm.tracker.handover import Activation
-    from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
+    from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
     from qcow2bm.tracker.tracker import Tracker
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "Clusters",
     "CommitError",
     "CommitOutcome",
+    "ComparisonError",
     "Convergence",
     "DirectoryEntry",
     "Edit",
@@ -129,6 +131,7 @@ __all__ = [
     "Tracker",
     "TrackerEdit",
     "TrackerGroup",
+    "UndoFile",
     "UndoLog",
     "UndoStep",
     "UnsupportedError",
@@ -160,6 +163,7 @@ _NAMES_OF = {
     "qcow2bm.api.edit": ("Edit",),
     "qcow2bm.api.image": ("Image", "open"),
     "qcow2bm.api.repair": ("check", "plan_repair", "plan_undo", "repair", "salvage", "undo"),
+    "qcow2bm.api.undo_file": ("UndoFile",),
     "qcow2bm.bitmaps.bit_reader": ("Totals",),
     "qcow2bm.bitmaps.status": ("Status",),
     "qcow2bm.bitmaps.tables": ("Clusters",),
@@ -179,6 +183,7 @@ _NAMES_OF = {
         "ChangedWhileReadingError",
         "CommitError",
         "CommitOutcome",
+        "ComparisonError",
         "FormatError",
         "ImageLockedError",
         "LimitError",
@@ -203,8 +208,13 @@ _NAMES_OF = {
     "qcow2bm.storage.file": ("FileStorage",),
     "qcow2bm.tracker.edit": ("TrackerEdit",),
     "qcow2bm.tracker.group": ("TrackerGroup",),
-    "qcow2bm.tracker.handover": ("Activation",),
-    "qcow2bm.tracker.reports": ("Convergence", "FlushReport", "Pending", "StopReport"),
+    "qcow2bm.tracker.reports": (
+        "Activation",
+        "Convergence",
+        "FlushReport",
+        "Pending",
+        "StopReport",
+    ),
     "qcow2bm.tracker.tracker": ("Tracker",),
 }
 _HOME_OF = {name: module for module, names in _NAMES_OF.items() for name in names}

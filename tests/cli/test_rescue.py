@@ -59,7 +59,7 @@ def test_start(qemu: FakeQemu, tmp_path: Path) -> None:
         "take a full backup",
         "1 of 2 persistent bitmaps will be stored when the VM quits",
         "(which of them QEMU would have dropped cannot be seen: all are treated alike)",
-        "of the others nothing is promised, not even that they are not stored",
+        "the others may be stored or lost",
     ]
     del qemu.bitmaps["old"]
     qemu.migration = "completed"
@@ -89,7 +89,10 @@ def test_arm(qemu: FakeQemu, tmp_path: Path) -> None:
     first = rescue(tmp_path, "ARM")
     lines = first.out.splitlines()
     assert (first.status, first.err) == (2, "")
-    assert lines[0] == "not armed yet: set this, and run it again; or let --set do it"
+    assert (
+        lines[0]
+        == "not armed yet: send this to QEMU and repeat the command, or repeat it with --set"
+    )
     command = json.loads(lines[1])
     found = document(tmp_path, "arm", "ARM --node disk", 2)
     assert found["block-bitmap-mapping"] == command["arguments"]["block-bitmap-mapping"]
@@ -127,7 +130,7 @@ def test_verdict(qemu: FakeQemu, tmp_path: Path) -> None:
     armed(qemu, tmp_path)
     assert rescue(tmp_path, "VERDICT") == Result(
         0,
-        'node "disk" untouched: nobody wrote anywhere that this machine did not write, too\n'
+        'node "disk" untouched: this machine wrote to every place that was written to\n'
         '  "daily" kept\n',
         "",
     )
@@ -139,8 +142,8 @@ def test_verdict(qemu: FakeQemu, tmp_path: Path) -> None:
     assert (done.status, done.err) == (2, "")
     assert done.out.splitlines()[1:] == [
         '  "daily" may miss writes',
-        "  decide before it quits, or these are stored as valid: --remove or --all-dirty",
-        "  what the guest remembers of the disk may be wrong: shut it down when you decided",
+        "  decide before the VM quits, or these are stored as valid: --remove or --all-dirty",
+        "  what the guest remembers of the disk may be wrong: decide, then shut it down",
     ]
     (node,) = document(tmp_path, "verdict", "VERDICT", 2)["nodes"]
     assert (node["verdict"], node["armed"]) == ("touched", True)
@@ -159,7 +162,10 @@ def test_a_verdict_that_has_to_wait(qemu: FakeQemu, tmp_path: Path) -> None:
     qemu.bitmaps["daily"].busy = True
     done = rescue(tmp_path, "VERDICT")
     assert done.status == 2
-    said = '  nothing was done: "daily" is busy: try again when that has ended\n  "daily" left\n'
+    said = (
+        '  nothing was done: "daily" is busy: try again when the job that uses it has ended\n'
+        '  "daily" left\n'
+    )
     assert said in done.out
     assert "--remove" not in done.out
 
@@ -201,11 +207,11 @@ def test_what_cannot_be_done_is_one_line(
     qemu.status = "postmigrate"
     assert failing() == (
         "qcow2bm: vm.sock: the machine is in state postmigrate, without its disks, but must be "
-        "running again; cont it if no other one is"
+        "running: use cont, if no other machine runs on the disks"
     )
     qemu.status = "running"
     qemu.answers["query-block"] = 1
-    assert "not what QEMU's would be" in failing()
+    assert "the QMP command query-block failed: the answer is not an array" in failing()
     (tmp_path / "vm.sock").unlink()
     assert failing() == ("qcow2bm: vm.sock: connecting to QMP failed: No such file or directory")
     monkeypatch.setitem(sys.modules, "qemu.qmp", None)
@@ -288,7 +294,7 @@ def test_finish_leaves_what_it_cannot_judge(tmp_path: Path) -> None:
         assert [one["outcome"] for one in found["bitmaps"]] == outcomes
     done = rescue(tmp_path, "finish vm.qcow2")
     assert "the original is there as well" in done.out
-    assert "it is inconsistent: the machine died" in done.out
+    assert "it is inconsistent: remove it, and take a full backup" in done.out
 
 
 def test_finish_of_what_is_no_image(tmp_path: Path) -> None:

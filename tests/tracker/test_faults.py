@@ -19,7 +19,7 @@ from support.audit import Audit
 from support.faulty_storage import Fault, FaultyStorage
 from support.images import ZEROES, Stored, Word, build_image
 from support.interrupted_edits import EDITS
-from tracker.recording import Place, cover, stored_bits
+from support.recording import Place, cover, stored_bits
 
 import qcow2bm
 from qcow2bm.errors import CommitError, Qcow2BmError, StateError
@@ -240,7 +240,7 @@ def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:
             tracker.mark(0, COVERED)
             tracker.mark(5 * COVERED, 1)
             assert tracker.pending.pieces == 2  # one of each bitmap, of several clusters
-            before = [bytes(tracked.bits.touched) for tracked in tracker._now.tracked]
+            before = [bytes(b.bits.touched) for b in tracker._session.recording.bitmaps]
             first = len(storage.calls)
             storage.fault = Fault(first + number)
             try:
@@ -250,7 +250,7 @@ def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:
             else:
                 break
             assert tracker.state == "failed"
-            assert [bytes(tracked.bits.touched) for tracked in tracker._now.tracked] == before
+            assert [bytes(b.bits.touched) for b in tracker._session.recording.bitmaps] == before
             assert is_in_use(storage.data)
     assert tracker.state == "abandoned"  # because the image was closed
     assert failures["write"] >= 3

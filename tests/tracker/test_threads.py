@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from support.images import Stored, build_image
-from tracker.recording import Octets, Place, RecordingStorage, cover, stored_bits
+from support.recording import Octets, Place, RecordingStorage, cover, stored_bits
 
 import qcow2bm
 from qcow2bm.bitmaps.tracked_store import TrackedStore
@@ -326,7 +326,7 @@ def test_a_flush_stores_what_was_marked_before_it_whatever_is_marked_meanwhile()
         return 0.0
 
     is_flushing = False
-    tracker = Tracker(held, store, SIZE, clock=clock)
+    tracker = Tracker(held, store, clock=clock)
     tracker.mark(0, 1)
     is_flushing = True
     tracker.flush()
