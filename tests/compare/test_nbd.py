@@ -89,10 +89,10 @@ def test_what_a_server_says_is_understood(tmp_path: Path) -> None:
         (GREETING + answer(8, 1 << 31 | 1), "refuses"),
         (GREETING + answer(8, 1) + answer(10, 1) + answer(7, 1), "how large"),
         (HANDSHAKE + part(0x8001, struct.pack(">IH", 5, 9) + b"no medium"), "no medium"),
-        (HANDSHAKE + part(0), "does not say what is zero"),
-        (HANDSHAKE + part(5, struct.pack(">III", 1, 0, 0)), "does not say what is zero"),
+        (HANDSHAKE + part(0), "does not tell the extents"),
+        (HANDSHAKE + part(5, struct.pack(">III", 1, 0, 0)), "does not tell the extents"),
         (HANDSHAKE + STATUS + part(0x8001, struct.pack(">IH", 5, 0)), "cannot read"),
-        (HANDSHAKE + STATUS + part(0), "less than was asked for"),
+        (HANDSHAKE + STATUS + part(0), "too little data"),
         (
             HANDSHAKE + STATUS + part(1, struct.pack(">Q", 0) + b"d" * 4096),
             "not what was asked for",
