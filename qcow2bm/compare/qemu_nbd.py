@@ -106,9 +106,7 @@ def served(
         options = _options(path, is_locked=is_locked or not locking)
         process = _start(options, socket, connections, path, said)
         opened.callback(process.wait)
-        opened.callback(
-            process.kill
-        )  # nothing is lost: it only reads; a milder signal may be ignored during the start
+        opened.callback(process.kill)  # nothing is lost, and SIGTERM may be ignored at the start
         readers = [
             opened.enter_context(closing(_connect(process, socket, path, said)))
             for _ in range(connections)
