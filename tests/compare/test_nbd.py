@@ -101,7 +101,7 @@ def test_what_a_server_says_is_understood(tmp_path: Path) -> None:
             HANDSHAKE + STATUS + part(2, struct.pack(">QI", 4096, 9000)),
             "an answer to another request",
         ),
-        (HANDSHAKE + STATUS + part(77, b"x"), "something else"),
+        (HANDSHAKE + STATUS + part(77, b"x"), "sent no data"),
         (HANDSHAKE + STATUS + struct.pack(">IIQ", 0x67446698, 0, 0) + bytes(9), "no structured"),
         (HANDSHAKE + part(5, bytes(1 << 17)), "an answer to another request"),
     ],
