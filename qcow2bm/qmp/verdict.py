@@ -27,7 +27,7 @@ _OUTCOMES: dict[Remedy, SettlementOutcome] = {"remove": "removed", "all-dirty": 
 
 
 class Verdict(NamedTuple):
-    """What the sentinel of a node says, and why; ``concerned`` are the bitmaps to be settled."""
+    """The verdict on a node, and the reason for it; ``concerned`` are the bitmaps to be settled."""
 
     node: Node
     word: VerdictWord
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
 
 
 class BitmapSettlement(NamedTuple):
-    """What became of one bitmap, and why."""
+    """The result for one bitmap, and the reason for it."""
 
     bitmap: NodeBitmap
     outcome: SettlementOutcome
@@ -49,7 +49,7 @@ class BitmapSettlement(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """What `settle` did.
+    """The result of `settle`.
 
     Attributes:
         verdict: the verdict that was settled.
@@ -70,7 +70,7 @@ class Settlement(NamedTuple):
 
 
 class VerdictReport(NamedTuple):
-    """What `judge` found.
+    """The result of `judge`.
 
     ``migration`` is the status of the last migration, as query-migrate has it; "" if there was
     none.

@@ -1,4 +1,4 @@
-"""``rescue verdict`` in one call, as the command line does it."""
+"""Judges and settles in one call, as the command ``rescue verdict`` does."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from qcow2bm.qmp.verdict import Remedy, Settlement, judge, settle
 def verdict(
     monitor: Monitor, nodes: Sequence[str] = (), remedy: Remedy | None = None
 ) -> list[Settlement]:
-    """Judges all of these nodes, and then does what is due to each."""
+    """Judges all of these nodes, then settles each of them."""
     return [settle(monitor, one, remedy) for one in judge(monitor, nodes).nodes]
