@@ -16,7 +16,7 @@ from qcow2bm.migration.sentinel import PREFIX
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import COMPARED, SCRATCH_NODE, is_evidence, twin_of
-from qcow2bm.qmp.verdict import Remedy, Settlement
+from qcow2bm.qmp.settlement import Remedy, Settlement
 
 SENTINEL = PREFIX + "0f0e0d0c-0b0a-4908-8706-050403020100"
 TWIN = twin_of(SENTINEL)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.verdict import Remedy, Settlement, judge, settle
+from qcow2bm.qmp.settlement import Remedy, Settlement, settle
+from qcow2bm.qmp.verdict import judge
 
 
 def verdict(
