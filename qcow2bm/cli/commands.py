@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from qcow2bm import __version__
-from qcow2bm.cli.arguments import Arguments, Parser
+from qcow2bm.cli.parser import Arguments, Parser
 
 
 class Row(NamedTuple):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from qcow2bm import Bitmap, Image, Totals
 from qcow2bm.cli.output import (
     Document,
+    as_json,
     count,
     json_text_or_null,
     percent,
@@ -125,7 +125,7 @@ def bitmap_as_json(bitmap: Bitmap, selection: Selection) -> str:
     }
     if selection.sha256:
         found["sha256"] = bitmap.sha256() if status == "valid" else None
-    return json.dumps(found).removesuffix("}" if selection.extents else "")
+    return as_json(found).removesuffix("}" if selection.extents else "")
 
 
 def write_extents_as_json(image: Image, bitmap: Bitmap) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -128,7 +127,14 @@ def head(subject: str, key: str = "filename", *, schema: int = SCHEMA) -> Docume
 
 def print_json(document: Document) -> None:
     """Prints a document."""
-    print(json.dumps(document, indent=1))
+    print(as_json(document, indent=1))
+
+
+def as_json(value: object, indent: int | None = None) -> str:
+    """A value as JSON."""
+    import json  # most uses of a command are for people
+
+    return json.dumps(value, indent=indent)
 
 
 def json_text(text: str) -> str:

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from qcow2bm import rescue
-from qcow2bm.cli.output import Document, count, head, json_text, quoted, size
+from qcow2bm.cli.output import Document, as_json, count, head, json_text, quoted, size
 from qcow2bm.units import escape, format_size
 
 
@@ -93,7 +92,7 @@ def print_arm(done: rescue.ArmReport) -> None:
             "arguments": {"block-bitmap-mapping": done.mapping},
         }
         print("not armed yet: send this to QEMU and repeat the command, or repeat it with --set")
-        print(json.dumps(command))
+        print(as_json(command))
 
 
 def arm_as_json(address: str, done: rescue.ArmReport) -> Document:

@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING
 
 from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
-from qcow2bm.cli.arguments import (
-    EditingArguments,
-    Parser,
-    UsageError,
-    add_editing,
-    add_image,
-)
+from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
 from qcow2bm.cli.images import find, open_to_edit
 from qcow2bm.cli.messages import CommandError, about, progress, say
 from qcow2bm.cli.output import Document, json_text, quoted, size
+from qcow2bm.cli.parser import Parser, UsageError
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
