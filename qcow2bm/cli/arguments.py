@@ -14,20 +14,20 @@ from qcow2bm.units import escape, parse_size
 
 
 class OutputArguments(Arguments):
-    """What `add_output` adds."""
+    """The values of the arguments that `add_output` adds."""
 
     output: Literal["human", "json"]
 
 
 class ReadingArguments(Arguments):
-    """What `add_reading` adds."""
+    """The values of the arguments that `add_reading` adds."""
 
     force_share: bool
     quiet: bool
 
 
 class EditingArguments(OutputArguments):
-    """What `add_editing` adds."""
+    """The values of the arguments that `add_editing` adds."""
 
     dry_run: bool
     wait: float
@@ -35,7 +35,7 @@ class EditingArguments(OutputArguments):
 
 
 class RestoringArguments(EditingArguments):
-    """What `add_restoring` adds."""
+    """The values of the arguments that `add_restoring` adds."""
 
     file: str
     image: str
@@ -122,7 +122,7 @@ def size(text: str) -> int:
 
 
 def byte_range(text: str) -> tuple[int, int | None]:
-    """START and LENGTH of START:LENGTH; the length is None for START:, up to the disk's end."""
+    """The two numbers of START:LENGTH; for START: the length is None, up to the end of the disk."""
     start, colon, length = text.partition(":")
     if not colon:
         raise ArgumentTypeError(f'"{escape(text)}" is no range: write START:LENGTH')

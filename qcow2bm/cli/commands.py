@@ -1,4 +1,4 @@
-"""All commands: the one table that says which module has which command.
+"""The table of all commands, which says which module has which command.
 
 A module has two functions. ``define(parser)`` adds the arguments, and the epilog of the help. If
 the command has a second word, it adds the commands with their second words instead, each with a

@@ -102,7 +102,7 @@ def _compare(tracked: _Stop, everything: _Stop) -> None:
 
 
 class _Stop(NamedTuple):
-    """What a stop wrote, and how long it took."""
+    """A stop: the bytes and barriers that it wrote, and how long it took."""
 
     bytes_written: int
     barriers: int

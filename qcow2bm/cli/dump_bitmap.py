@@ -1,4 +1,4 @@
-"""What ``dump`` shows of one bitmap: for people, or for programs.
+"""One bitmap in a dump: for people, and for programs.
 
 *Spec*: spec/json.md, "Bitmap".
 """
@@ -31,7 +31,7 @@ _MEANING_OF_STATUS = {
 
 
 class Selection(NamedTuple):
-    """What to read of the bits.
+    """Which bits to read, and for which purpose.
 
     Attributes:
         totals: how many bytes are dirty, of bitmaps that are valid.

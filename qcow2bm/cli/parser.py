@@ -59,14 +59,14 @@ class Word(NamedTuple):
         help: what it is.
         nargs: None for exactly one, "*" for any number, "+" for one at least. Only the last word
             of a command can be repeated.
-        type: makes the value of the text; raises `ArgumentTypeError` if the text is wrong.
+        convert: makes the value of the text; raises `ArgumentTypeError` if the text is wrong.
     """
 
     dest: str
     metavar: str
     help: str
     nargs: Literal["*", "+"] | None = None
-    type: Callable[[str], object] = str
+    convert: Callable[[str], object] = str
 
 
 class Command(NamedTuple):
@@ -110,9 +110,16 @@ class Parser(argparse.ArgumentParser):
         """Whether the command has an option, such as "--wait"."""
         return any(option in action.option_strings for action in self._actions)
 
-    def add_word(self, *fields: Any, **more_fields: Any) -> None:  # noqa: ANN401
+    def add_word(
+        self,
+        dest: str,
+        metavar: str,
+        text: str,
+        nargs: Literal["*", "+"] | None = None,
+        convert: Callable[[str], object] = str,
+    ) -> None:
         """Adds a `Word`, given by its fields."""
-        self.words.append(Word(*fields, **more_fields))
+        self.words.append(Word(dest, metavar, text, nargs, convert))
 
     def add_command(self, word: str, summary: str, define: Callable[[Parser], None]) -> None:
         """Adds a command with one more word; ``define`` gives its parser the arguments."""
@@ -128,7 +135,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, texts: Sequence[str], verbatim: Sequence[str]) -> Arguments:
         """Returns the values of all arguments. --help and wrong usage end the process.
 
-        So does, with any arguments, a parser of which `commands` begin.
+        If `path` is not a whole command yet, everything else is wrong usage.
 
         Args:
             texts: options and words.
@@ -168,12 +175,12 @@ class Parser(argparse.ArgumentParser):
 
     def _value(self, word: Word, text: str) -> object:
         try:
-            return word.type(text)
+            return word.convert(text)
         except ArgumentTypeError as error:
             self.error(f"argument {word.metavar}: {error}")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:  # noqa: ANN401
-        """As argparse's, which in Python 3.11 drops the value of ``--option=--``."""
+        """Returns the value of an option; argparse drops that of ``--option=--`` in Python 3.11."""
         if action.nargs is None and arg_strings == ["--"]:
             value = self._get_value(action, "--")
             self._check_value(action, value)
@@ -195,13 +202,13 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with a line; not with argparse's status 2: problems were found."""
+        """Ends the process with status 64; argparse's 2 would mean that problems were found."""
         say(f"{message}; see {self.prog} --help")
         sys.exit(USAGE)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal.
+    """A formatter of help that is as wide as the terminal.
 
     argparse makes a formatter for each argument that is added, and its own way to find the
     terminal's width loads five modules.

@@ -110,7 +110,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _salvage(arguments: Arguments, image: Image, name: str) -> Plan | None:
-    """Does it; returns what would be written if it is a dry run."""
+    """Salvages the bitmap; in a dry run, returns what would be written instead."""
     if arguments.trust_stale:
         say(
             f"warning: writes since {quoted(name)} was last stored are missing from it, and so "

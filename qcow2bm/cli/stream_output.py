@@ -1,4 +1,4 @@
-"""What ``stream dump`` prints: for people, and for programs.
+"""The output of ``stream dump``: for people, and for programs.
 
 *Spec*: spec/json.md, "stream dump".
 """
@@ -57,7 +57,7 @@ def _bitmap_facts(bitmap: stream.StreamBitmap) -> Iterator[tuple[str, str]]:
 
 
 def stream_as_json(bitmaps: stream.StreamBitmaps) -> Document:
-    """The bitmaps of a stream, for programs."""
+    """The document that ``stream dump`` prints."""
     return {
         "schema": SCHEMA,
         "complete": bitmaps.is_complete,
