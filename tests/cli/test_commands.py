@@ -1,4 +1,4 @@
-"""What all commands have in common: the table that finds them, and the types of their values."""
+"""All commands: the table that finds them, the types of their values, and their imports."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_only_the_module_of_the_command_is_imported(arguments: str) -> None:
 
 
 def faults(source: str) -> Iterator[str]:
-    """What a module of the command line does that it must not do."""
+    """The uses of anything but public names, and the changes of values, in a module."""
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
