@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.crash_judge import BrokenStateError, Recorded, look, names, under_counted
+from support.crash_states import BrokenStateError
+from support.crash_judge import Recorded, look, names, under_counted
 from support.crash_states import intervals
 from support.images import extension
 from support.layouts import FAMILIES, UNKNOWN, build, trackable

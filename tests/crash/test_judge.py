@@ -6,7 +6,8 @@ import struct
 from random import Random
 
 import pytest
-from support.crash_judge import BrokenStateError, Judge, look, under_counted
+from support.crash_states import BrokenStateError
+from support.crash_judge import Judge, look, under_counted
 from support.crash_states import intervals
 from support.edit_operations import named, planned
 from support.layouts import LAYOUTS, build, set_refcount

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.crash_judge import BrokenStateError, look, under_counted
+from support.crash_states import BrokenStateError
+from support.crash_judge import look, under_counted
 from support.crash_states import intervals
 from support.images import ONES, ZEROES, Stored, build_image, extension
 from support.recording import RecordingStorage, cover, random_ranges, stored_bits

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support.crash_judge import BrokenStateError, Facts, look, names, under_counted
+from support.crash_states import BrokenStateError
+from support.crash_judge import Facts, look, names, under_counted
 from support.crash_states import Interval, intervals
 from support.images import build_image
 from support.layouts import FAMILIES, LAYOUTS, build, trackable
