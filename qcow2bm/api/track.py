@@ -56,7 +56,7 @@ def begin(
             error.path, error.step, error.outcome, error.reason, _NOT_BEGUN
         ) from error
     image._revision += 1  # what was read before is not so any more
-    image._tracker = Tracker(storage, store, image.virtual_size, on_end=lambda: _end(image))
+    image._tracker = Tracker(storage, store, on_end=lambda: _end(image))
     return image._tracker
 
 
