@@ -9,7 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from support.crash_states import (
@@ -18,15 +18,17 @@ from support.crash_states import (
     Interval,
     ObservedImage,
     State,
-    intervals,
     judge_states,
 )
+from support.plans import after
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan
 from qcow2bm.format.extensions import BITMAPS, PADDING, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS, KNOWN_AUTOCLEAR
 from qcow2bm.format.header import Header
+
+Seen = TypeVar("Seen")
 
 Phase = Literal["old", "either", "new"]
 """Which bitmaps a state may have."""
@@ -54,21 +56,28 @@ class Facts(NamedTuple):
     has_unknown_autoclear: bool
 
 
-class Findings(NamedTuple):
+class Findings(NamedTuple, Generic[Seen]):
     """What a reader finds in a state, and which clusters have too low a refcount."""
 
-    facts: Facts
+    facts: Seen
     under_counted: list[str]
 
 
-def read(image: ObservedImage) -> Findings:
-    """The findings about a state; raises `BrokenStateError` if the state cannot be read."""
-    try:
-        return Findings(look(image), under_counted(image))
-    except qcow2bm.Qcow2BmError as error:
-        raise BrokenStateError(f"it cannot be read: {error}") from error
-    except (struct.error, ValueError) as error:
-        raise BrokenStateError("a table ends behind the end of the file") from error
+def reader(look: Callable[[ObservedImage], Seen]) -> Callable[[ObservedImage], Findings[Seen]]:
+    """A reader of states that finds what ``look`` returns, and counts the references.
+
+    The reader raises `BrokenStateError` if it cannot read a state.
+    """
+
+    def read(image: ObservedImage) -> Findings[Seen]:
+        try:
+            return Findings(look(image), under_counted(image))
+        except qcow2bm.Qcow2BmError as error:
+            raise BrokenStateError(f"it cannot be read: {error}") from error
+        except (struct.error, ValueError) as error:
+            raise BrokenStateError(f"a table ends behind the end of the file: {error}") from error
+
+    return read
 
 
 def look(data: bytes | bytearray | ObservedImage) -> Facts:
@@ -143,13 +152,19 @@ _OFFSET = (1 << 56) - (1 << 9)  # in entries of L1, L2 and bitmap tables
 
 
 def _references(data: ObservedImage) -> Iterator[int]:
-    """The clusters that the header leads to, as often as it does; not refcount structures."""
+    """The clusters that the header leads to, each as often as it does, but those of refcounts.
+
+    Raises ValueError or struct.error if a table ends behind the end of the file.
+    """
     (cluster_bits,) = data.unpack(">I", 20)
     l1_size, l1_offset = data.unpack(">IQ", 36)
     nb_snapshots, snapshots = data.unpack(">IQ", 60)
     incompatible, _, autoclear = data.unpack(">QQQ", 72)
 
     def clusters(offset: int, length: int) -> range:
+        """The clusters of a table, or of another structure that lies in the file as a whole."""
+        if length and offset + length > data.size():
+            raise ValueError(f"a structure at {offset:#x} of {length} bytes is not in the file")
         return range(
             offset >> cluster_bits, (offset + length + (1 << cluster_bits) - 1) >> cluster_bits
         )
@@ -200,6 +215,9 @@ def _bitmaps_extension(data: ObservedImage) -> tuple[int, int, int]:
         place += 8 + (length + 7) // 8 * 8
 
 
+read = reader(look)
+
+
 class Judge(NamedTuple):
     """Judges the states of one image while it is edited."""
 
@@ -213,7 +231,7 @@ class Judge(NamedTuple):
         self._judge(found, phase, lambda: data != self.image)
         return found.facts
 
-    def _judge(self, found: Findings, phase: Phase, is_changed: Callable[[], bool]) -> None:
+    def _judge(self, found: Findings[Facts], phase: Phase, is_changed: Callable[[], bool]) -> None:
         facts = found.facts
         if facts.fixed != self.old.fixed:
             raise BrokenStateError(f"the header has {facts.fixed}, not {self.old.fixed}")
@@ -243,13 +261,12 @@ class Judge(NamedTuple):
         At most ``most`` states of an interval are judged.
         """
 
-        def judge(found: Findings, state: State) -> None:
+        def judge(found: Findings[Facts], state: State) -> None:
             expected = phase(plan, state.interval, is_complete=state.is_after)
             self._judge(found, expected, lambda: state.data != self.image)
 
-        count, end = judge_states(self.image, plan, random, read, judge, most), self.image
-        for interval in intervals(self.image, plan):
-            end = interval.after
+        count = judge_states(self.image, plan, random, read, judge, most)
+        end = after(self.image, plan.steps)
         facts = self.judge(end, "new")
         # The padding extension of this library is in no state but one in between.
         with qcow2bm.open(end) as image:
