@@ -1,177 +1,116 @@
-"""What the arguments of several commands have in common.
+"""The arguments that several commands have, and the types of their values.
 
-*Spec*: spec/cli.md.
+*Spec*: spec/cli.md, "Options".
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Literal
 
-from qcow2bm.cli.console import say
-from qcow2bm.units import parse_size
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction["Parser"]
-    Define = Callable[["Parser"], None]
-
-USAGE = 64
-
-EPILOG = """\
-NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
-a name that begins with @ is written with @@. Before names that begin with -, write --.
-
-exit status: 0 fine; 1 could not do it; 2 done, but problems were found (of severity refused,
-unusable or leak); 64 wrong usage
-"""
-
-# argparse does not take what follows -- as it stands: it drops a second --, for one. Marked with
-# a character no argument can have, what follows is a name and nothing else.
-MARK = "\0"
+from qcow2bm.cli.parser import Arguments, Parser
+from qcow2bm.units import escape, parse_size
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that gets its arguments when it is about to use them.
+class OutputArguments(Arguments):
+    """The values of the arguments that `add_output` adds."""
 
-    There are many commands, and a process has use for one.
-    """
-
-    def __init__(self, *, define: Define, **options: Any) -> None:  # noqa: ANN401
-        """``define`` adds the arguments; ``options`` are argparse's."""
-        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **options)
-        self._define: Define | None = define
-
-    def complete(self) -> None:
-        """Adds the arguments, if that was not done."""
-        define, self._define = self._define, None
-        if define:
-            define(self)
-
-    def parse_known_args(  # type: ignore[override]
-        self,
-        args: Any = None,  # noqa: ANN401
-        namespace: Any = None,  # noqa: ANN401
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """What argparse's does, which parses for a command of the second word as well."""
-        self.complete()
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the process; argparse's status 2 means here that problems were found."""
-        message = message.replace(MARK, "").replace(repr(MARK)[1:-1], "")
-        say(f"{message}; see {self.prog} --help")
-        sys.exit(USAGE)
+    output: Literal["human", "json"]
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal.
+class ReadingArguments(Arguments):
+    """The values of the arguments that `add_reading` adds."""
 
-    argparse makes a formatter for each argument it is told of, and its own way to find the
-    terminal's width loads five modules.
-    """
-
-    def __init__(self, prog: str) -> None:
-        try:
-            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
-        except (OSError, ValueError):
-            columns = 80
-        super().__init__(prog, width=columns - 2)
+    force_share: bool
+    quiet: bool
 
 
-def add_commands(parser: Parser, dest: str) -> Commands:
-    """What commands are added to; ``dest`` is where the word that is chosen goes."""
-    return parser.add_subparsers(dest=dest, required=True, metavar="COMMAND")
+class EditingArguments(OutputArguments):
+    """The values of the arguments that `add_editing` adds."""
+
+    dry_run: bool
+    wait: float
+    no_lock: bool
 
 
-def add_command(
-    commands: Commands,
-    name: str,
-    summary: str,
-    module: str,
-    define: Define,
-    epilog: str = EPILOG,
-) -> None:
-    """A command, and the module of this folder that runs it.
+class RestoringArguments(EditingArguments):
+    """The values of the arguments that `add_restoring` adds."""
 
-    In messages the command stands for what it works on, unless it is given an image.
-    """
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=epilog,
-        define=define,
-    )
-    parser.set_defaults(module=module, image=name, parser=parser)
+    file: str
+    image: str
+    is_unchanged: bool
+    is_all_dirty: bool
 
 
-def add_image(
-    parser: Parser, text: str = "a qcow2 file or block device", metavar: str = "IMAGE"
-) -> None:
-    """What a command is about."""
-    parser.add_argument("image", metavar=metavar, help=text)
+def add_image(parser: Parser, text: str = "a qcow2 file or block device") -> None:
+    """Adds the image that a command reads or changes."""
+    parser.add_word("image", "IMAGE", text)
 
 
-def add_output(parser: Parser) -> None:
-    """In which form a command prints."""
-    parser.add_argument(
-        "--output", choices=("human", "json"), default="human", help="for people, or for programs"
-    )
+def add_output(parser: Parser, text: str = "print text for people, or JSON for programs") -> None:
+    """Adds the option of a command that shows what it read."""
+    parser.add_argument("--output", choices=("human", "json"), default="human", help=text)
 
 
-def add_sharing(parser: Parser) -> None:
-    """The options of a command that reads an image."""
+def add_reading(parser: Parser) -> None:
+    """Adds the options of a command that reads an image."""
     parser.add_argument(
         "-U",
         "--force-share",
         action="store_true",
-        help="read it even while a VM is running on it",
+        help="read the image without locks, even while a VM is running on it",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no warnings on standard error")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no warnings")
 
 
-def add_editing(parser: Parser, ways: argparse._ActionsContainer | None = None) -> None:
-    """The options of a command that changes an image; ``ways`` is what a dry run excludes."""
-    dry_run = ways or parser
-    dry_run.add_argument("--dry-run", action="store_true", help="only show what would be written")
-    parser.add_argument(
-        "--output",
-        choices=("human", "json"),
-        default="human",
-        help="of --dry-run: for people, or for programs",
+def add_editing(parser: Parser, add_dry_run: Callable[..., object] | None = None) -> None:
+    """Adds the options of a command that changes an image.
+
+    ``add_dry_run`` is ``add_argument`` of the group of options that --dry-run belongs to, if it
+    belongs to one.
+    """
+    (add_dry_run or parser.add_argument)(
+        "--dry-run", action="store_true", help="write nothing, only show what would be written"
     )
+    add_output(parser, "with --dry-run: print text for people, or JSON for programs")
     parser.add_argument(
         "--wait",
         metavar="SECONDS",
         type=seconds,
         default=0,
-        help="wait so long while somebody else uses the image",
+        help="wait this many seconds if another process uses the image",
     )
     parser.add_argument(
         "--no-lock",
         action="store_true",
-        help="write without locks, where there are none; if a VM uses the image, it is destroyed",
+        help="write without locks, on a file system that has none; if a VM uses the image "
+        "meanwhile, the image is destroyed",
     )
 
 
-def add_evidence(parser: Parser) -> None:
-    """What stands in for a proof that saved bitmaps are still true of the disk."""
+def add_restoring(parser: Parser, text: str) -> None:
+    """Adds the arguments of a command that puts saved bitmaps into an image.
+
+    ``text`` says what FILE is.
+    """
+    parser.add_word("file", "FILE", text)
+    add_image(parser)
     evidence = parser.add_mutually_exclusive_group()
     evidence.add_argument(
         "--assert-unchanged",
         dest="is_unchanged",
         action="store_true",
-        help="you know that the disk was not written to since",
+        help="take the bitmaps as they are: you know that nothing wrote to the disk since they "
+        "were saved",
     )
     evidence.add_argument(
         "--as-dirty-ranges-unknown",
         dest="is_all_dirty",
         action="store_true",
-        help="make the bitmaps all dirty",
+        help="make all of each bitmap dirty",
     )
+    add_editing(parser)
 
 
 def size(text: str) -> int:
@@ -179,15 +118,23 @@ def size(text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise ArgumentTypeError(str(error)) from None
+
+
+def byte_range(text: str) -> tuple[int, int | None]:
+    """The two numbers of START:LENGTH; for START: the length is None, up to the end of the disk."""
+    start, colon, length = text.partition(":")
+    if not colon:
+        raise ArgumentTypeError(f'"{escape(text)}" is no range: write START:LENGTH')
+    return size(start), size(length) if length else None
 
 
 def seconds(text: str) -> float:
-    """A number of seconds that somebody may wait."""
+    """A number of seconds to wait."""
     try:
         number = float(text)
     except ValueError:
         number = -1
     if not 0 <= number < 1e9:
-        raise argparse.ArgumentTypeError(f'"{text}" is no number of seconds')
+        raise ArgumentTypeError(f'"{escape(text)}" is no number of seconds')
     return number

@@ -1,4 +1,4 @@
-"""The demo: what it shows is so, and it leaves nothing behind."""
+"""The demo: what it shows is true, and it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, of this process and of others it starts."""
+    """The folder for temporary files of this process and of the processes it starts."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path
@@ -39,7 +39,7 @@ def _without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(limit: int = resource.RLIM_INFINITY) -> subprocess.Popen[bytes]:
-    """The demo as a process of its own, whose files can have so many bytes."""
+    """Starts the demo as a process whose files can have at most ``limit`` bytes."""
     restrict = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return subprocess.Popen(
         [sys.executable, "-m", "qcow2bm", "demo"],
@@ -113,14 +113,24 @@ def test_the_image_is_sound_and_both_stops_leave_it_so(folder: Path) -> None:
         assert image.virtual_size == 16 << 40
         assert before == image.virtual_size // 2
     demo._tracked_stop(path, 0.2, is_shown=False)
-    content = path.read_bytes()
     with qcow2bm.open(path) as image:
         assert image.problems == ()
         assert image.bitmaps["daily"].status == "valid"
+        bits = image.bitmaps["daily"].packed()
         assert image.bitmaps["daily"].count() > before
-    stop = demo._stop_that_stores_everything(path)
-    assert stop.bytes_written == 32 * MIB + 4
-    assert path.read_bytes() == content
+    length = path.stat().st_size
+    for number in range(2):
+        stop = demo._stop_that_stores_everything(path, number)
+        assert (stop.bytes_written, stop.barriers) == (32 * MIB + 4, 2)
+    assert path.stat().st_size == length
+    marked = range(256 * MIB, 16 << 40, 512 * MIB)
+    for start in marked:
+        for bit in (start >> 16, (start >> 16) + 1):
+            bits[bit >> 3] |= 1 << (bit & 7)
+    with qcow2bm.open(path) as image:
+        assert image.problems == ()
+        assert image.bitmaps["daily"].status == "valid"
+        assert image.bitmaps["daily"].packed().tobytes() == bits.tobytes()
 
 
 @pytest.mark.qemu
@@ -128,7 +138,7 @@ def test_qemu_finds_nothing_wrong_with_the_image(folder: Path) -> None:
     disk = Disk(folder / "demo.qcow2")
     demo._make_image(disk.path)
     demo._tracked_stop(disk.path, 0.2, is_shown=False)
-    demo._stop_that_stores_everything(disk.path)
+    demo._stop_that_stores_everything(disk.path, 0)
     assert disk.check().returncode == 0, disk.check()
     assert disk.listed() == [{"flags": ["auto"], "name": "daily", "granularity": 65536}]
 
@@ -147,7 +157,7 @@ def test_without_room_nothing_is_written(folder: Path, monkeypatch: pytest.Monke
 @pytest.mark.spec("CLI-21")
 @pytest.mark.parametrize("limit", [4096, 256 << 10, 16 * MIB])
 def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(folder: Path, limit: int) -> None:
-    """As under a quota, of which the free room tells nothing."""
+    """A quota works like this limit: the free room does not show it."""
     process = start(limit)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1

@@ -1,4 +1,4 @@
-"""The commands ``rescue``: what they print, and their exit statuses."""
+"""The commands ``rescue``: their output and exit statuses."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_start(qemu: FakeQemu, tmp_path: Path) -> None:
         "take a full backup",
         "1 of 2 persistent bitmaps will be stored when the VM quits",
         "(which of them QEMU would have dropped cannot be seen: all are treated alike)",
-        "of the others nothing is promised, not even that they are not stored",
+        "the others may be stored or lost",
     ]
     del qemu.bitmaps["old"]
     qemu.migration = "completed"
@@ -89,7 +89,10 @@ def test_arm(qemu: FakeQemu, tmp_path: Path) -> None:
     first = rescue(tmp_path, "ARM")
     lines = first.out.splitlines()
     assert (first.status, first.err) == (2, "")
-    assert lines[0] == "not armed yet: set this, and run it again; or let --set do it"
+    assert (
+        lines[0]
+        == "not armed yet: send this to QEMU and repeat the command, or repeat it with --set"
+    )
     command = json.loads(lines[1])
     found = document(tmp_path, "arm", "ARM --node disk", 2)
     assert found["block-bitmap-mapping"] == command["arguments"]["block-bitmap-mapping"]
@@ -116,7 +119,7 @@ def test_arm_says_what_keeps_qemu_from_migrating(qemu: FakeQemu, tmp_path: Path)
 
 
 def armed(qemu: FakeQemu, folder: Path) -> FakeBitmap:
-    """The sentinel of a disk that is armed and went to another machine and back."""
+    """Returns the sentinel of a disk that was armed, and went to another VM and back."""
     assert rescue(folder, "ARM --set").status == 0
     qemu.migration = "completed"
     return next(bitmap for name, bitmap in qemu.bitmaps.items() if is_sentinel(name))
@@ -139,8 +142,8 @@ def test_verdict(qemu: FakeQemu, tmp_path: Path) -> None:
     assert (done.status, done.err) == (2, "")
     assert done.out.splitlines()[1:] == [
         '  "daily" may miss writes',
-        "  decide before it quits, or these are stored as valid: --remove or --all-dirty",
-        "  what the guest remembers of the disk may be wrong: shut it down when you decided",
+        "  decide before the VM quits, or these are stored as valid: --remove or --all-dirty",
+        "  what the guest remembers of the disk may be wrong: decide, then shut it down",
     ]
     (node,) = document(tmp_path, "verdict", "VERDICT", 2)["nodes"]
     assert (node["verdict"], node["armed"]) == ("touched", True)
@@ -240,7 +243,7 @@ def test_wrong_usage(tmp_path: Path, arguments: str) -> None:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """With a copy that is valid, whose original is inconsistent, and one whose is not there."""
+    """Makes two valid copies: the original of one is inconsistent, that of the other is gone."""
     bitmaps = [
         Stored(copy_of("a").encode(), (b"\x01",)),
         Stored(b"a", flags=FLAG_AUTO | FLAG_IN_USE),

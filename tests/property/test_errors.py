@@ -31,6 +31,8 @@ bitmap = (names, words)
 
 OUTCOMES: tuple[errors.CommitOutcome, ...] = ("old", "new", "unknown")
 
+FAULTS = ("not-current", "same-disk", "wrong-size", "container")
+
 ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.Qcow2BmError: (words,),
     errors.FormatError: (words, words, numbers, words),
@@ -52,6 +54,7 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.ImageLockedError: (names, words, actions),
     errors.ChangedWhileReadingError: (names, words),
     errors.CommitError: (names, words, st.sampled_from(OUTCOMES), words),
+    errors.ComparisonError: (names, words, st.sampled_from(FAULTS), words),
     errors.QmpError: (words, words),
     errors.QmpRefusedError: (words, words),
 }
