@@ -22,29 +22,72 @@ The axis is whose fault it is and what the caller may do next::
     └─ QmpError                  a running QEMU could not be asked
        └─ QmpRefusedError           it answered that it will not do it
 
-Plain ``ValueError`` and ``TypeError`` are raised for bad arguments. Every error is built
-from typed attributes, survives pickle, and its message is one printable line.
+Plain ``ValueError`` and ``TypeError`` are raised for bad arguments. Every error is built from
+typed attributes, survives pickle, and its message is one printable line. The message ends with a
+hint where there is something the caller can do. A hint is a value, `Hint`: the message names the
+arguments and methods of this library, and a program with a vocabulary of its own, such as the
+command line, gives its own words to `Qcow2BmError.explain`.
 """
 
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Mapping
 from typing import Literal
 
 from qcow2bm.units import escape
+
+Hint = Literal[
+    "force-share",
+    "lock-timeout",
+    "remove-all",
+    "salvage-or-remove-all",
+    "unlocked",
+    "unlocked-write",
+]
+"""What the caller can do about an error.
+
+``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
+other process. ``unlocked``, ``unlocked-write``: read or write without locks, as the file system has
+none. ``remove-all``: remove all bitmaps at once. ``salvage-or-remove-all``: that, or salvage them.
+"""
+
+_HINTS: dict[Hint, str] = {
+    "force-share": "read it anyway with force_share=True",
+    "lock-timeout": "stop that process, or wait for it with lock_timeout",
+    "remove-all": "remove all bitmaps with Edit.remove_all",
+    "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with Edit.remove_all",
+    "unlocked": "read it without locks with force_share=True",
+    "unlocked-write": "if you know that no other process uses it, write without locks with "
+    "locking=False",
+}
 
 
 class Qcow2BmError(Exception):
     """The base of every error this library raises on purpose.
 
-    Attributes are the constructor's arguments, by name; ``str()`` is one printable line.
+    ``str()`` is one printable line: the facts, and the hint in the words of this library.
+
+    Attributes:
+        facts: the message without the hint.
+        hint: what the caller can do about it; None where the facts say everything.
+
+    Further attributes are the arguments of the constructor, by name.
     """
 
-    def __init__(self, message: str, *arguments: object) -> None:
+    def __init__(self, facts: str, *arguments: object, hint: Hint | None = None) -> None:
         """Keeps the message and, for pickle, the arguments of the subclass's constructor."""
-        super().__init__(message)
-        self._message = message
-        self._arguments = arguments or (message,)
+        self.facts, self.hint = facts, hint
+        self._message = self.explain(_HINTS)
+        self._arguments = arguments or (facts,)
+        super().__init__(self._message)
+
+    def explain(self, words: Mapping[Hint, str]) -> str:
+        """Returns the message with the hint in the words of another program."""
+        if not self.hint:
+            return self.facts
+        separator = " " if self.facts.endswith("?") else "; "
+        return self.facts + separator + words[self.hint]
 
     def __str__(self) -> str:
         return self._message
@@ -56,10 +99,13 @@ class Qcow2BmError(Exception):
 class FormatError(Qcow2BmError):
     """The file breaks the specification: ``structure``, ``field``, host ``offset``, ``reason``."""
 
-    def __init__(self, structure: str, field: str, offset: int, reason: str) -> None:
+    def __init__(
+        self, structure: str, field: str, offset: int, reason: str, hint: Hint | None = None
+    ) -> None:
         self.structure, self.field, self.offset, self.reason = structure, field, offset, reason
         where = f"{structure}: {field}" if field else structure
-        super().__init__(f"{where} at {offset:#x} {reason}", structure, field, offset, reason)
+        facts = f"{where} at {offset:#x} {reason}"
+        super().__init__(facts, structure, field, offset, reason, hint, hint=hint)
 
 
 class UnsupportedError(Qcow2BmError):
@@ -83,9 +129,10 @@ class BitmapError(Qcow2BmError):
 
     default_reason = "cannot be used"
 
-    def __init__(self, name: str, reason: str = "") -> None:
+    def __init__(self, name: str, reason: str = "", hint: Hint | None = None) -> None:
         self.name, self.reason = name, reason or self.default_reason
-        super().__init__(f'bitmap "{escape(name)}" {self.reason}', name, self.reason)
+        facts = f'bitmap "{escape(name)}" {self.reason}'
+        super().__init__(facts, name, self.reason, hint, hint=hint)
 
 
 class BitmapNotFoundError(BitmapError, KeyError):
@@ -101,11 +148,11 @@ class BitmapExistsError(BitmapError):
 
 
 class BitmapInconsistentError(BitmapError):
-    """The bitmap is in_use: whoever wrote the image never stored it, so bits may be missing."""
+    """The bitmap is in_use: a program that recorded writes has not stored it, or not yet."""
 
     default_reason = (
-        "is in use (inconsistent), so writes may be missing from it: if a VM is running, stop it "
-        "properly and look again; if it crashed, take a full backup"
+        "is in use (inconsistent), so writes may be missing from it: if a VM is running, stop the "
+        "VM properly and look again; if the VM crashed, salvage the bitmap, or take a full backup"
     )
 
 
@@ -114,7 +161,7 @@ class BitmapStaleError(BitmapError):
 
     default_reason = (
         "is stale, so writes are missing from it: a program without bitmap support modified the "
-        "image; take a full backup"
+        "image; salvage the bitmap, or take a full backup"
     )
 
 
@@ -156,10 +203,11 @@ class StorageError(Qcow2BmError, OSError):
         reason: str,
         errno: int | None = None,
         action: str = "reading",
+        hint: Hint | None = None,
     ) -> None:
         where = f" ({action} {length} bytes at {offset:#x})" if length else ""
-        message = f"{escape(path)}: {reason}{where}"
-        super().__init__(message, path, offset, length, reason, errno, action)
+        facts = f"{escape(path)}: {reason}{where}"
+        super().__init__(facts, path, offset, length, reason, errno, action, hint, hint=hint)
         self.path, self.offset, self.length, self.reason = path, offset, length, reason
         self.errno, self.action = errno, action
 
@@ -181,21 +229,23 @@ class ShortReadError(StorageError):
 
 
 class ImageLockedError(StorageError):
-    """Another process holds a lock that forbids this use; ``held`` says which.
+    """Another process holds a lock that forbids this use.
 
-    ``action`` is what was wanted, "reading" or "writing".
+    Attributes:
+        held: what the other process does, such as "is writing to it (lock byte 101)".
+        action: what was wanted, "reading" or "writing".
+        lock_byte: the byte of QEMU's protocol that the other process has locked; None where the
+            storage has locks of another kind.
     """
 
-    def __init__(self, path: str, held: str, action: str = "reading") -> None:
-        self.held = held
-        advice = (
-            "stop it, or wait for it with --wait SECONDS (lock_timeout)"
-            if action == "writing"
-            else "read it anyway with -U (force_share=True)"
-        )
-        reason = f"in use by another process, which {held}; is a VM running on it? {advice}"
-        super().__init__(path, 0, 0, reason, _errno.EAGAIN, action)
-        self._arguments = path, held, action
+    def __init__(
+        self, path: str, held: str, action: str = "reading", lock_byte: int | None = None
+    ) -> None:
+        self.held, self.lock_byte = held, lock_byte
+        reason = f"in use by another process, which {held}; is a VM running on it?"
+        hint: Hint = "lock-timeout" if action == "writing" else "force-share"
+        super().__init__(path, 0, 0, reason, _errno.EAGAIN, action, hint)
+        self._arguments = path, held, action, lock_byte
 
 
 class ChangedWhileReadingError(StorageError):
@@ -215,7 +265,7 @@ _OUTCOMES: dict[CommitOutcome, str] = {
     "old": "the edit did not take effect, all bitmaps are as before",
     "new": "the edit took effect, but some clusters may have leaked: qemu-img check -r leaks",
     "unknown": "whether the edit took effect is unknown: make sure that the storage works again, "
-    "then look with qcow2bm dump; each bitmap is as before or as after the edit, none in between",
+    "then look at the bitmaps; each is as before or as after the edit, none in between",
 }
 
 

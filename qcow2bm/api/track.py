@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 _NOT_BEGUN = (
-    "tracking did not begin, and bitmaps may have become in use, which cannot be undone: look with "
-    "qcow2bm dump"
+    "tracking did not begin; bitmaps may have become in use, which cannot be undone: look at the "
+    "bitmaps"
 )
 
 

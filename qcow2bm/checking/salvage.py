@@ -36,8 +36,8 @@ def intact_bitmaps(storage: Storage) -> frozenset[int]:
         of_all = of_all or next((p for p in serious if p.id == "bitmap-directory.overlap"), None)
         for found in (of_all, *view.directory.problems):
             if found in serious and found and not found.id.startswith(_TABLE_FIELDS):
-                what = ": stale bitmaps like that can only be removed (remove --all)"
-                raise as_error(found, what)
+                what = ", so that no bitmap can be salvaged"
+                raise as_error(found, what, "remove-all")
     for found in _serious(stored):
         if found.bitmap_index is None:
             raise as_error(found, ": mend that first; check says how")

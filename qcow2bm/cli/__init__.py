@@ -10,6 +10,7 @@ from importlib import import_module
 
 from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.grammar import parse_arguments
+from qcow2bm.cli.hints import explain
 from qcow2bm.errors import CommitError, Qcow2BmError, StorageError
 
 
@@ -26,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = import_module(f"qcow2bm.cli.{arguments.module}").run(arguments)
     except (StorageError, CommitError) as error:  # says itself which file
-        say(str(error))
+        say(explain(error))
         return 1
     except Qcow2BmError as error:
-        return fail(arguments.image, str(error))
+        return fail(arguments.image, explain(error))
     except MemoryError:
         return fail(arguments.image, "not enough memory")
     return status

@@ -14,6 +14,7 @@ from qcow2bm.api import Edit, Image, open
 from qcow2bm.cli import addressing
 from qcow2bm.cli.console import fail
 from qcow2bm.cli.facts import json_text
+from qcow2bm.cli.hints import explain
 from qcow2bm.clusters.plan import Barrier, Plan, Write
 from qcow2bm.errors import ImageLockedError, Qcow2BmError, StorageError
 
@@ -110,7 +111,7 @@ def _merge(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
     except StorageError:
         raise
     except Qcow2BmError as error:
-        raise _OtherImageError(str(error)) from error
+        raise _OtherImageError(explain(error)) from error
 
 
 def _is_same(path: str, other: str) -> bool:

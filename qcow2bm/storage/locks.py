@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from qcow2bm.errors import ImageLockedError, StorageError
+from qcow2bm.errors import Hint, ImageLockedError, StorageError
 
 if sys.platform == "linux":
     import fcntl
@@ -42,7 +42,7 @@ class Role(NamedTuple):
     action: str
     locks: tuple[int, ...]
     probes: Mapping[int, str]
-    advice: str
+    unlocked: Hint
 
 
 _WRITES = {
@@ -54,7 +54,7 @@ READER = Role(
     "reading",
     (HELD + CONSISTENT_READ, NOT_SHARED + WRITE, NOT_SHARED + RESIZE),
     {NOT_SHARED + CONSISTENT_READ: "forbids others to read it (lock byte 200)", **_WRITES},
-    "read it without a lock: -U (force_share=True)",
+    "unlocked",
 )
 """Reads consistently, and shares neither writing nor resizing."""
 
@@ -67,7 +67,7 @@ WRITER = Role(
         NOT_SHARED + WRITE: "reads it and lets nobody write meanwhile (lock byte 201)",
         NOT_SHARED + RESIZE: "uses it and lets nobody resize it meanwhile (lock byte 203)",
     },
-    "if you know that nobody uses it, write without locks: --no-lock (locking=False)",
+    "unlocked-write",
 )
 """Reads, writes and resizes, and shares none but reading, as QEMU opening an image to write."""
 
@@ -107,7 +107,7 @@ def _try(descriptor: int, path: str, role: Role, *, is_last: bool) -> bool:
             _lock(descriptor, path, byte, role)
         for byte, reason in role.probes.items():
             if _is_held_by_others(descriptor, path, byte, role):
-                raise ImageLockedError(path, reason, role.action)
+                raise ImageLockedError(path, reason, role.action, byte)
     except ImageLockedError:
         if is_last:
             raise
@@ -123,7 +123,7 @@ def _lock(descriptor: int, path: str, byte: int, role: Role) -> None:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             held = f"locks it exclusively (lock byte {byte})"
-            raise ImageLockedError(path, held, role.action) from error
+            raise ImageLockedError(path, held, role.action, byte) from error
         raise _no_locks(path, error, role) from error
 
 
@@ -145,5 +145,5 @@ def _is_held_by_others(descriptor: int, path: str, byte: int, role: Role) -> boo
 
 
 def _no_locks(path: str, error: OSError, role: Role) -> StorageError:
-    reason = f"cannot be locked ({error.strerror}); {role.advice}"
-    return StorageError(path, 0, 0, reason, error.errno, role.action)
+    reason = f"cannot be locked ({error.strerror})"
+    return StorageError(path, 0, 0, reason, error.errno, role.action, role.unlocked)

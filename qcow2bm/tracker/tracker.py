@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qcow2bm.tracker.handover import Activation, Migration
 
 _LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
-_UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look with qcow2bm dump"
+_UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look at the bitmaps"
 _GUESS_BYTES_PER_SECOND = 50 << 20  # as long as nothing was measured
 _PROGRESS = 0.95  # a round is of use if it leaves no more than this part of what was left
 _IDLE_ROUNDS = 4

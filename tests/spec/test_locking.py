@@ -200,7 +200,7 @@ def test_nothing_is_locked_where_the_system_is_not_linux(
 def test_a_writer_gives_way_to_whoever_uses_the_image(path: Path, byte: int) -> None:
     with another(path) as other:
         lock(other, byte)
-        with pytest.raises(ImageLockedError, match=f"lock byte {byte}.*--wait"):
+        with pytest.raises(ImageLockedError, match=f"lock byte {byte}.*lock_timeout"):
             qcow2bm.open(path, "r+")
         assert held(other) == []
 
@@ -257,7 +257,7 @@ def test_without_locks_nothing_is_edited_but_on_demand(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "fcntl", no_locks)
-    with pytest.raises(qcow2bm.StorageError, match="--no-lock"):
+    with pytest.raises(qcow2bm.StorageError, match="locking=False"):
         qcow2bm.open(path, "r+")
     with qcow2bm.open(path, "r+", locking=False) as opened, opened.edit() as edit:
         edit.disable("daily")

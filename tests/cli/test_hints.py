@@ -1,0 +1,24 @@
+"""Hints of errors on the terminal: options of the command line, no arguments of the library."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+
+from qcow2bm import Hint, StorageError
+from qcow2bm.cli.hints import explain
+
+
+@pytest.mark.parametrize("hint", get_args(Hint))
+def test_a_hint_names_an_option_and_no_argument(hint: Hint) -> None:
+    text = explain(StorageError("disk", 0, 0, "failed", hint=hint))
+    assert text.startswith("disk: failed; ")
+    assert re.search(r" (-U|--[a-z-]+)", text)
+    assert not re.search(r"force_share|lock_timeout|locking=|Edit\.", text)
+
+
+def test_another_error_is_its_own_text() -> None:
+    assert explain(ValueError("is odd")) == "is odd"
+    assert explain(StorageError("disk", 0, 0, "failed")) == "disk: failed"
