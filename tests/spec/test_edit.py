@@ -226,6 +226,14 @@ def test_what_can_be_done_with_a_bitmap_in_use() -> None:
             edit.add("crashed")
         edit.remove("crashed")
         edit.add("crashed")
+    with qcow2bm.open(three().data) as image, image.edit(dry_run=True) as edit:
+        edit.salvage("crashed")
+        edit.clear("crashed")
+    with qcow2bm.open(three().data) as image, image.edit(dry_run=True) as edit:
+        with pytest.raises(qcow2bm.BitmapExistsError):
+            edit.load("daily", 1 << 16, bytes(SIZE >> 19))
+        edit.load("crashed", 1 << 16, bytes(SIZE >> 19))
+        edit.clear("crashed")
 
 
 @pytest.mark.spec("EDIT-7")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.specreader import ROOT, SPEC, marks, page, pages, unhex
 
+import qcow2bm
+
 CITATION = re.compile(r'spec/([\w-]+\.md)((?:,\s+"[^"]+"(?:\s+and\s+"[^"]+")*)?)')
 
 
@@ -26,8 +28,30 @@ def test_every_page_is_in_the_index() -> None:
     index = page("README.md")
     assert {found.name for found in pages()} == {
         "README.md",
-        *(x for x in index.links if "#" not in x),
+        *(link for link in index.links if "#" not in link and "/" not in link),
     }
+
+
+def test_links_of_the_pages_elsewhere_lead_somewhere() -> None:
+    """Those of the README and of the contributor's pages: to files, and to headings of pages."""
+    for path in (ROOT / "README.md", *sorted((ROOT / ".github").rglob("*.md"))):
+        for link in re.findall(r"\[[^\]]+\]\(([^)\s]+)\)", path.read_text("utf-8")):
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve()
+            assert target.exists(), (path.name, link)
+            if anchor:
+                assert anchor in page(target.name).anchors(), (path.name, link)
+
+
+def test_modules_that_the_contributors_page_names_are_there() -> None:
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"`(\w+/\w+\.py)`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "qcow2bm" / name).is_file()] == []
+
+
+def test_the_changelog_has_this_version() -> None:
+    assert any(h.startswith(f"[{qcow2bm.__version__}] - ") for h in page("changelog.md").headings)
 
 
 def citations() -> Iterator[tuple[Path, str, list[str]]]:
