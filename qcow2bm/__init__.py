@@ -6,8 +6,8 @@
 ...         print(extents)                                       # int64[n, 2]: start, length
 
 The public names are those in ``__all__``. Seven of them are modules: `compare` finds what differs
-between two disks, `new_file` writes files whole or not at all, `problems` says what each id of a
-`Problem` means, `rescue` keeps bitmaps of running machines through migrations, `sidecar` and
+between two disks, `new_file` writes files whole or not at all, `problems` names the severities of
+a `Problem`, `rescue` keeps bitmaps of running machines through migrations, `sidecar` and
 `stream` carry bitmaps outside of images, `units` reads and prints sizes and names.
 
 Each public name is loaded on first use: importing the package loads neither construct nor numpy.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qcow2bm.bitmaps.tables import Clusters
     from qcow2bm.bits.operations import Op
     from qcow2bm.checking.check import Check
-    from qcow2bm.checking.repair import Lost, Repair, repairs_of
+    from qcow2bm.checking.repair import Lost, Repair
     from qcow2bm.clusters.empty_image import EmptyImage, build_empty_image
     from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
@@ -148,7 +148,6 @@ __all__ = [
     "plan_undo",
     "problems",
     "repair",
-    "repairs_of",
     "rescue",
     "salvage",
     "sidecar",
@@ -167,7 +166,7 @@ _NAMES_OF = {
     "qcow2bm.bitmaps.tables": ("Clusters",),
     "qcow2bm.bits.operations": ("Op",),
     "qcow2bm.checking.check": ("Check",),
-    "qcow2bm.checking.repair": ("Lost", "Repair", "repairs_of"),
+    "qcow2bm.checking.repair": ("Lost", "Repair"),
     "qcow2bm.clusters.empty_image": ("EmptyImage", "build_empty_image"),
     "qcow2bm.clusters.plan": ("Barrier", "Plan", "Write"),
     "qcow2bm.errors": (

@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import pytest
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
+from support.kinds import READ_KINDS
 
 import qcow2bm
 from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
 from qcow2bm.bitmaps.tables import MAX_FAULTS_LISTED, MAX_TABLES_BYTES
 from qcow2bm.format import extensions
 from qcow2bm.format.directory import FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
-from qcow2bm.problems import KINDS, LEAK, REFUSED, SEVERITIES, UNUSABLE, Severity, problem
+from qcow2bm.problem_kinds import problem
+from qcow2bm.problems import LEAK, REFUSED, SEVERITIES, UNUSABLE, Severity
 from qcow2bm.units import align_up
 
 CLUSTER = 1024
@@ -455,7 +457,7 @@ PLANTS: dict[str, Plant] = {
 
 
 def test_no_problem_is_without_a_row() -> None:
-    assert PLANTS.keys() == KINDS.keys()
+    assert PLANTS.keys() == READ_KINDS.keys()
 
 
 def test_nothing_is_wrong_with_the_image_to_plant_in() -> None:
@@ -471,7 +473,7 @@ def test_a_planted_problem_is_found_where_it_is_and_no_other(id: str) -> None:
     found = [problem for problem in opened.problems if problem.id == id]
     assert {problem.id for problem in opened.problems} == {id} | also
     assert (offset, index) in [(problem.offset, problem.bitmap_index) for problem in found]
-    kind = KINDS[id]
+    kind = READ_KINDS[id]
     for each in found:
         assert (each.structure, each.field) == (kind.structure, kind.field)
         assert each.qemu_message == (

@@ -79,7 +79,7 @@ def repair(
             is called with the time of that write in nanoseconds, see `build_seal`.
         lossless: do only what drops no bitmap.
         only: which repairs to do: "directory", "tails", "refcounts", "stale"; by default all
-            but "stale". `repairs_of` says which of them a problem needs.
+            but "stale". `Problem.repair` says which of them concerns a problem.
         lock_timeout: how many seconds to wait while another process uses the image.
         locking: False where the file system has no locks.
 

@@ -29,7 +29,8 @@ from qcow2bm.format.extensions import (
     BitmapsExtension,
     parse_bitmaps_extension,
 )
-from qcow2bm.problems import NOTE, REFUSED, Problem, problem
+from qcow2bm.problem_kinds import problem
+from qcow2bm.problems import NOTE, REFUSED, Problem
 
 MAX_BITMAPS = 65535
 MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
@@ -95,7 +96,7 @@ def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> Bit
         "outdated and their clusters leaked",
     )
     # QEMU does not look at a stale directory; neither must its faults alarm anybody.
-    remarks = (p._replace(severity=NOTE, qemu_message=None) for p in problems)
+    remarks = (p._replace(severity=NOTE) for p in problems)
     return BitmapDirectory(
         extension, False, directory.entries, (stale, *remarks), distrust, len(data), hash(data)
     )
@@ -151,8 +152,7 @@ def _parse(data: bytes, offset: int, file: ClusterFile) -> Directory:
 
 def _uninterpretable(header_problems: Iterable[Problem]) -> Problem | None:
     """The fault of the header, if any, for which nothing in the image can be believed."""
-    ids = ("header.incompatible_features.unknown", "header.size.too-large")
-    return next((p for p in header_problems if p.id in ids), None)
+    return next((p for p in header_problems if p.kind.distrusts_all), None)
 
 
 def _payload_offset(file: ClusterFile) -> int:

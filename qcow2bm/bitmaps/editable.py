@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from qcow2bm.bitmaps.entries import FITTABLE
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.status import as_error
 from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from qcow2bm.format.header import FIELD_OFFSETS
-
-_UNSAFE = ("header-extension.bitmaps.duplicate",)  # no fault to a reader, who goes by the last
 
 
 def require_editable(metadata: Metadata) -> None:
@@ -39,7 +36,7 @@ def require_editable(metadata: Metadata) -> None:
             reason += ": repair the image first (qemu-img check -r all)"
             raise FormatError("header", "incompatible_features", offset, reason)
     for found in metadata.problems:
-        if (found.breaks_bitmap or found.id in _UNSAFE) and found.id not in FITTABLE:
+        if (found.breaks_bitmap or found.kind.forbids_edit) and not found.kind.is_fittable:
             raise as_error(found, "; an image with such a fault is not edited")
     for (_, end), (start, _) in pairwise(sorted(metadata.survey.ranges)):
         if start < end:

@@ -18,7 +18,8 @@ from qcow2bm.format.directory import (
     TYPE_DIRTY_TRACKING,
     DirectoryEntry,
 )
-from qcow2bm.problems import UNUSABLE, Problem, Severity, problem
+from qcow2bm.problem_kinds import KINDS, problem
+from qcow2bm.problems import UNUSABLE, Problem, Severity
 from qcow2bm.units import ceil_div, escape
 
 MAX_TABLE_SIZE = 0x8000000
@@ -28,10 +29,6 @@ GRANULARITY_BITS_LIMIT = 64  # of the specification
 MAX_NAME_SIZE = 1023
 
 
-FITTABLE = ("directory-entry.bitmap_table_size.less", "directory-entry.bitmap_table_size.more")
-"""The problems of a table that does not fit the disk, and has no other fault."""
-
-
 def required_table_size(granularity: int, virtual_size: int, cluster_size: int) -> int:
     """How many table entries a bitmap of that granularity needs for the whole disk."""
     return ceil_div(virtual_size, 8 * cluster_size * granularity)
@@ -39,7 +36,7 @@ def required_table_size(granularity: int, virtual_size: int, cluster_size: int) 
 
 class _Add(Protocol):
     def __call__(
-        self, fault: str, field: str, reason: str, severity: Severity | None = None
+        self, id: str, reason: str, *, field: str = "", severity: Severity | None = None
     ) -> None: ...
 
 
@@ -47,37 +44,33 @@ def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[P
     """Everything that is wrong with one entry by itself; the directory should reach to ``end``."""
     found: list[Problem] = []
 
-    def add(fault: str, field: str, reason: str, severity: Severity | None = None) -> None:
-        id = f"directory-entry.{fault}"
-        found.append(problem(id, entry.offset_of(field), reason, entry.index, severity))
+    def add(id: str, reason: str, *, field: str = "", severity: Severity | None = None) -> None:
+        place = entry.offset_of(field or KINDS[id].field)
+        found.append(problem(id, place, reason, entry.index, severity))
 
     if entry.bitmap_table_offset == 0:
-        add("bitmap_table_offset.zero", "bitmap_table_offset", "is 0, must not be")
+        add("directory-entry.bitmap_table_offset.zero", "is 0, must not be")
     elif entry.bitmap_table_offset % file.cluster_size:
         add(
-            "bitmap_table_offset.unaligned",
-            "bitmap_table_offset",
+            "directory-entry.bitmap_table_offset.unaligned",
             f"is {entry.bitmap_table_offset:#x}, not at the start of a cluster",
         )
     _table_size_problems(entry, file, add)
     if entry.flags & ~KNOWN_FLAGS:
         add(
-            "flags.reserved",
-            "flags",
+            "directory-entry.flags.reserved",
             f"is {entry.flags:#x}: reserved bits {entry.flags & ~KNOWN_FLAGS:#x} are set",
         )
     if entry.type != TYPE_DIRTY_TRACKING:
-        add("type.unknown", "type", f"is {entry.type}, must be 1 (dirty tracking)")
+        add("directory-entry.type.unknown", f"is {entry.type}, must be 1 (dirty tracking)")
     if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
         add(
-            "granularity_bits.too-large",
-            "granularity_bits",
+            "directory-entry.granularity_bits.too-large",
             f"is {entry.granularity_bits}, must be 9 to 31",
         )
     elif not MIN_GRANULARITY_BITS <= entry.granularity_bits <= MAX_GRANULARITY_BITS:
         add(
-            "granularity_bits.unsupported",
-            "granularity_bits",
+            "directory-entry.granularity_bits.unsupported",
             f"is {entry.granularity_bits}; QEMU takes {MIN_GRANULARITY_BITS} to "
             f"{MAX_GRANULARITY_BITS}",
         )
@@ -85,73 +78,86 @@ def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[P
     _name_problems(entry, add)
     if entry.offset + entry.size > end:
         add(
-            "truncated",
-            "name_size",
+            "directory-entry.truncated",
             f"needs {entry.size} bytes (name_size {entry.name_size}, extra_data_size "
             f"{entry.extra_data_size}), more than the directory has left",
+            field="name_size",
         )
     elif entry.name_bytes is None:
-        add("truncated", "name", "is cut off by the end of the file", UNUSABLE)
+        add(
+            "directory-entry.truncated",
+            "is cut off by the end of the file",
+            field="name",
+            severity=UNUSABLE,
+        )
     if any(entry.padding):
-        add("padding.nonzero", "padding", "is not zero")
+        add("directory-entry.padding.nonzero", "is not zero")
     return found
 
 
 def _table_size_problems(entry: DirectoryEntry, file: ClusterFile, add: _Add) -> None:
     size = entry.bitmap_table_size
-    field = "bitmap_table_size"
     if size == 0:
-        add("bitmap_table_size.zero", field, "is 0, must not be")
+        add("directory-entry.bitmap_table_size.zero", "is 0, must not be")
         return
     if size > MAX_TABLE_SIZE or size * file.cluster_size > MAX_BITMAP_BYTES:
         limit = min(MAX_TABLE_SIZE, MAX_BITMAP_BYTES // file.cluster_size)
-        add("bitmap_table_size.too-large", field, f"is {size}, but may be at most {limit}")
+        add("directory-entry.bitmap_table_size.too-large", f"is {size}, but may be at most {limit}")
         return
     start = entry.bitmap_table_offset
     if start + 8 * size > file.file_size:
         is_unreadable = start + 8 * size > MAX_FILE_LENGTH and not entry.in_use
         add(
-            f"bitmap_table_offset.{'unreadable' if is_unreadable else 'past-eof'}",
-            "bitmap_table_offset",
+            "directory-entry.bitmap_table_offset.unreadable"
+            if is_unreadable
+            else "directory-entry.bitmap_table_offset.past-eof",
             f"is {start:#x}: {size} entries there reach past the end of the file",
         )
     if entry.granularity_bits >= GRANULARITY_BITS_LIMIT:
         return
     required = required_table_size(entry.granularity, file.virtual_size, file.cluster_size)
     if size != required and entry.in_use:
-        add("bitmap_table_size.outdated", field, f"is {size}, but the disk now needs {required}")
+        add(
+            "directory-entry.bitmap_table_size.outdated",
+            f"is {size}, but the disk now needs {required}",
+        )
     elif size != required:
-        fault = "less" if size < required else "more"
-        add(f"bitmap_table_size.{fault}", field, f"is {size}, but the disk needs {required}")
+        id = (
+            "directory-entry.bitmap_table_size.less"
+            if size < required
+            else "directory-entry.bitmap_table_size.more"
+        )
+        add(id, f"is {size}, but the disk needs {required}")
 
 
 def _extra_data_problems(entry: DirectoryEntry, add: _Add) -> None:
     compatible = entry.flags & FLAG_EXTRA_DATA_COMPATIBLE
     if entry.extra_data_size and not compatible:
         add(
-            "extra_data.incompatible",
-            "extra_data_size",
+            "directory-entry.extra_data.incompatible",
             f"is {entry.extra_data_size}: extra data of unknown meaning, not marked as compatible",
         )
     elif entry.extra_data_size:
         add(
-            "extra_data.compatible",
-            "extra_data_size",
+            "directory-entry.extra_data.compatible",
             f"is {entry.extra_data_size}: extra data, which the specification allows",
         )
     elif compatible:
-        add("flags.extra-data-compatible", "flags", "has the extra_data_compatible bit set")
+        add("directory-entry.flags.extra-data-compatible", "has the extra_data_compatible bit set")
 
 
 def _name_problems(entry: DirectoryEntry, add: _Add) -> None:
     if entry.name_bytes is None:
         return
     if entry.name_size == 0:
-        add("name.empty", "name_size", "is 0: the name is empty")
+        add("directory-entry.name.empty", "is 0: the name is empty")
     elif entry.name_size > MAX_NAME_SIZE:
-        add("name_size.too-large", "name_size", f"is {entry.name_size}; QEMU takes {MAX_NAME_SIZE}")
+        add(
+            "directory-entry.name_size.too-large",
+            f"is {entry.name_size}; QEMU takes {MAX_NAME_SIZE}",
+        )
     if b"\0" in entry.name_bytes:
-        add("name.nul", "name", "contains a NUL byte, where QEMU takes the name to end")
+        add("directory-entry.name.nul", "contains a NUL byte, where QEMU takes the name to end")
 
 
 def qemu_name(entry: DirectoryEntry) -> bytes | None:

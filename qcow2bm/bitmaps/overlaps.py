@@ -9,7 +9,8 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qcow2bm.problems import DIRECTORY, Problem, problem
+from qcow2bm.problem_kinds import problem
+from qcow2bm.problems import DIRECTORY, Problem
 from qcow2bm.units import align_up
 
 _LAST = (1 << 64) - 1  # which an offset and a length together may exceed

@@ -45,6 +45,6 @@ def judge(
 
 
 def as_error(found: Problem, consequence: str = "", hint: Hint | None = None) -> FormatError:
-    """Returns the error for an operation that cannot go on because of a problem."""
-    structure, _, field = found.message.partition(f" at {found.offset:#x} ")[0].partition(": ")
-    return FormatError(structure, field, found.offset, found.reason + consequence, hint)
+    """Returns a problem as the error to raise for it, its reason followed by ``consequence``."""
+    field = found.numbered_field
+    return FormatError(found.place, field, found.offset, found.reason + consequence, hint)

@@ -19,7 +19,8 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, parse_bitmap_table
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, DirectoryEntry
-from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem, Severity, problem
+from qcow2bm.problem_kinds import problem
+from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem, Severity
 from qcow2bm.units import ceil_div
 
 MAX_FAULTS_LISTED = 16
@@ -249,11 +250,12 @@ def _entry_faults(
         # QEMU does not look at the table of a bitmap in use.
         severity: Severity | None = UNUSABLE if entry.in_use else None
         if word & MASKS.reserved or (offset and word & MASKS.all_ones):
-            fault, reason = "reserved", "with reserved bits set"
+            id, reason = "bitmap-table.entry.reserved", "with reserved bits set"
         elif offset % file.cluster_size:
-            fault, reason = "unaligned", "not at the start of a cluster"
+            id, reason = "bitmap-table.entry.unaligned", "not at the start of a cluster"
         elif offset > limit and offset + _used(index, coverage, file) > file.file_size:
-            fault, reason = "past-eof", "a cluster that reaches past the end of the file"
+            id = "bitmap-table.entry.past-eof"
+            reason = "a cluster that reaches past the end of the file"
             severity = None
         else:
             continue
@@ -263,7 +265,7 @@ def _entry_faults(
                 problem("bitmap-table.entry.more", place, reason, entry.index, None, index)
             )
             break
-        id, reason = f"bitmap-table.entry.{fault}", f"is {word:#x}, {reason}"
+        reason = f"is {word:#x}, {reason}"
         found.append(problem(id, place, reason, entry.index, severity, index))
     return found
 

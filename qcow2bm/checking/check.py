@@ -33,11 +33,18 @@ from qcow2bm.format.refcounts import (
     parse_refcount_block,
     parse_refcount_table,
 )
-from qcow2bm.problems import UNUSABLE, Problem, kind_of, problem
+from qcow2bm.problem_kinds import KINDS, problem, summary_of
+from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem
 from qcow2bm.units import ceil_div
 
 MAX_LISTED = 16
 """So many problems of one id that is not a bitmap's are listed; then one stands for the others."""
+
+_OVERLAPS = {
+    DIRECTORY: "bitmap-directory.overlap",
+    TABLE: "bitmap-table.overlap",
+    DATA: "bitmap-data.overlap",
+}
 
 
 class Check(NamedTuple):
@@ -108,7 +115,7 @@ class _Checker:
         self._walk_disk()
         self._look_at_blocks()  # before bitmaps: what they claim wrongly is their fault
         self._walk_bitmaps()
-        is_complete = not any(kind_of(id).severity == UNUSABLE for id in self._counts)
+        is_complete = not any(KINDS[id].severity == UNUSABLE for id in self._counts)
         leaked = self._compare()
         return Check(tuple(self._problems()), leaked, is_complete, self._end())
 
@@ -193,8 +200,7 @@ class _Checker:
             yield from found
             more = self._counts[id] - len(found)
             if more:
-                structure, field, *_ = id.split(".")
-                last = f"{structure}.{'refcount' if field == 'refcount' else 'entry'}.more"
+                last = summary_of(KINDS[id].structure).id
                 yield problem(last, found[-1].offset, f"is not the last: {more} more are like it")
 
     # Refcounts as they are stored
@@ -311,7 +317,7 @@ class _Checker:
         first, stop = self._clusters(part)
         self._others.add(part.offset, part.length)
         shared = np.flatnonzero(self._disk.counts(first, stop))
-        id = f"{part.structure.replace(' ', '-')}.overlap"
+        id = _OVERLAPS[part.structure]
         if len(shared) and (id, part.bitmap_index) not in self._shared:
             self._shared.add((id, part.bitmap_index))
             place = (first + int(shared[0])) * self._file.cluster_size

@@ -41,54 +41,17 @@ from qcow2bm.format.extensions import (
     build_bitmaps_extension,
 )
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
-from qcow2bm.problems import (
-    BITMAPS_EXTENSION,
-    CLUSTER,
-    DATA,
-    DIRECTORY,
-    ENTRY,
-    REFCOUNT_TABLE,
-    REFUSED,
-    TABLE,
-    UNUSABLE,
-    Problem,
-    kind_of,
-)
+from qcow2bm.problem_kinds import BITMAPS_GONE, EXTENSION_LENGTH, UNKNOWN_FEATURE
+from qcow2bm.problems import DIRECTORY, REFCOUNT_TABLE, REFUSED, UNUSABLE, Problem, RepairName
 from qcow2bm.storage.dry_run import DryRunStorage
 from qcow2bm.storage.interface import Storage
 from qcow2bm.units import ceil_div, decode_name
 
-_EVIDENT = (  # of an entry; of a name that is there twice, see below
-    "directory-entry.extra_data.compatible",
-    "directory-entry.flags.extra-data-compatible",
-    "directory-entry.name_size.too-large",
-)
-_DUPLICATE = "directory-entry.name.duplicate"
-_UNREAD = "bitmap-table.limit"  # which says nothing against the bitmap
-_OURS = ("header-extension.bitmaps.length",)
-_BAD_ENDS = (
-    "bitmaps-extension.nb_bitmaps.zero",
-    "bitmaps-extension.nb_bitmaps.too-large",
-    "bitmaps-extension.nb_bitmaps.less",
-    "bitmaps-extension.nb_bitmaps.more",
-    "bitmaps-extension.bitmap_directory_size.zero",
-    "bitmaps-extension.bitmap_directory_size.too-large",
-    "bitmaps-extension.bitmap_directory_size.past-eof",
-    "bitmap-directory.rest",
-    "bitmap-directory.zeroes",
-    "bitmap-directory.zero-entries",
-    "directory-entry.truncated",
-)
-_PLACE_OF_TABLE = "directory-entry.bitmap_table_"
-_DOUBTFUL = "directory-entry.name.nul", "directory-entry.padding.nonzero"
 _MOST_GROWTH_BYTES = 1 << 30  # and twice what is there: where an image was cut off, all fits in
 _MAX_RESYNCHRONISED = 100  # entries: it takes the square of that
 _MAX_ENTRY = ENTRY_LENGTH + MAX_NAME_SIZE + 1
 
-_STALE = "bitmaps-extension.autoclear.off", "bitmaps-extension.version.too-old"
-_NO_BITMAPS = "header.autoclear_features.no-bitmaps"
-
-REPAIRS = {
+REPAIRS: dict[RepairName, str] = {
     "directory": "extension, directory, entries and tables of bitmaps",
     "tails": "bits behind the end of the disk",
     "refcounts": "leaked clusters, and refcounts that are too low",
@@ -129,18 +92,6 @@ class Repair(NamedTuple):
     leaked_clusters: int
 
 
-def repairs_of(found: Problem) -> tuple[str, ...]:
-    """What of `REPAIRS` concerns a problem; nothing where there is no repair."""
-    if found.id in _STALE:
-        return ("stale",) if found.id == _STALE[0] else ()
-    if found.id == "bitmap-data.tail":
-        return ("tails",)
-    if found.structure == CLUSTER:
-        return ("refcounts",)
-    is_ours = found.structure in (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE, DATA)
-    return ("directory",) if is_ours or found.id in (*_OURS, _NO_BITMAPS) else ()
-
-
 def plan_repair(
     storage: Storage,
     *,
@@ -164,7 +115,7 @@ def plan_repair(
     overlay = DryRunStorage(storage)
     before = view = View.of(overlay)
     for found in view.header:
-        if found.id == "header.incompatible_features.unknown":
+        if found.kind == UNKNOWN_FEATURE:
             raise UnsupportedError(f"repairing an image that {found.reason}")
     chosen = [id for id in REPAIRS if id != "stale"] if only is None else only
     first = _right_length(view) if "directory" in chosen else []
@@ -174,7 +125,9 @@ def plan_repair(
     first_view = view
     # As long as QEMU refuses the header, nothing is gained by giving up bitmaps; and what the
     # header says wrongly of the disk may be all that is wrong with them.
-    is_header_refused = any(p.severity == REFUSED and p.id not in _OURS for p in view.header)
+    is_header_refused = any(
+        p.severity == REFUSED and p.kind != EXTENSION_LENGTH for p in view.header
+    )
     believed = _believed(view) if "directory" in chosen else [view]
     work = _Directory(view, believed, lossless=lossless or is_header_refused, capacity=capacity)
     plan = work.plan(chosen)
@@ -194,7 +147,7 @@ def plan_repair(
         steps += more
         _apply(overlay, more)
         view = View.of(overlay)
-    left = tuple(p for p in view.problems if p.severity in (REFUSED, UNUSABLE))
+    left = tuple(p for p in view.problems if p.is_fault)
     _require_no_worse((before, first_view), view)
     return Repair(
         Plan(tuple(steps), commit_point),
@@ -216,8 +169,7 @@ def _mended(before: View, after: View, lost: Iterable[Lost]) -> Iterator[Problem
         is_lost = index is not None and not names.isdisjoint(
             (None, before.directory.entries[index].name)
         )
-        is_serious = found.severity in (REFUSED, UNUSABLE)
-        if is_serious and (found.id, found.offset) not in left and not is_lost:
+        if found.is_fault and (found.id, found.offset) not in left and not is_lost:
             yield found
 
 
@@ -225,7 +177,7 @@ def _require_no_worse(earlier: Iterable[View], after: View) -> None:
     """What is shared with the disk afterwards must have been so before; nothing is written else."""
     known = {(p.id, p.offset) for before in earlier for p in before.problems}
     for found in after.problems:
-        if found.id.endswith(".overlap") and (found.id, found.offset) not in known:
+        if found.kind.is_overlap and (found.id, found.offset) not in known:
             raise as_error(found, ": the outcome would not be sound, so nothing is written")
 
 
@@ -237,21 +189,21 @@ def _can_be_counted(earlier: Sequence[View], view: View) -> bool:
     that are still there may lead to what was given back long ago.
     """
     is_ambiguous = any(before.check.leaked_clusters and _is_low(before) for before in earlier)
-    is_gone = any(found.id == _NO_BITMAPS for before in earlier for found in before.header)
-    is_readable = not any(p.severity in (REFUSED, UNUSABLE) for p in view.read_problems)
+    is_gone = any(found.kind == BITMAPS_GONE for before in earlier for found in before.header)
+    is_readable = not any(p.is_fault for p in view.read_problems)
     if not view.directory.is_consistent:  # where faults are remarks, but name clusters no less
-        kinds = (kind_of(found.id) for found in view.directory.problems)
-        is_readable &= not any(kind.severity in (REFUSED, UNUSABLE) for kind in kinds)
+        severities = {found.kind.severity for found in view.directory.problems}
+        is_readable &= severities.isdisjoint((REFUSED, UNUSABLE))
     return is_readable and not is_gone and not (is_ambiguous and _is_low(view))
 
 
 def _is_low(view: View) -> bool:
-    return any(found.id == "cluster.refcount.too-low" for found in view.check.problems)
+    return any(found.kind.is_undercount for found in view.check.problems)
 
 
 def _right_length(view: View) -> list[Step]:
     """Gives the bitmaps extension the length it must have, if that makes the header right."""
-    faults = [found for found in view.header if found.id in _OURS]
+    faults = [found for found in view.header if found.kind == EXTENSION_LENGTH]
     if len(faults) != 1:
         return []
     overlay = DryRunStorage(view.file.storage)
@@ -270,7 +222,7 @@ def _believed(view: View) -> list[View]:
     there are several such, they are all returned.
     """
     is_disjointed = any(
-        found.id in _BAD_ENDS or (found.id.startswith(_PLACE_OF_TABLE) and found.is_serious)
+        found.kind.breaks_directory_end or (found.kind.concerns_table_place and found.is_serious)
         for found in view.directory.problems
     )
     if not view.directory.extension or view.directory.distrust or not is_disjointed:
@@ -282,7 +234,9 @@ def _believed(view: View) -> list[View]:
             overlay.write(offset, (data,))
         other = View.of(overlay)
         found = other.directory
-        is_whole = not any(p.id in _BAD_ENDS or p.id in _DOUBTFUL for p in found.problems)
+        is_whole = not any(
+            p.kind.breaks_directory_end or p.kind.suggests_misreading for p in found.problems
+        )
         score = _score(other)
         if not is_whole or score > fewest or (score == fewest and best[0] is view):
             continue
@@ -295,14 +249,14 @@ def _believed(view: View) -> list[View]:
 
 def _score(view: View) -> tuple[int, int]:
     """How much speaks against a directory: faults of its own, and refcounts that do not fit."""
-    low = sum(found.id == "cluster.refcount.too-low" for found in view.check.problems)
+    low = sum(found.kind.is_undercount for found in view.check.problems)
     return _faults(view), low + view.check.leaked_clusters
 
 
 def _faults(view: View) -> int:
     """How many faults of the directory and its entries keep QEMU from opening the image."""
     found = view.directory.problems
-    return sum(p.severity == REFUSED or p.id in _BAD_ENDS for p in found)
+    return sum(p.severity == REFUSED or p.kind.breaks_directory_end for p in found)
 
 
 def _other_payloads(view: View) -> Iterator[list[_Patch]]:
@@ -385,12 +339,12 @@ def _apply(storage: DryRunStorage, steps: Iterable[Step]) -> None:
 
 def _tails(view: View) -> Iterator[Write]:
     """Clears bits behind the end of the disk, sector by sector, where nothing else is at fault."""
-    broken = {p.bitmap_index for p in view.problems if p.severity in (REFUSED, UNUSABLE)}
+    broken = {p.bitmap_index for p in view.problems if p.is_fault}
     if view.directory.distrust or view.survey.distrust or view.is_disk_in_doubt:
         return
     for found in view.check.problems:
         index = found.bitmap_index
-        if found.id != "bitmap-data.tail" or index is None or index in broken:
+        if found.kind.repair != "tails" or index is None or index in broken:
             continue
         entry, file = view.directory.entries[index], view.file
         bits = ceil_div(file.virtual_size, entry.granularity) % (8 * file.cluster_size)
@@ -465,7 +419,9 @@ class _Directory:
         if not directory.extension:
             return self._without_extension(header)
         distrust = directory.distrust or view.survey.distrust
-        overlaps = [p for p in view.check.problems if p.id == "bitmap-directory.overlap"]
+        overlaps = [
+            p for p in view.check.problems if p.kind.is_overlap and p.structure == DIRECTORY
+        ]
         if distrust or overlaps:
             reason = (distrust or overlaps[0]).message
             return self._give_up(header, reason)
@@ -483,7 +439,7 @@ class _Directory:
         if file.header.version < 3:  # which has no bitmaps, and no bit for them
             return Plan()
         if file.find(BITMAPS):
-            found = next(p for p in self._view.header if p.id == "header-extension.bitmaps.length")
+            found = next(p for p in self._view.header if p.kind == EXTENSION_LENGTH)
             return self._give_up(header, found.message)
         is_set = file.header.autoclear_features & AUTOCLEAR_BITMAPS
         if not is_set or not file.has_extension_area or file.area.fault or self._lossless:
@@ -532,8 +488,7 @@ class _Directory:
         if _essence(entry) not in self._agreed:
             return "the directory can be read in several ways, and not in all of them it is there"
         for found in self._by_entry.get(entry.index, ()):
-            is_serious = found.severity in (REFUSED, UNUSABLE)
-            if is_serious and found.id not in (*_EVIDENT, _DUPLICATE, _UNREAD):
+            if found.is_fault and not found.kind.costs_no_bitmap:
                 return found.message
         return ""
 
@@ -568,7 +523,7 @@ class _Directory:
         end = max(check.end, 0 if self._capacity else ceil_div(file.file_size, file.cluster_size))
         most = _MOST_GROWTH_BYTES + 2 * max(file.file_size, file.virtual_size)
         if end * file.cluster_size > most:
-            past = (p for p in self._view.problems if p.id.endswith("past-eof"))
+            past = (p for p in self._view.problems if p.kind.is_past_end)
             if found := next(past, None):
                 raise as_error(found, ", perhaps far behind it: mend that first (qemu-img check)")
             place = end * file.cluster_size

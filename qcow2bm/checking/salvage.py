@@ -11,11 +11,9 @@ from qcow2bm.checking.view import View
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS
-from qcow2bm.problems import REFUSED, UNUSABLE, Problem
+from qcow2bm.problems import DIRECTORY, Problem
 from qcow2bm.storage.dry_run import DryRunStorage
 from qcow2bm.storage.interface import Storage
-
-_TABLE_FIELDS = "directory-entry.bitmap_table_"
 
 
 def intact_bitmaps(storage: Storage) -> frozenset[int]:
@@ -33,9 +31,9 @@ def intact_bitmaps(storage: Storage) -> frozenset[int]:
     serious = _serious(view)
     if view is not stored:
         of_all = view.directory.distrust or view.survey.distrust
-        of_all = of_all or next((p for p in serious if p.id == "bitmap-directory.overlap"), None)
+        of_all = of_all or next((p for p in serious if _is_overlap(p)), None)
         for found in (of_all, *view.directory.problems):
-            if found in serious and found and not found.id.startswith(_TABLE_FIELDS):
+            if found in serious and found and not found.kind.concerns_table_place:
                 what = ", so that no bitmap can be salvaged"
                 raise as_error(found, what, "remove-all")
     for found in _serious(stored):
@@ -55,4 +53,8 @@ def _as_if_consistent(storage: Storage) -> View:
 
 
 def _serious(view: View) -> list[Problem]:
-    return [found for found in view.problems if found.severity in (REFUSED, UNUSABLE)]
+    return [found for found in view.problems if found.is_fault]
+
+
+def _is_overlap(found: Problem) -> bool:
+    return found.kind.is_overlap and found.structure == DIRECTORY

@@ -9,7 +9,7 @@ from qcow2bm.bitmaps.tables import Survey, survey
 from qcow2bm.checking.check import Check, check
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.problems import header_problems
-from qcow2bm.problems import CLUSTER, REFUSED, UNUSABLE, Problem
+from qcow2bm.problems import CLUSTER, Problem
 from qcow2bm.storage.interface import Storage
 
 
@@ -39,7 +39,7 @@ class View(NamedTuple):
     def is_disk_in_doubt(self) -> bool:
         """Whether not all of it could be followed, so that nobody knows what belongs to whom."""
         return any(
-            p.severity in (REFUSED, UNUSABLE) and p.bitmap_index is None and p.structure != CLUSTER
+            p.is_fault and p.bitmap_index is None and p.structure != CLUSTER
             for p in (*self.header, *self.check.problems)
         )
 

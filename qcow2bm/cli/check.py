@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
 from qcow2bm.api import Image
-from qcow2bm.checking.meanings import MEANINGS
-from qcow2bm.checking.repair import repairs_of
 from qcow2bm.cli import report
 from qcow2bm.cli.dump_json import problem
 from qcow2bm.cli.facts import count, json_text
@@ -51,9 +49,9 @@ def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -
         "problems": [
             {
                 **problem(image, found),
-                "meaning": MEANINGS[found.id],
+                "meaning": found.meaning,
                 "qemu-message": found.qemu_message,
-                "repairs": repairs_of(found),
+                "repairs": [found.repair] if found.repair else [],
             }
             for found in problems
         ],
@@ -69,10 +67,10 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
         print(f"{found.severity}: {label}{found.message}")
         if found.qemu_message:
             print(f'    QEMU says "{found.qemu_message}"')
-        for line in wrap(MEANINGS[found.id], _WIDTH - 4):
+        for line in wrap(found.meaning, _WIDTH - 4):
             print(f"    {line}")
-        repairs = "".join(f"; repair --only {repair}" for repair in repairs_of(found))
-        print(f"    ({found.id}{repairs})")
+        repair = f"; repair --only {found.repair}" if found.repair else ""
+        print(f"    ({found.id}{repair})")
     if problems:
         print()
     if leaked_clusters:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from qcow2bm.api import Bitmap, Image
-from qcow2bm.bitmaps.entries import FITTABLE, GRANULARITY_BITS_LIMIT
+from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT
 from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, VALID
 from qcow2bm.cli.dump import Options, totals
 from qcow2bm.cli.facts import count, print_facts, size
@@ -166,7 +166,7 @@ def _print_verdict(image: Image, bitmaps: Sequence[Bitmap], problems: Sequence[P
             )
         return
     print("QEMU will not open this image")
-    if all(found.id in FITTABLE for found in refused):
+    if all(found.kind.is_fittable for found in refused):
         print(
             "the bitmaps do not fit the disk, which was resized without them; to mend that:\n"
             "  qcow2bm fit IMAGE --all"

@@ -18,7 +18,8 @@ from qcow2bm.format.header import (
     MAX_SNAPSHOTS,
     V3_LENGTH,
 )
-from qcow2bm.problems import REFUSED, Problem, Severity, problem
+from qcow2bm.problem_kinds import KINDS, problem
+from qcow2bm.problems import REFUSED, Problem, Severity
 from qcow2bm.units import ceil_div, escape
 
 MAX_BACKING_FILE_SIZE = 1023
@@ -32,6 +33,24 @@ MAX_SIZE = 1 << 62  # keeps every product of bits and granularity within int64
 MAX_L1_ENTRIES = (1 << 31) - 1  # for the disk alone; more is a disk too big for QEMU
 
 CRYPT_LUKS = 2
+
+_PLACE_FAULTS = {
+    "l1_table_offset": (
+        "header.l1_table_offset.invalid",
+        "header.l1_table_offset.unreadable",
+        "header.l1_table_offset.past-eof",
+    ),
+    "refcount_table_offset": (
+        "header.refcount_table_offset.invalid",
+        "header.refcount_table_offset.unreadable",
+        "header.refcount_table_offset.past-eof",
+    ),
+    "snapshots_offset": (
+        "header.snapshots_offset.invalid",
+        "header.snapshots_offset.unreadable",
+        "header.snapshots_offset.past-eof",
+    ),
+}
 
 
 def header_problems(file: ClusterFile) -> tuple[Problem, ...]:
@@ -47,8 +66,8 @@ def header_problems(file: ClusterFile) -> tuple[Problem, ...]:
 
 
 def _at(id: str, reason: str) -> Problem:
-    """A Problem of a header field; the id's second part is the field's name."""
-    return problem(id, FIELD_OFFSETS[id.split(".")[1]], reason)
+    """Returns a Problem of a header field."""
+    return problem(id, FIELD_OFFSETS[KINDS[id].field], reason)
 
 
 def _fixed(file: ClusterFile) -> Iterator[Problem]:
@@ -118,17 +137,18 @@ def _tables(file: ClusterFile) -> Iterator[Problem]:
 
 
 def _place(file: ClusterFile, field: str, length: int) -> Iterator[Problem]:
-    """What is wrong with where the header says a table of so many bytes is."""
+    """Finds the faults of a header field that is the offset of a table of ``length`` bytes."""
     offset: int = getattr(file.header, field)
+    invalid, unreadable, past_eof = _PLACE_FAULTS[field]
     if offset % file.cluster_size:
-        yield _at(f"header.{field}.invalid", f"is {offset:#x}, not at the start of a cluster")
+        yield _at(invalid, f"is {offset:#x}, not at the start of a cluster")
     elif offset + length > MAX_OFFSET:
-        yield _at(f"header.{field}.invalid", f"is {offset:#x}, beyond any file")
+        yield _at(invalid, f"is {offset:#x}, beyond any file")
     elif length and offset + length > MAX_FILE_LENGTH:
-        yield _at(f"header.{field}.unreadable", f"is {offset:#x}, beyond any file QEMU reads")
+        yield _at(unreadable, f"is {offset:#x}, beyond any file QEMU reads")
     elif length and not file.contains(offset, length):
         yield _at(
-            f"header.{field}.past-eof",
+            past_eof,
             f"is {offset:#x}: {length} bytes there reach past the end of the file",
         )
 

@@ -6,7 +6,7 @@ import pytest
 from support.audit import Audit
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image
 from support.model import Model
-from tracker.recording import RecordingStorage, intervals_of
+from support.recording import RecordingStorage, intervals_of
 
 import qcow2bm
 from qcow2bm.bitmaps.tracked_store import PIECE_BYTES, TrackedBitmap, TrackedStore

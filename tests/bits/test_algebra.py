@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.granules import OPERATORS
+from support.model import OPERATORS
 
 from qcow2bm.bits.algebra import Octets, coarsen, combine, mask_of, merged, refine
 from qcow2bm.bits.operations import OPS, Op

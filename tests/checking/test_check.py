@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.console import run
 from support.images import Stored, build_image
 from support.jsonspec import check_check
+from support.kinds import CHECKED_KINDS
 from support.plans import after
 from support.problem_images import IDS, broken
 from support.spec_image import (
@@ -41,7 +42,7 @@ from qcow2bm.checking.check import MAX_LISTED, Check
 from qcow2bm.checking.references import CHUNK, References
 from qcow2bm.checking.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.problems import CHECKED_KINDS, KINDS
+from qcow2bm.problem_kinds import KINDS, summary_of
 from qcow2bm.storage.memory import MemoryStorage
 
 BEHIND = 26 * CLUSTER
@@ -179,6 +180,7 @@ def test_whatever_there_can_be_many_of_has_an_id_for_those_not_listed() -> None:
                 f"{structure}.refcount.more" if field == "refcount" else f"{structure}.entry.more"
             )
             assert CHECKED_KINDS[more].severity == "note"
+            assert summary_of(kind.structure) == CHECKED_KINDS[more]
     entries = [(REFCOUNT_TABLE + 8 * n, word(0x401)) for n in range(20, 40)]
     found = checked(with_disk(*entries)).problems
     ids = [problem.id for problem in found]

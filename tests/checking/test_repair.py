@@ -32,12 +32,12 @@ from support.specreader import page
 
 import qcow2bm
 from qcow2bm.api import repair as api
-from qcow2bm.checking.repair import REPAIRS, Repair, plan_repair, repairs_of
+from qcow2bm.checking.repair import REPAIRS, Repair, plan_repair
 from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, Write
 from qcow2bm.errors import FormatError, Qcow2BmError, StateError, StorageError
 from qcow2bm.format.undo_file import UndoLog, build_undo, parse_undo
-from qcow2bm.problems import KINDS
+from qcow2bm.problem_kinds import KINDS
 from qcow2bm.storage.memory import MemoryStorage
 
 BROKEN = dict(broken_images())
@@ -207,7 +207,7 @@ def test_each_repair_alone_does_what_check_says_it_does(id: str) -> None:
     data = broken(id)
     with qcow2bm.open(data) as opened:
         problems = *opened.problems, *opened.check().problems
-    named = {repair for found in problems for repair in repairs_of(found)}
+    named = {found.kind.repair for found in problems}
     for repair in REPAIRS:
         done = plan_repair(MemoryStorage(data), only=[repair])
         if done.plan.steps:

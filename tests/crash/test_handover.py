@@ -17,7 +17,7 @@ from support.crash_states import intervals
 from support.images import extension
 from support.layouts import FAMILIES, UNKNOWN, build, trackable
 from support.layouts import image as layout_image
-from tracker.recording import RecordingStorage, cover, random_ranges, stored_bits
+from support.recording import RecordingStorage, cover, random_ranges, stored_bits
 
 import qcow2bm
 from qcow2bm.clusters.plan import Barrier, Plan

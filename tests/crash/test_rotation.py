@@ -10,7 +10,7 @@ import pytest
 from support.crash_judge import BrokenStateError, look, under_counted
 from support.crash_states import intervals
 from support.images import ONES, ZEROES, Stored, build_image, extension
-from tracker.recording import RecordingStorage, cover, random_ranges, stored_bits
+from support.recording import RecordingStorage, cover, random_ranges, stored_bits
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan

@@ -15,7 +15,7 @@ from support.crash_judge import BrokenStateError, Facts, look, names, under_coun
 from support.crash_states import Interval, intervals
 from support.images import build_image
 from support.layouts import FAMILIES, LAYOUTS, build, trackable
-from tracker.recording import (
+from support.recording import (
     Octets,
     RecordingStorage,
     cover,

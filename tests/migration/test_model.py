@@ -14,7 +14,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from migration.world import (
+from support.crash_states import intervals
+from support.handover_world import (
     AUTOCLEAR,
     BY_B,
     BY_B_LATER,
@@ -28,7 +29,6 @@ from migration.world import (
     plain_name,
     touched,
 )
-from support.crash_states import intervals
 
 from qcow2bm.clusters.plan import Plan
 from qcow2bm.migration import sentinel

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.model import OPERATORS
 from support.qemu import StorageDaemon, run, run_ok
-from support.twin import KINDS, OPERATIONS, SECTOR, KiB, Kind, Step, Twin
+from support.twin import KINDS, SECTOR, KiB, Kind, Step, Twin
 
 import qcow2bm
 
@@ -41,7 +42,7 @@ def steps(size: int) -> list[Step]:
         ("invert", ("weekly",)),
         *[
             step
-            for op in OPERATIONS
+            for op in OPERATORS
             for step in (
                 ("copy", ("daily", f"{op} coarse")),
                 ("merge", (f"{op} coarse", "weekly", op)),

@@ -10,8 +10,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from support.model import OPERATORS
 from support.qemu import StorageDaemon
-from support.twin import KINDS, OPERATIONS, SECTOR, KiB, Kind, MiB, Step, Twin
+from support.twin import KINDS, SECTOR, KiB, Kind, MiB, Step, Twin
 
 GRANULARITIES = (512, 1 * KiB, 4 * KiB, 64 * KiB, 1 * MiB)
 MOST = 8  # bitmaps at a time
@@ -77,7 +78,7 @@ class Sequence:
             "set_many": (self._ranges(),),
             "reset_many": (self._ranges(),),
             "rename": (self._new_name(),),
-            "merge": (self._name(), random.choice(list(OPERATIONS))),
+            "merge": (self._name(), random.choice(list(OPERATORS))),
         }
         return kind, () if kind == "remove_all" else (self._name(), *arguments.get(kind, ()))
 
@@ -100,7 +101,7 @@ class Sequence:
             steps.append(("copy", (target, f"new {number}")))
             length = min(length, self._twin.size - start)
             steps.append(("set", (f"new {number}", start, length)))
-            steps.append(("merge", (target, f"new {number}", self._random.choice([*OPERATIONS]))))
+            steps.append(("merge", (target, f"new {number}", self._random.choice([*OPERATORS]))))
         steps += [("remove", (f"new {number}",)) for number in range(1, count)]
         steps.append(("rename", ("new 0", self._new_name())))
         self._twin.edit(*steps)

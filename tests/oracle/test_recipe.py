@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from support.console import run
+from support.kinds import FITTABLE
 from support.problem_images import IDS, broken
 from support.qemu import Disk
 from support.spec_image import in_entry, patched
 
-from qcow2bm.bitmaps.entries import FITTABLE
-from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, KINDS, REFUSED, TABLE
+from qcow2bm.problem_kinds import KINDS
+from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE
 
 REFUSED_IDS = [id for id in IDS if KINDS[id].severity == REFUSED]
 OF_BITMAPS = [

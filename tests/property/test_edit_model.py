@@ -1,4 +1,4 @@
-"""Many edits of one image against a model of it: names, flags, granularities, and sets of granules.
+"""Many edits of one image against a model of its bitmaps: names, flags, granularities and bits.
 
 After every commit all refcounts are counted again, and everything is read back twice: by what
 stands in the bytes, and by the library from a fresh start.
@@ -6,8 +6,8 @@ stands in the bytes, and by the library from a fresh start.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from support.audit import Audit
-from support.granules import Granules
 from support.images import build_image, extension
+from support.model import Bitmaps
 
 import qcow2bm
 from qcow2bm.bits.operations import OPS
@@ -34,16 +34,7 @@ NAMES = st.sampled_from(("a", "b", "weekly", "n" * 1000, "caf\udce9", "\u20ac"))
 MAX_SIZE = 6 << 20  # 12,288 granules of the finest kind
 
 
-class Model(dict[str, tuple[bool, Granules]]):
-    """The bitmaps in the order of the directory: whether enabled, and what is dirty."""
-
-    def rename(self, name: str, new: str) -> None:
-        items = [(new if key == name else key, value) for key, value in self.items()]
-        self.clear()
-        self.update(items)
-
-
-Operation = Callable[[qcow2bm.Edit], object]
+Operation = Callable[[qcow2bm.Edit | Bitmaps], object]
 
 
 class EditedImage(RuleBasedStateMachine):
@@ -77,21 +68,22 @@ class EditedImage(RuleBasedStateMachine):
         self.data = image.data + b"\xaa" * (garbage << cluster_bits)
         self.size = size
         self.unknown = Audit(self.data).unknown
-        self.stored = Model()
-        self.model = Model()
+        self.stored = Bitmaps(size)
+        self.model = Bitmaps(size)
         self.operations: list[Operation] = []
         for name, granularity_bits in zip("xyz", bits, strict=False):
             self._add(name, granularity_bits, True)
 
     def _add(self, name: str, bits: int, enabled: bool) -> None:
-        self.model[name] = enabled, Granules(self.size, 1 << bits)
         self._then(lambda edit: edit.add(name, 1 << bits, enabled))
 
     def _then(self, operation: Operation) -> None:
+        """Does the operation to the model now, and to the image at the next commit."""
+        operation(self.model)
         self.operations.append(operation)
 
     def _pick(self, number: int) -> str:
-        return list(self.model)[number % len(self.model)]
+        return self.model.names[number % len(self.model)]
 
     def _range(self, start: int, length: int) -> tuple[int, int]:
         """Some of the numbers, made to lie on the disk."""
@@ -107,13 +99,11 @@ class EditedImage(RuleBasedStateMachine):
     @rule(number=st.integers(0, 5))
     def remove(self, number: int) -> None:
         name = self._pick(number)
-        del self.model[name]
         self._then(lambda edit: edit.remove(name))
 
     @precondition(lambda self: len(self.model) > 4)  # or there would seldom be many
     @rule()
     def remove_all(self) -> None:
-        self.model.clear()
         self._then(lambda edit: edit.remove_all())
 
     @precondition(lambda self: self.model)
@@ -121,7 +111,6 @@ class EditedImage(RuleBasedStateMachine):
     def rename(self, number: int, new: str) -> None:
         name = self._pick(number)
         if new not in self.model:
-            self.model.rename(name, new)
             self._then(lambda edit: edit.rename(name, new))
 
     @precondition(lambda self: self.model)
@@ -129,17 +118,13 @@ class EditedImage(RuleBasedStateMachine):
     def copy(self, number: int, new: str, bits: int | None) -> None:
         name = self._pick(number)
         if new not in self.model:
-            enabled, granules = self.model[name]
             granularity = None if bits is None else 1 << bits
-            twin = granules.at(granularity or granules.granularity)
-            self.model[new] = enabled, copy.deepcopy(twin)
             self._then(lambda edit: edit.copy(name, new, granularity))
 
     @precondition(lambda self: self.model)
     @rule(number=st.integers(0, 5), enabled=st.booleans())
     def enable(self, number: int, enabled: bool) -> None:
         name = self._pick(number)
-        self.model[name] = enabled, self.model[name][1]
         self._then(lambda edit: edit.enable(name) if enabled else edit.disable(name))
 
     @precondition(lambda self: self.model)
@@ -152,7 +137,6 @@ class EditedImage(RuleBasedStateMachine):
     def fill(self, number: int, verb: str, start: int, length: int) -> None:
         name = self._pick(number)
         start, length = self._range(start, length)
-        getattr(self.model[name][1], verb)(start, length)
         self._then(lambda edit: getattr(edit, verb)(name, start, length))
 
     @precondition(lambda self: self.model)
@@ -165,8 +149,6 @@ class EditedImage(RuleBasedStateMachine):
     def fill_many(self, number: int, verb: str, step: int, length: int) -> None:
         name = self._pick(number)
         ranges = [self._range(start, length) for start in range(0, self.size, step)]
-        for start, length in ranges:
-            getattr(self.model[name][1], verb)(start, length)
         array = np.array(ranges, np.int64)
         self._then(lambda edit: getattr(edit, f"{verb}_many")(name, array))
 
@@ -174,18 +156,12 @@ class EditedImage(RuleBasedStateMachine):
     @rule(number=st.integers(0, 5), clears=st.booleans())
     def invert(self, number: int, clears: bool) -> None:
         name = self._pick(number)
-        if clears:
-            self.model[name][1].dirty.clear()
-            self._then(lambda edit: edit.clear(name))
-        else:
-            self.model[name][1].invert()
-            self._then(lambda edit: edit.invert(name))
+        self._then(lambda edit: edit.clear(name) if clears else edit.invert(name))
 
     @precondition(lambda self: self.model)
     @rule(number=st.integers(0, 5), other=st.integers(0, 5), op=st.sampled_from(OPS))
     def merge(self, number: int, other: int, op: Any) -> None:
         target, source = self._pick(number), self._pick(other)
-        self.model[target][1].merge(copy.deepcopy(self.model[source][1]), op)
         self._then(lambda edit: edit.merge(target, source, op))
 
     @rule(commits=st.integers(0, 5).map(lambda n: n < 5))
@@ -196,12 +172,12 @@ class EditedImage(RuleBasedStateMachine):
             with image.edit(dry_run=not commits) as edit:
                 for operation in operations:
                     operation(edit)
-                assert edit.names == list(self.model)
+                assert edit.names == self.model.names
                 plan = edit.plan()
             if commits:
-                self.stored = copy.deepcopy(self.model)
-            assert list(image.bitmaps) == list(self.stored)
-        self.model = copy.deepcopy(self.stored)
+                self.stored = deepcopy(self.model)
+            assert list(image.bitmaps) == self.stored.names
+        self.model = deepcopy(self.stored)
         assert (self.data != before) <= (commits and bool(plan.steps))
         self.check()
 
@@ -218,15 +194,13 @@ class EditedImage(RuleBasedStateMachine):
             )
             for bitmap in audit.bitmaps
         ] == [
-            (name, enabled, granules.granularity, granules.dirty)
-            for name, (enabled, granules) in self.stored.items()
+            (name, model.enabled, model.granularity, model.numbers)
+            for name, model in self.stored.by_name.items()
         ]
         with qcow2bm.open(bytes(self.data), strict=True) as image:
-            assert list(image.bitmaps) == list(self.stored)
-            for name, (_, granules) in self.stored.items():
-                octets = image.bitmaps[name].packed()
-                bits = np.flatnonzero(np.unpackbits(octets, bitorder="little"))
-                assert set(bits.tolist()) == granules.dirty
+            assert list(image.bitmaps) == self.stored.names
+            for name, model in self.stored.by_name.items():
+                assert image.bitmaps[name].packed().tobytes() == model.packed
 
 
 def run(examples: int, steps: int) -> None:

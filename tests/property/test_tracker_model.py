@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 from support.audit import Audit
 from support.images import ONES, build_image
-from tracker.recording import (
+from support.recording import (
     Place,
     RecordingStorage,
     cover,

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.jsonspec import check_dry_run, check_dump, check_map
+from support.kinds import FITTABLE
 from support.problem_images import IDS, broken
 from support.spec_image import DAILY, image, in_table, patched
 from support.specreader import ROOT, page
 
 import qcow2bm
-from qcow2bm.bitmaps.entries import FITTABLE
 from qcow2bm.cli import main
-from qcow2bm.problems import KINDS
+from qcow2bm.problem_kinds import KINDS
 
 USAGE = 64
 

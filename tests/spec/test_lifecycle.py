@@ -20,8 +20,8 @@ from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image, extension
 from support.layouts import append
 from support.plans import each
+from support.recording import RecordingStorage, intervals_of
 from support.specreader import page
-from tracker.recording import RecordingStorage, intervals_of
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan, Write

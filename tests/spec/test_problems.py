@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.kinds import READ_KINDS
 from support.problem_images import IDS, broken, cut_directory, repeated, snapshot_table
 from support.spec_image import (
     BEHIND,
@@ -28,7 +29,8 @@ from support.spec_image import (
 
 import qcow2bm
 from qcow2bm.errors import FormatError
-from qcow2bm.problems import DATA, ENTRY, KINDS, TABLE
+from qcow2bm.problem_kinds import KINDS
+from qcow2bm.problems import DATA, ENTRY, TABLE
 
 SOUND = ["valid", "valid", "inconsistent"]
 BREAKS_ALL = {
@@ -53,7 +55,7 @@ def statuses(opened: qcow2bm.Image) -> list[str]:
 
 
 def test_every_problem_can_be_provoked() -> None:
-    assert set(IDS) == KINDS.keys()
+    assert set(IDS) == READ_KINDS.keys()
 
 
 def test_the_image_to_be_broken_is_sound() -> None:

@@ -108,10 +108,10 @@ def test_the_image_that_does_not_boot(folder: Path) -> None:
 
 
 def test_messages_of_qemu_are_those_of_the_problems() -> None:
-    from qcow2bm.problems import KINDS
+    from support.kinds import READ_KINDS
 
     text = README.read_text(encoding="utf-8")
-    known = {kind.qemu_message for kind in KINDS.values() if kind.qemu_message}
+    known = {kind.qemu_message for kind in READ_KINDS.values() if kind.qemu_message}
     section = text.partition("## My VM does not boot")[2].partition("\n## ")[0]
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     quoted = [message for cell in cells for message in cell.split("`")[1::2]]

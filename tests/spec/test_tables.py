@@ -7,14 +7,13 @@ import ast
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import pytest
 from support.specreader import Table, page, pages
 
 from qcow2bm import problems
 from qcow2bm.bitmaps import status
-from qcow2bm.checking.meanings import MEANINGS
 from qcow2bm.cli import arguments, check, console, grammar, report, rescue_arguments
 from qcow2bm.format import (
     bitmap_table,
@@ -31,6 +30,7 @@ from qcow2bm.format import (
     undo_file,
 )
 from qcow2bm.format.schema import bit_masks
+from qcow2bm.problem_kinds import KINDS
 from qcow2bm.storage import locks
 
 FIELD_TABLES: dict[tuple[str, str], Any] = {
@@ -213,17 +213,25 @@ def test_problem_ids() -> None:
             text = row["what it means, and what to do"]
             meanings[row["id"]] = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text)
             assert meanings[row["id"]].endswith(".")
-            stated[row["id"]] = problems.Kind(
+            stated[row["id"]] = (
                 found.heading.lower(),
                 row["field"],
-                cast(problems.Severity, severity),
+                severity,
                 row["QEMU says"] or None,
                 bool(kept),
             )
-    kinds = problems.KINDS | problems.CHECKED_KINDS
-    expected = {id: kind._replace(structure=kind.structure.lower()) for id, kind in kinds.items()}
+    expected = {
+        id: (
+            kind.structure.lower(),
+            kind.field,
+            kind.severity,
+            kind.qemu_message,
+            kind.keeps_status,
+        )
+        for id, kind in KINDS.items()
+    }
     assert stated == expected
-    assert meanings == MEANINGS
+    assert meanings == {id: kind.meaning for id, kind in KINDS.items()}
 
 
 def test_lock_bytes() -> None:

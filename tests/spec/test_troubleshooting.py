@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from support.kinds import CHECKED_KINDS
 from support.specreader import SPEC, page
 
 from qcow2bm.cli.grammar import root
-from qcow2bm.problems import CHECKED_KINDS, KINDS
+from qcow2bm.problem_kinds import KINDS
 
-ALL = {**KINDS, **CHECKED_KINDS}
 TABLES = [table for table in page("troubleshooting.md").tables if "problems" in table.columns]
 
 
 def test_every_message_leads_to_all_its_problems() -> None:
     expected = defaultdict(list)
-    for id, kind in ALL.items():
+    for id, kind in KINDS.items():
         if kind.qemu_message:
             expected[kind.qemu_message].append(id)
     found = {row["QEMU says"]: row["problems"] for table in TABLES for row in table.rows}
@@ -29,11 +29,11 @@ def test_what_is_under_a_heading_belongs_there() -> None:
         for table in TABLES
     }
     assert set(of["qemu-img check complains"]) <= CHECKED_KINDS.keys()
-    assert {ALL[id].severity for id in of["It starts, with a warning"]} == {"leak"}
+    assert {KINDS[id].severity for id in of["It starts, with a warning"]} == {"leak"}
     for id in of["It does not start, and the header is at fault"]:
-        assert ALL[id].structure in ("header", "header extension", "snapshot table")
+        assert KINDS[id].structure in ("header", "header extension", "snapshot table")
     for id in of["It does not start, and bitmaps are at fault"]:
-        assert "bitmap" in ALL[id].structure or "bitmaps" in id
+        assert "bitmap" in KINDS[id].structure or "bitmaps" in id
 
 
 def test_the_commands_it_names_are_there() -> None:

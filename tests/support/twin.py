@@ -1,7 +1,7 @@
-"""What edits are to do, said again with one bool for each granule; and images to do them on.
+"""Images that QEMU made, each together with what must be in it.
 
-A `Twin` is an image together with what must be in it: the bitmaps, as `Expected`, and what the
-guest reads, as a raw file. Whoever changes the image, this library or QEMU, changes the twin alike.
+A `Twin` has an image, a model of the image's bitmaps, and a raw file with what the guest reads.
+Each change of the image, by this library or by QEMU, is made to the model and the raw file as well.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from support.model import Bitmaps
 from support.qemu import Disk, StorageDaemon, run, run_ok
 
 import qcow2bm
@@ -26,153 +23,8 @@ from qcow2bm.storage.interface import WritableStorage
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 SECTOR = 512
 
-Bools = NDArray[np.bool_]
 Step = tuple[str, tuple[Any, ...]]
 """An operation of `qcow2bm.Edit`, which `Bitmaps` has too, and its arguments."""
-
-OPERATIONS: dict[str, Callable[[Bools, Bools], Bools]] = {
-    "or": np.logical_or,
-    "and": np.logical_and,
-    "xor": np.logical_xor,
-    "subtract": lambda mine, theirs: mine & ~theirs,
-}
-
-
-class Expected:
-    """One bitmap as it must be."""
-
-    def __init__(self, size: int, granularity: int, *, auto: bool = True) -> None:
-        self.size, self.granularity, self.auto = size, granularity, auto
-        self.dirty: Bools = np.zeros(-(-size // granularity), np.bool_)
-
-    def at(self, granularity: int) -> Bools:
-        """The bits at another granularity: dirty is what touches anything dirty."""
-        count = -(-self.size // granularity)
-        if granularity <= self.granularity:
-            return np.repeat(self.dirty, self.granularity // granularity)[:count]
-        factor = granularity // self.granularity
-        whole = np.zeros(count * factor, np.bool_)
-        whole[: len(self.dirty)] = self.dirty
-        coarser: Bools = whole.reshape(count, factor).max(axis=1)
-        return coarser
-
-    def merge(self, source: Expected, op: str) -> None:
-        """Combines at the finer granularity of the two."""
-        finest = Expected(self.size, min(self.granularity, source.granularity))
-        mine, theirs = self.at(finest.granularity), source.at(finest.granularity)
-        finest.dirty = OPERATIONS[op](mine, theirs)
-        self.dirty = finest.at(self.granularity)
-
-    def set(self, start: int, length: int) -> None:
-        """Dirties every granule the range touches."""
-        if length:
-            self.dirty[start // self.granularity : -(-(start + length) // self.granularity)] = True
-
-    def reset(self, start: int, length: int) -> None:
-        """Cleans every granule that lies in the range, as far as it lies on the disk."""
-        end = start + length
-        stop = len(self.dirty) if end == self.size else end // self.granularity
-        self.dirty[-(-start // self.granularity) : max(stop, 0)] &= not length
-
-    def resize(self, size: int) -> None:
-        """As QEMU resizes: what is new is clean."""
-        old, self.size = self.dirty, size
-        self.dirty = np.zeros(-(-size // self.granularity), np.bool_)
-        common = min(len(old), len(self.dirty))
-        self.dirty[:common] = old[:common]
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the bits as QEMU keeps them: in 64-bit words, at least one."""
-        packed = np.packbits(self.dirty, bitorder="little").tobytes()
-        words = max(1, -(-len(self.dirty) // 64))
-        return sha256(packed.ljust(8 * words, b"\0")).hexdigest()
-
-    @property
-    def extents(self) -> list[tuple[int, int]]:
-        """The dirty (start, length) in guest bytes, cut at the disk's end."""
-        edges = np.flatnonzero(np.diff(self.dirty, prepend=False, append=False))
-        ends = np.minimum(edges * self.granularity, self.size).reshape(-1, 2).tolist()
-        return [(start, stop - start) for start, stop in ends]
-
-
-class Bitmaps:
-    """The bitmaps of an image as they must be, with the operations of `qcow2bm.Edit`."""
-
-    def __init__(self, size: int, default_granularity: int) -> None:
-        self.size = size
-        self._default = default_granularity
-        self.by_name: dict[str, Expected] = {}
-
-    def __getitem__(self, name: str) -> Expected:
-        return self.by_name[name]
-
-    def add(self, name: str, granularity: int | None = None, enabled: bool = True) -> None:
-        assert name not in self.by_name
-        self.by_name[name] = Expected(self.size, granularity or self._default, auto=enabled)
-
-    def remove(self, name: str) -> None:
-        del self.by_name[name]
-
-    def remove_all(self) -> None:
-        self.by_name.clear()
-
-    def clear(self, name: str) -> None:
-        self[name].dirty[:] = False
-
-    def enable(self, name: str) -> None:
-        self[name].auto = True
-
-    def disable(self, name: str) -> None:
-        self[name].auto = False
-
-    def rename(self, name: str, new_name: str) -> None:
-        self.by_name = {new_name if n == name else n: b for n, b in self.by_name.items()}
-
-    def copy(self, name: str, new_name: str, granularity: int | None = None) -> None:
-        source = self[name]
-        self.add(new_name, granularity or source.granularity, source.auto)
-        self[new_name].merge(source, "or")
-
-    def set(self, name: str, start: int, length: int) -> None:
-        self[name].set(start, length)
-
-    def reset(self, name: str, start: int, length: int) -> None:
-        self[name].reset(start, length)
-
-    def set_many(self, name: str, ranges: list[tuple[int, int]]) -> None:
-        for start, length in ranges:
-            self.set(name, start, length)
-
-    def reset_many(self, name: str, ranges: list[tuple[int, int]]) -> None:
-        for start, length in ranges:
-            self.reset(name, start, length)
-
-    def invert(self, name: str) -> None:
-        self[name].dirty ^= True
-
-    def merge(self, target: str, source: str, op: str = "or") -> None:
-        self[target].merge(self[source], op)
-
-    def guest_writes(self, start: int, length: int) -> None:
-        """What a write of the guest does to all that record."""
-        for bitmap in self.by_name.values():
-            if bitmap.auto:
-                bitmap.set(start, length)
-
-    def resize(self, size: int) -> None:
-        """What QEMU does to all of them when the disk is resized."""
-        self.size = size
-        for bitmap in self.by_name.values():
-            bitmap.resize(size)
-
-    @property
-    def listed(self) -> list[dict[str, object]]:
-        """What qemu-img info is to list, in the order of the directory."""
-        return [
-            {"flags": ["auto"] * b.auto, "name": name, "granularity": b.granularity}
-            for name, b in self.by_name.items()
-        ]
 
 
 def do(target: Disk | WritableStorage, *steps: Step) -> None:

@@ -10,7 +10,7 @@ import pytest
 from support.audit import Audit
 from support.images import ONES, Built, Stored, build_image
 from support.interrupted_edits import EDITS
-from tracker.recording import (
+from support.recording import (
     Place,
     RecordingStorage,
     cover,

@@ -19,7 +19,7 @@ from support.audit import Audit
 from support.faulty_storage import Fault, FaultyStorage
 from support.images import ZEROES, Stored, Word, build_image
 from support.interrupted_edits import EDITS
-from tracker.recording import Place, cover, stored_bits
+from support.recording import Place, cover, stored_bits
 
 import qcow2bm
 from qcow2bm.errors import CommitError, Qcow2BmError, StateError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.faulty_storage import FaultyStorage
 from support.images import Stored, build_image, extension
-from tracker.recording import RecordingStorage
+from support.recording import RecordingStorage
 
 import qcow2bm
 from qcow2bm.errors import (

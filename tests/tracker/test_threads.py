@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from support.images import Stored, build_image
-from tracker.recording import Octets, Place, RecordingStorage, cover, stored_bits
+from support.recording import Octets, Place, RecordingStorage, cover, stored_bits
 
 import qcow2bm
 from qcow2bm.bitmaps.tracked_store import TrackedStore
