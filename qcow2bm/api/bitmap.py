@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
-from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT
+from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT, why_not_found
 from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, Status
 from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
 from qcow2bm.errors import (
     BitmapBrokenError,
     BitmapInconsistentError,
+    BitmapNotFoundError,
     BitmapStaleError,
     StateError,
 )
@@ -28,8 +31,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.api.image import Image
-
 
 class Bitmap:
     """One bitmap of an image.
@@ -39,22 +40,23 @@ class Bitmap:
     writes. `stale_bits` is the one way to see the bits of any other.
     """
 
-    def __init__(self, image: Image, entry: DirectoryEntry, revision: int) -> None:
+    def __init__(self, opened: OpenImage, entry: DirectoryEntry, revision: int) -> None:
         """Made by `Image.bitmaps` and `Image.bitmap`."""
-        self._owner = image
+        self._opened = opened
         self._entry = entry
         self._revision = revision
 
     def __repr__(self) -> str:
         entry = self._entry
-        return f"<qcow2bm.Bitmap {entry.index} {entry.name!r} of {self._owner.name!r}>"
+        return f"<qcow2bm.Bitmap {entry.index} {entry.name!r} of {self._opened.name!r}>"
 
     @property
-    def _image(self) -> Image:
-        if self._revision != self._owner._revision:
+    def _image(self) -> OpenImage:
+        """The image, if nothing has outdated this Bitmap; raises `StateError` otherwise."""
+        if self._revision != self._opened.revision:
             subject = f'the Bitmap "{escape(self._entry.name or "")}"'
             raise StateError("outdated by a commit", "looked up again", subject)
-        return self._owner
+        return self._opened
 
     @property
     def entry(self) -> DirectoryEntry:
@@ -90,7 +92,7 @@ class Bitmap:
     @property
     def disk_size(self) -> int:
         """The size of the disk in bytes."""
-        return self._image.virtual_size
+        return self._image.file.virtual_size
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -122,7 +124,9 @@ class Bitmap:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """The problems of this bitmap alone; raises as `Image.problems` does."""
-        return self._image._problems_of(self.index)
+        image = self._image
+        image.survey()  # asks the storage whether the image has changed
+        return image.metadata.problems_of(self.index)
 
     @property
     def status(self) -> Status:
@@ -202,8 +206,7 @@ class Bitmap:
     @property
     def has_stale_bits(self) -> bool:
         """Whether `stale_bits` has a table to read."""
-        self._image._require_open()
-        return has_readable_table(self.entry, self._image._file)
+        return has_readable_table(self.entry, self._image.file)
 
     @property
     def _label(self) -> str:
@@ -211,15 +214,15 @@ class Bitmap:
         return f"@{self.index}" if self.entry.name is None else self.entry.name
 
     def _table(self) -> Table | None:
-        return self._image._tables().tables[self.index]
+        return self._image.survey().tables[self.index]
 
     def _judge(self) -> tuple[Status, str]:
         image = self._image
-        image._tables()  # asks whether the image is still what it was
-        image._verify(self.entry)
-        return image._metadata.status_of(self.entry)
+        image.survey()  # asks the storage whether the image has changed
+        image.verify(self.entry)
+        return image.metadata.status_of(self.entry)
 
-    def _require_valid(self) -> None:
+    def require_valid(self) -> None:
         """Returns if `status` is "valid"; raises as `count` does."""
         self._bits()
 
@@ -233,10 +236,51 @@ class Bitmap:
         table = self._table()
         if status == BROKEN or not table:
             raise BitmapBrokenError(name, f"is broken: {reason}")
-        return BitReader(self._image._file, self.entry, table.fingerprint)
+        return BitReader(self._image.file, self.entry, table.fingerprint)
 
     def _stale(self) -> BitReader:
-        file = self._image._file
+        file = self._image.file
         if not self.has_stale_bits:
             raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
         return BitReader(file, self.entry, None, dirty_where_unknown=True)
+
+
+class BitmapMapping(Mapping[str, Bitmap]):
+    """The bitmaps of an image by name, in the order of the directory.
+
+    Entries that share a name, or whose name cannot be read, are only in `Image.directory`.
+    """
+
+    def __init__(self, opened: OpenImage) -> None:
+        """Takes the entries that were read last."""
+        self._opened = opened
+        metadata, self._revision = opened.loaded
+        entries = metadata.directory.entries
+        names = Counter(entry.name for entry in entries)
+        self._entries = {
+            entry.name: entry
+            for entry in entries
+            if entry.name is not None and names[entry.name] == 1
+        }
+
+    def __getitem__(self, name: str) -> Bitmap:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BitmapNotFoundError(str(name), self._why_not(name))
+        return Bitmap(self._opened, entry, self._revision)
+
+    def _why_not(self, name: object) -> str:
+        entries = self._opened.metadata.directory.entries
+        same = [f"@{entry.index}" for entry in entries if entry.name == name]
+        if same:
+            return f"is the name of several entries: {', '.join(same)}"
+        return why_not_found(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bitmaps of <qcow2bm.Image {self._opened.name!r}>>"

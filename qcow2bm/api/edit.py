@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.api.bitmap import Bitmap, BitmapMapping
+from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bits.operations import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
-from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
+from qcow2bm.errors import BitmapError, StateError
 from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import ceil_div, escape
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.api.image import Image
     from qcow2bm.bitmaps.draft import Draft, Ranges
     from qcow2bm.bitmaps.draft_bits import PackedSource
 
@@ -28,26 +28,26 @@ class Edit:
     anything is written. Sizes and ranges are in guest bytes.
     """
 
-    def __init__(self, image: Image, *, dry_run: bool) -> None:
+    def __init__(self, opened: OpenImage, *, dry_run: bool) -> None:
         """See `Image.edit`."""
         from qcow2bm.bitmaps.draft import Draft
         from qcow2bm.bitmaps.editable import require_editable
 
-        self._image = image
+        self._opened = opened
         self._dry_run = dry_run
-        require_editable(image._metadata)
-        self._open_draft = Draft(image._metadata)
-        self._revision = image._revision
+        require_editable(opened.metadata)
+        self._open_draft = Draft(opened.metadata)
+        self._revision = opened.revision
         self._state = "not begun"
         self._intact_bitmaps: frozenset[int] | None = None
 
     def __enter__(self) -> Edit:
         if self._state != "not begun":
             raise StateError(self._state, "begun anew with Image.edit", "the edit")
-        self._image._require_idle()
-        if self._revision != self._image._revision:
+        self._opened.require_idle()
+        if self._revision != self._opened.revision:
             raise StateError("edited since", "asked for an edit afterwards")
-        self._image._edit = self
+        self._opened.begin("being edited")
         self._state = "going on"
         return self
 
@@ -61,31 +61,26 @@ class Edit:
             if kind is None and not self._dry_run:
                 self._commit(self.plan())
         finally:
-            self._image._edit = None
+            self._opened.end()
             self._state = "finished"
 
     @property
     def _draft(self) -> Draft:
         if self._state != "going on":
             raise StateError(self._state, "inside its with block", "the edit")
-        self._image._require_open()
+        self._opened.require_open()
         return self._open_draft
 
     def _commit(self, plan: Plan) -> None:
-        image, storage = self._image, self._image._writable
-        if not plan.steps or not storage:
+        opened = self._opened
+        if not plan.steps or not opened.guard:
             return
         try:
-            execute(plan, storage, image.file_size)
+            execute(plan, opened.guard, opened.file.file_size)
         except BaseException:
-            image._leave("in doubt after a failed commit", "opened again")
+            opened.leave("in doubt after a failed commit", "opened again")
             raise
-        image._file.close()
-        image._revision += 1
-        try:
-            image._load()
-        except Qcow2BmError:  # what was to be done is done
-            image._leave("unreadable after a commit", "opened again")
+        opened.reload("unreadable after a commit")
 
     def plan(self) -> Plan:
         """What a commit would do now: every write and every barrier, in order.
@@ -99,13 +94,14 @@ class Edit:
         """
         from qcow2bm.bitmaps.commit import plan_commit
 
-        image, storage = self._image, self._image._storage
+        opened, storage = self._opened, self._opened.storage
         capacity = storage.capacity() if isinstance(storage, WritableStorage) else None
         try:
-            return plan_commit(image._metadata, self._draft, capacity)
+            draft = self._draft
+            return plan_commit(opened.metadata, draft, capacity)
         finally:  # what another process changed meanwhile must not pass for damage
-            with image._file.lock():
-                image._metadata.verify()
+            with opened.lock():
+                opened.metadata.verify()
 
     @property
     def names(self) -> list[str]:
@@ -238,7 +234,7 @@ class Edit:
             raise TypeError(f"source is a name or a Bitmap, not {type(source).__name__}")
         from qcow2bm.bitmaps.draft_bits import PackedSource
 
-        size, own_size = source._image.virtual_size, self._image.virtual_size
+        size, own_size = source.disk_size, self._opened.file.virtual_size
         if size != own_size:
             reason = f"belongs to a disk of {size} bytes, but this one has {own_size}"
             raise BitmapError(source.name, reason)
@@ -311,13 +307,13 @@ class Edit:
         granularity = self._draft.salvageable(name)
         source = None if packed is None else self._source(name, granularity, packed)
         intact = self._intact()
-        is_intact = self._image.bitmaps[name].index in intact
+        is_intact = BitmapMapping(self._opened)[name].index in intact
         if not is_intact and (trust_stored or not self._draft.is_stale):
             reason = "shares clusters with others by now, or has lost them, or its table is damaged"
             raise BitmapError(name, f"{reason}: see what check says of it")
         if self._draft.is_stale:
             self._draft.revive(intact)  # after which each has a table that is its own
-            self._intact_bitmaps = frozenset(range(len(self._image.directory)))
+            self._intact_bitmaps = frozenset(range(len(self._opened.metadata.directory.entries)))
         self._draft.salvage(name, trusts_stored=trust_stored)
         if source:
             self._draft.clear(name)
@@ -328,8 +324,8 @@ class Edit:
         if self._intact_bitmaps is None:
             from qcow2bm.checking.salvage import intact_bitmaps
 
-            with self._image._file.lock():
-                self._intact_bitmaps = intact_bitmaps(self._image._storage)
+            with self._opened.lock():
+                self._intact_bitmaps = intact_bitmaps(self._opened.storage)
         return self._intact_bitmaps
 
     def _source(
@@ -343,7 +339,7 @@ class Edit:
 
         from qcow2bm.bitmaps.draft_bits import PackedSource
 
-        size, octets = self._image.virtual_size, np.frombuffer(packed, np.uint8)
+        size, octets = self._opened.file.virtual_size, np.frombuffer(packed, np.uint8)
         length = ceil_div(ceil_div(size, granularity), 8)
         if len(octets) != length:
             reason = f"has {len(octets)} bytes of bits, must have {length} for a disk of {size}"

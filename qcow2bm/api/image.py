@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
-from qcow2bm.bitmaps.directory import verify_directory, verify_entry
-from qcow2bm.bitmaps.entries import why_not_found
-from qcow2bm.bitmaps.metadata import Metadata
+from qcow2bm.api.open_image import Loaded, OpenImage
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.bitmaps.tables import Survey
-from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError, StateError
+from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.extensions import DATA_FILE, BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
-from qcow2bm.storage.interface import Storage, WritableStorage
 from qcow2bm.storage.sources import open_source, open_writable
-from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.units import decode_name
 
 if TYPE_CHECKING:
@@ -73,10 +66,14 @@ def open(
         raise ValueError("locking is for mode 'r+'; to read without locks use force_share")
     if mode == "r":
         storage = open_source(source, lock_timeout)
-        image = Image(storage, storage is not source, force_share)
+        opened = OpenImage(storage, is_owner=storage is not source, force_share=force_share)
     else:
         writable = open_writable(source, locking=locking)
-        image = Image(writable, writable is not source, False, writable, lock_timeout)
+        is_owner = writable is not source
+        opened = OpenImage(
+            writable, is_owner=is_owner, writable=writable, lock_timeout=lock_timeout
+        )
+    image = Image(opened)
     if strict:
         try:
             image.raise_first_problem()
@@ -84,19 +81,6 @@ def open(
             image.close()
             raise
     return image
-
-
-class _Gone:
-    """Stands in for what an Image no longer has."""
-
-    def __init__(self, state: str, required: str) -> None:
-        self._error = state, required
-
-    def close(self) -> None:
-        """May be called twice."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise StateError(*self._error)
 
 
 class Image:
@@ -107,44 +91,25 @@ class Image:
 
     Attributes:
         name: the path, or what else the storage calls itself.
-        bitmaps: the bitmaps by name; made anew by every commit, after which a `Bitmap` from
-            before raises `StateError`.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        is_owner: bool,
-        force_share: bool = False,
-        writable: WritableStorage | None = None,
-        lock_timeout: float = 0,
-    ) -> None:
-        """See `open`; ``writable`` is the storage once more if it is to be edited."""
-        self.name = storage.name
-        self._writable = WriteGuard(writable) if writable else None
-        self._storage: Storage = self._writable or storage
-        self._force_share = force_share
-        self._edit: Edit | None = None
-        self._tracker: Tracker | None = None
-        self._revision = 0
-        self._opened = ExitStack()
-        if is_owner:
-            self._opened.callback(storage.close)
-        try:
-            if self._writable:
-                self._opened.callback(self._writable.release)
-                self._writable.acquire(lock_timeout)
-            self._load()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, opened: OpenImage) -> None:
+        """See `open`."""
+        self.name = opened.name
+        self._opened = opened
+        self._bitmaps: tuple[Loaded, BitmapMapping] | None = None
 
-    def _load(self) -> None:
-        """Reads header and directory, and makes `bitmaps`."""
-        self._metadata = Metadata.load(self._storage, force_share=self._force_share)
-        self._file = self._metadata.file
-        self._directory = self._metadata.directory
-        self.bitmaps: Mapping[str, Bitmap] = _Bitmaps(self)
+    @property
+    def bitmaps(self) -> Mapping[str, Bitmap]:
+        """The bitmaps by name, in the order of the directory.
+
+        Bitmaps that share a name, or whose name cannot be read, are only in `directory`. Every
+        commit makes the mapping anew; a `Bitmap` from before raises `StateError`.
+        """
+        loaded = self._opened.loaded
+        if not self._bitmaps or self._bitmaps[0] is not loaded:
+            self._bitmaps = loaded, BitmapMapping(self._opened)
+        return self._bitmaps[1]
 
     def __enter__(self) -> Image:
         return self
@@ -164,104 +129,92 @@ class Image:
         return f"<qcow2bm.Image {self.name!r}>"
 
     def close(self) -> None:
-        """Closes what `open` opened. May be called twice."""
-        if self._tracker:
-            self._tracker.abandon()  # without the locks nothing may be written
-        self._leave("closed", "open")
+        """Closes what `open` opened; abandons tracking that goes on. May be called twice."""
         self._opened.close()
-
-    def _leave(self, state: str, required: str) -> None:
-        """Lets nothing read the image as it was."""
-        if hasattr(self, "_file"):
-            self._file.close()
-        self._file = _Gone(state, required)  # type: ignore[assignment]
 
     @property
     def header(self) -> Header:
         """The fixed header, fields under their names in the specification."""
-        return self._file.header
+        return self._opened.file.header
 
     @property
     def version(self) -> int:
         """The version of qcow2, 2 or 3."""
-        return self._file.header.version
+        return self._opened.file.header.version
 
     @property
     def virtual_size(self) -> int:
         """The size of the disk in bytes, whole sectors as QEMU counts it."""
-        return self._file.virtual_size
+        return self._opened.file.virtual_size
 
     @property
     def cluster_size(self) -> int:
         """The size of a cluster in bytes."""
-        return self._file.cluster_size
+        return self._opened.file.cluster_size
 
     @property
     def file_size(self) -> int:
         """The size of the image file in bytes, when it was opened."""
-        return self._file.file_size
+        return self._opened.file.file_size
 
     @property
     def refcount_bits(self) -> int | None:
         """The width of a refcount in bits; None where the header says nonsense."""
-        header = self._file.header
+        header = self._opened.file.header
         return header.refcount_bits if header.refcount_order <= MAX_REFCOUNT_ORDER else None
 
     @property
     def backing_file(self) -> str | None:
         """The name of the backing file as the header has it; never opened."""
-        return self._file.backing_file
+        return self._opened.file.backing_file
 
     @property
     def used_header(self) -> bytes:
         """The bytes of the header, its extensions and the name of the backing file, as read."""
-        return self._file.used_header
+        return self._opened.file.used_header
 
     @property
     def data_file(self) -> str | None:
         """The name of the data file as the header has it; never opened."""
-        found = self._file.find(DATA_FILE)
+        found = self._opened.file.find(DATA_FILE)
         return decode_name(found.data) if found else None
 
     @property
     def has_data_file(self) -> bool:
         """Whether guest data are in a file of their own, which is never opened here."""
-        return bool(self._file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
+        return bool(self._opened.file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
 
     @property
     def has_raw_data_file(self) -> bool:
         """Whether they are there as on a raw disk."""
-        autoclear = self._file.header.autoclear_features
+        autoclear = self._opened.file.header.autoclear_features
         return self.has_data_file and bool(autoclear & AUTOCLEAR_RAW_DATA_FILE)
 
     def features(self, kind: str) -> tuple[Feature, ...]:
         """The feature bits that are set; ``kind``: "incompatible", "compatible", "autoclear"."""
-        return self._file.features(kind)
+        return self._opened.file.features(kind)
 
     @property
     def extensions(self) -> tuple[tuple[int, HeaderExtension], ...]:
         """The header extensions in order, each with the host offset of its head."""
-        area = self._file.area
-        offsets = area.offsets(self._file.extensions_offset)
+        area = self._opened.file.area
+        offsets = area.offsets(self._opened.file.extensions_offset)
         return tuple(zip(offsets, area.extensions, strict=True))
 
     @property
     def bitmaps_extension(self) -> BitmapsExtension | None:
         """The bitmaps extension; None where there is none, or one of the wrong length."""
-        self._require_open()
-        return self._directory.extension
+        return self._opened.metadata.directory.extension
 
     @property
     def is_consistent(self) -> bool:
         """Whether the autoclear bit of the bitmaps is set: without it they are outdated."""
-        self._require_open()
-        return self._directory.is_consistent
+        return self._opened.metadata.directory.is_consistent
 
     @property
     def directory(self) -> tuple[DirectoryEntry, ...]:
         """All bitmap directory entries in order, broken ones included."""
-        self._require_open()
-        return self._directory.entries
+        return self._opened.metadata.directory.entries
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -275,8 +228,8 @@ class Image:
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
-        self._tables()
-        return self._metadata.problems
+        self._opened.survey()  # asks the storage whether the image has changed
+        return self._opened.metadata.problems
 
     def check(self) -> Check:
         """Follows every reference in the image, and compares them with the refcounts.
@@ -290,10 +243,11 @@ class Image:
         """
         from qcow2bm.checking.check import check
 
-        self._tables()
-        with self._file.lock():
-            checked = check(self._file, self._directory)
-            verify_directory(self._file, self._directory)
+        self._opened.survey()
+        metadata = self._opened.metadata
+        with self._opened.lock():
+            checked = check(metadata.file, metadata.directory)
+            metadata.verify()
         return checked
 
     def bitmap(self, index: int) -> Bitmap:
@@ -304,7 +258,7 @@ class Image:
         """
         if not 0 <= index < len(self.directory):
             raise BitmapNotFoundError(f"@{index}")
-        return Bitmap(self, self.directory[index], self._revision)
+        return Bitmap(self._opened, self.directory[index], self._opened.revision)
 
     def raise_first_problem(self) -> None:
         """Does nothing if the image has no problem but remarks; what ``strict`` reading does.
@@ -331,16 +285,11 @@ class Image:
             ImageLockedError, ChangedWhileReadingError: somebody else uses it, in a dry run.
             StorageError: reading failed.
         """
-        self._require_open()
-        if not self._writable and not dry_run:
+        self._opened.require_open()
+        if not self._opened.guard and not dry_run:
             raise ReadOnlyImageError()
-        self._require_idle()
-        return Edit(self, dry_run=dry_run)
-
-    def _require_idle(self) -> None:
-        if self._edit or self._tracker:
-            state = "being edited" if self._edit else "being tracked"
-            raise StateError(state, "left alone until that is done")
+        self._opened.require_idle()
+        return Edit(self._opened, dry_run=dry_run)
 
     def track(
         self,
@@ -373,67 +322,31 @@ class Image:
             CommitError: a write or barrier failed.
             FormatError, UnsupportedError, LimitError, StorageError: as `edit` and a commit do.
         """
-        from qcow2bm.api.track import begin
+        from qcow2bm.api.track import begin  # loads numpy
 
-        self._require_open()
-        if not self._writable:
+        self._opened.require_open()
+        if not self._opened.guard:
             raise ReadOnlyImageError()
-        self._require_idle()
-        return begin(self, names, others, reserve=reserve, generation=generation)
+        self._opened.require_idle()
+        return begin(self._opened, names, others, reserve=reserve, generation=generation)
 
-    def _problems_of(self, index: int) -> tuple[Problem, ...]:
-        self._tables()  # asks whether the image is still what it was
-        return self._metadata.problems_of(index)
+    def bitmaps_to_track(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        others: Literal["refuse", "mark-in-use"] = "refuse",
+    ) -> list[Bitmap]:
+        """Returns the bitmaps that `track` would track with these arguments; nothing is written.
 
-    def _verify(self, entry: DirectoryEntry) -> None:
-        """Looks at a stored entry again where the storage does not tell of writes."""
-        if not self._file.is_watched and entry.name_bytes is not None:
-            with self._file.lock():
-                verify_entry(self._file, entry)
+        An image open for reading will do.
 
-    def _require_open(self) -> None:
-        self._file.header  # noqa: B018  # raises StateError where the image is closed
+        Raises:
+            BitmapError: as `track` does.
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        from qcow2bm.api.track import choose  # loads numpy
 
-    def _tables(self) -> Survey:
-        self._require_open()
-        found = self._metadata.survey
-        self._file.verify_untouched()
-        return found
-
-
-class _Bitmaps(Mapping[str, "Bitmap"]):
-    """The bitmaps that can be told by name, in the order of the directory.
-
-    Entries that share a name, or whose name cannot be read, are only in `Image.directory`.
-    """
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._revision = image._revision
-        names = Counter(entry.name for entry in image.directory)
-        self._entries = {
-            entry.name: entry
-            for entry in image.directory
-            if entry.name is not None and names[entry.name] == 1
-        }
-
-    def __getitem__(self, name: str) -> Bitmap:
-        entry = self._entries.get(name)
-        if entry is None:
-            raise BitmapNotFoundError(str(name), self._why_not(name))
-        return Bitmap(self._image, entry, self._revision)
-
-    def _why_not(self, name: object) -> str:
-        same = [f"@{entry.index}" for entry in self._image.directory if entry.name == name]
-        if same:
-            return f"is the name of several entries: {', '.join(same)}"
-        return why_not_found(self)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} bitmaps of {self._image!r}>"
+        chosen, _ = choose(self._opened, names, others)
+        return chosen

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from qcow2bm.api import open as open_image
-from qcow2bm.api.track import choose
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.identity_map import require_identity_map
 from qcow2bm.errors import StorageError, UnsupportedError
@@ -40,7 +39,7 @@ def check(
         opened.callback(data_file.close)
         with data_file.read_lock(), storage.read_lock():
             require_servable(storage, data_file)
-        choose(opened.enter_context(open_image(storage)), names, others)
+        opened.enter_context(open_image(storage)).bitmaps_to_track(names, others=others)
 
 
 def require_servable(image: Storage, data: Storage) -> int:
