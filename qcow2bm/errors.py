@@ -58,8 +58,7 @@ _HINTS: dict[Hint, str] = {
     "remove-all": "remove all bitmaps with Edit.remove_all",
     "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with Edit.remove_all",
     "unlocked": "read it without locks with force_share=True",
-    "unlocked-write": "if you know that no other process uses it, write without locks with "
-    "locking=False",
+    "unlocked-write": "if no other process uses it, write without locks with locking=False",
 }
 
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.migration.stream_bitmaps import MAX_BYTES, StreamBitmap, StreamBitmaps, read_stream
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 
 if TYPE_CHECKING:
     from qcow2bm.api.bitmap import Bitmap
 
 __all__ = [
     "MAX_BYTES",
-    "Outgoing",
+    "OutgoingBitmap",
     "SavedBitmap",
     "StreamBitmap",
     "StreamBitmaps",
@@ -55,7 +55,7 @@ def read(pieces: Iterable[bytes], limit_bytes: int = MAX_BYTES) -> StreamBitmaps
     return read_stream(pieces, limit_bytes)
 
 
-def outgoing(bitmap: Bitmap, node_alias: str, *, persistent: bool = True) -> Outgoing:
+def outgoing(bitmap: Bitmap, node_alias: str, *, persistent: bool = True) -> OutgoingBitmap:
     """Returns a bitmap of an image as `write` takes it.
 
     Args:
@@ -67,12 +67,12 @@ def outgoing(bitmap: Bitmap, node_alias: str, *, persistent: bool = True) -> Out
         As `Bitmap.packed` does.
     """
     bits = bitmap.packed().data
-    return Outgoing(
+    return OutgoingBitmap(
         node_alias, bitmap.name, bitmap.granularity, bitmap.auto, persistent, bits, bitmap.disk_size
     )
 
 
-def write(bitmaps: Iterable[Outgoing], machine: str | None) -> Iterator[bytes]:
+def write(bitmaps: Iterable[OutgoingBitmap], machine: str | None) -> Iterator[bytes]:
     """Returns the bytes of a migration stream that carries these bitmaps and nothing else.
 
     A machine that takes in the stream with ``-incoming`` gets no memory and no device state: the

@@ -1,4 +1,4 @@
-"""Set algebra of packed bits, and rescaling them to another granularity, with numpy.
+"""Set operations on packed bits, rescaling to another granularity, and masks of ranges, with numpy.
 
 *Spec*: spec/edit.md, "Set algebra".
 """
@@ -17,12 +17,15 @@ Octets = NDArray[np.uint8]
 
 
 def combine(op: Op, target: Octets, dirty: Octets, clean: Octets | None) -> Octets:
-    """The bits of ``target`` after an operation with a source, uint8[n] like it.
+    """Returns the bits of ``target`` after an operation with a source: uint8[n] like ``target``.
 
-    ``dirty`` has a bit set where anything in the source is dirty, ``clean`` where anything in it
-    is clean; where the source is coarser or equal, one is the complement of the other, and
-    ``clean`` need not be given. So the result has every bit of which some part would be dirty if
-    the operation were done at the finer granularity of the two.
+    ``dirty`` and ``clean`` describe the source at the granularity of ``target``. A bit is set in
+    ``dirty`` if any part of its granule is dirty in the source, and in ``clean`` if any part of the
+    granule is clean in the source. If the granularity of the source is the same or coarser, each is
+    the complement of the other, and ``clean`` may be None.
+
+    *Guarantees*: if the operation at the finer granularity of the two would leave any part of a
+    granule dirty, the bit of that granule is set in the result (INV-COARSE).
     """
     if op == "or":
         return target | dirty
@@ -35,13 +38,14 @@ def combine(op: Op, target: Octets, dirty: Octets, clean: Octets | None) -> Octe
 
 
 def coarsen(bits: Octets, factor: int) -> Octets:
-    """One bit for every ``factor`` bits, set if any of them is: uint8[ceil(n / factor)].
+    """Replaces every ``factor`` bits by one bit that is set if any of them is set (INV-COARSE).
 
-    ``factor`` is a power of two; bits missing at the end count as clear (INV-COARSE).
+    ``factor`` is a power of two. The result is uint8[ceil(n / factor)]. Bits that are missing at
+    the end count as clear.
     """
     if factor == 1 or not len(bits):
         return bits
-    factor = min(factor, 8 << (len(bits) - 1).bit_length())  # all of it in one bit at most
+    factor = min(factor, 8 << (len(bits) - 1).bit_length())  # at most one bit for all
     length = -(-len(bits) // factor)
     whole = max(factor, 8)
     if len(bits) % whole:
@@ -61,9 +65,9 @@ def coarsen(bits: Octets, factor: int) -> Octets:
 
 
 def refine(bits: Octets, factor: int, length: int) -> Octets:
-    """``factor`` bits for every bit, the first ``length`` bytes of them: uint8[length].
+    """Repeats every bit ``factor`` times; returns the first ``length`` bytes: uint8[length].
 
-    ``factor`` is a power of two; there must be enough bits.
+    ``factor`` is a power of two, and ``bits`` must have enough bits for ``length`` bytes.
     """
     if factor == 1:
         return bits[:length]
@@ -78,7 +82,7 @@ def refine(bits: Octets, factor: int, length: int) -> Octets:
 
 @cache
 def _coarse_octets(factor: int) -> Octets:
-    """Of each byte, the bits it comes to when every 2 or 4 are made one."""
+    """The result of `coarsen` for each of the 256 byte values; ``factor`` is 2 or 4."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     coarse = bits.reshape(256, -1, factor).any(axis=2)
     return np.packbits(coarse, axis=1, bitorder="little")[:, 0]
@@ -86,7 +90,7 @@ def _coarse_octets(factor: int) -> Octets:
 
 @cache
 def _fine_words(factor: int) -> NDArray[np.unsignedinteger]:
-    """Of each byte, the 2, 4 or 8 bytes in which every bit stands so many times."""
+    """The result of `refine` for each of the 256 byte values; ``factor`` is 2, 4 or 8."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     fine = np.packbits(np.repeat(bits, factor, axis=1), axis=1, bitorder="little")
     words: NDArray[np.unsignedinteger] = np.ascontiguousarray(fine).view(f"u{factor}")[:, 0]
@@ -94,9 +98,9 @@ def _fine_words(factor: int) -> NDArray[np.unsignedinteger]:
 
 
 def merged(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The same ranges ascending, those that touch or overlap made one: int64[m, 2].
+    """Sorts ranges and joins ranges that touch or overlap: int64[m, 2] of (first, stop).
 
-    ``ranges`` are int64[n, 2] of (first, stop); those without content vanish.
+    ``ranges`` is int64[n, 2] of (first, stop). Empty ranges are left out.
     """
     ranges = ranges[ranges[:, 1] > ranges[:, 0]]
     if not len(ranges):
@@ -111,9 +115,9 @@ def merged(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def mask_of(ranges: NDArray[np.int64], length: int) -> Octets:
-    """Packed bits, uint8[length], set in these ranges of bits and nowhere else.
+    """Returns packed bits, uint8[length], in which exactly the bits in ``ranges`` are set.
 
-    ``ranges`` are as `merged` returns them, int64[n, 2] of (first, stop).
+    ``ranges`` is int64[n, 2] of (first, stop), as `merged` returns it.
     """
     steps = np.zeros(8 * length + 1, np.int8)
     steps[ranges[:, 0]] = 1

@@ -1,4 +1,4 @@
-"""Counting bits with numpy."""
+"""Counting set bits and edges in packed bits, with numpy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def count_bits(data: bytes | bytearray | memoryview) -> int:
-    """How many bits are set.
+    """Counts the bits that are set.
 
     *Twin*: `qcow2bm.bits.pure_python.count_bits`.
     """
@@ -17,7 +17,7 @@ def count_bits(data: bytes | bytearray | memoryview) -> int:
 
 
 def count_edges(data: bytes | bytearray | memoryview, carry: int) -> int:
-    """How many bits differ from the bit before them; before bit 0 comes ``carry``, 0 or 1.
+    """Counts the bits that differ from the bit before them; ``carry``, 0 or 1, comes before bit 0.
 
     *Twin*: `qcow2bm.bits.pure_python.count_edges`.
     """

@@ -1,4 +1,4 @@
-"""The digest by which QEMU and this library compare bitmaps.
+"""The digest with which QEMU and this library compare bitmaps.
 
 *Spec*: spec/bitmaps.md, "Bitmap data".
 """
@@ -18,10 +18,10 @@ _ZEROES = bytes(1 << 16)
 
 
 def sha256(pieces: Iterable[Buffer], bits: int) -> str:
-    """SHA-256 of so many bits as 64-bit little-endian words, at least one word, in hex.
+    """Returns the SHA-256 of ``bits`` bits as whole 64-bit little-endian words, in hex.
 
-    ``pieces`` are the packed bits in order, least significant bit first; behind them all bits are
-    clear.
+    There is at least one word, and the last word is filled up with clear bits. ``pieces`` are the
+    packed bits in order, the least significant bit first. Bits after the last piece count as clear.
     """
     digest = hashlib.sha256()
     left = 8 * max(1, ceil_div(bits, 64))

@@ -1,8 +1,8 @@
-"""From packed bits to extents, chunk by chunk, in memory that does not grow with the bitmap.
+"""Finding extents in packed bits, chunk by chunk, in memory that does not grow with the bitmap.
 
-Every place where a bit differs from the one before it is an edge. Over the whole stream of bits
-the edges are start, end, start, end, ... of the extents, so only the open start is carried from
-one chunk to the next.
+An edge is a bit that differs from the bit before it. Over the whole sequence of bits, the edges are
+the start, end, start, end, ... of the extents. So only the start of an unfinished extent is carried
+from one chunk to the next.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_BYTES = 64 << 10
-"""How many bytes of bits are unpacked at once: bounds the memory at any density."""
+"""The number of bytes to unpack at once; it bounds the memory needed for bits of any density."""
 
-_DENSE = 3  # from one byte in so many with an edge on: unpack all bytes, not only those
+_DENSE = 3  # if more than one byte in three has an edge, all bytes are unpacked
 
 
 def edges(words: NDArray[np.uint64], carry: int) -> NDArray[np.int64]:
-    """The positions of all bits that differ from the bit before them, ascending.
+    """Finds all bits that differ from the bit before them: int64[m] of their numbers, ascending.
 
-    ``words`` is uint64[n], bit 0 the least significant of the first; before it comes
-    ``carry``, 0 or 1.
+    ``words`` is uint64[n]; bit 0 is the least significant bit of the first word, and ``carry``, 0
+    or 1, comes before bit 0.
 
-    *Twin*: `qcow2bm.bits.pure_python.count_edges` counts them.
+    *Twin*: `qcow2bm.bits.pure_python.count_edges`, which only counts.
     """
     before = words << np.uint64(1)
     before[1:] |= words[:-1] >> np.uint64(63)
@@ -48,25 +48,25 @@ def _set_bits(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 class ExtentFinder:
-    """Turns a stream of bits into extents.
+    """Finds the extents in a sequence of bits that is fed chunk by chunk.
 
-    Feed the bits in order with `bits` and `constant`; each returns the extents that are
-    complete by then, and `finish` the last one. The results together are all extents, merged,
-    ascending, each in one piece: int64[n, 2] of (start, length) in guest bytes, clipped to the
-    disk.
+    The caller feeds the bits in order with `bits` and `constant`, and calls `finish` at the end.
+    Each call returns the extents that it completes: int64[n, 2] of (start, length) in guest bytes.
+
+    *Guarantees*: over all calls the extents ascend, do not touch, and lie on the disk.
     """
 
     def __init__(self, granularity: int, virtual_size: int) -> None:
-        """``granularity`` and ``virtual_size`` are in guest bytes, the latter at most 2^62."""
-        # One bit for a disk up to 2^62 bytes: what a larger one covers is clipped anyway.
+        """Takes ``granularity`` and ``virtual_size`` in guest bytes; a disk has at most 2^62."""
+        # No disk is larger than 2^62 bytes, so a coarser granularity is clipped to the disk anyway.
         self._granularity = min(granularity, 1 << 62)
         self._virtual_size = virtual_size
         self._position = 0  # bits fed so far
         self._open: int | None = None  # the bit at which an extent began that has not ended
 
     def bits(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Feeds packed bits, uint8[n] with ``n`` a multiple of 8."""
-        # Little-endian as stored; on other machines the words are swapped on the way in and out.
+        """Feeds packed bits, uint8[n], where ``n`` is a multiple of 8."""
+        # The stored words are little-endian. On a big-endian machine they are swapped twice.
         words = data.view("<u8").astype(np.uint64, copy=False)
         found = edges(words, int(self._open is not None))
         if len(found):
@@ -83,7 +83,7 @@ class ExtentFinder:
         return self._extents(np.array([position], np.int64))
 
     def finish(self) -> NDArray[np.int64]:
-        """Ends the stream: an extent still open reaches to the end of the disk."""
+        """Ends the sequence of bits; an unfinished extent ends here."""
         if self._open is None:
             return np.zeros((0, 2), np.int64)
         return self._extents(np.array([self._position], np.int64))

@@ -1,4 +1,4 @@
-"""Ranges of guest bytes as callers give them, and what can be wrong with them."""
+"""Checking ranges of guest bytes that callers give."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ if TYPE_CHECKING:
 
 
 def outside(start: int, length: int, size: int) -> ValueError:
-    """The error for a range that is not on a disk of ``size`` bytes."""
+    """The error for a range that does not lie on a disk of ``size`` bytes."""
     return ValueError(f"range {start}:{length} does not lie on the disk, which has {size} bytes")
 
 
 def checked(ranges: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The same ranges, int64[n, 2] of (start, length), of whatever type of integers they were.
+    """Checks ranges and returns them as int64[n, 2] of (start, length).
+
+    ``ranges`` may have any type of integers.
 
     Raises:
-        ValueError: they have another shape or type, or one is not on the disk of ``size`` bytes.
+        ValueError: ``ranges`` has another shape or another type, or a range does not lie on the
+            disk of ``size`` bytes.
     """
     import numpy as np
 
@@ -30,7 +33,7 @@ def checked(ranges: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         raise ValueError(f"ranges are {shape}, must be int64[n, 2]")
     bad = (ranges < 0).any(axis=1) | (ranges > size).any(axis=1)
     signed = ranges.astype(np.int64, copy=False)
-    bad |= signed.sum(axis=1) > size  # neither is so large that it wraps
+    bad |= signed.sum(axis=1) > size  # no overflow: neither number is above size
     if bad.any():
         start, length = ranges[bad][0].tolist()
         raise outside(start, length, size)

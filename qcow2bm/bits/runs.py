@@ -5,14 +5,14 @@ from typing import NamedTuple
 ALL_ZEROES = 0
 ALL_ONES = 1
 ALLOCATED = 2
-INVALID = 3  # reserved bits, a misaligned offset, or an offset together with bit 0
+INVALID = 3  # a reserved bit, an unaligned offset, or both an offset and bit 0
 
 
 class Run(NamedTuple):
-    """``entries`` table entries of one kind from entry ``first`` on.
+    """A run of table entries of one kind: ``entries`` entries, of which the first is ``first``.
 
-    For ALLOCATED, ``offset`` is the host offset of the first cluster and the others follow it
-    without a gap; for the other kinds it is 0.
+    In a run of ALLOCATED entries, ``offset`` is the host offset of the first cluster, and the other
+    clusters follow without a gap. In other runs ``offset`` is 0.
     """
 
     kind: int

@@ -1,4 +1,4 @@
-"""Classifying bitmap tables with numpy."""
+"""Classifying the entries of bitmap tables, with numpy."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from qcow2bm.bits.runs import ALLOCATED, INVALID
 
 _MAX = (1 << 64) - 1
-_BLOCK = 16384  # entries worked on at once, so that what lies between two steps stays in cache
+_BLOCK = 16384  # entries processed at once, so that intermediate arrays stay in the cache
 
 
 def table_runs(words: array[int], offset_mask: int, cluster_size: int) -> NDArray[np.int64]:
-    """The entries of a bitmap table, uint64[n], as runs in order: int64[m, 4].
+    """Splits the entries of a bitmap table, uint64[n], into runs, in order: int64[m, 4].
 
-    The columns are those of `qcow2bm.bits.runs.Run`: kind, first, entries, offset.
+    The columns are the fields of `qcow2bm.bits.runs.Run`: kind, first, entries, offset.
+    ``offset_mask`` has the bits of an entry that hold the host offset.
 
     *Twin*: `qcow2bm.bits.pure_python.table_runs`.
     """

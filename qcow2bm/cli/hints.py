@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from qcow2bm.errors import Hint, Qcow2BmError
+from qcow2bm import Hint, Qcow2BmError
 
 _WORDS: dict[Hint, str] = {
     "force-share": "read it anyway with -U",
@@ -13,9 +13,7 @@ _WORDS: dict[Hint, str] = {
     "remove-all": "remove all bitmaps with remove --all",
     "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with remove --all",
     "unlocked": "read it without locks with -U",
-    "unlocked-write": (
-        "if you know that no other process uses it, write without locks with --no-lock"
-    ),
+    "unlocked-write": ("if no other process uses it, write without locks with --no-lock"),
 }
 
 

@@ -14,7 +14,7 @@ from qcow2bm.cli.console import fail, say
 from qcow2bm.cli.stream_dump import print_dump
 from qcow2bm.errors import Qcow2BmError
 from qcow2bm.migration.stream_bitmaps import StreamBitmaps, read_stream
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 from qcow2bm.storage.new_file import write_new
 from qcow2bm.units import decode_name, escape
 
@@ -67,7 +67,7 @@ def _write(arguments: argparse.Namespace) -> int:
         alias = decode_name(os.fsencode(arguments.node_alias))
         size = image.virtual_size
         outgoing = [
-            Outgoing(alias, b.name, b.granularity, b.auto, True, b.packed().data, size)
+            OutgoingBitmap(alias, b.name, b.granularity, b.auto, True, b.packed().data, size)
             for b in bitmaps
         ]
     pieces = write_stream(outgoing, None if arguments.section_only else arguments.machine)

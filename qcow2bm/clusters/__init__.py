@@ -1,1 +1,4 @@
-"""A qcow2 file as clusters: its header area, its geometry, and reads within its bounds."""
+"""A qcow2 file as clusters: header area, refcounts, allocation, and plans of writes and barriers.
+
+Nothing here knows what a bitmap means; that is the business of ``bitmaps/``.
+"""

@@ -1,7 +1,8 @@
 """Finding free clusters, and making room for their refcounts.
 
-A cluster is free if its refcount is 0. If a structure this library knows of covers one all the
-same, refcounts are wrong and nothing is allocated; L2 tables are never looked at.
+A cluster is free if its refcount is 0. If such a cluster belongs to a structure that this library
+knows, the refcounts are wrong, and nothing is allocated. L2 tables are never read. How refcounts
+are stored is the business of ``refcounts``.
 
 *Spec*: spec/refcounts.md, "Allocation".
 """
@@ -23,23 +24,32 @@ from qcow2bm.format.refcounts import ENTRY_LENGTH
 from qcow2bm.units import ceil_div, format_size
 
 Run = tuple[int, int]
-"""Clusters by their numbers: the first, and the one behind the last."""
+"""A run of clusters by their numbers: (first, stop)."""
 
 _WINDOW_BYTES = 256 << 10, 4 << 20
-"""So many bytes of refcount blocks are searched, first and then, before the image gets longer."""
+"""How many bytes of refcount blocks the first and the second search read before the image grows."""
 
-_MAX_CLUSTER_END = 1 << 56  # what a bitmap table entry can lead to
+_MAX_CLUSTER_END = 1 << 56  # bytes: the end of what a bitmap table entry can lead to
 
 
 class Allocation(NamedTuple):
-    """Clusters that are now counted: the first of each run that was asked for, and loose ones."""
+    """Clusters whose refcounts are now planned to be 1.
+
+    Attributes:
+        firsts: the first cluster of each requested run.
+        loose: the requested clusters that may lie anywhere, as runs.
+    """
 
     firsts: tuple[int, ...]
     loose: tuple[Run, ...]
 
 
 class Allocator:
-    """Plans allocations and frees in an image."""
+    """Plans the allocation and the freeing of clusters in an image.
+
+    Attributes:
+        refcounts: the refcounts with all planned changes.
+    """
 
     def __init__(
         self,
@@ -50,10 +60,14 @@ class Allocator:
         *,
         is_behind: bool = False,
     ) -> None:
-        """Searches from the refcount block of cluster ``near`` on; or only behind all others.
+        """Reads the refcount table.
 
-        ``taken`` are clusters known to be in use, and ``capacity`` is the length in bytes that
-        the storage cannot outgrow, if there is one.
+        Args:
+            file: the image.
+            taken: runs of clusters that are known to be in use.
+            near: the cluster at whose refcount block the search begins.
+            capacity: the length in bytes that the storage cannot exceed, if there is one.
+            is_behind: whether to allocate only behind all clusters that are in use.
 
         Raises:
             FormatError: the refcount table is damaged.
@@ -71,14 +85,15 @@ class Allocator:
         self._is_behind = is_behind
 
     def allocate(self, runs: Sequence[int], loose: int) -> Allocation:
-        """Counts free clusters as used: runs of these lengths, and ``loose`` more anywhere.
+        """Allocates runs of these lengths, and ``loose`` more clusters anywhere.
 
-        To be called once, for everything that is needed, since it may have to make room.
+        The caller must make one call for all clusters that it needs, because an `Allocator` can
+        make room for new refcounts only once.
 
         Raises:
-            FormatError: refcounts are damaged.
-            LimitError: the refcount table cannot grow that far.
-            StorageError: the storage cannot grow, and has no room; or reading failed.
+            FormatError: the refcounts are damaged.
+            LimitError: the refcount table would become too large.
+            StorageError: the storage has no room and cannot grow, or reading failed.
         """
         placed, pieces, left, start = self._search(runs, loose)
         for number, length in enumerate(runs):
@@ -96,7 +111,10 @@ class Allocator:
     def _search(
         self, runs: Sequence[int], loose: int
     ) -> tuple[list[Run | None], list[Run], int, int]:
-        """As `_place`, and the first of the clusters behind all others for what is still wanted."""
+        """Searches more and more blocks; returns as `_place`, and where missing clusters begin.
+
+        The missing clusters lie behind all clusters that are in use.
+        """
         if self._is_behind:
             wanted = sum(runs) + loose
             start = self._extend(wanted, ())
@@ -123,10 +141,15 @@ class Allocator:
     def _place(
         self, free: list[Run], runs: Sequence[int], loose: int
     ) -> tuple[list[Run | None], list[Run], int]:
-        """What goes where in the free clusters, and how many clusters are still wanted."""
+        """Places runs and loose clusters in the free clusters, as far as they fit.
+
+        Returns:
+            The place of each run, None if it does not fit; the places of loose clusters; and the
+            number of clusters that are missing.
+        """
         placed: list[Run | None] = []
         left = 0
-        fits: dict[int, int] = {}  # by length, the number of the first run that may be long enough
+        fits: dict[int, int] = {}  # by length: the first free run that may be long enough
         for length in runs:
             number = fits.get(length, 0)
             while number < len(free) and free[number][1] - free[number][0] < length:
@@ -148,7 +171,7 @@ class Allocator:
         return placed, pieces, left + loose
 
     def _free(self, blocks: Iterable[int]) -> list[Run]:
-        """The free clusters that these blocks count, in their order, as long runs."""
+        """The free clusters that these blocks count, in the order of the blocks, as long runs."""
         found: list[Run] = []
         for first, stop in self.refcounts.free_runs(blocks):
             self._require_untaken(first, stop)
@@ -160,15 +183,22 @@ class Allocator:
         return found
 
     def _require_untaken(self, first: int, stop: int) -> None:
-        """Who finds that one refcount is wrong cannot go by the others."""
+        """Raises `FormatError` if a structure covers a free cluster.
+
+        If one refcount is wrong, the others cannot be trusted either.
+        """
         number = bisect_left(self._taken, (stop, 0)) - 1
         if number >= 0 and self._taken[number][1] > first:
             raise self.refcounts.wrong(max(first, self._taken[number][0]), 0, 1)
 
     def _extend(self, count: int, placed: Iterable[Run | None]) -> int | None:
-        """The first of so many clusters behind all others, with refcounts made for them.
+        """Plans ``count`` new clusters behind all clusters in use, with room for their refcounts.
 
-        Blocks and table that are missing go before them. None where the storage ends.
+        Refcount blocks and a larger refcount table, if they are needed, lie before the new
+        clusters. ``placed`` are runs that are allocated already.
+
+        Returns:
+            The first new cluster; None if the storage cannot grow that far.
         """
         refcounts = self.refcounts
         ends = [run[1] for run in (*self._taken[-1:], *placed) if run]
@@ -198,14 +228,14 @@ class Allocator:
         return first
 
     def _table_growth(self, blocks: int) -> int:
-        """How many clusters a refcount table for so many blocks needs; 0 if there is room."""
+        """The clusters of a larger refcount table for ``blocks`` blocks; 0 if none is needed."""
         refcounts = self.refcounts
         if blocks <= refcounts.capacity:
             return 0
         limit = MAX_REFCOUNT_TABLE_BYTES // ENTRY_LENGTH
         if blocks > limit:
             raise LimitError("the number of refcount blocks", blocks, limit)
-        wanted = max(blocks, refcounts.capacity * 3 // 2)  # so that it is seldom done
+        wanted = max(blocks, refcounts.capacity * 3 // 2)  # so that the table seldom has to grow
         return ceil_div(ENTRY_LENGTH * min(wanted, limit), self._cluster_size)
 
     def _no_room(self, clusters: int) -> StorageError:
@@ -217,10 +247,12 @@ class Allocator:
         return StorageError(self._name, 0, 0, reason, errno.ENOSPC)
 
     def free(self, runs: Iterable[Run]) -> None:
-        """Counts clusters as free again; to be called when all else is planned.
+        """Frees clusters, and the old refcount table if it was replaced.
+
+        The caller calls it last, when everything else is planned.
 
         Raises:
-            FormatError: one of them has another refcount than 1.
+            FormatError: a cluster has another refcount than 1.
             StorageError: reading failed.
         """
         self._count(runs, 1, 0)
@@ -228,10 +260,13 @@ class Allocator:
             self._count([self._old_table], 1, 0)
 
     def set_aside(self, count: int) -> tuple[list[int], list[Step]]:
-        """Free clusters to be used later, not counted yet, and the steps that make room for that.
+        """Finds ``count`` free clusters for later use, without counting them as used.
 
-        Nobody else may allocate anything until they are used or given up. Instead of `allocate`,
-        and raises as it does.
+        No other writer may allocate clusters until these are used or given up. The caller calls
+        either this method or `allocate`, which raise the same errors.
+
+        Returns:
+            The numbers of the clusters, and the steps that make room for their refcounts.
         """
         if not count:
             return [], []
@@ -242,14 +277,15 @@ class Allocator:
         self.free(())
         what = "refcounts of the old refcount table"
         steps += self.refcounts.take_count_writes(what) if self._old_table else []
-        self.refcounts.take_count_writes("what is as it was")
+        self.refcounts.take_count_writes("unchanged refcounts")
         return [number for first, stop in loose for number in range(first, stop)], steps
 
     def preparation(self) -> list[Step]:
-        """What makes room for the refcounts of new clusters, durable before they are used.
+        """The steps that make room for the refcounts of new clusters.
 
-        It is complete in itself: if the rest is never done, the image is as sound as before, and
-        no cluster is lost but those of the refcount structures.
+        The steps end with a barrier and must be done before the new clusters are used. If nothing
+        follows them, the image is as sound as before, and only the clusters of the new refcount
+        structures are in use.
         """
         if not self._has_structures:
             return []
@@ -259,22 +295,25 @@ class Allocator:
         counts = self.refcounts.take_count_writes("refcounts of new refcount structures")
         self._count(self._fresh, 0, 1)
         if not self._old_table:
-            return [*blocks, *counts, Barrier("new refcount blocks"), *table, Barrier("their use")]
+            use = Barrier("use of the new refcount blocks")
+            return [*blocks, *counts, Barrier("new refcount blocks"), *table, use]
         offset = self.refcounts.table_offset.to_bytes(8, "big")
         place = offset + self.refcounts.table_clusters.to_bytes(4, "big")
-        switch = Write(FIELD_OFFSETS["refcount_table_offset"], (place,), "place of refcount table")
+        switch = Write(
+            FIELD_OFFSETS["refcount_table_offset"], (place,), "place of the refcount table"
+        )
         return [
             *blocks,
             *table,
             *counts,
             Barrier("larger refcount table"),
             switch,
-            Barrier("its use"),
+            Barrier("use of the larger refcount table"),
         ]
 
 
 def _merged(runs: Iterable[Run]) -> list[Run]:
-    """The same clusters as ascending runs that neither touch nor overlap."""
+    """Sorts runs, and joins runs that touch or overlap."""
     merged: list[Run] = []
     for first, stop in sorted(run for run in runs if run[0] < run[1]):
         if merged and first <= merged[-1][1]:

@@ -1,4 +1,4 @@
-"""An image of an empty disk."""
+"""Building a new image without bitmaps, whose disk is all zeros."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from qcow2bm.format.refcounts import build_refcount_block, build_refcount_table
 from qcow2bm.units import ceil_div
 
 _CLUSTER_BITS, _HUGE_CLUSTER_BITS = 16, 21
-_MAX_L1_BYTES = 32 << 20  # of QEMU
+_MAX_L1_BYTES = 32 << 20  # the largest L1 table that QEMU accepts
 
 
 class EmptyImage(NamedTuple):
-    """An image: the bytes it begins with, and the length up to which only zeros follow."""
+    """A new image: ``head`` is its first bytes, and zeros follow up to ``length`` bytes."""
 
     head: bytes
     length: int
 
 
 def build_empty_image(virtual_size: int) -> EmptyImage:
-    """An image of version 3 with no bitmaps; its disk is all zeros.
+    """Builds an image of version 3 without bitmaps, whose disk has ``virtual_size`` bytes of zeros.
 
-    Clusters have 64 KiB, or 2 MiB where the L1 table would become too large.
+    A cluster has 64 KiB, or 2 MiB if the L1 table would become too large.
 
     Raises:
-        FormatError: a disk of that size does not fit such an image.
+        FormatError: an image cannot have a disk of that size.
     """
     cluster_bits = _CLUSTER_BITS
     if virtual_size > _MAX_L1_BYTES // 8 << 2 * _CLUSTER_BITS - 3:

@@ -1,4 +1,6 @@
-"""A qcow2 file, opened: header, header extensions, and bounded reads.
+"""An open qcow2 file: its header, its header extensions, and reads within its bounds.
+
+The structures that the header leads to are listed in ``layout``.
 
 *Spec*: spec/header.md.
 """
@@ -24,20 +26,23 @@ class ClusterFile:
     """The header area of an image, read once, and reads from anywhere in the file.
 
     Attributes:
-        header: the fixed header.
+        storage: the storage of the image.
+        header: the fixed fields of the header.
         area: the header extensions.
-        extensions_offset: the host offset at which the extension area begins.
-        cluster_size: in bytes.
-        virtual_size: of the disk in bytes, whole sectors as QEMU counts it.
-        file_size: of the image file in bytes, when it was opened.
+        extensions_offset: the host offset of the header extensions.
+        cluster_size: the size of a cluster in bytes.
+        virtual_size: the size of the disk in bytes, rounded down to whole sectors as in QEMU.
+        file_size: the size of the image file in bytes when it was opened.
     """
 
     def __init__(self, storage: Storage, *, force_share: bool) -> None:
-        """Reads the header area; the caller holds `lock`.
+        """Reads the header area; the caller holds the read lock of ``storage``.
+
+        With ``force_share``, `lock` takes no lock.
 
         Raises:
-            FormatError: no qcow2 header, or a cluster size that leaves nothing to go by.
-            UnsupportedError: another version of qcow2.
+            FormatError: the file has no qcow2 header, or its cluster size is out of range.
+            UnsupportedError: the version of qcow2 is unknown.
             StorageError: reading failed.
         """
         self.storage = storage
@@ -71,13 +76,13 @@ class ClusterFile:
 
     @property
     def has_extension_area(self) -> bool:
-        """Whether the header says where the header extensions begin."""
+        """Whether the place of the header extensions is known: ``header_length`` is in range."""
         header = self.header
         return header.version == 2 or V3_LENGTH <= header.header_length <= self.cluster_size
 
     @property
     def extensions_end(self) -> int:
-        """The host offset behind the last header extension, where the end marker stands."""
+        """The host offset behind the last header extension, which is that of the end marker."""
         return self.extensions_offset + sum(e.size for e in self.area.extensions)
 
     def _used_length(self) -> int:
@@ -89,17 +94,17 @@ class ClusterFile:
 
     @property
     def used_header(self) -> bytes:
-        """The bytes up to the end of extensions and name of the backing file, as they were read."""
+        """The bytes of the header, the header extensions and the backing file name, as read."""
         return self._seen
 
     @cached_property
     def feature_names(self) -> FeatureNames:
-        """The image's own table of feature names; empty if it has none."""
+        """The feature name table of the image; empty if the image has none."""
         found = self.find(extensions.FEATURE_NAMES)
         return features.parse_feature_names(found.data) if found else FeatureNames()
 
     def features(self, kind: str) -> tuple[Feature, ...]:
-        """The feature bits set: ``kind`` is one of `format.features.KINDS`."""
+        """Returns the feature bits that are set; ``kind`` is one of `format.features.KINDS`."""
         if kind not in features.KINDS:
             raise ValueError(f"kind is {kind!r}, must be one of {features.KINDS}")
         mask: int = getattr(self.header, f"{kind}_features")
@@ -107,7 +112,10 @@ class ClusterFile:
 
     @cached_property
     def generation(self) -> Generation | None:
-        """Who wrote last, if that is recorded; see spec/lifecycle.md."""
+        """The generation, which identifies the last writer; None if the image records none.
+
+        *Spec*: spec/lifecycle.md, "Generation".
+        """
         found = self.find(extensions.GENERATION)
         is_set = self.header.autoclear_features & AUTOCLEAR_GENERATION
         if not is_set or not found or len(found.data) != extensions.GENERATION_LENGTH:
@@ -116,42 +124,42 @@ class ClusterFile:
 
     @property
     def token(self) -> bytes | None:
-        """That of the generation, if it is recorded."""
+        """The token of the generation; None if the image records none."""
         return self.generation.token if self.generation else None
 
     @property
     def known_autoclear(self) -> int:
-        """The autoclear bits that a writer here keeps true; it has to clear all others."""
+        """The autoclear bits that this library keeps true when it writes; it clears all others."""
         return KNOWN_AUTOCLEAR | (AUTOCLEAR_GENERATION if self.generation else 0)
 
     def find(self, type: int) -> HeaderExtension | None:
-        """The last header extension of a type, which is the one QEMU goes by."""
+        """Returns the last header extension of a type, which is the one that QEMU uses."""
         return next((e for e in reversed(self.area.extensions) if e.type == type), None)
 
     def payload_offset(self, type: int) -> int | None:
-        """The host offset of the data of the extension that `find` returns; None without one."""
+        """Returns the host offset of the data of the extension that `find` returns, or None."""
         return self.area.payload_offset(type, self.extensions_offset)
 
     @property
     def backing_file(self) -> str | None:
-        """The name of the backing file as it stands in the header; never opened."""
+        """The name of the backing file; the file itself is never opened (INV-NOPATH)."""
         offset, size = self.header.backing_file_offset, self.header.backing_file_size
         if not 0 < offset <= self.cluster_size or not size:
             return None
         return self._seen[offset : offset + min(size, 1023)].decode("utf-8", "surrogateescape")
 
     def lock(self) -> AbstractContextManager[None]:
-        """QEMU's locks of a reader, or nothing where the caller forces sharing.
+        """Returns a context manager for the read lock of the storage; no lock with force_share.
 
-        Raises:
-            ImageLockedError: somebody writes to the image.
-            StorageError: the file system has no locks.
+        Entering it raises:
+            ImageLockedError: another process writes to the image.
+            StorageError: the file system has no such locks.
         """
         self._require_open()
         return nullcontext() if self._force_share else self.storage.read_lock()
 
     def close(self) -> None:
-        """Ends all reading, also of a storage that stays open for its owner."""
+        """Ends all reading, also if the storage itself stays open."""
         self._is_closed = True
 
     def _require_open(self) -> None:
@@ -159,10 +167,10 @@ class ClusterFile:
             raise StateError("closed", "open")
 
     def verify(self) -> None:
-        """Reads the header area again.
+        """Reads the header area again and compares it with what was read first.
 
         Raises:
-            ChangedWhileReadingError: it is no longer what it was.
+            ChangedWhileReadingError: the header area has changed.
             StorageError: reading failed.
         """
         if self.read(0, len(self._seen)) != self._seen:
@@ -174,26 +182,27 @@ class ClusterFile:
         return not self._force_share and self._token is not None
 
     def verify_untouched(self) -> None:
-        """Asks the storage whether anybody wrote to it, unless sharing is forced.
+        """Compares the change token of the storage with the first one; not with force_share.
 
-        After two writers the same metadata may stand in the same place again.
+        Comparing metadata is not enough: after two writes, the same metadata may be at the same
+        place again.
 
         Raises:
-            ChangedWhileReadingError: somebody did.
-            StorageError: asking failed.
+            ChangedWhileReadingError: another writer has written to the image.
+            StorageError: the storage could not be asked.
         """
         if not self._force_share and self.storage.change_token() != self._token:
             raise ChangedWhileReadingError(self.storage.name, "image")
 
     def contains(self, offset: int, length: int) -> bool:
-        """Whether these bytes lie in the file; its last cluster counts as whole."""
+        """Whether these bytes lie in the file; the last cluster of the file counts as whole."""
         return offset + length <= align_up(self.file_size, self.cluster_size)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from host ``offset`` on; past the end of the file stand zeros.
+        """Fills ``buffer`` from host ``offset`` on; bytes beyond the end of the file are zeros.
 
         Raises:
-            LimitError: not even the last cluster reaches there.
+            LimitError: ``buffer`` would reach beyond the last cluster of the file.
             StorageError: reading failed.
         """
         self._require_open()
@@ -206,7 +215,7 @@ class ClusterFile:
             buffer[inside:] = bytes(len(buffer) - inside)
 
     def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from host ``offset`` on; raises as `read_into` does."""
+        """Reads ``length`` bytes from host ``offset`` on; raises as `read_into` does."""
         buffer = bytearray(length)
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)

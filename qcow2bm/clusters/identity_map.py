@@ -1,7 +1,8 @@
-"""Whether the disk stands in its data file just as a guest sees it.
+"""Checking that L1 and L2 tables map every guest offset to the same offset in the data file.
 
-QEMU reads a cluster through its L2 entry, also where the data file is raw: an entry that is
-missing or reads as zeros hides whatever another program writes to the data file there.
+QEMU reads every cluster through its L2 entry, also if the data file is raw. If an entry is missing
+or says that the cluster reads as zeros, QEMU ignores what another program writes to the data file
+there.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ _L1_RESERVED = L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"]
 
 
 def require_identity_map(file: ClusterFile) -> None:
-    """Returns if every cluster is plainly allocated, its host offset being its guest offset.
+    """Checks that every cluster is plainly allocated, at the host offset that is its guest offset.
 
-    Reads the L1 table and all L2 tables, one at a time; the caller holds the locks of ``file``.
+    Plainly allocated means: neither compressed nor reading as zeros, with all its subclusters. The
+    function reads the L1 table and all L2 tables, one at a time. The caller holds the read lock of
+    ``file``.
 
     Raises:
-        UnsupportedError: a cluster is not.
-        FormatError: the L1 table is too short, or leads out of the file.
+        UnsupportedError: a cluster is not plainly allocated, or lies at another host offset.
+        FormatError: the L1 table is too short, or an entry leads out of the file.
         LimitError: the L1 table lies beyond the end of the file.
         StorageError: reading failed.
     """
@@ -63,7 +66,7 @@ def require_identity_map(file: ClusterFile) -> None:
 
 
 def _l2_tables(file: ClusterFile, count: int) -> Iterator[int]:
-    """The host offsets of the first ``count`` L2 tables."""
+    """Yields the host offsets of the first ``count`` L2 tables."""
     import numpy as np
 
     header, size = file.header, file.cluster_size
@@ -77,14 +80,20 @@ def _l2_tables(file: ClusterFile, count: int) -> Iterator[int]:
             raise _not_plain(f"entry {number} of the L1 table is {word:#x}")
         if word & _L1_RESERVED or offset % size or not file.contains(offset, size):
             place = header.l1_table_offset + number * L1_ENTRY_LENGTH
-            raise FormatError("L1 table", f"entry {number}", place, f"is {word:#x}, no L2 table")
+            raise FormatError(
+                "L1 table", f"entry {number}", place, f"is {word:#x}, which leads to no L2 table"
+            )
         yield offset
 
 
 def _has_all_subclusters(
     words: NDArray[np.uint64], length: int, cluster_size: int
 ) -> NDArray[np.bool_]:
-    """Whether the subclusters on the disk, which goes on for ``length`` bytes, are all plain."""
+    """Whether all subclusters of each cluster are allocated, as far as the disk reaches: bool[n].
+
+    ``words`` are the subcluster words of ``n`` clusters, and the disk has ``length`` bytes from the
+    first of these clusters on.
+    """
     import numpy as np
 
     needed = np.full(len(words), (1 << SUBCLUSTERS_PER_CLUSTER) - 1, np.uint64)

@@ -1,4 +1,6 @@
-"""Which parts of the file the header leads to.
+"""The layout of an image file: the ranges of the structures that the header leads to.
+
+The ranges of bitmap structures are found in ``bitmaps/``.
 
 *Spec*: spec/header.md and spec/refcounts.md.
 """
@@ -15,7 +17,7 @@ from qcow2bm.problems import SNAPSHOT_TABLE, Problem
 
 
 class Part(NamedTuple):
-    """A range of host bytes, and what it is called in messages."""
+    """A range of host bytes that belongs to a structure; ``name`` is the structure in messages."""
 
     name: str
     offset: int
@@ -23,7 +25,7 @@ class Part(NamedTuple):
 
 
 class SnapshotEntry(NamedTuple):
-    """Where an entry of the snapshot table is, its size, and what it leads to."""
+    """A snapshot table entry: its host offset and sizes in bytes, and the place of its L1 table."""
 
     offset: int
     size: int
@@ -33,14 +35,14 @@ class SnapshotEntry(NamedTuple):
 
 
 def snapshot_entries(file: ClusterFile) -> Iterator[SnapshotEntry]:
-    """The entries of the snapshot table, as far as the file has them.
+    """Yields the entries of the snapshot table, up to the end of the file.
 
     Raises:
         StorageError: reading failed.
     """
     if not file.header.nb_snapshots:
         return
-    from qcow2bm.format import snapshots  # few images have any
+    from qcow2bm.format import snapshots  # loaded here, because few images have snapshots
 
     place = file.header.snapshots_offset
     for _ in range(min(file.header.nb_snapshots, MAX_SNAPSHOTS)):
@@ -52,10 +54,10 @@ def snapshot_entries(file: ClusterFile) -> Iterator[SnapshotEntry]:
 
 
 def fixed_parts(file: ClusterFile, header_problems: Iterable[Problem]) -> Iterator[Part]:
-    """Header, L1 table, refcount table and blocks, snapshot table, encryption header.
+    """Yields header, L1 table, refcount table and blocks, snapshot table and encryption header.
 
-    Where ``header_problems`` say that a size is wrong, only the first cluster is known to be
-    taken; where an offset cannot be right, nothing is.
+    If ``header_problems`` has a problem with the size of a structure, only its first cluster is
+    yielded. If the offset of a structure cannot be right, the structure is left out.
 
     Raises:
         StorageError: reading failed.

@@ -1,7 +1,7 @@
-"""Changes to an image as values: what is written, in which order, and what must be durable when.
+"""Plans, which are changes to an image as values, and the function that executes them.
 
-A plan is made without writing anything, and everything about its safety can be seen in it: of
-the writes between two barriers any subset of sectors may be on the disk after a loss of power.
+A plan is made without writing anything, and its safety can be seen from its steps alone: after a
+loss of power, any subset of the sectors written between two barriers may be on the disk.
 
 *Spec*: spec/edit.md, "Commit order".
 """
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 SECTOR_SIZE = 512
-"""What storage writes whole or not at all, in bytes."""
+"""The number of bytes that storage writes whole or not at all."""
 
 
 class Write(NamedTuple):
-    """Bytes for one place: ``parts``, one behind the other, from host ``offset`` on.
+    """A write of ``parts``, one after the other, from host ``offset`` on.
 
-    ``is_fresh`` marks what goes to clusters that nothing uses or counts yet: if it fails, the
-    image is as if it had never been tried.
+    ``what`` names the bytes in messages. ``is_fresh`` is true if the bytes go to clusters that are
+    not in use yet. If such a write fails, the image is as if it had never been tried.
     """
 
     offset: int
@@ -40,12 +40,12 @@ class Write(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many bytes it writes."""
+        """The number of bytes to write."""
         return sum(memoryview(part).nbytes for part in self.parts)
 
 
 class Barrier(NamedTuple):
-    """All writes before it are to be durable before any write after it begins."""
+    """A barrier: all writes before it must be durable before any write after it begins."""
 
     what: str
 
@@ -56,9 +56,9 @@ Step = Write | Barrier
 class Plan(NamedTuple):
     """Writes and barriers in order.
 
-    ``commit_point`` is the number of the Write that turns the old state into the new one; it
-    lies within one sector, and a Barrier follows. It is None in a plan that changes nothing a
-    reader could see.
+    ``commit_point`` is the number of the Write that turns the old state into the new state. This
+    Write lies within one sector, and a Barrier follows. A plan that changes nothing that a reader
+    could see has no commit point (None).
     """
 
     steps: tuple[Step, ...] = ()
@@ -66,28 +66,28 @@ class Plan(NamedTuple):
 
     @property
     def writes(self) -> tuple[Write, ...]:
-        """The writes alone, in order."""
+        """The writes without the barriers, in order."""
         return tuple(step for step in self.steps if isinstance(step, Write))
 
     @property
     def barriers(self) -> int:
-        """How many barriers there are."""
+        """The number of barriers."""
         return len(self.steps) - len(self.writes)
 
     @property
     def length(self) -> int:
-        """How many bytes are written."""
+        """The number of bytes to write."""
         return sum(write.length for write in self.writes)
 
     def outcome(self, failed: int) -> CommitOutcome:
-        """What the image has if the step of that number is the one that fails."""
+        """Returns the state of the image if the step with the number ``failed`` fails."""
         if self.commit_point is None or failed < self.commit_point:
             return "old"
         end = next(n for n in range(self.commit_point, len(self.steps)) if self.is_barrier(n))
         return "unknown" if failed <= end else "new"
 
     def is_barrier(self, number: int) -> bool:
-        """Whether the step of that number is a Barrier."""
+        """Whether the step with that number is a Barrier."""
         return isinstance(self.steps[number], Barrier)
 
 
@@ -97,14 +97,15 @@ def execute(
     size: int | None,
     watch: Callable[[Step], None] = lambda step: None,
 ) -> None:
-    """Does what the plan says.
+    """Executes a plan, step by step.
 
-    ``size`` is the present length of the storage in bytes, None where it is to keep what it grew.
-    ``watch`` is called with every step once it is done.
+    ``size`` is the present length of the storage in bytes. If a step fails and only fresh clusters
+    were written before, the storage gets that length back; with None it does not. ``watch`` is
+    called with every step after the step is done.
 
     Raises:
-        CommitError: a step failed. Nothing is undone and nothing tried again, except that a file
-            that only grew gets its old length back.
+        CommitError: a step failed. No step is tried again, and except for the length of the storage
+            nothing is undone.
     """
     for number, step in enumerate(plan.steps):
         try:
@@ -113,7 +114,7 @@ def execute(
             else:
                 storage.barrier()
             watch(step)
-        except Exception as error:  # a storage of somebody else's may raise anything
+        except Exception as error:  # a caller's own storage may raise anything
             done = plan.steps[: number + 1]
             if size is not None and all(isinstance(s, Write) and s.is_fresh for s in done):
                 with suppress(Exception):
@@ -126,9 +127,9 @@ def execute(
 
 
 def write_in_sectors(offset: int, data: bytes, what: str) -> tuple[Write, ...]:
-    """One Write for each sector touched, the last first.
+    """Splits a write into one Write for each sector, the last sector first.
 
-    So a reader that goes from front to back finds all of what a first sector leads to.
+    So when the first sector is written, the sectors behind it, to which it may lead, are written.
     """
     writes = []
     place = 0
@@ -140,12 +141,12 @@ def write_in_sectors(offset: int, data: bytes, what: str) -> tuple[Write, ...]:
 
 
 def is_in_one_sector(offset: int, length: int) -> bool:
-    """Whether these bytes change all at once, if at all."""
+    """Whether these bytes lie within one sector, so that a write of them cannot be torn."""
     return offset // SECTOR_SIZE == (offset + length - 1) // SECTOR_SIZE
 
 
 def coalesce(writes: Sequence[Write]) -> tuple[Write, ...]:
-    """Writes that follow one another in the file, and are called the same, made one."""
+    """Joins writes that follow one another in the file and have the same ``what``."""
     joined: list[Write] = []
     parts: list[Buffer] = []
     end = -1

@@ -1,4 +1,6 @@
-"""The refcounts of an image, and the changes to them that are planned.
+"""The refcounts of an image, with the changes that are planned.
+
+Which clusters to allocate is decided in ``allocator``.
 
 *Spec*: spec/refcounts.md.
 """
@@ -25,18 +27,21 @@ _ZEROES = re.compile(rb"\0+")
 
 
 class Refcounts:
-    """Refcount table and blocks, read as they are needed, with the changes made here in RAM.
+    """The refcount table, and refcount blocks that are read when they are needed.
+
+    Changes are made in RAM. The ``take_`` methods return the writes for them.
 
     Attributes:
-        per_block: how many clusters one refcount block counts.
-        table_offset, table_clusters: where the refcount table is once all is written.
+        per_block: the number of clusters that one refcount block counts.
+        table_offset: the host offset of the refcount table after all planned writes.
+        table_clusters: the size of the refcount table in clusters after all planned writes.
     """
 
     def __init__(self, file: ClusterFile) -> None:
         """Reads the refcount table.
 
         Raises:
-            FormatError: an entry of the table cannot be right.
+            FormatError: an entry of the table has reserved bits, or is not the start of a cluster.
             StorageError: reading failed.
         """
         header = file.header
@@ -61,19 +66,19 @@ class Refcounts:
 
     @property
     def capacity(self) -> int:
-        """How many blocks the refcount table has room for."""
+        """The number of blocks that the refcount table has room for."""
         return len(self._table)
 
     def has_block(self, index: int) -> bool:
-        """Whether there is a refcount block of that number."""
+        """Whether the refcount block with the number ``index`` exists."""
         return index < len(self._table) and self._table[index] != 0
 
     def blocks(self) -> list[int]:
-        """The numbers of all refcount blocks, ascending."""
+        """Returns the numbers of all refcount blocks, ascending."""
         return [number for number, word in enumerate(self._table) if word]
 
     def __getitem__(self, cluster: int) -> int:
-        """The refcount of a cluster by its number."""
+        """Returns the refcount of the cluster with the number ``cluster``."""
         index, entry = divmod(cluster, self.per_block)
         return self._block(index)[entry] if self.has_block(index) else 0
 
@@ -93,10 +98,12 @@ class Refcounts:
         return self._blocks[index]
 
     def change(self, cluster: int, count: int, before: int, after: int) -> None:
-        """Turns the refcount of ``count`` clusters from ``cluster`` on from one into another.
+        """Changes the refcounts of ``count`` clusters from ``before`` to ``after``.
+
+        ``cluster`` is the number of the first cluster.
 
         Raises:
-            FormatError: a cluster has not the refcount it must have.
+            FormatError: a cluster does not have the refcount ``before``.
             StorageError: reading failed.
         """
         while count:
@@ -115,7 +122,7 @@ class Refcounts:
             count -= stop - entry
 
     def wrong(self, cluster: int, found: int, expected: int) -> FormatError:
-        """The error for a cluster whose refcount is ``found``."""
+        """The error for a cluster whose refcount is ``found`` instead of ``expected``."""
         index, entry = divmod(cluster, self.per_block)
         block = self._table[index] if self.has_block(index) else 0
         offset = block + (entry << self._order) // 8
@@ -125,9 +132,9 @@ class Refcounts:
         )
 
     def free_runs(self, blocks: Iterable[int]) -> Iterator[tuple[int, int]]:
-        """Clusters of refcount 0 that these blocks count: (first, stop), in their order.
+        """Yields runs of clusters with refcount 0, as (first, stop), in the order of ``blocks``.
 
-        A run may end where its block does and go on in the next.
+        A run never goes beyond its block, so two runs may touch.
         """
         for index in blocks:
             block = self._block(index)
@@ -139,7 +146,7 @@ class Refcounts:
                     yield base + first, base + stop
 
     def end(self) -> int:
-        """The number of the cluster behind the last one that has a refcount."""
+        """Returns the number of the cluster behind the last cluster whose refcount is not 0."""
         for index in reversed(self.blocks()):
             data = self._block(index).tobytes().rstrip(b"\0")
             if data:
@@ -147,20 +154,20 @@ class Refcounts:
         return 0
 
     def add_block(self, index: int, cluster: int) -> None:
-        """Gives the clusters of block ``index`` a new refcount block, at ``cluster``."""
+        """Adds the refcount block with the number ``index``, stored in ``cluster``."""
         self._table[index] = cluster * self._file.cluster_size
         self._blocks[index] = parse_refcount_block(bytes(self._file.cluster_size), self._order)
         self._new_blocks.append(index)
 
     def move_table(self, cluster: int, clusters: int) -> None:
-        """Puts a larger refcount table at ``cluster``."""
+        """Moves the refcount table to ``cluster`` and enlarges it to ``clusters`` clusters."""
         self.table_offset, self.table_clusters = cluster * self._file.cluster_size, clusters
         room = clusters * self._file.cluster_size // ENTRY_LENGTH
         self._table.extend([0] * (room - len(self._table)))
         self._is_moved = True
 
     def take_block_writes(self) -> list[Write]:
-        """The new refcount blocks, whole, as they are now; they count as written then."""
+        """Returns the writes of whole new refcount blocks, with all changes planned so far."""
         writes = []
         for index in self._new_blocks:
             data = build_refcount_block(self._blocks[index], self._order)
@@ -169,7 +176,7 @@ class Refcounts:
         return writes
 
     def take_table_writes(self) -> list[Write]:
-        """The table entries of new blocks, or the whole table where it moves."""
+        """Returns the writes of table entries for new blocks, or of the whole table if it moves."""
         indexes, self._new_blocks = self._new_blocks, []
         if self._is_moved:
             data = build_refcount_table(self._table)
@@ -184,7 +191,7 @@ class Refcounts:
         ]
 
     def take_count_writes(self, what: str) -> list[Write]:
-        """The sectors of refcount blocks changed since this was last asked for."""
+        """Returns the writes of all sectors that changed since the last call, called ``what``."""
         writes = []
         for index, sectors in sorted(self._changed.items()):
             block, offset = self._blocks[index], self._table[index]

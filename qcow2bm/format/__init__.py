@@ -1,6 +1,6 @@
-"""Bytes to frozen values and back: the structures of qcow2, declared with construct.
+"""The structures of qcow2, of sidecars and of migration streams: bytes to frozen values and back.
 
-Nothing here reads a file, and construct is imported nowhere else. Every schema is the only
-definition of its structure. Parsing judges syntax; what needs the rest of the image to be
-judged is left to the layers above.
+The structures are declared with construct, which no other folder imports. The schema of a structure
+is its only definition. No module here reads a file. Parsing judges syntax only; the layers above
+judge values that can only be judged with the rest of the image at hand.
 """

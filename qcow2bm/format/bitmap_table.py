@@ -1,17 +1,17 @@
-"""The bitmap table: one big-endian 64-bit word for each cluster of bitmap data.
+"""The bitmap table, one 64-bit word for each cluster of bitmap data: parsing and building.
 
 *Spec*: spec/bitmaps.md, "Bitmap table".
 """
 
 from __future__ import annotations
 
-import sys
 from array import array
 from typing import NamedTuple
 
 from construct import BitsInteger, BitStruct
 
 from qcow2bm.format.schema import bit_masks
+from qcow2bm.format.words import build_words, parse_words
 
 ENTRY_LENGTH = 8
 
@@ -24,7 +24,7 @@ ENTRY = BitStruct(
 
 
 class TableMasks(NamedTuple):
-    """The parts of a bitmap table entry as masks of a 64-bit integer."""
+    """The fields of a bitmap table entry as masks of a 64-bit integer."""
 
     offset: int
     all_ones: int
@@ -42,22 +42,16 @@ MASKS = _masks()
 
 
 def parse_bitmap_table(data: bytes) -> array[int]:
-    """The entries in ``data`` as uint64[len(data) // 8].
+    """Parses the entries in ``data``: uint64[len(data) // 8].
 
-    Accepts any whole number of entries: what an entry means is judged with `MASKS`.
+    Accepts any whole number of entries. The meaning of an entry is judged with `MASKS`.
 
     Raises:
         ValueError: ``len(data)`` is not a multiple of 8.
     """
-    words = array("Q", data)
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words
+    return parse_words(data)
 
 
 def build_bitmap_table(words: array[int]) -> bytes:
-    """The bytes of a bitmap table with these entries, uint64[n]."""
-    if sys.byteorder == "little":
-        words = words[:]
-        words.byteswap()
-    return words.tobytes()
+    """Builds the bytes of a bitmap table from its entries, uint64[n]."""
+    return build_words(words)

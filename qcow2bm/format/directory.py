@@ -1,4 +1,6 @@
-"""The bitmap directory and its entries.
+"""The bitmap directory and its entries: parsing and building.
+
+Which values of an entry are wrong is judged in ``bitmaps/``.
 
 *Spec*: spec/bitmaps.md, "Bitmap directory".
 """
@@ -41,7 +43,7 @@ ENTRY = Struct(
     "padding" / Bytes(lambda this: -(this.extra_data_size + this.name_size) % 8),
 )
 
-# An image may have 65,535 entries; construct would need seconds for them.
+# An image may have 65,535 entries. construct would need seconds to parse that many.
 _READ_HEAD = flat_struct(_HEAD)
 HEAD_LENGTH = _READ_HEAD.size
 
@@ -51,12 +53,12 @@ FIELD_OFFSETS = field_offsets(_HEAD)
 
 
 class DirectoryEntry(NamedTuple):
-    """One bitmap directory entry, fields under their names in the specification.
+    """One bitmap directory entry. Fields have their names in the specification.
 
-    ``number`` counts from 0 in the directory and ``offset`` is the entry's host offset; neither
-    is stored in the entry. ``name_size`` and ``extra_data_size`` are the stored sizes; where
-    they point beyond the directory, the entry is cut off: ``name_bytes`` is then None, and
-    ``extra_data`` and ``padding`` are empty.
+    ``number`` is the position of the entry in the directory, from 0, and ``offset`` is the host
+    offset of the entry; neither is stored in the entry. ``name_size`` and ``extra_data_size`` are
+    the stored sizes. If these sizes reach beyond the end of the directory, the entry is cut off:
+    then ``name_bytes`` is None, and ``extra_data`` and ``padding`` are empty.
     """
 
     number: int
@@ -73,39 +75,39 @@ class DirectoryEntry(NamedTuple):
     padding: bytes
 
     @property
-    def index(self) -> int:  # type: ignore[override]  # nobody searches an entry as a tuple
-        """The number of the entry in the directory, from 0."""
+    def index(self) -> int:  # type: ignore[override]  # tuple.index() is not needed
+        """The position of the entry in the directory, from 0."""
         return self.number
 
     @property
     def name(self) -> str | None:
-        """The name; bytes that are not UTF-8 are kept as surrogates (PEP 383)."""
+        """The name; bytes that are not UTF-8 are surrogates (PEP 383). None if cut off."""
         if self.name_bytes is None:
             return None
         return decode_name(self.name_bytes)
 
     @property
     def granularity(self) -> int:
-        """How many guest bytes one bit stands for."""
+        """The number of guest bytes that one bit stands for."""
         return 1 << self.granularity_bits
 
     @property
     def in_use(self) -> bool:
-        """Whether somebody may have changed the disk without recording it here."""
+        """Whether the disk may have been changed without a record in this bitmap."""
         return bool(self.flags & FLAG_IN_USE)
 
     @property
     def auto(self) -> bool:
-        """Whether the bitmap is to record all writes to the disk."""
+        """Whether a writer of the image must record all writes to the disk in this bitmap."""
         return bool(self.flags & FLAG_AUTO)
 
     @property
     def size(self) -> int:
-        """How many bytes the entry occupies in the directory, padding included."""
+        """The number of bytes that the entry occupies in the directory, including padding."""
         return HEAD_LENGTH + align_up(self.extra_data_size + self.name_size, 8)
 
     def offset_of(self, field: str) -> int:
-        """The host offset of a field, by its name in the specification."""
+        """The host offset of a field; ``field`` is its name in the specification."""
         if field == "extra_data":
             return self.offset + HEAD_LENGTH
         if field == "name":
@@ -116,17 +118,18 @@ class DirectoryEntry(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """The entries of a bitmap directory, and the bytes at its end that make no entry."""
+    """The entries of a bitmap directory; ``rest`` is the bytes after the last entry."""
 
     entries: tuple[DirectoryEntry, ...]
     rest: bytes
 
 
 def parse_directory(data: bytes, offset: int, max_entries: int) -> Directory:
-    """The entries in ``data``, at most ``max_entries``; ``offset`` is its host offset.
+    """Parses at most ``max_entries`` entries; ``offset`` is the host offset of ``data``.
 
-    Accepts any bytes: only the last entry can be cut off, and what is no entry is ``rest``.
-    Zeros up to the end are no entries: a real one has a nonzero type.
+    Accepts any bytes. Only the last entry can be cut off, and bytes that do not form an entry are
+    the ``rest``. If only zeros follow, they are not parsed as entries, because the type of an entry
+    is not 0.
     """
     entries: list[DirectoryEntry] = []
     position, end = 0, len(data)
@@ -149,24 +152,24 @@ def parse_directory(data: bytes, offset: int, max_entries: int) -> Directory:
 
 
 def build_entry_head(entry: DirectoryEntry) -> bytes:
-    """The bytes of an entry before its extra data, as fast as they are read."""
+    """Builds the bytes of an entry before its extra data, without the slow path of construct."""
     return _READ_HEAD.pack(*(getattr(entry, field) for field in FIELD_OFFSETS))
 
 
 def build_entry(entry: DirectoryEntry) -> bytes:
-    """The bytes of an entry with its name and padding.
+    """Builds the bytes of an entry, with its extra data, name and padding.
 
     Raises:
         FormatError: a value does not fit its field.
         ValueError: the entry was cut off.
     """
     if entry.name_bytes is None:
-        raise ValueError("the entry is cut off, its name unknown")
+        raise ValueError("the entry is cut off, so its name is unknown")
     return build(ENTRY, entry._asdict() | {"name": entry.name_bytes}, "bitmap directory entry")
 
 
 def build_directory(directory: Directory) -> bytes:
-    """The bytes of a bitmap directory: what `build_entry` makes of each, but fast.
+    """Builds the bytes of a bitmap directory: the same bytes as `build_entry`, but faster.
 
     Raises:
         FormatError: a value does not fit its field.
@@ -183,7 +186,7 @@ def _build_entry_fast(entry: DirectoryEntry) -> bytes:
         and len(entry.padding) == -(len(extra_data) + len(name)) % 8
     )
     if name is None or not is_sound:
-        return build_entry(entry)  # which judges that
+        return build_entry(entry)  # raises the error that fits
     try:
         return build_entry_head(entry) + extra_data + name + entry.padding
     except struct.error:

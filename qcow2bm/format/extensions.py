@@ -1,9 +1,11 @@
-"""The header extensions: the area they lie in, and the small ones' contents.
+"""The header extensions: their area, and the data of the extensions with a fixed length.
+
+The data of the feature name table is parsed in ``features``.
 
 *Spec*: spec/header.md, "Header extensions", and spec/bitmaps.md, "Bitmaps extension".
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from construct import Bytes, Int32ub, Int64ub, Rebuild, Struct, len_, this
 
@@ -17,9 +19,9 @@ BITMAPS = 0x23852875
 CRYPTO = 0x0537BE77
 DATA_FILE = 0x44415441
 GENERATION = 0x51424D47
-"""This library's own: who wrote to the image last, see spec/lifecycle.md."""
+"""An extension of this library: it identifies the last writer, see spec/lifecycle.md."""
 PADDING = 0x51424D50
-"""This library's own: data without meaning, there only while an interrupted change waits."""
+"""An extension of this library: meaningless bytes, left by an interrupted change of the header."""
 
 NAMES = {
     BACKING_FORMAT: "backing format",
@@ -47,7 +49,7 @@ _CRYPTO = Struct("offset" / Int64ub, "length" / Int64ub)
 TOKEN_LENGTH = 16
 _GENERATION = Struct("token" / Bytes(TOKEN_LENGTH), "counter" / Int64ub)
 
-# Into the largest cluster go 262,144 empty ones; construct would need seconds for them.
+# The largest cluster has room for 262,144 empty extensions. construct would need seconds for them.
 _READ_HEAD = flat_struct(_HEAD)
 HEAD_LENGTH = _READ_HEAD.size
 BITMAPS_LENGTH = _BITMAPS.sizeof()
@@ -58,8 +60,8 @@ GENERATION_LENGTH = _GENERATION.sizeof()
 class HeaderExtension(NamedTuple):
     """One header extension.
 
-    ``padding`` is what stands between the data and the next multiple of 8, zero unless
-    something is odd. The data of a string extension is not NUL-terminated.
+    ``padding`` is the bytes between the end of the data and the next multiple of 8. In a correct
+    image the padding is zero. Text in an extension does not end with a NUL byte.
     """
 
     type: int
@@ -68,20 +70,21 @@ class HeaderExtension(NamedTuple):
 
     @property
     def name(self) -> str | None:
-        """What the specification calls it, None for an unknown type."""
+        """The name of the type in the specification; None for an unknown type."""
         return NAMES.get(self.type)
 
     @property
     def size(self) -> int:
-        """How many bytes it occupies, with its head of 8 bytes and its padding."""
+        """The number of bytes that the extension occupies, with its head (8 bytes) and padding."""
         return HEAD_LENGTH + len(self.data) + len(self.padding)
 
 
 class HeaderExtensions(NamedTuple):
     """The header extension area.
 
-    ``end`` is the end marker as it stands in the file, 8 bytes, or empty where the area ends
-    without one. ``fault`` says why reading stopped before, None if it did not.
+    ``end`` is the end marker as it stands in the file, 8 bytes; it is empty if the area ends
+    without an end marker. ``fault`` is the error that ended parsing before the end of the area, or
+    None.
     """
 
     extensions: tuple[HeaderExtension, ...]
@@ -89,7 +92,7 @@ class HeaderExtensions(NamedTuple):
     fault: FormatError | None = None
 
     def offsets(self, start: int) -> tuple[int, ...]:
-        """The host offset of each extension's head; ``start`` is where the area begins."""
+        """The host offset of the head of each extension; ``start`` is that of the area."""
         offsets = []
         for extension in self.extensions:
             offsets.append(start)
@@ -120,8 +123,8 @@ class BitmapsExtension(NamedTuple):
 class Generation(NamedTuple):
     """The data of the generation extension, 24 bytes.
 
-    ``token`` is drawn anew by every writer that knows it, and never comes again; ``counter`` says
-    how often, for people to look at.
+    Every writer that knows the extension stores a new random ``token`` that was never used before.
+    ``counter`` is the number of tokens stored so far; it is for people who look at the image.
     """
 
     token: bytes
@@ -129,24 +132,24 @@ class Generation(NamedTuple):
 
 
 class CryptoHeader(NamedTuple):
-    """The data of the crypto header extension: where the encryption header lies."""
+    """The data of the crypto header extension: host offset and length of the encryption header."""
 
     offset: int
     length: int
 
 
 def parse_extensions(data: bytes, start: int = 0) -> HeaderExtensions:
-    """The header extensions in ``data``: all bytes from the header's end to the area's end.
+    """Parses the header extensions in ``data``, which ends where their area ends.
 
-    ``start`` is the host offset of ``data``. What follows the end marker is not looked at.
-    A fault does not raise: what was read before it is kept.
+    ``start`` is the host offset of ``data``. Bytes after the end marker are ignored. A fault is not
+    raised: it becomes the ``fault`` of the result, which has the extensions before the fault.
     """
     extensions: list[HeaderExtension] = []
     position = 0
     while position < len(data):
         left = len(data) - position - HEAD_LENGTH
         if left < 0:
-            fault = _fault(start + position, f"is not there: {len(data) - position} bytes are left")
+            fault = _fault(start + position, f"is missing: {len(data) - position} bytes are left")
             return HeaderExtensions(tuple(extensions), b"", fault)
         type, length = _READ_HEAD.unpack_from(data, position)
         if length > left:
@@ -166,11 +169,11 @@ def _fault(offset: int, reason: str) -> FormatError:
 
 
 def build_extensions(area: HeaderExtensions) -> bytes:
-    """The bytes of the extension area up to and including its end marker.
+    """Builds the bytes of the extension area up to and including its end marker.
 
     Raises:
-        FormatError: a type does not fit its field, or padding or ``end`` are not what
-            `parse_extensions` would find there.
+        FormatError: a type does not fit its field, or `parse_extensions` would not find the same
+            ``padding`` or ``end``.
     """
     parts = [
         build(EXTENSION, extension._asdict(), "header extension") + extension.padding
@@ -179,26 +182,32 @@ def build_extensions(area: HeaderExtensions) -> bytes:
     data = b"".join(parts)
     is_end = not area.end or (len(area.end) == HEAD_LENGTH and area.end[:4] == bytes(4))
     if not is_end or parse_extensions(data) != HeaderExtensions(area.extensions, b""):
-        raise FormatError("header extension", "", 0, "area has padding or an end out of place")
+        raise FormatError(
+            "header extension", "", 0, "area has padding or an end marker in the wrong place"
+        )
     return data + area.end
 
 
+def _parse_exactly(schema: Any, data: bytes, structure: str, offset: int) -> Any:  # noqa: ANN401
+    length = schema.sizeof()
+    if len(data) != length:
+        reason = f"is {len(data)}, must be {length}"
+        raise FormatError(structure, "length", offset - 4, reason)
+    return parse(schema, data, structure, offset)
+
+
 def parse_bitmaps_extension(data: bytes, offset: int = 0) -> BitmapsExtension:
-    """The bitmaps extension in its 24 bytes of data; ``offset`` is their host offset.
+    """Parses the 24 bytes of data of the bitmaps extension; ``offset`` is their host offset.
 
     Raises:
         FormatError: ``data`` has another length.
     """
-    if len(data) != BITMAPS_LENGTH:
-        raise FormatError(
-            "bitmaps extension", "length", offset - 4, f"is {len(data)}, must be {BITMAPS_LENGTH}"
-        )
-    fields = parse(_BITMAPS, data, "bitmaps extension", offset)
+    fields = _parse_exactly(_BITMAPS, data, "bitmaps extension", offset)
     return BitmapsExtension(*(fields[name] for name in BitmapsExtension._fields))
 
 
 def build_bitmaps_extension(extension: BitmapsExtension) -> bytes:
-    """The 24 bytes of data of the bitmaps extension.
+    """Builds the 24 bytes of data of the bitmaps extension.
 
     Raises:
         FormatError: a value does not fit its field.
@@ -207,20 +216,17 @@ def build_bitmaps_extension(extension: BitmapsExtension) -> bytes:
 
 
 def parse_crypto_header(data: bytes, offset: int = 0) -> CryptoHeader:
-    """The crypto header extension in its 16 bytes of data; ``offset`` is their host offset.
+    """Parses the 16 bytes of data of the crypto header extension; ``offset`` is their host offset.
 
     Raises:
         FormatError: ``data`` has another length.
     """
-    if len(data) != CRYPTO_LENGTH:
-        reason = f"is {len(data)}, must be {CRYPTO_LENGTH}"
-        raise FormatError("crypto header extension", "length", offset - 4, reason)
-    fields = parse(_CRYPTO, data, "crypto header extension", offset)
+    fields = _parse_exactly(_CRYPTO, data, "crypto header extension", offset)
     return CryptoHeader(fields.offset, fields.length)
 
 
 def build_crypto_header(header: CryptoHeader) -> bytes:
-    """The 16 bytes of data of the crypto header extension.
+    """Builds the 16 bytes of data of the crypto header extension.
 
     Raises:
         FormatError: a value does not fit its field.
@@ -229,20 +235,17 @@ def build_crypto_header(header: CryptoHeader) -> bytes:
 
 
 def parse_generation(data: bytes, offset: int = 0) -> Generation:
-    """The generation in the 24 bytes of its extension; ``offset`` is their host offset.
+    """Parses the 24 bytes of data of the generation extension; ``offset`` is their host offset.
 
     Raises:
         FormatError: ``data`` has another length.
     """
-    if len(data) != GENERATION_LENGTH:
-        reason = f"is {len(data)}, must be {GENERATION_LENGTH}"
-        raise FormatError("generation extension", "length", offset - 4, reason)
-    fields = parse(_GENERATION, data, "generation extension", offset)
+    fields = _parse_exactly(_GENERATION, data, "generation extension", offset)
     return Generation(fields.token, fields.counter)
 
 
 def build_generation(generation: Generation) -> bytes:
-    """The 24 bytes of data of the generation extension.
+    """Builds the 24 bytes of data of the generation extension.
 
     Raises:
         FormatError: a value does not fit its field.

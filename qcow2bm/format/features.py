@@ -1,4 +1,4 @@
-"""Feature bits of the header and the feature name table.
+"""Feature bits of the header, their names, and the feature name table of an image.
 
 *Spec*: spec/header.md, "Feature bits".
 """
@@ -18,13 +18,17 @@ AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_RAW_DATA_FILE = 1 << 1
 
 AUTOCLEAR_GENERATION = 1 << 63
-"""This library's own, see spec/lifecycle.md; means something only with its header extension."""
+"""A bit of this library, see spec/lifecycle.md. It means nothing without its extension."""
 GENERATION_NAME = "qcow2bm generation"
 
 KNOWN_INCOMPATIBLE = 0b11111
 KNOWN_AUTOCLEAR = 0b11
 
-KINDS = ("incompatible", "compatible", "autoclear")  # the table's kind numbers 0, 1, 2
+KINDS = (
+    "incompatible",
+    "compatible",
+    "autoclear",
+)  # the kinds 0, 1, 2 of the name table
 
 _KNOWN_NAMES = {
     ("incompatible", 0): "dirty bit",
@@ -42,7 +46,7 @@ _TABLE = Struct("entries" / GreedyRange(_ENTRY), "rest" / GreedyBytes)
 
 
 class FeatureName(NamedTuple):
-    """One entry of the feature name table; ``name`` is the whole field of 46 bytes."""
+    """One entry of the feature name table; ``name`` is the whole field, 46 bytes with padding."""
 
     kind: int
     bit: int
@@ -55,21 +59,21 @@ class FeatureName(NamedTuple):
 
 
 class FeatureNames(NamedTuple):
-    """The feature name table; ``rest`` is what is left where it ends inside an entry."""
+    """The feature name table; ``rest`` is the bytes after the last whole entry."""
 
     entries: tuple[FeatureName, ...] = ()
     rest: bytes = b""
 
 
 class Feature(NamedTuple):
-    """A feature bit that is set, with its name where somebody knows it."""
+    """A feature bit that is set; ``name`` is None if neither specification nor image names it."""
 
     bit: int
     name: str | None
 
 
 def parse_feature_names(data: bytes) -> FeatureNames:
-    """The feature name table in the data of its header extension. Accepts any bytes."""
+    """Parses the data of the header extension of the feature name table. Accepts any bytes."""
     table = parse(_TABLE, data, "feature name table", 0)
     return FeatureNames(
         tuple(FeatureName(entry.kind, entry.bit, entry.name) for entry in table.entries),
@@ -78,7 +82,7 @@ def parse_feature_names(data: bytes) -> FeatureNames:
 
 
 def build_feature_names(names: FeatureNames) -> bytes:
-    """The data of the feature name table's header extension.
+    """Builds the data of the header extension of the feature name table.
 
     Raises:
         FormatError: a number or name does not fit its field.
@@ -88,7 +92,7 @@ def build_feature_names(names: FeatureNames) -> bytes:
 
 
 def with_generation_name(data: bytes) -> bytes:
-    """The data of a feature name table with the name of this library's own bit in it."""
+    """Adds the name of this library's own bit to the data of a feature name table."""
     names = parse_feature_names(data)
     bit = AUTOCLEAR_GENERATION.bit_length() - 1
     own = FeatureName(KINDS.index("autoclear"), bit, GENERATION_NAME.encode().ljust(46, b"\0"))
@@ -97,9 +101,9 @@ def with_generation_name(data: bytes) -> bytes:
 
 
 def features(kind: str, mask: int, names: FeatureNames) -> tuple[Feature, ...]:
-    """The bits set in ``mask``, lowest first; ``kind`` is one of `KINDS`.
+    """Names the bits that are set in ``mask``, the lowest first; ``kind`` is one of `KINDS`.
 
-    The image's own name table names the bits the specification does not.
+    A bit that the specification does not name has its name from ``names``, the table of the image.
     """
     table = {(entry.kind, entry.bit): entry.text for entry in names.entries}
     number = KINDS.index(kind)

@@ -1,4 +1,6 @@
-"""The fixed header of an image, versions 2 and 3.
+"""The fixed fields of the header, in versions 2 and 3: parsing and building.
+
+The header extensions are in ``extensions``.
 
 *Spec*: spec/header.md.
 """
@@ -52,12 +54,13 @@ FIELD_OFFSETS = field_offsets(_V3_FIXED) | {"compression_type": 104, "padding": 
 
 
 class Header(NamedTuple):
-    """Every field of the header, under its name in the specification.
+    """Every field of the header. Fields have their names in the specification.
 
-    For version 2 the later fields have the values the specification implies: no features,
-    refcount_order 4, header_length 72. ``compression_type`` (0 deflate, 1 zstd) is None where
-    the header is too short to hold it. ``padding`` follows it up to byte 112, and
-    ``additional_fields`` are the bytes from there on, unknown to this version.
+    In version 2 the fields of version 3 have the values that the specification implies: no
+    features, refcount_order 4, header_length 72. If the header is too short for
+    ``compression_type`` (0 deflate, 1 zstd), that field is None. ``padding`` is the bytes after
+    ``compression_type`` up to byte 112. ``additional_fields`` is the bytes from byte 112 on, which
+    are unknown to this library.
     """
 
     version: int
@@ -93,14 +96,15 @@ class Header(NamedTuple):
 
 
 def parse_header(data: bytes) -> Header:
-    """The header at the start of ``data``, which may be longer.
+    """Parses the header at the start of ``data``, which may be longer than the header.
 
-    A ``header_length`` below 104 or beyond ``data`` is kept as it is, without the fields after
-    it: where the header ends is then unknown.
+    If ``header_length`` is below 104 or beyond the end of ``data``, the end of the header is
+    unknown. Then the header keeps that ``header_length``, and the fields after it have their
+    defaults.
 
     Raises:
-        FormatError: no qcow2 magic, or cut off inside the fixed fields.
-        UnsupportedError: a version other than 2 and 3.
+        FormatError: ``data`` has no qcow2 magic, or ends inside the fixed fields.
+        UnsupportedError: the version is neither 2 nor 3.
     """
     if not data:
         raise FormatError("header", "magic", 0, "is missing: the file is empty")
@@ -117,12 +121,13 @@ def parse_header(data: bytes) -> Header:
 
 
 def build_header(header: Header) -> bytes:
-    """The bytes of the fixed header, ``header_length`` long.
+    """Builds the bytes of the header, which are ``header_length`` bytes.
 
     Raises:
-        FormatError: a value does not fit its field, or has none in this version and length.
+        FormatError: a value does not fit its field, or its field does not exist in a header of
+            this version and length.
     """
     data = build(_V2 if header.version == 2 else _V3, header._asdict(), "header")
     if parse_header(data) != header:
-        raise FormatError("header", "", 0, "has values for which its length leaves no field")
+        raise FormatError("header", "", 0, "has values for fields that its length leaves out")
     return data

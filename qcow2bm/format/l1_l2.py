@@ -1,4 +1,4 @@
-"""Entries of the L1 and L2 tables, which lead from guest offsets to host offsets."""
+"""The layout of the entries of L1 and L2 tables, which map guest offsets to host offsets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from construct import BitsInteger, BitStruct
 from qcow2bm.format.schema import bit_masks
 
 L1_ENTRY_LENGTH = 8
-L2_ENTRY_LENGTH = 8  # twice that with extended L2 entries: `SUBCLUSTERS` follow each
+L2_ENTRY_LENGTH = 8  # with extended L2 entries, another 8 bytes follow: `SUBCLUSTERS`
 SUBCLUSTERS_PER_CLUSTER = 32
 
 L1_ENTRY = BitStruct(
@@ -32,4 +32,4 @@ SUBCLUSTERS = BitStruct(
 L1_MASKS = bit_masks(L1_ENTRY)
 L2_MASKS = bit_masks(L2_ENTRY)
 SUBCLUSTER_MASKS = bit_masks(SUBCLUSTERS)
-"""The mask of each field of an entry, as a big-endian integer of 64 bits sees it."""
+"""The mask of each field in an entry that was read as a big-endian integer of 64 bits."""

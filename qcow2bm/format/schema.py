@@ -1,4 +1,7 @@
-"""The one place where construct parses and builds, and its errors become FormatError."""
+"""Parsing and building with construct, whose errors become FormatError, and facts about schemas.
+
+The schemas themselves are in the other modules of this folder.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ def parse(
     offset: int,
     offsets: Mapping[str, int] = MappingProxyType({}),
 ) -> Any:  # noqa: ANN401
-    """The construct Container that ``schema`` reads from ``data``.
+    """Parses ``data`` with ``schema`` and returns the Container of construct.
 
-    For messages, ``offset`` is the host offset of ``data``, and ``offsets`` those of the fields
-    in it where they are known.
+    Messages need ``structure``, a name, ``offset``, the host offset of ``data``, and ``offsets``,
+    the byte offsets of fields in ``data`` as far as they are known.
 
     Raises:
         FormatError: ``data`` does not fit the schema.
@@ -36,7 +39,7 @@ def parse(
 
 
 def build(schema: Any, values: Mapping[str, object], structure: str) -> bytes:  # noqa: ANN401
-    """The bytes ``schema`` makes of ``values``.
+    """Builds the bytes of ``values`` with ``schema``; messages call them ``structure``.
 
     Raises:
         FormatError: a value does not fit its field.
@@ -48,10 +51,13 @@ def build(schema: Any, values: Mapping[str, object], structure: str) -> bytes:  
 
 
 def flat_struct(schema: Any) -> struct.Struct:  # noqa: ANN401
-    """A ``struct.Struct`` with exactly the fields of a construct Struct of plain integers.
+    """Returns a ``struct.Struct`` with exactly the fields of a construct Struct of plain integers.
 
-    construct interprets a schema field by field; where tens of thousands of records are read,
-    this reads the same fields, taken from the schema itself, in one call.
+    construct interprets a schema field by field, which is too slow for tens of thousands of
+    records. The result reads the same fields, taken from the schema itself, in one call.
+
+    Raises:
+        ValueError: the fields differ in byte order.
     """
     formats = [field.subcon.fmtstr for field in schema.subcons]
     orders = {text[0] for text in formats}
@@ -70,7 +76,7 @@ def field_offsets(schema: Any) -> dict[str, int]:  # noqa: ANN401
 
 
 def bit_masks(schema: Any) -> dict[str, int]:  # noqa: ANN401
-    """The mask of each field of a construct BitStruct, as a big-endian integer sees it."""
+    """The mask of each field of a construct BitStruct that was read as a big-endian integer."""
     masks: dict[str, int] = {}
     shift = 8 * schema.sizeof()
     for field in schema.subcon.subcons:

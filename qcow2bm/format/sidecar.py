@@ -1,4 +1,4 @@
-"""The records of a sidecar, the file that carries bitmaps beside an image.
+"""The records of a sidecar, a file that carries bitmaps beside an image: parsing and building.
 
 *Spec*: spec/sidecar.md.
 """
@@ -48,7 +48,7 @@ _BITMAP_OFFSETS = field_offsets(_BITMAP_START)
 
 
 class Head(NamedTuple):
-    """What a sidecar begins with: sizes in bytes, and how many bitmaps there are."""
+    """The record at the start of a sidecar. Sizes are in bytes; ``nb_bitmaps`` is a count."""
 
     header_size: int
     disk_size: int
@@ -56,7 +56,7 @@ class Head(NamedTuple):
 
 
 class BitmapRecord(NamedTuple):
-    """What stands before the data of a bitmap; ``name_size`` bytes of name are in between."""
+    """The record of a bitmap. ``name_size`` bytes of its name follow, then its data."""
 
     data_size: int
     flags: int
@@ -65,17 +65,17 @@ class BitmapRecord(NamedTuple):
 
 
 def parse_head(data: bytes) -> Head:
-    """The first `HEAD_BYTES` of a sidecar.
+    """Parses the first `HEAD_BYTES` of a sidecar.
 
     Raises:
-        FormatError: it is no sidecar, or breaks a rule.
-        UnsupportedError: it is of a version that is not known here.
+        FormatError: the data are not those of a sidecar, or break a rule of the format.
+        UnsupportedError: this library does not know the version of the sidecar.
     """
     found = parse(_HEAD, data, "sidecar", 0, _HEAD_OFFSETS)
     if found.magic != MAGIC:
-        raise FormatError("sidecar", "magic", 0, "is not that of a sidecar")
+        raise FormatError("sidecar", "magic", 0, "is not the magic of a sidecar")
     if found.version != VERSION:
-        raise UnsupportedError(f"version {found.version} of sidecars, only {VERSION}")
+        raise UnsupportedError(f"version {found.version} of sidecars, only version {VERSION}")
     for field, value, limit in (
         ("header_size", found.header_size, MAX_HEADER_BYTES),
         ("nb_bitmaps", found.nb_bitmaps, MAX_BITMAPS),
@@ -85,16 +85,16 @@ def parse_head(data: bytes) -> Head:
             reason = f"is {value}, must be at most {limit}"
             raise FormatError("sidecar", field, _HEAD_OFFSETS[field], reason)
     if not found.disk_size or found.disk_size % 512:
-        reason = f"is {found.disk_size}, must be whole sectors, at least one"
+        reason = f"is {found.disk_size}, must be a multiple of 512 and not 0"
         raise FormatError("sidecar", "disk_size", _HEAD_OFFSETS["disk_size"], reason)
     return Head(found.header_size, found.disk_size, found.nb_bitmaps)
 
 
 def parse_bitmap(data: bytes, offset: int, number: int) -> BitmapRecord:
-    """The `BITMAP_BYTES` at ``offset`` with which bitmap ``number`` begins.
+    """Parses the `BITMAP_BYTES` of the record of bitmap ``number``; ``offset`` is their offset.
 
     Raises:
-        FormatError: it breaks a rule.
+        FormatError: the record breaks a rule of the format.
     """
     structure = f"bitmap {number}"
     found = parse(_BITMAP_START, data, structure, offset, _BITMAP_OFFSETS)
@@ -117,14 +117,18 @@ def parse_bitmap(data: bytes, offset: int, number: int) -> BitmapRecord:
 
 
 def build_head(head: Head) -> bytes:
-    """What a sidecar begins with; raises FormatError for a value that does not fit its field."""
+    """Builds the first `HEAD_BYTES` of a sidecar.
+
+    Raises:
+        FormatError: a value does not fit its field.
+    """
     return build(
         _HEAD, {"magic": MAGIC, "version": VERSION, "reserved": 0, **head._asdict()}, "sidecar"
     )
 
 
 def build_bitmap(data_size: int, flags: int, granularity_bits: int, name: bytes) -> bytes:
-    """What stands before the data of a bitmap; raises as `build_head` does."""
+    """Builds the record of a bitmap and its name; raises as `build_head` does."""
     values = {
         "data_size": data_size,
         "reserved": 0,

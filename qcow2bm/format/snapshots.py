@@ -1,4 +1,4 @@
-"""The snapshot table, as far as counting references to clusters needs it.
+"""The entries of the snapshot table: parsing, building, and measuring without parsing.
 
 *Spec*: spec/refcounts.md, "Snapshot table".
 """
@@ -39,13 +39,13 @@ SNAPSHOT = Struct(
 )
 
 FIELD_OFFSETS = field_offsets(_HEAD)
-# There can be 65,536 entries; construct would need seconds to walk over them.
+# A table may have 65,536 entries. construct would need seconds to parse that many.
 _READ_HEAD = flat_struct(_HEAD)
 HEAD_LENGTH = _READ_HEAD.size
 
 
 class SnapshotHeader(NamedTuple):
-    """One snapshot table entry, fields under their names in the specification."""
+    """One snapshot table entry. Fields have their names in the specification."""
 
     l1_table_offset: int
     l1_size: int
@@ -60,13 +60,13 @@ class SnapshotHeader(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many bytes the entry occupies in the snapshot table."""
+        """The number of bytes that the entry occupies in the snapshot table."""
         tail = len(self.extra_data) + len(self.id_str) + len(self.name) + len(self.padding)
         return HEAD_LENGTH + tail
 
 
 class SnapshotMeasure(NamedTuple):
-    """How long an entry and its extra data are in bytes, and what L1 table it leads to."""
+    """The size of an entry and of its extra data in bytes, and the place of its L1 table."""
 
     size: int
     extra_data_size: int
@@ -75,7 +75,7 @@ class SnapshotMeasure(NamedTuple):
 
 
 def measure_entry(head: bytes) -> SnapshotMeasure:
-    """What the first 40 bytes of an entry say."""
+    """Measures an entry by its first 40 bytes, ``head``."""
     fields = dict(zip(FIELD_OFFSETS, _READ_HEAD.unpack(head), strict=True))
     extra = fields["extra_data_size"]
     tail = extra + fields["id_str_size"] + fields["name_size"]
@@ -84,7 +84,7 @@ def measure_entry(head: bytes) -> SnapshotMeasure:
 
 
 def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[SnapshotHeader, ...]:
-    """The first ``nb_snapshots`` entries in ``data``; ``offset`` is its host offset.
+    """Parses the first ``nb_snapshots`` entries in ``data``; ``offset`` is its host offset.
 
     Raises:
         FormatError: an entry is cut off, or has more than 1024 bytes of extra data.
@@ -93,7 +93,7 @@ def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[S
     position = 0
     for number in range(nb_snapshots):
         structure = f"snapshot table entry {number}"
-        # An entry is under 200 KiB: no more is handed over, so that reading stays linear.
+        # An entry is smaller than 200 KiB. A slice without limit would take quadratic time.
         part = data[position : position + (1 << 18)]
         fields = parse(SNAPSHOT, part, structure, offset + position)
         if fields.extra_data_size > MAX_EXTRA_DATA_SIZE:
@@ -107,7 +107,7 @@ def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[S
 
 
 def build_snapshot_table(snapshots: tuple[SnapshotHeader, ...]) -> bytes:
-    """The bytes of a snapshot table.
+    """Builds the bytes of a snapshot table.
 
     Raises:
         FormatError: a value does not fit its field.

@@ -1,4 +1,6 @@
-"""The records of QEMU's migration stream, as far as it takes to find dirty bitmaps in it.
+"""The frame of QEMU's migration stream: parsing and building the records around the sections.
+
+The content of two sections is parsed in ``stream_bitmap`` and ``stream_ram``.
 
 *Spec*: spec/stream.md.
 """
@@ -63,7 +65,7 @@ _COMMAND = Struct(
     "data" / Bytes(this.length),
 )
 
-# A bitmap of 32 MiB comes in 32,768 records; construct would need seconds for them.
+# A bitmap of 32 MiB comes in 32,768 records; construct would need seconds to parse that many.
 U8, U32, U64 = (flat_struct(Struct("value" / field)) for field in (Int8ub, Int32ub, Int64ub))
 _READ_ENVELOPE = flat_struct(_ENVELOPE)
 _READ_PART = flat_struct(_PART)
@@ -72,7 +74,10 @@ _READ_VERSIONS = flat_struct(Struct(*_SECTION.subcons[-2:]))
 
 
 class Section(NamedTuple):
-    """The header of a SECTION_START or SECTION_FULL record, or of another with its id alone."""
+    """The header of a section, or a FOOTER.
+
+    Only SECTION_START and SECTION_FULL have more than ``type`` and ``section_id``.
+    """
 
     type: int
     section_id: int
@@ -88,73 +93,73 @@ class Command(NamedTuple):
     data: bytes
 
 
-def parse_envelope(window: StreamBuffer) -> None:
-    """What every whole stream begins with.
+def parse_envelope(buffer: StreamBuffer) -> None:
+    """Parses the magic and version at the start of a whole stream.
 
     Raises:
-        FormatError: it is no migration stream, or one of another version.
+        FormatError: the data are not a migration stream, or are of another version.
     """
-    magic, version = window.read(_READ_ENVELOPE)
+    magic, version = buffer.read(_READ_ENVELOPE)
     if magic != MAGIC:
-        window.reject("migration stream", "magic", "is not QEVM", 8)
+        buffer.reject("migration stream", "magic", "is not QEVM", 8)
     if version != VERSION:
-        window.reject("migration stream", "version", f"is {version}, must be {VERSION}", 4)
+        buffer.reject("migration stream", "version", f"is {version}, must be {VERSION}", 4)
 
 
-def parse_configuration(window: StreamBuffer) -> bytes:
-    """The machine's name in a CONFIGURATION record, without its subsections.
+def parse_configuration(buffer: StreamBuffer) -> bytes:
+    """Parses a CONFIGURATION record up to its subsections; returns the name of the machine.
 
     Raises:
         FormatError: the name is too long.
     """
-    window.read(U8)
-    (length,) = window.read(U32)
+    buffer.read(U8)
+    (length,) = buffer.read(U32)
     if length > MAX_NAME:
-        window.reject("configuration", "length", f"is {length}, more than {MAX_NAME}", 4)
-    return window.take(length)
+        buffer.reject("configuration", "length", f"is {length}, more than {MAX_NAME}", 4)
+    return buffer.take(length)
 
 
-def parse_subsection(window: StreamBuffer) -> bytes:
-    """The idstr of a SUBSECTION record, whose body is left."""
-    window.read(U8)
-    idstr = parse_string(window)
-    window.read(U32)
+def parse_subsection(buffer: StreamBuffer) -> bytes:
+    """Parses the header of a SUBSECTION record, without its body; returns its idstr."""
+    buffer.read(U8)
+    idstr = parse_string(buffer)
+    buffer.read(U32)
     return idstr
 
 
-def parse_section(window: StreamBuffer) -> Section:
-    """The header of a section, without its body; or a FOOTER."""
-    type, section_id = window.read(_READ_PART)
+def parse_section(buffer: StreamBuffer) -> Section:
+    """Parses the header of a section, without its body, or a FOOTER."""
+    type, section_id = buffer.read(_READ_PART)
     if type not in (SECTION_START, SECTION_FULL):
         return Section(type, section_id)
-    idstr = parse_string(window)
-    return Section(type, section_id, idstr, *window.read(_READ_VERSIONS))
+    idstr = parse_string(buffer)
+    return Section(type, section_id, idstr, *buffer.read(_READ_VERSIONS))
 
 
-def parse_command(window: StreamBuffer) -> Command:
-    """A COMMAND record; the raw bytes that follow PACKAGED are not part of it."""
-    _, command, length = window.read(_READ_COMMAND)
-    return Command(command, window.take(length))
+def parse_command(buffer: StreamBuffer) -> Command:
+    """Parses a COMMAND record; the raw bytes that follow PACKAGED are not part of the record."""
+    _, command, length = buffer.read(_READ_COMMAND)
+    return Command(command, buffer.take(length))
 
 
-def parse_string(window: StreamBuffer) -> bytes:
-    """A string behind one byte that is its length."""
-    (length,) = window.read(U8)
-    return window.take(length)
+def parse_string(buffer: StreamBuffer) -> bytes:
+    """Parses a string of at most 255 bytes; the byte before the string is its length."""
+    (length,) = buffer.read(U8)
+    return buffer.take(length)
 
 
 def build_envelope() -> bytes:
-    """What every whole stream begins with."""
+    """Builds the magic and version at the start of a whole stream."""
     return _READ_ENVELOPE.pack(MAGIC, VERSION)
 
 
 def build_configuration(machine: bytes) -> bytes:
-    """A CONFIGURATION record without subsections."""
+    """Builds a CONFIGURATION record without subsections."""
     return build(_CONFIGURATION, {"type": CONFIGURATION, "machine": machine}, "configuration")
 
 
 def build_section(section: Section) -> bytes:
-    """The header of a section, or a FOOTER.
+    """Builds the header of a section, or a FOOTER.
 
     Raises:
         FormatError: a value does not fit its field.

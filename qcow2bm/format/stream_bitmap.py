@@ -1,6 +1,6 @@
 """The records of the section ``dirty-bitmap`` in QEMU's migration stream: parsing and building.
 
-What stands around the section is in ``stream``.
+The frame of the stream is parsed in ``stream``.
 
 *Spec*: spec/stream.md, "Records of bitmaps".
 """
@@ -42,23 +42,23 @@ _START = Struct("granularity" / Int32ub, "bitmap_flags" / Int8ub)
 _BITS = Struct("start_sector" / Int64ub, "nr_sectors" / Int32ub)
 _BUFFER = Struct("size" / Rebuild(Int64ub, len_(this.data)), "data" / Bytes(this.size))
 
-# A bitmap of 32 MiB comes in 32,768 records; construct would need seconds for them.
+# A bitmap of 32 MiB comes in 32,768 records; construct would need seconds to parse that many.
 _READ_START = flat_struct(_START)
 _READ_BITS = flat_struct(_BITS)
 _READ_BITS_AND_SIZE = flat_struct(Struct(*_BITS.subcons, "size" / Int64ub))
 
 
 class Start(NamedTuple):
-    """What a START record says: granularity in bytes, and the flags of the bitmap."""
+    """The body of a START record: the granularity in bytes, and the flags of the bitmap."""
 
     granularity: int
     bitmap_flags: int
 
 
 class Bits(NamedTuple):
-    """What a BITS record says: sectors of 512 bytes, and their bits with padding.
+    """The body of a BITS record: a range of sectors of 512 bytes, and their bits with padding.
 
-    ``data`` is None where all bits are clear.
+    If all bits are clear, ``data`` is None.
     """
 
     start_sector: int
@@ -67,7 +67,10 @@ class Bits(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A record of a dirty-bitmap section. A name that is None is that of the record before."""
+    """A record of a dirty-bitmap section.
+
+    If ``node_alias`` or ``bitmap_alias`` is None, the alias of the record before applies.
+    """
 
     flags: int
     node_alias: bytes | None = None
@@ -75,56 +78,56 @@ class Record(NamedTuple):
     body: Start | Bits | None = None
 
 
-def parse_record(window: StreamBuffer) -> Record:
-    """A record of a dirty-bitmap section.
+def parse_record(buffer: StreamBuffer) -> Record:
+    """Parses a record of a dirty-bitmap section.
 
     Raises:
-        FormatError: it breaks a rule that holds whatever came before.
+        FormatError: the record breaks a rule that does not depend on the records before.
     """
-    (flags,) = window.read(U8)
+    (flags,) = buffer.read(U8)
     node_alias = bitmap_alias = None
     if flags & EXTRA_FLAGS:
-        window.reject("dirty-bitmap record", "flags", f"is {flags:#x}: more than one byte", 1)
+        buffer.reject("dirty-bitmap record", "flags", f"is {flags:#x}: more than one byte", 1)
     if flags & DEVICE_NAME:
-        node_alias = _parse_alias(window, "node alias")
+        node_alias = _parse_alias(buffer, "node alias")
     if flags & BITMAP_NAME:
-        bitmap_alias = _parse_alias(window, "bitmap alias")
+        bitmap_alias = _parse_alias(buffer, "bitmap alias")
     if flags & START:
-        return Record(flags, node_alias, bitmap_alias, _parse_start(window))
+        return Record(flags, node_alias, bitmap_alias, _parse_start(buffer))
     if flags & COMPLETE or not flags & BITS:
         return Record(flags, node_alias, bitmap_alias)
     if flags & ZEROES:
-        start_sector, nr_sectors = window.read(_READ_BITS)
+        start_sector, nr_sectors = buffer.read(_READ_BITS)
         data = None
     else:
-        start_sector, nr_sectors, size = window.read(_READ_BITS_AND_SIZE)
+        start_sector, nr_sectors, size = buffer.read(_READ_BITS_AND_SIZE)
         if size > MAX_BUFFER:
-            window.reject("BITS record", "size", f"is {size}, more than {MAX_BUFFER}", 8)
-        data = window.take(size)
+            buffer.reject("BITS record", "size", f"is {size}, more than {MAX_BUFFER}", 8)
+        data = buffer.take(size)
     return Record(flags, node_alias, bitmap_alias, Bits(start_sector, nr_sectors, data))
 
 
-def _parse_alias(window: StreamBuffer, field: str) -> bytes:
-    alias = parse_string(window)
+def _parse_alias(buffer: StreamBuffer, field: str) -> bytes:
+    alias = parse_string(buffer)
     if not alias:
-        window.reject("dirty-bitmap record", field, "is empty", 1)
+        buffer.reject("dirty-bitmap record", field, "is empty", 1)
     return alias
 
 
-def _parse_start(window: StreamBuffer) -> Start:
-    start = Start(*window.read(_READ_START))
+def _parse_start(buffer: StreamBuffer) -> Start:
+    start = Start(*buffer.read(_READ_START))
     granularity = start.granularity
     if granularity < MIN_GRANULARITY or granularity & (granularity - 1):
         reason = f"is {granularity}, must be a power of two from {MIN_GRANULARITY} on"
-        window.reject("START record", "granularity", reason, 5)
+        buffer.reject("START record", "granularity", reason, 5)
     if start.bitmap_flags & RESERVED_FLAGS:
         reason = f"is {start.bitmap_flags:#x}, which has reserved bits"
-        window.reject("START record", "bitmap_flags", reason, 1)
+        buffer.reject("START record", "bitmap_flags", reason, 1)
     return start
 
 
 def build_record(record: Record) -> bytes:
-    """A record of a dirty-bitmap section; ``flags`` must say what there is of names and body.
+    """Builds a record of a dirty-bitmap section; its ``flags`` must match its aliases and body.
 
     Raises:
         FormatError: a value does not fit its field.

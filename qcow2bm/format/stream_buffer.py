@@ -1,4 +1,7 @@
-"""What has come of a stream: records are parsed from it, or wait for more to come."""
+"""A buffer of received bytes of a stream, from which whole records are parsed.
+
+The records themselves are in ``stream``, ``stream_bitmap`` and ``stream_ram``.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,18 @@ from qcow2bm.errors import FormatError
 
 
 class NeedDataError(Exception):
-    """The rest of the record has not come yet."""
+    """The record goes on beyond the bytes received so far: parse it again when more have come."""
 
 
 class StreamBuffer:
-    """What has come of a stream and is not parsed yet.
+    """The received bytes of a stream that are not parsed yet.
 
-    The parse functions advance it, and raise `NeedDataError` where a record goes on beyond it.
+    The parse functions advance ``position``. If a record goes on beyond the received bytes, they
+    raise `NeedDataError`.
 
     Attributes:
-        position: of what is to be parsed next, in ``data``.
+        data: the received bytes.
+        position: the index in ``data`` of the next byte to parse.
     """
 
     __slots__ = ("_base", "_mark", "data", "position")
@@ -28,18 +33,18 @@ class StreamBuffer:
         self.position = self._mark = self._base = 0
 
     def feed(self, data: bytes) -> None:
-        """Adds what has come; forgets what is parsed."""
+        """Appends received bytes, and drops the bytes that are parsed already."""
         self._base += self.position
         rest = self.data[self.position :]
         self.data = rest + data if rest else data
         self.position = self._mark = 0
 
     def commit(self) -> None:
-        """What is parsed so far will not be parsed again."""
+        """Marks the position, to which `rewind` goes back: all before it is parsed for good."""
         self._mark = self.position
 
     def rewind(self) -> None:
-        """Goes back to where `commit` was called last."""
+        """Goes back to the position of the last `commit`."""
         self.position = self._mark
 
     @property
@@ -49,22 +54,22 @@ class StreamBuffer:
 
     @property
     def start(self) -> int:
-        """The offset in the stream of the last `commit`: where the record begins."""
+        """The offset in the stream of the last `commit`, where the present record begins."""
         return self._base + self._mark
 
     @property
     def length(self) -> int:
-        """How many bytes are there."""
+        """The number of received bytes that are not parsed yet."""
         return len(self.data) - self.position
 
     def peek(self) -> int:
-        """The next byte, which stays."""
+        """Returns the next byte without advancing."""
         if self.position >= len(self.data):
             raise NeedDataError
         return self.data[self.position]
 
     def read(self, layout: struct.Struct) -> tuple[int, ...]:
-        """The next integers."""
+        """Parses the next integers, as many as ``layout`` has."""
         try:
             values = layout.unpack_from(self.data, self.position)
         except struct.error:
@@ -73,7 +78,7 @@ class StreamBuffer:
         return values
 
     def take(self, length: int) -> bytes:
-        """The next bytes."""
+        """Returns the next ``length`` bytes and advances past them."""
         stop = self.position + length
         if stop > len(self.data):
             raise NeedDataError
@@ -82,11 +87,11 @@ class StreamBuffer:
         return data
 
     def skip(self, length: int) -> None:
-        """Passes over the next bytes, all of which must have come."""
+        """Advances past the next ``length`` bytes."""
         if length > len(self.data) - self.position:
             raise NeedDataError
         self.position += length
 
     def reject(self, structure: str, field: str, reason: str, back: int = 0) -> NoReturn:
-        """Raises `FormatError` about a field that begins ``back`` bytes before the position."""
+        """Raises `FormatError` for a field that begins ``back`` bytes before the position."""
         raise FormatError(structure, field, self.offset - back, reason)

@@ -1,4 +1,6 @@
-"""The pages of the section ``ram``, which has no length: to get past it, it must be parsed.
+"""The pages and blocks of the section ``ram`` in a migration stream, parsed to be skipped.
+
+The section does not state its length, so a reader must parse the section to find its end.
 
 *Spec*: spec/stream.md, "RAM".
 """
@@ -32,21 +34,21 @@ _XBZRLE = flat_struct(Struct("encoding" / Int8ub, "length" / Int16ub))
 _COMPRESSED = flat_struct(Struct("length" / Int32ub))
 
 PAGE_SIZE = 4096
-PAGE_BITS = range(10, 17)  # below are the flags
+PAGE_BITS = range(10, 17)  # the bits below the page size hold the flags
 
 
 class PageHeader(NamedTuple):
-    """An address in a block of memory, or with MEM_SIZE how large all blocks are, and flags."""
+    """The address and flags of a page; with MEM_SIZE, ``address`` is the size of all blocks."""
 
     address: int
     flags: int
 
 
 class Options(NamedTuple):
-    """What changes the layout of pages and blocks, as the stream itself says.
+    """The facts in a stream that change the layout of pages and blocks.
 
-    ``has_block_page_size``: huge pages are announced; ``has_block_address``: blocks on shared
-    memory are.
+    If ``has_block_page_size``, blocks of huge pages state their page size. If
+    ``has_block_address``, every block states its address.
     """
 
     page_size: int = PAGE_SIZE
@@ -54,51 +56,51 @@ class Options(NamedTuple):
     has_block_address: bool = False
 
 
-def parse_page(window: StreamBuffer, page_size: int) -> PageHeader:
-    """The header of a page, after which comes the next one: its content is passed over.
+def parse_page(buffer: StreamBuffer, page_size: int) -> PageHeader:
+    """Parses the header of a page and skips the content of the page.
 
     Raises:
-        FormatError: the flags are none that QEMU sends, or a length is too large.
+        FormatError: QEMU does not send such flags, or a length is too large.
     """
-    (word,) = window.read(U64)
-    flags = word & (page_size - 1)  # an address is that of a page
+    (word,) = buffer.read(U64)
+    flags = word & (page_size - 1)  # an address is a multiple of the page size
     kind = flags & ~CONTINUE
     if kind in (ZERO, PAGE, XBZRLE, COMPRESS):
         if not flags & CONTINUE:
-            parse_string(window)
-        _skip_page(window, kind, page_size)
+            parse_string(buffer)
+        _skip_page(buffer, kind, page_size)
     elif kind not in (MEM_SIZE, EOS, MULTIFD_FLUSH) and not kind & HOOK:
-        window.reject("ram page", "flags", f"is {flags:#x}, which is unknown", 8)
+        buffer.reject("ram page", "flags", f"is {flags:#x}, which is unknown", 8)
     return PageHeader(word - flags, kind)
 
 
-def _skip_page(window: StreamBuffer, kind: int, page_size: int) -> None:
+def _skip_page(buffer: StreamBuffer, kind: int, page_size: int) -> None:
     if kind == ZERO:
-        window.skip(1)
+        buffer.skip(1)
     elif kind == PAGE:
-        window.skip(page_size)
+        buffer.skip(page_size)
     elif kind == XBZRLE:
-        encoding, length = window.read(_XBZRLE)
+        encoding, length = buffer.read(_XBZRLE)
         if encoding != _XBZRLE_ENCODING or length > page_size:
-            window.reject("ram page", "xbzrle header", f"is {encoding}, {length}", 3)
-        window.skip(length)
+            buffer.reject("ram page", "xbzrle header", f"is {encoding}, {length}", 3)
+        buffer.skip(length)
     else:
-        (length,) = window.read(_COMPRESSED)
-        if length > 2 * page_size:  # zlib's own limit lies a little above one page
-            window.reject("ram page", "compressed length", f"is {length}", 4)
-        window.skip(length)
+        (length,) = buffer.read(_COMPRESSED)
+        if length > 2 * page_size:  # zlib makes a page a little larger at most
+            buffer.reject("ram page", "compressed length", f"is {length}", 4)
+        buffer.skip(length)
 
 
-def parse_block(window: StreamBuffer, options: Options) -> int:
-    """How many bytes a block of memory has, from the list that follows MEM_SIZE."""
-    parse_string(window)
-    (length,) = window.read(U64)
-    # Only blocks of huge pages have this: what else may follow begins with a name's length,
-    # which is not 0, or is a page header with flags.
-    if options.has_block_page_size and window.peek() == 0:
-        (word,) = window.read(U64)
+def parse_block(buffer: StreamBuffer, options: Options) -> int:
+    """Parses one block of the list that follows MEM_SIZE; returns its size in bytes."""
+    parse_string(buffer)
+    (length,) = buffer.read(U64)
+    # Only a block of huge pages states its page size. Otherwise the length of a name follows, which
+    # is not 0, or a page header, whose flags are not 0.
+    if options.has_block_page_size and buffer.peek() == 0:
+        (word,) = buffer.read(U64)
         if word & (options.page_size - 1):
-            window.position -= U64.size
+            buffer.position -= U64.size
     if options.has_block_address:
-        window.read(U64)
+        buffer.read(U64)
     return length

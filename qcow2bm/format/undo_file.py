@@ -1,4 +1,4 @@
-"""The file that a repair leaves to be undone with.
+"""The undo file, which a repair leaves so that the repair can be undone: parsing and building.
 
 *Spec*: spec/repair.md, "Undo file".
 """
@@ -35,7 +35,10 @@ HEAD_BYTES, STEP_BYTES, SEAL_BYTES = _HEAD.sizeof(), _STEP.sizeof(), _SEAL.sizeo
 
 
 class UndoStep(NamedTuple):
-    """What a repair wrote at ``offset``, and what stood there before; a barrier has neither."""
+    """A write or a barrier of a repair.
+
+    A write replaced the ``old`` bytes at ``offset`` by the ``new`` ones. A barrier has neither.
+    """
 
     offset: int
     old: bytes
@@ -43,7 +46,7 @@ class UndoStep(NamedTuple):
 
     @property
     def is_barrier(self) -> bool:
-        """Whether it is a barrier."""
+        """Whether the step is a barrier."""
         return not self.new
 
 
@@ -51,14 +54,14 @@ BARRIER_STEP = UndoStep(0, b"", b"")
 
 
 class UndoLog(NamedTuple):
-    """What a repair did.
+    """The content of an undo file: all that a repair did.
 
     Attributes:
-        file_size: of the image in bytes, before it.
-        state: the digest of the image's metadata after it.
-        steps: all that was done, in order.
-        mtime_ns: when the image was written last by the repair; None if that was not noted,
-            because the repair did not come to its end, or the storage does not tell.
+        file_size: the size of the image file in bytes before the repair.
+        state: the digest of the metadata of the image after the repair.
+        steps: the writes and barriers of the repair, in order.
+        mtime_ns: the time of the last write of the repair. None if the repair did not reach its
+            end, or if the storage does not know times.
     """
 
     file_size: int
@@ -68,14 +71,14 @@ class UndoLog(NamedTuple):
 
 
 def build_seal(mtime_ns: int) -> bytes:
-    """What is appended to an undo file when the repair is done."""
+    """Builds the seal, which is appended to an undo file when the repair is done."""
     values = {"magic": SEAL_MAGIC, "mtime_ns": mtime_ns}
     data = build(_SEAL, {**values, "sha256": bytes(DIGEST_BYTES)}, "seal")[:-DIGEST_BYTES]
     return data + hashlib.sha256(data).digest()
 
 
 def build_undo(undo: UndoLog) -> Iterator[bytes]:
-    """The bytes of an undo file, piece by piece, without its seal."""
+    """Builds the bytes of an undo file, piece by piece, without its seal."""
     digest = hashlib.sha256()
     for piece in _pieces(undo.file_size, undo.state, undo.steps):
         digest.update(piece)
@@ -95,17 +98,17 @@ def _pieces(file_size: int, state: bytes, steps: Sequence[UndoStep]) -> Iterator
 
 
 def parse_undo(data: bytes) -> UndoLog:
-    """What an undo file says.
+    """Parses an undo file.
 
     Raises:
-        FormatError: it is none, or damaged, or cut off.
-        UnsupportedError: it is of a later version.
+        FormatError: ``data`` is not an undo file, or is damaged, or is cut off.
+        UnsupportedError: this library does not know the version of the undo file.
     """
     found = parse(_HEAD, data[:HEAD_BYTES], "undo file", 0, _OFFSETS)
     if found.magic != MAGIC:
-        raise FormatError("undo file", "magic", 0, "is not that of an undo file")
+        raise FormatError("undo file", "magic", 0, "is not the magic of an undo file")
     if found.version != VERSION:
-        raise UnsupportedError(f"version {found.version} of undo files, only {VERSION}")
+        raise UnsupportedError(f"version {found.version} of undo files, only version {VERSION}")
     end = len(data)
     steps, place = [], HEAD_BYTES
     for number in range(found.nb_steps):
@@ -122,14 +125,14 @@ def parse_undo(data: bytes) -> UndoLog:
         steps.append(UndoStep(step.offset, old, new))
         place = stop
     if hashlib.sha256(data[:place]).digest() != data[place : place + DIGEST_BYTES]:
-        raise FormatError("undo file", "sha256", place, "is another: the file is damaged")
+        raise FormatError("undo file", "sha256", place, "does not match: the file is damaged")
     return UndoLog(
         found.file_size, found.state, tuple(steps), _sealed(data[place + DIGEST_BYTES :])
     )
 
 
 def _sealed(seal: bytes) -> int | None:
-    """The time in a seal; None where it did not come to that, or only to a part of it."""
+    """The time in a seal; None if the seal is missing or cut off."""
     is_whole = len(seal) == SEAL_BYTES and seal.startswith(SEAL_MAGIC)
     if not is_whole or hashlib.sha256(seal[:-DIGEST_BYTES]).digest() != seal[-DIGEST_BYTES:]:
         return None

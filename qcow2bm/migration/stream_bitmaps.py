@@ -1,4 +1,4 @@
-"""The bitmaps of a migration stream, put together from the events of a `StreamReader`.
+"""Collects the bitmaps of a migration stream from the events of a `StreamReader`.
 
 *Spec*: spec/stream.md, "Bitmaps that came".
 """
@@ -12,7 +12,7 @@ from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
 from qcow2bm.bits.pure_python import dirty_bytes
 from qcow2bm.errors import FormatError, LimitError, StateError
 from qcow2bm.migration.stream_reader import StreamReader
-from qcow2bm.migration.stream_records import BitmapBegins, BitmapBits, BitmapComplete, Event
+from qcow2bm.migration.stream_records import BitmapChunk, BitmapEnd, BitmapStart, Event
 from qcow2bm.units import ceil_div, escape
 
 if TYPE_CHECKING:
@@ -20,23 +20,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BYTES = 4 << 30
-"""How many bytes of bits all bitmaps of a stream may have, unless the caller says otherwise."""
+"""The default limit: how many bytes of bits all bitmaps of a stream may have together."""
 
 
 class StreamBitmap:
     """One bitmap of a migration stream, as far as it has come.
 
     Attributes:
-        node_alias, bitmap_alias: what the source calls node and bitmap in the stream. Names that
-            are not UTF-8 are kept as surrogates (PEP 383).
+        node_alias, bitmap_alias: the source's names for the node and the bitmap in the stream.
+            Bytes that are not UTF-8 are kept as surrogates (PEP 383).
         granularity: how many guest bytes one bit stands for.
-        enabled: whether it goes on recording writes.
-        persistent: whether it is to be stored in the image.
-        disk_size: of how many guest bytes it has told; of the whole disk once it is complete.
-        is_complete: whether all of it has come.
+        enabled: whether the bitmap goes on recording writes.
+        persistent: whether the bitmap is to be stored in the image.
+        disk_size: for how many guest bytes bits have come; once the bitmap is complete, the size
+            of the disk.
+        is_complete: whether all bits have come.
     """
 
-    def __init__(self, begins: BitmapBegins) -> None:
+    def __init__(self, begins: BitmapStart) -> None:
         self.node_alias = begins.node_alias
         self.bitmap_alias = begins.bitmap_alias
         self.granularity = begins.granularity
@@ -44,21 +45,21 @@ class StreamBitmap:
         self.persistent = begins.persistent
         self.disk_size = 0
         self.is_complete = False
-        self._octets = bytearray()  # up to the last bits that are not clear
+        self._octets = bytearray()  # up to the last chunk that is not clear
 
     def __repr__(self) -> str:
         return f"<qcow2bm.StreamBitmap {self.bitmap_alias!r} of {self.node_alias!r}>"
 
     @property
     def bits(self) -> int:
-        """How many bits there are so far."""
+        """How many bits have come so far."""
         return ceil_div(self.disk_size, self.granularity)
 
-    def add(self, event: BitmapBits) -> None:
-        """Takes the next bits.
+    def add(self, event: BitmapChunk) -> None:
+        """Adds the next bits.
 
         Raises:
-            LimitError: QEMU has no bitmap of so many.
+            LimitError: the bitmap has more bits than QEMU can have in one.
         """
         self.disk_size = event.start + event.length
         length = ceil_div(self.bits, 8)
@@ -72,16 +73,16 @@ class StreamBitmap:
 
     @property
     def dirty_bytes(self) -> int:
-        """How many guest bytes are dirty, clipped to the disk; so far, while it is not complete."""
+        """How many guest bytes are dirty so far, clipped to the disk."""
         return dirty_bytes(self._octets, self.granularity, self.disk_size)
 
     def packed(self) -> NDArray[np.uint8]:
-        """All bits, uint8[ceil(bits / 8)], least significant bit first, zero past the disk.
+        """Returns all bits: uint8[ceil(bits / 8)], least significant bit first, zero past the disk.
 
-        It is a view of what the bitmap holds, and cannot be written to.
+        The array is a read-only view of the bitmap's own bytes.
 
         Raises:
-            StateError: it is not complete.
+            StateError: the bitmap is not complete.
         """
         import numpy as np
 
@@ -94,10 +95,10 @@ class StreamBitmap:
         return array
 
     def sha256(self) -> str:
-        """What QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
+        """Returns what QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
 
         Raises:
-            StateError: it is not complete.
+            StateError: the bitmap is not complete.
         """
         from qcow2bm.bits.digest import sha256
 
@@ -113,16 +114,16 @@ class StreamBitmap:
 class StreamBitmaps:
     """All bitmaps of a migration stream, as far as it has come.
 
-    Memory grows with their bits, up to the last that is set, and with nothing else.
+    *Guarantees*: memory grows only with the bits of each bitmap, up to the last set bit.
 
     Attributes:
-        all: the bitmaps in the order in which they began, complete or not.
-        is_complete: whether the stream came to its end; then every bitmap is complete.
-        fault: why nothing more was taken, None if the stream was sound.
+        all: the bitmaps in the order of their starts, complete or not.
+        is_complete: whether the end of the bitmaps came; then every bitmap is complete.
+        fault: the rule that the stream breaks, or its early end; None if the stream is sound.
     """
 
     def __init__(self, limit_bytes: int = MAX_BYTES) -> None:
-        """``limit_bytes``: how many bytes of bits may come for all bitmaps, clear ones included."""
+        """``limit_bytes``: how many bytes of bits may come in all, clear bits included."""
         self.all: list[StreamBitmap] = []
         self.is_complete = False
         self.fault: FormatError | None = None
@@ -131,46 +132,46 @@ class StreamBitmaps:
 
     @property
     def complete(self) -> list[StreamBitmap]:
-        """The bitmaps that are complete, and the only ones whose bits can be had."""
+        """The bitmaps that are complete. The bits of the others are not given out."""
         return [bitmap for bitmap in self.all if bitmap.is_complete]
 
     def add(self, events: Iterable[Event]) -> None:
-        """Takes what a `StreamReader` gives.
+        """Adds the events that a `StreamReader` returns.
 
         Raises:
-            LimitError: the bits are too many.
+            LimitError: there are too many bits.
         """
         for event in events:
-            if isinstance(event, BitmapBits):
+            if isinstance(event, BitmapChunk):
                 bitmap = self.all[event.number]
                 self._length += ceil_div(event.length, 8 * bitmap.granularity)
                 if self._length > self._limit_bytes:
                     what = "the length of all bitmaps of the stream in bytes"
                     raise LimitError(what, self._length, self._limit_bytes)
                 bitmap.add(event)
-            elif isinstance(event, BitmapBegins):
+            elif isinstance(event, BitmapStart):
                 self.all.append(StreamBitmap(event))
-            elif isinstance(event, BitmapComplete):
+            elif isinstance(event, BitmapEnd):
                 self.all[event.number].is_complete = True
             else:
                 self.is_complete = True
 
 
 def read_stream(pieces: Iterable[bytes], limit_bytes: int = MAX_BYTES) -> StreamBitmaps:
-    """The bitmaps of a migration stream that comes in pieces of any size.
+    """Reads the bitmaps of a migration stream.
 
-    A fault in it, or its early end, does not raise: what was complete before stays, and
-    `StreamBitmaps.fault` says what it is. No piece is taken after it.
+    If the stream breaks a rule of the format or ends early, `StreamBitmaps.fault` tells where,
+    the bitmaps that were complete by then are good, and no further piece is taken.
 
     Args:
-        pieces: the stream. All are taken, also those after the last bitmap: whoever writes
-            to the other end of a pipe would fail if nobody read them.
-        limit_bytes: how many bytes of bits may come for all bitmaps.
+        pieces: the stream, in pieces of any size. Those after the last bitmap are taken as well:
+            the writer at the other end of a pipe would fail if they were not.
+        limit_bytes: how many bytes of bits may come for all bitmaps together.
 
     Raises:
-        FormatError: it does not even begin like a migration stream.
-        UnsupportedError: what comes before the bitmaps is legal, but cannot be parsed.
-        LimitError: the bits, or the bitmaps, are too many.
+        FormatError: the bytes do not begin like a migration stream.
+        UnsupportedError: a legal record before the bitmaps cannot be parsed.
+        LimitError: there are too many bits, or too many bitmaps.
     """
     bitmaps, reader = StreamBitmaps(limit_bytes), StreamReader()
     try:

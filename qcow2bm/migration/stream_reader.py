@@ -1,4 +1,4 @@
-"""From the bytes of a migration stream to what it says of dirty bitmaps: no I/O, no waiting.
+"""Parses the bytes of a migration stream into events about dirty bitmaps: no I/O, no waiting.
 
 *Spec*: spec/stream.md.
 """
@@ -12,22 +12,22 @@ from qcow2bm.errors import FormatError, Qcow2BmError, UnsupportedError
 from qcow2bm.format import stream, stream_bitmap, stream_ram
 from qcow2bm.format.stream import Section
 from qcow2bm.format.stream_buffer import NeedDataError, StreamBuffer
-from qcow2bm.migration.stream_records import BitmapRecords, Event, StreamEnds
+from qcow2bm.migration.stream_records import BitmapRecords, Event, StreamEnd
 from qcow2bm.units import decode_name, escape
 
 
 class StreamReader:
-    """Takes a migration stream in pieces of any size, and gives what it says of dirty bitmaps.
+    """Takes a migration stream in pieces of any size, and returns the events about dirty bitmaps.
 
-    It takes what a whole migration sends, by precopy or postcopy, and also the sections of the
-    bitmaps alone. Both must come from their beginning.
+    The stream is that of a whole migration, by precopy or postcopy, or the sections of the bitmaps
+    alone. Either must come from its beginning.
 
-    *Guarantees*: how the stream is cut into pieces makes no difference to the events. Nothing is
-    kept of it but the names of the bitmaps, and a record that has not come completely, of some
-    KiB. After the first fault there are no more events.
+    *Guarantees*: the events are the same, however the stream is cut into pieces. Of the stream,
+    only the names of the bitmaps and one incomplete record of a few KiB are kept. No event follows
+    the first fault.
 
     Attributes:
-        is_stream: whether what came first is how a migration stream begins.
+        is_stream: whether the first bytes are those of a migration stream.
     """
 
     def __init__(self) -> None:
@@ -36,22 +36,23 @@ class StreamReader:
         self._state: Callable[[], None] = self._begin
         self._events: list[Event] = []
         self._fault: Qcow2BmError | None = None
-        self._is_whole = True  # and not the sections alone
+        self._is_whole = True  # False for the sections of the bitmaps alone
         self._is_after_bitmaps = False
         self._section = Section(0, 0)
         self._sections: dict[int, bytes] = {}
-        self._left = 0  # bytes to pass over, or to be listed as blocks of memory
+        self._left = 0  # bytes of a package, or of RAM blocks, or capabilities, that are to come
         self._options = stream_ram.Options()
         self._records = BitmapRecords()
 
     def feed(self, data: bytes) -> list[Event]:
-        """The events in the next piece of the stream.
+        """Returns the events in the next piece of the stream.
 
-        Where there are events before a fault they are returned, and the next call raises.
+        If events precede a fault in the piece, they are returned, and the next call raises.
 
         Raises:
-            FormatError: the stream breaks a rule of the format; ``offset`` is that in the stream.
-            UnsupportedError: what comes before the bitmaps is legal, but cannot be parsed.
+            FormatError: the stream breaks a rule of the format; ``offset`` is the place in the
+                stream.
+            UnsupportedError: a legal record before the bitmaps cannot be parsed.
             LimitError: there are too many bitmaps.
         """
         self._raise_fault()
@@ -71,11 +72,11 @@ class StreamReader:
         return self._events
 
     def finish(self) -> list[Event]:
-        """The last events, once all pieces were given.
+        """Returns the last events, once all pieces were fed.
 
         Raises:
-            FormatError: the stream was cut off.
-            And what `feed` left.
+            FormatError: the stream is cut off.
+            Qcow2BmError: the fault that the last call of `feed` did not raise.
         """
         self._raise_fault()
         if self._state == self._ended:
@@ -105,7 +106,7 @@ class StreamReader:
             self._state = self._configuration
 
     def _configuration(self) -> None:
-        """It is there or not, as the machine says."""
+        """The configuration, which depends on the machine type."""
         if self._window.peek() == stream.CONFIGURATION:
             stream.parse_configuration(self._window)
             self._state = self._subsection
@@ -132,7 +133,7 @@ class StreamReader:
             raise UnsupportedError(f'subsection "{_text(idstr)}" of a migration stream')
 
     def _capability(self) -> None:
-        """One of those that change the layout."""
+        """One name in the list of capabilities; each of them changes the layout of the stream."""
         if not self._left:
             self._state = self._subsection
             return
@@ -162,12 +163,12 @@ class StreamReader:
             window.reject("migration stream", "type", f"is {name}, which cannot stand here")
 
     def _end(self) -> None:
-        """Device state comes after all bitmaps, unless it is in a package, which is skipped."""
+        """Ends the events: device state comes after all bitmaps, except in a package."""
         name = self._records.incomplete
         if name is not None:
             reason = f'ends the stream, but the bitmap "{escape(name)}" is not complete'
             self._reject("migration stream", "type", reason)
-        self._events.append(StreamEnds())
+        self._events.append(StreamEnd())
         self._state = self._ended
 
     def _command(self, command: int, data: bytes) -> None:
@@ -181,7 +182,7 @@ class StreamReader:
             self._state = self._package
 
     def _package(self) -> None:
-        """A stream within the stream, of device state; all of it can be passed over."""
+        """A stream of device state within the stream; all of it is skipped."""
         length = min(self._left, self._window.length)
         self._window.skip(length)
         self._window.commit()
@@ -213,7 +214,7 @@ class StreamReader:
         self._state = self._ram if is_ram else self._dirty_bitmap
 
     def _close(self) -> None:
-        """The body of a section has ended; in postcopy more of it may come even after its END."""
+        """Ends the body of a section; in postcopy, more may follow even after SECTION_END."""
         section = self._section
         if section.type == stream.SECTION_END:
             idstr = self._sections[section.section_id]
@@ -221,7 +222,7 @@ class StreamReader:
         self._state = self._footer
 
     def _footer(self) -> None:
-        """It is there or not, as the machine says."""
+        """The footer of a section, which depends on the machine type."""
         window = self._window
         if window.peek() == stream.FOOTER:
             footer = stream.parse_section(window)
@@ -254,7 +255,7 @@ class StreamReader:
         self._left -= length
 
     def _dirty_bitmap(self) -> None:
-        """A record of the section that all this is about."""
+        """A record of a dirty-bitmap section."""
         window = self._window
         record = stream_bitmap.parse_record(window)
         if record.flags != stream_bitmap.EOS:

@@ -1,4 +1,4 @@
-"""What the records of a dirty-bitmap section say, in order, as events.
+"""Turns the records of a dirty-bitmap section into events, and checks that they follow each other.
 
 *Spec*: spec/stream.md, "Records of bitmaps" and "Bits".
 """
@@ -17,13 +17,14 @@ from qcow2bm.units import align_up, ceil_div, decode_name
 SECTOR_SIZE = 512
 _WORD_BITS = 64
 PADDING = 32
-"""A buffer may be padded to a multiple of so many bytes."""
+"""The bits in a record may be padded to a multiple of this many bytes."""
 
 
-class BitmapBegins(NamedTuple):
-    """A bitmap is announced; ``number`` counts them from 0.
+class BitmapStart(NamedTuple):
+    """The start of a bitmap; ``number`` is its place in the stream, counted from 0.
 
-    Names that are not UTF-8 are kept as surrogates (PEP 383); granularity is in bytes.
+    Bytes of a name that are not UTF-8 are kept as surrogates (PEP 383). The granularity is in
+    bytes.
     """
 
     number: int
@@ -34,12 +35,12 @@ class BitmapBegins(NamedTuple):
     persistent: bool
 
 
-class BitmapBits(NamedTuple):
-    """The next bits of a bitmap: of ``length`` guest bytes from ``start`` on.
+class BitmapChunk(NamedTuple):
+    """The next bits of a bitmap: those of ``length`` guest bytes from ``start`` on.
 
-    ``bits`` are packed, the least significant first, and clear past the end; None where none is
-    set. Those of a bitmap come in order and without gaps, from 0 on. Only the last may be of a
-    length that is not a multiple of 64 granules: it ends with the disk.
+    ``bits`` are packed, least significant bit first, and clear past the end; None where no bit is
+    set. The chunks of a bitmap come in order and without gaps, from 0 on. The length of each chunk
+    is a multiple of 64 granules, except for the last chunk, which ends with the disk.
     """
 
     number: int
@@ -48,52 +49,56 @@ class BitmapBits(NamedTuple):
     bits: bytes | None
 
 
-class BitmapComplete(NamedTuple):
-    """The bitmap has come as a whole: what came last was the end of the disk."""
+class BitmapEnd(NamedTuple):
+    """The end of a bitmap: all its bits have come, and the last chunk ended with the disk."""
 
     number: int
 
 
-class StreamEnds(NamedTuple):
-    """All bitmaps are complete, and none can follow. What does follow is not looked at."""
+class StreamEnd(NamedTuple):
+    """The end of the bitmaps: all are complete. The rest of the stream is not parsed."""
 
 
-Event = BitmapBegins | BitmapBits | BitmapComplete | StreamEnds
+Event = BitmapStart | BitmapChunk | BitmapEnd | StreamEnd
 
 
-class _Incoming:
-    """How far a bitmap has come."""
+class _BitmapProgress:
+    """How much of a bitmap has come."""
 
     def __init__(self, number: int, granularity: int) -> None:
         self.number = number
         self.granularity = granularity
         self.next_sector = 0
-        self.is_cut = False  # the last chunk ended within a word
+        self.is_cut = False  # whether the last chunk ended within a word
         self.is_complete = False
 
 
 class BitmapRecords:
-    """Follows the records of the bitmaps through all sections, and judges each by those before."""
+    """Turns the records of all sections into events, and checks each against those before it."""
 
     def __init__(self) -> None:
         self._node_alias: bytes | None = None
         self._bitmap_alias: bytes | None = None
-        self._bitmaps: dict[tuple[bytes, bytes], _Incoming] = {}
+        self._bitmaps: dict[tuple[bytes, bytes], _BitmapProgress] = {}
         self._offset = 0
 
     @property
     def incomplete(self) -> str | None:
-        """The name of a bitmap that is not complete, if there is any."""
+        """The name of a bitmap that is not complete; None if all are."""
         for (_, name), bitmap in self._bitmaps.items():
             if not bitmap.is_complete:
                 return decode_name(name)
         return None
 
     def take(self, record: Record, offset: int) -> Event:
-        """What a record says that is more than EOS; ``offset`` is its place in the stream.
+        """Returns the event in a record that has more than EOS.
+
+        Args:
+            record: the record.
+            offset: its place in the stream.
 
         Raises:
-            FormatError: it does not follow from those before.
+            FormatError: the record must not follow those before it.
             LimitError: there are too many bitmaps.
         """
         flags, node_alias, bitmap_alias, body = record
@@ -118,21 +123,19 @@ class BitmapRecords:
             self._reject("dirty-bitmap record", "flags", f"is {flags:#x}: says nothing")
         return self._complete(bitmap)
 
-    def _start(self, key: tuple[bytes, bytes], start: Start) -> BitmapBegins:
+    def _start(self, key: tuple[bytes, bytes], start: Start) -> BitmapStart:
         if key in self._bitmaps:
             self._reject("START record", "names", "are of a bitmap that began before")
         number = len(self._bitmaps)
-        if number == MAX_BITMAPS:  # a stream has to say little to make each of them
+        if number == MAX_BITMAPS:  # or a small stream could take much memory
             raise LimitError("the number of bitmaps in the stream", number + 1, MAX_BITMAPS)
-        self._bitmaps[key] = _Incoming(number, start.granularity)
+        self._bitmaps[key] = _BitmapProgress(number, start.granularity)
         enabled = bool(start.bitmap_flags & stream_bitmap.ENABLED)
         persistent = bool(start.bitmap_flags & stream_bitmap.PERSISTENT)
         node_alias, bitmap_alias = map(decode_name, key)
-        return BitmapBegins(
-            number, node_alias, bitmap_alias, start.granularity, enabled, persistent
-        )
+        return BitmapStart(number, node_alias, bitmap_alias, start.granularity, enabled, persistent)
 
-    def _bits(self, bitmap: _Incoming, record: Bits) -> BitmapBits:
+    def _bits(self, bitmap: _BitmapProgress, record: Bits) -> BitmapChunk:
         start_sector, nr_sectors, data = record
         if start_sector != bitmap.next_sector:
             reason = f"is {start_sector}, but {bitmap.next_sector} is next"
@@ -152,20 +155,20 @@ class BitmapRecords:
         bitmap.next_sector += nr_sectors
         bitmap.is_cut = length % (_WORD_BITS * bitmap.granularity) != 0
         start = start_sector * SECTOR_SIZE
-        return BitmapBits(bitmap.number, start, length, data)
+        return BitmapChunk(bitmap.number, start, length, data)
 
-    def _complete(self, bitmap: _Incoming) -> BitmapComplete:
+    def _complete(self, bitmap: _BitmapProgress) -> BitmapEnd:
         if not bitmap.next_sector:
             self._reject("COMPLETE record", "names", "are of a bitmap without bits")
         bitmap.is_complete = True
-        return BitmapComplete(bitmap.number)
+        return BitmapEnd(bitmap.number)
 
     def _reject(self, structure: str, field: str, reason: str) -> NoReturn:
         raise FormatError(structure, field, self._offset, reason)
 
 
 def first_bits(data: bytes, bits: int) -> bytes:
-    """So many bits, without padding and clear past the last one (INV-TAIL)."""
+    """Returns the first ``bits`` bits of ``data``: no padding, clear past the last (INV-TAIL)."""
     if 8 * len(data) == bits:
         return data
     octets = bytearray(data[: ceil_div(bits, 8)])

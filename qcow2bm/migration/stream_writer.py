@@ -1,4 +1,4 @@
-"""A migration stream that brings nothing but dirty bitmaps, as QEMU takes it in.
+"""Writes a migration stream that has dirty bitmaps and nothing else, as QEMU accepts it.
 
 *Spec*: spec/stream.md, "Writing".
 """
@@ -19,19 +19,26 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 CHUNK_BYTES = 1024
-"""How many bytes of bits are in a record, as QEMU sends them."""
+"""How many bytes of bits a record has; QEMU sends as many."""
 
 _SECTION_ID = 1
-_SECTORS_LIMIT = 1 << 32  # of a record, which counts them in 32 bits
+_SECTORS_LIMIT = 1 << 32  # a record counts its sectors in 32 bits
 _ZEROES = bytes(CHUNK_BYTES)
 
 
-class Outgoing(NamedTuple):
+class OutgoingBitmap(NamedTuple):
     """A bitmap to be sent.
 
-    ``packed`` are its bits, at least ceil(bits / 8) bytes, the least significant first; what is
-    past the disk is not sent. ``granularity`` and ``disk_size`` are in guest bytes. Names may
-    have surrogates for bytes that are not UTF-8 (PEP 383).
+    Attributes:
+        node_alias: the receiver's name for the disk. Bytes of a name that are not UTF-8 are
+            surrogates (PEP 383).
+        name: of the bitmap.
+        granularity: how many guest bytes one bit stands for.
+        enabled: whether the bitmap goes on recording writes.
+        persistent: whether the receiver is to store the bitmap in its image.
+        packed: the bits, least significant bit first, at least ceil(bits / 8) bytes. Bits past the
+            disk are not sent.
+        disk_size: in bytes.
     """
 
     node_alias: str
@@ -44,26 +51,26 @@ class Outgoing(NamedTuple):
 
     @property
     def key(self) -> tuple[bytes, bytes]:
-        """Both names as they are sent."""
+        """Both names, encoded as they are sent."""
         return encode_name(self.node_alias), encode_name(self.name)
 
 
-def write_stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]:
-    """The bytes of a stream, piece by piece; memory does not grow with the bitmaps.
+def write_stream(bitmaps: Sequence[OutgoingBitmap], machine: str | None) -> Iterator[bytes]:
+    """Returns the bytes of a stream, piece by piece; memory does not grow with the bitmaps.
 
-    A machine that takes it in with ``-incoming`` gets no memory and no device state: it boots
-    cold, with the bitmaps in memory. No bitmap of the same name may be valid in its image, or
+    A machine that is started with ``-incoming`` and this stream gets no memory and no device state:
+    it boots cold, with the bitmaps in memory. If its image has a valid bitmap of the same name,
     QEMU gives up the disk.
 
     Args:
-        bitmaps: what is to be sent, in order.
-        machine: the machine type as QEMU calls it in full, such as ``pc-i440fx-7.2``: the
-            receiver refuses another one. None for the sections of the bitmaps alone, which
-            QEMU does not take.
+        bitmaps: the bitmaps, in the order in which they are sent.
+        machine: QEMU's full name of the receiver's machine type, such as ``pc-i440fx-7.2``: the
+            receiver refuses a stream of another type. None writes the sections of the bitmaps
+            alone, which QEMU does not accept.
 
     Raises:
-        BitmapError: a name or a granularity cannot be sent, or a name is there twice.
-        ValueError: something else cannot be sent.
+        BitmapError: a name or a granularity cannot be sent, or two bitmaps have the same names.
+        ValueError: another value cannot be sent.
     """
     for bitmap in bitmaps:
         _check(bitmap)
@@ -73,7 +80,7 @@ def write_stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[b
     return _stream(bitmaps, machine)
 
 
-def _check(bitmap: Outgoing) -> None:
+def _check(bitmap: OutgoingBitmap) -> None:
     granularity, size = bitmap.granularity, bitmap.disk_size
     if not 1 <= len(encode_name(bitmap.node_alias)) <= stream.MAX_NAME:
         raise ValueError(f"a node alias has 1 to {stream.MAX_NAME} bytes")
@@ -89,7 +96,7 @@ def _check(bitmap: Outgoing) -> None:
         raise ValueError(f"there are fewer than {needed} bytes of bits")
 
 
-def _check_names(bitmaps: Iterable[Outgoing]) -> None:
+def _check_names(bitmaps: Iterable[OutgoingBitmap]) -> None:
     keys = set()
     for bitmap in bitmaps:
         length = len(encode_name(bitmap.name))
@@ -101,7 +108,7 @@ def _check_names(bitmaps: Iterable[Outgoing]) -> None:
         keys.add(bitmap.key)
 
 
-def _stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]:
+def _stream(bitmaps: Sequence[OutgoingBitmap], machine: str | None) -> Iterator[bytes]:
     if machine is not None:
         yield stream.build_envelope() + stream.build_configuration(encode_name(machine))
     idstr, version = stream_bitmap.DIRTY_BITMAP, stream_bitmap.DIRTY_BITMAP_VERSION
@@ -130,12 +137,12 @@ def _stream(bitmaps: Sequence[Outgoing], machine: str | None) -> Iterator[bytes]
 
 
 class _Names:
-    """Makes records whose names are there only where they change."""
+    """Builds records that have names only where the names change."""
 
     def __init__(self) -> None:
-        self._last: Outgoing | None = None
+        self._last: OutgoingBitmap | None = None
 
-    def record(self, bitmap: Outgoing, flags: int, body: Start | Bits | None = None) -> bytes:
+    def record(self, bitmap: OutgoingBitmap, flags: int, body: Start | Bits | None = None) -> bytes:
         last, self._last = self._last, bitmap
         if bitmap is last:
             return build_record(Record(flags, None, None, body))
@@ -146,8 +153,8 @@ class _Names:
         return build_record(Record(flags | stream_bitmap.DEVICE_NAME, node_alias, name, body))
 
 
-def _chunks(bitmap: Outgoing) -> Iterator[Bits]:
-    """All bits in order; only the last chunk needs padding."""
+def _chunks(bitmap: OutgoingBitmap) -> Iterator[Bits]:
+    """Yields all bits in order; only the last chunk needs padding."""
     sectors = bitmap.disk_size // SECTOR_SIZE
     per_bit = bitmap.granularity // SECTOR_SIZE
     length = (_SECTORS_LIMIT - 1) // (per_bit * 8 * PADDING) * PADDING
@@ -164,6 +171,6 @@ def _chunks(bitmap: Outgoing) -> Iterator[Bits]:
 
 
 def _padded(data: bytes, bits: int) -> bytes:
-    """So many bits, clear past the last one, and as long as QEMU sends them."""
+    """Returns the first bits, clear past the last one, padded as QEMU pads them."""
     octets = first_bits(data, bits)
     return octets.ljust(align_up(len(octets), PADDING), b"\0")

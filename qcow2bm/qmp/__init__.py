@@ -1,4 +1,12 @@
-"""Bitmaps of a running QEMU over QMP, and rescuing them around migrations.
+"""The bitmaps of a running QEMU, over QMP. The public functions are in `qcow2bm.qmp.rescue`.
+
+From the lowest module to the highest:
+
+* `client` sends a command; `answers` reads what QEMU returns for it.
+* `actions` and `names`: what can be sent in a transaction, and the names that are used there.
+* `machine` has the state of a running QEMU as values; `queries` asks QEMU for them.
+* `mapping` and `scratch`: the block-bitmap-mapping, and the block node that is added for a while.
+* `veto`, `arm`, `verdict`, `copies` and `save` each have the functions of one command.
 
 *Spec*: spec/rescue.md.
 """

@@ -1,6 +1,6 @@
-"""What can be part of a QMP transaction, as values.
+"""The actions of a QMP transaction, as values.
 
-QEMU does all the actions of a transaction or none.
+QEMU does all the actions of a transaction or none of them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 Action = dict[str, Any]
-"""As it is sent: its type, and its data."""
+"""An action as it is sent: its type and its data."""
 
 ABORT: Action = {"type": "abort", "data": {}}
-"""Makes the transaction fail when all else is prepared, so that it is undone."""
+"""Fails once all other actions of the transaction are prepared: QEMU undoes them."""
 
 ABORTED = "aborted using Abort action"
-"""What QEMU then says, among other things."""
+"""A part of what QEMU says when `ABORT`, and no other action, failed."""
 
 
 def add(node: str, name: str, granularity: int, *, persistent: bool, enabled: bool) -> Action:
@@ -24,12 +24,12 @@ def add(node: str, name: str, granularity: int, *, persistent: bool, enabled: bo
 
 
 def remove(node: str, name: str) -> Action:
-    """Removes a bitmap, from the image as well."""
+    """Removes a bitmap; a persistent one is removed from the image as well."""
     return _action("remove", node, name)
 
 
 def merge(node: str, target: str, source: str, source_node: str | None = None) -> Action:
-    """Makes dirty in a bitmap what is dirty in another, also at another granularity."""
+    """Sets in ``target`` what is set in ``source``, which may have another granularity."""
     sources = [{"node": source_node or node, "name": source}]
     data = {"node": node, "target": target, "bitmaps": sources}
     return {"type": "block-dirty-bitmap-merge", "data": data}

@@ -1,36 +1,37 @@
-"""``rescue arm``: before a migration, a sentinel is added that tells afterwards who wrote.
+"""Adds, before a migration, a sentinel to each node, which tells afterwards who wrote.
 
 The sentinel is stored when the machine gives its disks away, and every QEMU that opens the image
-keeps it. Its twin, with the same bits, is in no image and stays in memory here: what the
-sentinel has and the twin has not was written elsewhere.
+keeps it. The sentinel's twin, with the same bits, is in no image and stays in memory here. What
+the sentinel has then and the twin has not was written by another machine.
 
 *Spec*: spec/rescue.md, "Arm".
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
 from qcow2bm.errors import StateError
-from qcow2bm.format.stream import MAX_NAME
+from qcow2bm.log import logger
 from qcow2bm.migration.sentinel import Sentinel
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.names import is_evidence, sentinel_of, twin_of
-from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, query_machine
-from qcow2bm.units import ceil_div, encode_name, escape
+from qcow2bm.qmp.machine import BitmapMapping, Machine, Node, NodeBitmap
+from qcow2bm.qmp.mapping import left_out, mapping_without_evidence
+from qcow2bm.qmp.names import sentinel_of, twin_of
+from qcow2bm.qmp.queries import query_machine
+from qcow2bm.units import ceil_div, escape
 
-_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")  # what QEMU takes as an alias
-_CLUSTER_SIZE = 64 << 10  # where QEMU does not say
-
-Mapping = list[dict[str, Any]]
+_CLUSTER_SIZE = 64 << 10  # where QEMU does not tell
 
 
 class ArmedNode(NamedTuple):
-    """A node that has a sentinel; ``is_new`` unless it had it before."""
+    """A node that has a sentinel, and the sentinel's name and granularity.
+
+    ``is_new`` is False if the node was armed before.
+    """
 
     node: str
     sentinel: str
@@ -46,34 +47,41 @@ class Obstacle(NamedTuple):
 
 
 class ArmReport(NamedTuple):
-    """What ``rescue arm`` did.
+    """What `arm` did.
 
-    ``mapping`` is the block-bitmap-mapping that leaves the sentinels out; ``is_set`` whether QEMU
-    has it. ``left_out`` are bitmaps that it leaves out as well: they stay in the image they are in.
+    Attributes:
+        nodes: the nodes that are armed.
+        mapping: the block-bitmap-mapping that leaves the sentinels out.
+        is_set: whether QEMU has this mapping.
+        obstacles: bitmaps for which QEMU will refuse to migrate.
+        left_out: bitmaps of writable nodes that do not travel by the mapping: they stay in the
+            image that they are in.
     """
 
     nodes: tuple[ArmedNode, ...]
-    mapping: Mapping
+    mapping: BitmapMapping
     is_set: bool
     obstacles: tuple[Obstacle, ...]
     left_out: tuple[NodeBitmap, ...]
 
 
 def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> ArmReport:
-    """Adds a sentinel to each of these nodes, or to all with persistent bitmaps.
+    """Adds a sentinel to each of these nodes, or to all with persistent bitmaps; ``rescue arm``.
 
-    Only where QEMU has the mapping that leaves sentinels out: what is made before that may travel,
-    and the verdict could not tell.
+    A sentinel is added only once QEMU has a mapping that leaves sentinels out. One that was added
+    earlier might travel, and then no verdict would be possible.
 
-    *Guarantees*: a node has a sentinel and its twin or neither. Doing it again changes nothing.
+    *Guarantees*: a node has both a sentinel and its twin, or neither. A second call changes
+    nothing.
 
     Args:
         monitor: the source of the migration to come.
-        nodes: their names.
-        set_mapping: set the mapping first, if it is not.
+        nodes: the names of nodes or devices.
+        set_mapping: whether to set the mapping first, if QEMU does not have it.
 
     Raises:
-        StateError: it is not the time, or the verdict about the last migration is due.
+        StateError: the machine's state does not allow it, see `Machine.require_settled`; or the
+            verdict about the last migration is due.
         QmpError: QEMU does not answer, or refuses.
         ValueError: there is no node of such a name.
     """
@@ -81,27 +89,28 @@ def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = Fals
     machine.require_settled()
     scratch.discard_leftover(monitor)
     chosen = machine.select(nodes, lambda node: node.has_persistent and not node.is_read_only)
-    mapping = mapping_of(machine)
+    mapping = mapping_without_evidence(machine)
     is_set = mapping == machine.mapping
     for node in chosen:
-        _require_decided(node, is_set=is_set)
+        _require_judged(node, is_set=is_set)
     if set_mapping and chosen and not is_set:
         monitor.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
+        logger.info("rescue arm: the block-bitmap-mapping is set")
         is_set = True
     armed = tuple(_arm(monitor, node) for node in chosen) if is_set else ()
     obstacles = tuple(_obstacles(machine, mapping))
-    return ArmReport(armed, mapping, is_set, obstacles, tuple(_left_out(machine, mapping)))
+    return ArmReport(armed, mapping, is_set, obstacles, tuple(left_out(machine, mapping)))
 
 
-def _require_decided(node: Node, *, is_set: bool) -> None:
-    """Raises if what is there may have to tell yet what became of the last migration."""
+def _require_judged(node: Node, *, is_set: bool) -> None:
+    """Raises `StateError` if the evidence on a node may still tell about the last migration."""
     twin = node.twin
     if twin:
         sentinel = node.find(sentinel_of(twin.name))
-        is_undecided = not (is_set and sentinel and sentinel.is_recording and twin.is_recording)
+        is_judged = is_set and sentinel and sentinel.is_recording and twin.is_recording
     else:
-        is_undecided = node.tells_of_a_death
-    if is_undecided:
+        is_judged = not node.tells_of_a_crash
+    if not is_judged:
         subject = f'the sentinel of the node "{escape(node.name)}"'
         raise StateError("not judged yet", "judged by rescue verdict", subject)
 
@@ -114,78 +123,44 @@ def _arm(monitor: Monitor, node: Node) -> ArmedNode:
     monitor.transaction(
         [
             *(actions.remove(node.name, leftover) for leftover in node.evidence),
-            # What is written in between, in an iothread, is in both by the merge.
+            # An iothread may write in between: the merge gives the sentinel what the twin has.
             actions.add(node.name, twin_of(name), granularity, persistent=False, enabled=True),
             actions.add(node.name, name, granularity, persistent=True, enabled=True),
             actions.merge(node.name, name, twin_of(name)),
         ]
     )
+    logger.info('rescue arm: node "%s" is armed with %s', escape(node.name), name)
     return ArmedNode(node.name, name, granularity, True)
 
 
 def fresh_sentinel(node: Node) -> Sentinel:
-    """One as fine as the finest bitmap: then what it has can be merged and makes nothing coarser.
+    """Returns a new sentinel for a node, as fine as the finest bitmap that records there.
 
-    What is all zeros takes no room in the image, however fine it is.
+    Then merging the sentinel into a bitmap makes nothing coarser. Bits that are all clear take no
+    room in the image, however fine the sentinel is.
     """
     sentinel = Sentinel.fresh(node.virtual_size, node.cluster_size or _CLUSTER_SIZE)
     recording = [bitmap for bitmap in node.subjects if bitmap.is_recording]
     finest = min((bitmap.granularity for bitmap in recording), default=sentinel.granularity)
     while ceil_div(node.virtual_size, finest) > 8 * MAX_BITMAP_BYTES:
-        finest *= 2  # a transient bitmap may be finer than any that is stored
+        finest *= 2  # a transient bitmap may be finer than any bitmap in an image can be
     return sentinel._replace(granularity=min(sentinel.granularity, finest))
 
 
-def mapping_of(machine: Machine) -> Mapping:
-    """The block-bitmap-mapping that is set, or else what QEMU does by default; no sentinel."""
-    if machine.mapping is not None:
-        return [
-            {**node, "bitmaps": [b for b in node["bitmaps"] if not is_evidence(b["name"])]}
-            for node in machine.mapping
-        ]
-    return [
-        {"node-name": node.name, "alias": node.alias, "bitmaps": names}
-        for node in machine.nodes
-        if not node.is_read_only
-        and (names := [{"name": b.name, "alias": b.name} for b in _travelling(node)])
-    ]
-
-
-def _travelling(node: Node) -> list[NodeBitmap]:
-    """What QEMU would carry without a mapping, and can."""
-    if not _WELL_FORMED.fullmatch(node.alias):
-        return []
-    return [bitmap for bitmap in node.subjects if _fits(bitmap)]
-
-
-def _fits(bitmap: NodeBitmap) -> bool:
-    return len(encode_name(bitmap.name)) <= MAX_NAME
-
-
-def _obstacles(machine: Machine, mapping: Mapping) -> list[Obstacle]:
-    """QEMU looks at all bitmaps of a node of which any is to travel."""
+def _obstacles(machine: Machine, mapping: BitmapMapping) -> list[Obstacle]:
+    """The bitmaps for which QEMU refuses: it checks all bitmaps of a node that the mapping has."""
     listed = {node["node-name"] for node in mapping}
     return [
         Obstacle(bitmap, reason)
         for node in machine.nodes
         for bitmap in node.subjects
-        if node.name in listed and (reason := _why_not(node, bitmap))
+        if node.name in listed and (reason := _why_refused(node, bitmap))
     ]
 
 
-def _why_not(node: Node, bitmap: NodeBitmap) -> str:
+def _why_refused(node: Node, bitmap: NodeBitmap) -> str:
     if bitmap.is_inconsistent:
-        return "inconsistent: remove it"
+        return f"{bitmap.why_unusable}: remove it"
     if node.is_read_only:
         return "read-only: leave its node out of the mapping"
-    return "busy: a job" if bitmap.is_busy else ""
-
-
-def _left_out(machine: Machine, mapping: Mapping) -> list[NodeBitmap]:
-    listed = {(node["node-name"], one["name"]) for node in mapping for one in node["bitmaps"]}
-    return [
-        bitmap
-        for node in machine.nodes
-        for bitmap in node.subjects
-        if not node.is_read_only and (node.name, bitmap.name) not in listed
-    ]
+    return bitmap.why_unusable

@@ -1,6 +1,6 @@
-"""A QMP connection without async: commands in, answers out, errors of this library.
+"""A QMP connection without async: sends commands, returns answers, raises errors of this library.
 
-The package qemu.qmp does the work. It is loaded with the first connection and not before.
+The package qemu.qmp does the work. It is loaded with the first connection, and not before.
 """
 
 from __future__ import annotations
@@ -16,27 +16,31 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qcow2bm.errors import QmpError, QmpRefusedError, UnsupportedError
 from qcow2bm.qmp.actions import Action
+from qcow2bm.qmp.answers import Answer
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
 LENT = "qcow2bm-scratch"
-"""What files that are given to QEMU are called there."""
+"""The label of the open files that are lent to QEMU."""
 
-_GREETING_SECONDS = 10  # QEMU greets at once, or serves somebody else
+_GREETING_SECONDS = 10  # QEMU greets at once, unless it serves another client
 _HOST_AND_PORT = re.compile(r"\[?([^/\[\]]+)\]?:(\d{1,5})")
 
 
 class Monitor:
-    """A connection to the QMP server of a QEMU; a context manager for one thread.
+    """A connection to the QMP server of a running QEMU; a context manager for one thread.
 
-    *Guarantees*: a command is sent once and never again. If the connection is lost before the
-    answer, `QmpError` says so, and whether QEMU has done it only asking anew can tell.
+    *Guarantees*: every command is sent once. If the connection is lost before the answer comes,
+    `QmpError` is raised, and only a new connection can tell whether QEMU did the command.
     """
 
     def __init__(self, address: str) -> None:
-        """``address``: the path of a unix socket, or HOST:PORT.
+        """Connects to a QMP server.
+
+        Args:
+            address: the path of a unix socket, or HOST:PORT.
 
         Raises:
             UnsupportedError: the package qemu.qmp is not installed.
@@ -59,7 +63,9 @@ class Monitor:
         try:
             self._runner.run(asyncio.wait_for(connecting, _GREETING_SECONDS))
         except TimeoutError as error:
-            reason = "no greeting: somebody else is connected, QEMU hangs, or it is no QMP server"
+            reason = (
+                "no greeting: another client is connected, QEMU hangs, or this is no QMP server"
+            )
             raise QmpError("", reason) from error
         except (ConnectError, OSError) as error:
             cause = error.exc if isinstance(error, ConnectError) else error
@@ -77,37 +83,38 @@ class Monitor:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection, and nothing else. May be called twice."""
+        """Ends the connection; QEMU runs on. A second call does nothing."""
         if self._is_closed:
             return
         self._is_closed = True
         try:
-            with suppress(Exception):  # of a connection that is lost: who needed it was told
+            with suppress(Exception):  # if it is lost, the command under way has raised that
                 self._runner.run(self._client.disconnect())
         finally:
             self._runner.close()
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
-        """What QEMU returns for a command.
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:
+        """Sends a command, and returns what QEMU answers.
 
         Raises:
-            QmpRefusedError: QEMU refuses it.
+            QmpRefusedError: QEMU refuses the command.
             QmpError: the connection is lost.
         """
         from qemu.qmp import ExecuteError, QMPError
 
         try:
-            return self._runner.run(self._client.execute(command, arguments))
+            value = self._runner.run(self._client.execute(command, arguments))
         except ExecuteError as error:
             raise QmpRefusedError(command, _one_line(str(error))) from error
         except (QMPError, OSError, EOFError) as error:
             raise QmpError(command, f"the connection is lost ({_one_line(str(error))})") from error
+        return Answer(command, value)
 
     def lend(self, descriptor: int) -> int:
-        """Gives QEMU an open file; the number of the fdset that it then has it under.
+        """Lends QEMU an open file, and returns the number of the fdset that has it.
 
         Raises:
-            QmpError: it cannot, or the connection is none over which files can be given.
+            QmpError: QEMU refuses the file, or the connection is no unix socket.
         """
         from qemu.qmp import QMPError
 
@@ -115,14 +122,14 @@ class Monitor:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError) as error:
             raise QmpError("add-fd", _one_line(str(error))) from error
-        return int(self.execute("add-fd", {"opaque": LENT})["fdset-id"])
+        return self.execute("add-fd", {"opaque": LENT})["fdset-id"].number()
 
     def take_back(self, fdset: int) -> None:
-        """Lets QEMU forget an open file once it does not use it; raises as `execute` does."""
+        """Has QEMU close a file that was lent, once no node uses it; raises as `execute` does."""
         self.execute("remove-fd", {"fdset-id": fdset})
 
     def transaction(self, actions: Sequence[Action]) -> None:
-        """Has QEMU do all of the actions or none; raises as `execute` does."""
+        """Has QEMU do all the actions, or none of them; raises as `execute` does."""
         self.execute("transaction", {"actions": list(actions)})
 
 
@@ -132,27 +139,28 @@ def _new_client() -> QMPClient:
     except ImportError as error:
         feature = 'QMP without the package qemu.qmp; install it: pip install "qcow2bm[qmp]"'
         raise UnsupportedError(feature) from error
-    # It logs what it raises. Nothing is to be printed that nobody asked for.
+    # qemu.qmp logs what it raises, and without a handler Python would print that.
     logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
     return QMPClient("qcow2bm")
 
 
 def _why(error: BaseException) -> str:
-    """What keeps a connection from being made, for people."""
+    """Returns why no connection could be made, in words for the operator."""
     if isinstance(error, EOFError):
-        return "it was closed at once"
+        return "the server closed the connection at once"
     if isinstance(error, OSError) and error.errno:  # a name that is not found has a negative one
         return os.strerror(error.errno) if error.errno > 0 else _one_line(str(error.strerror))
     said = _one_line(str(error)) or type(error).__name__
     if "Greeting" in said:
-        return f"it is no QMP server; a human monitor will not do, it takes -qmp ({said})"
+        return f"this is no QMP server: QEMU opens one with -qmp, not with -monitor ({said})"
     return said
 
 
 def _parse(address: str) -> str | tuple[str, int]:
-    """What qemu.qmp connects to; what exists as a file is one, whatever it looks like.
+    """Returns the address as qemu.qmp takes it: a path, or a host and a port.
 
-    Otherwise it may be written as for QEMU: ``unix:PATH,server=on`` or ``tcp:HOST:PORT``.
+    A path that exists is taken as a path, even if it looks like HOST:PORT. Any other address may
+    also be written as for QEMU: ``unix:PATH,server=on`` or ``tcp:HOST:PORT``.
     """
     if os.path.exists(address):
         return address

@@ -1,4 +1,4 @@
-"""The names of what a rescue adds beside the bitmaps of others.
+"""The names of the bitmaps and nodes that a rescue adds.
 
 *Spec*: spec/rescue.md, "Names".
 """
@@ -11,29 +11,33 @@ COPY_PREFIX = "qcow2bm-rescue-"
 TWIN_PREFIX = "qcow2bm-twin-"
 SCRATCH_NODE = "qcow2bm-scratch"
 COMPARED = tuple(f"qcow2bm-compared-{number}" for number in range(4))
+"""Copies of a sentinel and its twin, while the two are compared."""
 
 
 def copy_of(name: str) -> str:
-    """What the copy of a bitmap is called until it has the bitmap's name."""
+    """Returns the name of the copy that is to replace the bitmap ``name``."""
     return COPY_PREFIX + name
 
 
 def original_of(name: str) -> str:
-    """What a copy is a copy of; nothing if this is no copy's name."""
+    """Returns the name of the bitmap that the copy ``name`` is to replace; "" if it is no copy."""
     return name.removeprefix(COPY_PREFIX) if name.startswith(COPY_PREFIX) else ""
 
 
 def twin_of(sentinel: str) -> str:
-    """The name of a sentinel's twin."""
+    """Returns the name of a sentinel's twin."""
     return TWIN_PREFIX + sentinel.removeprefix(PREFIX)
 
 
 def sentinel_of(name: str) -> str:
-    """The name of a twin's sentinel; nothing if this is no twin's name."""
+    """Returns the name of the sentinel whose twin is ``name``; "" if it is no twin."""
     sentinel = PREFIX + name.removeprefix(TWIN_PREFIX)
     return sentinel if name.startswith(TWIN_PREFIX) and is_sentinel(sentinel) else ""
 
 
 def is_evidence(name: str) -> bool:
-    """Whether it names a sentinel, a twin or a copy of one, and no bitmap to back up by."""
+    """Returns whether it names a sentinel, a twin, or a copy of one of them.
+
+    Such a bitmap is there to find out who wrote to the disk: no backup goes by it.
+    """
     return is_sentinel(name) or bool(sentinel_of(name)) or name in COMPARED

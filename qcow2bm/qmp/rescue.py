@@ -18,10 +18,11 @@ command                   function                          returns
 
 from __future__ import annotations
 
+from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.arm import ArmedNode, ArmReport, Obstacle, arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.copies import CopyRename, rename_copies
-from qcow2bm.qmp.nodes import Node, NodeBitmap
+from qcow2bm.qmp.machine import BitmapMapping, Node, NodeBitmap
 from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, Omission, save_sidecar
 from qcow2bm.qmp.verdict import (
     BitmapSettlement,
@@ -37,8 +38,10 @@ from qcow2bm.qmp.verdict import (
 from qcow2bm.qmp.veto import BitmapRescue, Proof, RescueOutcome, RescueReport, lift_vetoes
 
 __all__ = [
+    "Answer",
     "ArmReport",
     "ArmedNode",
+    "BitmapMapping",
     "BitmapRescue",
     "BitmapSettlement",
     "CopyRename",

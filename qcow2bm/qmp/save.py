@@ -1,8 +1,8 @@
-"""``sidecar save --qmp``: the bitmaps that a running QEMU has in memory.
+"""Saves the bitmaps that a running QEMU has in memory.
 
-QMP does not give bits. So they are merged into bitmaps of a scratch image, all in one transaction,
-which QEMU stores there as soon as the image is closed. It is a file without a name, which QEMU is
-handed over the socket: it needs no access to any folder of ours.
+QMP does not give bits. So the bitmaps are merged, in one transaction, into bitmaps of a scratch
+image, which QEMU stores when the image is closed. The image is a file without a name, which QEMU
+is lent over the socket: QEMU needs access to no folder.
 
 *Spec*: spec/sidecar.md, "A running machine".
 """
@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from qcow2bm.api import open, sidecar
 from qcow2bm.clusters.empty_image import build_empty_image
 from qcow2bm.errors import BitmapError, QmpError, StateError, StorageError
+from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, query_machine
-from qcow2bm.qmp.veto import sha256
+from qcow2bm.qmp.queries import query_digest, query_machine
 from qcow2bm.units import escape
 
 
@@ -78,18 +79,19 @@ def save_sidecar(monitor: Monitor, name: str | None = None) -> MachineSidecar:
     machine.require_settled()
     scratch.discard_leftover(monitor)
     node = _chosen(machine, name)
-    if node.tells_of_a_death or (node.twin and machine.migration in ("completed", "failed")):
+    if node.tells_of_a_crash or (node.twin and machine.migration in ("completed", "failed")):
         subject = f'the node "{escape(node.name)}"'
         raise StateError("armed, and not judged", "judged by rescue verdict first", subject)
     persistent = [bitmap for bitmap in node.bitmaps if bitmap.is_persistent]
     usable = [bitmap for bitmap in persistent if bitmap.is_usable]
-    left_out = tuple(Omission(b, _why_not(b)) for b in persistent if not b.is_usable)
+    left_out = tuple(Omission(b, b.why_unusable) for b in persistent if not b.is_usable)
     if not usable:
         reasons = (f'bitmap "{escape(b.name)}" is {reason}' for b, reason in left_out)
         raise ValueError("; ".join(reasons) or "has no persistent bitmaps")
     with _blank(node.virtual_size) as file:
         digests = _store(monitor, node, usable, file.fileno())
         bitmaps = _read(file, usable, digests)
+    logger.info('saved %d bitmaps of node "%s"', len(bitmaps), escape(node.name))
     return MachineSidecar(Sidecar(node.virtual_size, b"", tuple(bitmaps)), left_out)
 
 
@@ -102,13 +104,9 @@ def _chosen(machine: Machine, name: str | None) -> Node:
     return nodes[0]
 
 
-def _why_not(bitmap: NodeBitmap) -> str:
-    return "inconsistent" if bitmap.is_inconsistent else "busy: a job uses it"
-
-
 @contextmanager
 def _blank(virtual_size: int) -> Iterator[BinaryIO]:
-    """An image without bitmaps, in a file without a name."""
+    """Has an image without bitmaps, in a file without a name, for the duration of the block."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(TemporaryFile(buffering=0))
@@ -120,28 +118,26 @@ def _blank(virtual_size: int) -> Iterator[BinaryIO]:
         yield cast("BinaryIO", file)
 
 
+@contextmanager
+def _lent(monitor: Monitor, descriptor: int) -> Iterator[str]:
+    """Lends QEMU an open file for the duration of the block; yields the path that QEMU opens."""
+    fdset = monitor.lend(descriptor)
+    try:
+        yield f"/dev/fdset/{fdset}"
+    finally:
+        with suppress(QmpError):  # the next command of this module or of a rescue does it
+            monitor.take_back(fdset)
+
+
 def _store(
     monitor: Monitor, node: Node, bitmaps: Sequence[NodeBitmap], descriptor: int
 ) -> list[str | None]:
-    """Has QEMU store copies of bitmaps in an image; their digests, where it gives them."""
-    fdset = monitor.lend(descriptor)
-    try:
-        image: dict[str, Any] = {"driver": "file", "filename": f"/dev/fdset/{fdset}"}
-        try:
-            monitor.execute(
-                "blockdev-add", {"driver": "qcow2", "node-name": SCRATCH_NODE, "file": image}
-            )
+    """Has QEMU store copies of bitmaps in an image; returns their digests, where it gives them."""
+    with _lent(monitor, descriptor) as path:
+        options = {"driver": "qcow2", "file": {"driver": "file", "filename": path}}
+        with scratch.scratch_node(monitor, options):
             monitor.transaction([*map(_added, bitmaps), *(_merged(node, b) for b in bitmaps)])
-            digests = [sha256(monitor, b._replace(node=SCRATCH_NODE)) for b in bitmaps]
-        except BaseException:
-            with suppress(QmpError):  # the one that is under way says more
-                scratch.discard(monitor)
-            raise
-        scratch.discard(monitor)
-    finally:
-        with suppress(QmpError):  # the next command here does it
-            monitor.take_back(fdset)
-    return digests
+            return [query_digest(monitor, b._replace(node=SCRATCH_NODE)) for b in bitmaps]
 
 
 def _added(bitmap: NodeBitmap) -> actions.Action:
@@ -156,7 +152,7 @@ def _merged(node: Node, bitmap: NodeBitmap) -> actions.Action:
 def _read(
     file: BinaryIO, bitmaps: Sequence[NodeBitmap], digests: Sequence[str | None]
 ) -> list[SavedBitmap]:
-    """What QEMU stored, which is compared with what it said of it."""
+    """Reads what QEMU stored, and compares it with the digests that QEMU gave."""
     found = []
     with open(file) as image:
         for live, digest in zip(bitmaps, digests, strict=True):

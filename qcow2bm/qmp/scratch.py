@@ -1,7 +1,8 @@
-"""A bitmap that has every bit, to merge from: QMP cannot set bits.
+"""The scratch node: a block node that is added for the time of one command.
 
-It lies on a null node, which keeps no data. A bitmap that is as coarse as can be needs one write
-there for each 2 GiB of the disk, by the monitor's command qemu-io.
+On a null node, which keeps no data, it has a bitmap with every bit set, to merge from: QMP cannot
+set bits. The bitmap is as coarse as QEMU allows, so that one write for each 2 GiB of the disk,
+by the monitor's command qemu-io, sets all of it.
 """
 
 from __future__ import annotations
@@ -11,62 +12,74 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from qcow2bm.errors import QmpError
-from qcow2bm.qmp.client import LENT, Monitor
+from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.units import align_up, escape
+from qcow2bm.qmp.queries import (
+    HUMAN_MONITOR_COMMAND,
+    query_lent_files,
+    query_scratch_bitmaps,
+    run_qemu_io,
+)
+from qcow2bm.units import align_up
 
 NAME = "all"
+"""The name of the bitmap that has every bit."""
+
 _COARSEST = 2 << 30
-_QEMU_IO = "human-monitor-command"
+
+
+@contextmanager
+def scratch_node(monitor: Monitor, options: dict[str, Any]) -> Iterator[None]:
+    """Adds the node `SCRATCH_NODE` for the duration of the block, and removes it afterwards.
+
+    After an interruption, `discard_leftover` removes the node.
+
+    Raises:
+        QmpError: QEMU does not answer, or refuses.
+    """
+    monitor.execute("blockdev-add", {**options, "node-name": SCRATCH_NODE})
+    try:
+        yield
+    except BaseException:
+        with suppress(QmpError):  # the error under way says more
+            _remove(monitor)
+        raise
+    _remove(monitor)
 
 
 @contextmanager
 def all_dirty(monitor: Monitor, virtual_size: int) -> Iterator[None]:
-    """Meanwhile there is the bitmap `NAME` of `SCRATCH_NODE`, all dirty, for a disk of this size.
+    """Has the bitmap `NAME` on `SCRATCH_NODE` for the duration of the block, with every bit set.
+
+    ``virtual_size`` is that of the disk, in bytes.
 
     Raises:
-        QmpError: QEMU does not answer, or cannot make it.
+        QmpError: QEMU does not answer, or cannot make the bitmap.
     """
-    node: dict[str, Any] = {"driver": "null-co", "node-name": SCRATCH_NODE, "size": virtual_size}
-    monitor.execute("blockdev-add", node)
-    try:
+    with scratch_node(monitor, {"driver": "null-co", "size": virtual_size}):
         bitmap = {"node": SCRATCH_NODE, "name": NAME, "granularity": _COARSEST}
         monitor.execute("block-dirty-bitmap-add", bitmap)
         for start in range(0, virtual_size, _COARSEST):
-            line = f'qemu-io {SCRATCH_NODE} "write -q {start} 512"'
-            said = monitor.execute(_QEMU_IO, {"command-line": line})
-            if said:
-                raise QmpError(_QEMU_IO, escape(" ".join(str(said).split())))
-        _require_all(monitor, virtual_size)
+            printed = run_qemu_io(monitor, SCRATCH_NODE, f"write -q {start} 512")
+            if printed:
+                raise QmpError(HUMAN_MONITOR_COMMAND, printed)
+        _require_every_bit(monitor, virtual_size)
         yield
-    except BaseException:
-        with suppress(QmpError):  # the one that is under way says more
-            discard(monitor)
-        raise
-    discard(monitor)
-
-
-def discard(monitor: Monitor) -> None:
-    """Removes the node, and with it the bitmap; raises as any command does."""
-    monitor.execute("blockdev-del", {"node-name": SCRATCH_NODE})
 
 
 def discard_leftover(monitor: Monitor) -> None:
-    """Removes the node, and files that were lent, if somebody who was interrupted left them."""
-    if _scratch(monitor):
-        discard(monitor)
-    for fdset in monitor.execute("query-fdsets"):
-        if any(fd.get("opaque") == LENT for fd in fdset["fds"]):
-            monitor.take_back(fdset["fdset-id"])
+    """Removes the scratch node and the lent files that an interrupted command left behind."""
+    if query_scratch_bitmaps(monitor) is not None:
+        _remove(monitor)
+    for fdset in query_lent_files(monitor):
+        monitor.take_back(fdset)
 
 
-def _require_all(monitor: Monitor, virtual_size: int) -> None:
-    found = _scratch(monitor)
-    counts = [one["count"] for one in (found or {}).get("dirty-bitmaps", [])]
-    if counts != [align_up(virtual_size, _COARSEST)]:
-        raise QmpError(_QEMU_IO, "writing to a scratch node did not set the bits of its bitmap")
+def _remove(monitor: Monitor) -> None:
+    monitor.execute("blockdev-del", {"node-name": SCRATCH_NODE})
 
 
-def _scratch(monitor: Monitor) -> dict[str, Any] | None:
-    nodes = monitor.execute("query-named-block-nodes", {"flat": True})
-    return next((node for node in nodes if node.get("node-name") == SCRATCH_NODE), None)
+def _require_every_bit(monitor: Monitor, virtual_size: int) -> None:
+    if query_scratch_bitmaps(monitor) != [align_up(virtual_size, _COARSEST)]:
+        reason = "writing to a scratch node did not set the bits of its bitmap"
+        raise QmpError(HUMAN_MONITOR_COMMAND, reason)

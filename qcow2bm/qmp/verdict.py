@@ -1,4 +1,4 @@
-"""``rescue verdict``: says whether somebody else touched the disks, and what bitmaps miss it.
+"""Judges, after a migration, whether another machine wrote to the disks, and settles the bitmaps.
 
 *Spec*: spec/rescue.md, "Verdict".
 """
@@ -10,11 +10,13 @@ from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 from qcow2bm.errors import QmpRefusedError
+from qcow2bm.log import logger
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
+from qcow2bm.qmp.mapping import mapped_names
 from qcow2bm.qmp.names import COMPARED, SCRATCH_NODE, sentinel_of
-from qcow2bm.qmp.nodes import Machine, Node, NodeBitmap, query_machine
-from qcow2bm.qmp.veto import sha256
+from qcow2bm.qmp.queries import query_digest, query_machine
 from qcow2bm.units import escape
 
 VerdictWord = Literal["untouched", "touched", "unknown", "left-over", "not-armed"]
@@ -25,7 +27,7 @@ _OUTCOMES: dict[Remedy, SettlementOutcome] = {"remove": "removed", "all-dirty": 
 
 
 class Verdict(NamedTuple):
-    """What was found on a node, and why; ``concerned`` are the bitmaps that something is due to."""
+    """What the sentinel of a node says, and why; ``concerned`` are the bitmaps to be settled."""
 
     node: Node
     word: VerdictWord
@@ -47,10 +49,13 @@ class BitmapSettlement(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """What was done by a verdict.
+    """What `settle` did.
 
-    ``is_armed`` is whether the node still is, because something is left to decide; ``obstacle``
-    why nothing could be done, if that is so.
+    Attributes:
+        verdict: the verdict that was settled.
+        is_armed: whether the node is still armed, because something is left to decide.
+        bitmaps: what became of each bitmap.
+        obstacle: why nothing could be done; "" if nothing stood in the way.
     """
 
     verdict: Verdict
@@ -60,24 +65,28 @@ class Settlement(NamedTuple):
 
     @property
     def is_safe(self) -> bool:
-        """Whether nothing is lost, in doubt, or left to do."""
+        """Whether no bitmap is lost or in doubt, and nothing is left to do."""
         return not self.is_armed and not self.verdict.is_bad
 
 
 class VerdictReport(NamedTuple):
-    """All that was found; ``migration`` is the last word of query-migrate, if any."""
+    """What `judge` found.
+
+    ``migration`` is the status of the last migration, as query-migrate has it; "" if there was
+    none.
+    """
 
     migration: str
     nodes: tuple[Verdict, ...]
 
 
 def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> VerdictReport:
-    """Judges these nodes, or all that were armed.
+    """Judges these nodes, or all that were armed; the first half of ``rescue verdict``.
 
-    *Guarantees*: nothing is changed that matters to what is found when this is done again.
+    *Guarantees*: the evidence stays as it is, so a second call finds the same.
 
     Raises:
-        StateError: it is not the time, see `Machine.require_settled`.
+        StateError: the machine's state does not allow it, see `Machine.require_settled`.
         QmpError: QEMU does not answer, or refuses.
         ValueError: there is no node of such a name.
     """
@@ -90,57 +99,56 @@ def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> VerdictReport:
         for bitmap in node.bitmaps
         if bitmap.name in COMPARED
     ]
-    if copies:  # of somebody who was interrupted
+    if copies:  # left behind by a call that was interrupted
         monitor.transaction(copies)
         machine = query_machine(monitor)
     chosen = machine.select(nodes, lambda node: bool(node.evidence))
-    return VerdictReport(
-        machine.migration, tuple(_judge(monitor, machine, node) for node in chosen)
-    )
+    verdicts = tuple(_judge(monitor, machine, node) for node in chosen)
+    for verdict in verdicts:
+        node = escape(verdict.node.name)
+        logger.info('rescue verdict: node "%s" %s: %s', node, verdict.word, verdict.reason)
+    return VerdictReport(machine.migration, verdicts)
 
 
 def settle(monitor: Monitor, verdict: Verdict, remedy: Remedy | None = None) -> Settlement:
-    """Disarms a node if there is nothing to decide, or does what was decided.
+    """Does to the bitmaps of a node what a verdict calls for, and disarms the node.
 
-    *Guarantees*: a node is disarmed by the same transaction that does what is due to its bitmaps.
-    Until then judging it again finds the same.
+    *Guarantees*: one transaction both changes the bitmaps and disarms the node. Until then `judge`
+    finds the same.
 
     Args:
         monitor: the source of the migration, which goes on.
         verdict: what `judge` found.
-        remedy: what to do with bitmaps that may miss writes of somebody else: remove them, or
-            make them dirty all over. Without it they stay, and the node stays armed.
+        remedy: for bitmaps that may miss writes of another machine: "remove" removes them,
+            "all-dirty" sets all their bits. Without a remedy they stay, and the node stays armed.
 
     Raises:
         QmpError: QEMU does not answer.
     """
-    node = verdict.node.name
     if verdict.is_bad and not remedy:
-        return Settlement(verdict, True, _bitmap_settlements(verdict, "in-doubt"))
+        return _settlement(verdict, "in-doubt", is_armed=True)
     busy = next((bitmap for bitmap in verdict.concerned if bitmap.is_busy), None)
     if busy:
-        obstacle = f'"{escape(busy.name)}" is busy: try again when that has ended'
-        return Settlement(verdict, True, _bitmap_settlements(verdict, "left"), obstacle)
+        obstacle = f'"{escape(busy.name)}" is busy: try again when the job that uses it has ended'
+        return _settlement(verdict, "left", is_armed=True, obstacle=obstacle)
+    node = verdict.node
     outcome: SettlementOutcome = _OUTCOMES[remedy] if remedy and verdict.is_bad else "kept"
     is_scratch_needed = outcome == "all-dirty" and verdict.concerned
-    size = verdict.node.virtual_size
     try:
-        with scratch.all_dirty(monitor, size) if is_scratch_needed else nullcontext():
-            work = [
-                *_due(verdict, outcome),
-                *(actions.remove(node, n) for n in verdict.node.evidence),
-            ]
+        with scratch.all_dirty(monitor, node.virtual_size) if is_scratch_needed else nullcontext():
+            work = _due(verdict, outcome)
+            work += [actions.remove(node.name, name) for name in node.evidence]
             if work:
                 monitor.transaction(work)
     except QmpRefusedError as error:
-        return Settlement(
-            verdict, True, _bitmap_settlements(verdict, "left"), f"QEMU refuses: {error.reason}"
-        )
-    return Settlement(verdict, False, _bitmap_settlements(verdict, outcome))
+        obstacle = f"QEMU refuses: {error.reason}"
+        return _settlement(verdict, "left", is_armed=True, obstacle=obstacle)
+    logger.info('rescue verdict: node "%s" is disarmed, bitmaps %s', escape(node.name), outcome)
+    return _settlement(verdict, outcome, is_armed=False)
 
 
 def _due(verdict: Verdict, outcome: SettlementOutcome) -> list[actions.Action]:
-    """What is to be done with the bitmaps that are concerned."""
+    """The actions that give the bitmaps that are concerned this outcome."""
     node = verdict.node.name
     names = [bitmap.name for bitmap in verdict.concerned]
     if outcome == "removed":
@@ -151,51 +159,72 @@ def _due(verdict: Verdict, outcome: SettlementOutcome) -> list[actions.Action]:
     return [actions.merge(node, name, sentinel) for name in names]
 
 
+def _settlement(
+    verdict: Verdict, outcome: SettlementOutcome, *, is_armed: bool, obstacle: str = ""
+) -> Settlement:
+    """A settlement that gives the bitmaps that are concerned this outcome, and keeps the others."""
+    bitmaps = tuple(
+        BitmapSettlement(
+            bitmap,
+            outcome if bitmap in verdict.concerned else "kept",
+            "inconsistent already" if bitmap.is_inconsistent else "",
+        )
+        for bitmap in verdict.node.subjects
+    )
+    return Settlement(verdict, is_armed, bitmaps, obstacle)
+
+
 def _judge(monitor: Monitor, machine: Machine, node: Node) -> Verdict:
-    sound = tuple(bitmap for bitmap in node.subjects if not bitmap.is_inconsistent)
+    consistent = tuple(bitmap for bitmap in node.subjects if not bitmap.is_inconsistent)
     if not node.twin:
-        if node.tells_of_a_death:
-            return Verdict(node, "touched", f"{_DEATH}, before this machine was started", sound)
+        if node.tells_of_a_crash:
+            return Verdict(node, "touched", f"{_CRASH}, before this machine started", consistent)
         if not node.evidence:
             return Verdict(node, "not-armed", "it has no sentinel")
-        reason = "its sentinel is of another machine, or of before this one was started"
+        reason = "its sentinel was made by another machine, or before this machine started"
         return Verdict(node, "left-over", reason)
-    word, reason = _evidence(monitor, machine, node, node.twin)
+    word, reason = _word(monitor, machine, node, node.twin)
     if word != "untouched":
-        # What they were when the disk went away, nobody knows: they may have been enabled, or made
-        # out of others, since then.
-        return Verdict(node, word, reason, sound)
-    return Verdict(node, word, reason, tuple(b for b in sound if _travelled(machine, b)))
+        # Since the disk went away each bitmap may have been enabled, disabled, or merged from
+        # others, so each may miss writes.
+        return Verdict(node, word, reason, consistent)
+    return Verdict(node, word, reason, tuple(b for b in consistent if _travelled(machine, b)))
 
 
-_DEATH = "somebody opened the disk for writing, and did not end properly"
+_CRASH = "another process opened the disk for writing, and did not close it properly"
 
 
-def _evidence(
+def _word(
     monitor: Monitor, machine: Machine, node: Node, twin: NodeBitmap
 ) -> tuple[VerdictWord, str]:
+    """Returns the verdict on a node that is armed, and the reason for it."""
     sentinel = node.find(sentinel_of(twin.name))
     if not sentinel:
-        return "touched", "the sentinel is gone: a program wrote that does not know bitmaps"
+        reason = "the sentinel is gone: a program that does not know bitmaps wrote to the disk"
+        return "touched", reason
     if sentinel.is_inconsistent:
-        return "touched", _DEATH
+        return "touched", _CRASH
     if not (sentinel.is_recording and twin.is_recording):
-        return "unknown", "the sentinel or its twin was disabled: writes are missing from it"
+        return "unknown", "the sentinel or its twin was disabled, so writes are missing from it"
     if machine.migration not in ("", "none") and not _stayed_here(machine, sentinel):
         return "unknown", "the sentinel travelled: the block-bitmap-mapping does not leave it out"
     is_equal = _are_equal(monitor, node, sentinel, twin)
     if is_equal is None:
-        return "unknown", "QEMU does not give digests of bitmaps"
+        return "unknown", "QEMU gives no digests of bitmaps"
     if not is_equal:
-        return "touched", "the sentinel has writes that this machine did not make, or misses some"
-    return "untouched", "nobody wrote anywhere that this machine did not write, too"
+        reason = (
+            "the sentinel has writes that this machine did not make, or lacks writes that it made"
+        )
+        return "touched", reason
+    return "untouched", "this machine wrote to every place that was written to"
 
 
 def _are_equal(monitor: Monitor, node: Node, sentinel: NodeBitmap, twin: NodeBitmap) -> bool | None:
-    """Whether sentinel and twin have the same, though the guest may write meanwhile.
+    """Returns whether a sentinel and its twin have the same bits, though the guest may write.
 
-    Copies are made in the order sentinel, twin, sentinel. The first must lie within the second,
-    and that within the third: then merging it changes no digest. None without digests.
+    They are copied in the order sentinel, twin, sentinel. The bits of the first copy must lie
+    within the second copy, and those of the second within the third. Bits lie within a copy if
+    merging them into it leaves its digest as it is. Returns None where QEMU gives no digests.
     """
     first, second, last, union = (twin._replace(name=name) for name in COMPARED)
     copied = (first, sentinel), (second, twin), (last, sentinel)
@@ -207,7 +236,7 @@ def _are_equal(monitor: Monitor, node: Node, sentinel: NodeBitmap, twin: NodeBit
     work += [actions.merge(node.name, union.name, copy.name) for copy in (second, last)]
     work += [actions.merge(node.name, first.name, second.name)]
     monitor.transaction(work)
-    digests = [sha256(monitor, copy) for copy in (first, second, union, last)]
+    digests = [query_digest(monitor, copy) for copy in (first, second, union, last)]
     monitor.transaction([actions.remove(node.name, name) for name in COMPARED])
     if None in digests:
         return None
@@ -215,30 +244,20 @@ def _are_equal(monitor: Monitor, node: Node, sentinel: NodeBitmap, twin: NodeBit
 
 
 def _stayed_here(machine: Machine, sentinel: NodeBitmap) -> bool:
-    return machine.mapping is not None and sentinel.name not in _mapped(machine, sentinel.node)
-
-
-def _mapped(machine: Machine, node: str) -> set[str]:
-    """The bitmaps of a node that travel by the mapping."""
-    listed = [one for one in machine.mapping or [] if one["node-name"] == node]
-    return {bitmap["name"] for one in listed for bitmap in one["bitmaps"]}
+    mapping = machine.mapping
+    return mapping is not None and sentinel.name not in mapped_names(mapping, sentinel.node)
 
 
 def _travelled(machine: Machine, bitmap: NodeBitmap) -> bool:
-    """Whether it recorded here, and nobody carried it on for us in the image."""
-    is_stored = bitmap.is_persistent and machine.mapping is not None
-    is_stored = is_stored and bitmap.name not in _mapped(machine, bitmap.node)
-    return bitmap.is_recording and not is_stored
+    """Returns whether a bitmap recorded here, and may miss what another machine wrote.
 
-
-def _bitmap_settlements(
-    verdict: Verdict, outcome: SettlementOutcome
-) -> tuple[BitmapSettlement, ...]:
-    return tuple(
-        BitmapSettlement(
-            bitmap,
-            outcome if bitmap in verdict.concerned else "kept",
-            "inconsistent already" if bitmap.is_inconsistent else "",
-        )
-        for bitmap in verdict.node.subjects
+    A persistent bitmap that the mapping leaves out was stored in the image, where the other machine
+    went on recording in it.
+    """
+    mapping = machine.mapping
+    is_stored = (
+        bitmap.is_persistent
+        and mapping is not None
+        and bitmap.name not in mapped_names(mapping, bitmap.node)
     )
+    return bitmap.is_recording and not is_stored

@@ -1,8 +1,9 @@
-"""``rescue start``: makes QEMU store again what a migration that failed made it drop.
+"""Makes QEMU store again the bitmaps that a failed migration made it drop.
 
-A migration with dirty-bitmaps vetoes the storing of every bitmap it carries, and forgets to lift
-the veto if it ends before the disks were given away. QMP does not show it. Removing a bitmap in
-a transaction that is aborted lifts it: the bitmap is never gone, and comes back without it.
+A migration with the capability dirty-bitmaps forbids QEMU to store the bitmaps that it carries. If
+the migration ends before the disks are given away, QEMU forgets to lift this veto, and QMP does not
+show it. A transaction that removes a bitmap, and is aborted, lifts the veto: the bitmap stays in
+memory the whole time.
 
 *Spec*: spec/rescue.md, "Start".
 """
@@ -14,10 +15,12 @@ from typing import Literal, NamedTuple
 
 from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
 from qcow2bm.errors import QmpRefusedError
+from qcow2bm.log import logger
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.machine import Node, NodeBitmap
 from qcow2bm.qmp.names import copy_of, is_evidence, original_of
-from qcow2bm.qmp.nodes import Node, NodeBitmap, query_bitmap, query_machine
+from qcow2bm.qmp.queries import query_bitmap, query_digest, query_machine
 from qcow2bm.units import encode_name, escape
 
 RescueOutcome = Literal["rescued", "copied", "planned", "left", "lost"]
@@ -25,9 +28,15 @@ Proof = Literal["sha256", "count"]
 
 
 class BitmapRescue(NamedTuple):
-    """What became of one bitmap, and by what it was verified that its bits are the same.
+    """What became of one bitmap.
 
-    ``bitmap`` is as it was before, ``sha256`` that of its bits, None where it was not asked for.
+    Attributes:
+        bitmap: as it was before; with the outcome "lost", as it is now if it is still there.
+        outcome: "rescued": QEMU stores it. "copied": QEMU stores a copy that has its name.
+            "planned": a dry run. "left": nothing was done. "lost": its bits are not what they were.
+        reason: why it is left or lost.
+        proof: by what the bits were proved to be the same; None if they were not.
+        sha256: of the bits, in hex; None where QEMU was not asked, or does not give it.
     """
 
     bitmap: NodeBitmap
@@ -38,12 +47,16 @@ class BitmapRescue(NamedTuple):
 
     @property
     def is_safe(self) -> bool:
-        """Whether QEMU stores it, or will after what is planned."""
+        """Whether QEMU stores the bitmap; after a dry run, whether it would."""
         return self.outcome not in ("left", "lost")
 
 
 class RescueReport(NamedTuple):
-    """What ``rescue start`` did; ``migration`` is the last word of query-migrate, if any."""
+    """What `lift_vetoes` did.
+
+    ``migration`` is the status of the last migration, as query-migrate has it; "" if there was
+    none.
+    """
 
     migration: str
     bitmaps: tuple[BitmapRescue, ...]
@@ -52,13 +65,14 @@ class RescueReport(NamedTuple):
 def lift_vetoes(
     monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False
 ) -> RescueReport:
-    """Rescues the persistent bitmaps of these nodes, or of all.
+    """Makes QEMU store the persistent bitmaps of these nodes, or of all; ``rescue start``.
 
-    *Guarantees*: every command leaves each bitmap in memory, under its name or that of its copy,
-    and recording if it was. Doing it again does no harm and ends what was interrupted.
+    *Guarantees*: after every command that is sent, each bitmap is in memory, under its name or
+    that of its copy, and records if it did before. A second call changes nothing, and finishes
+    what an interrupted one began.
 
     Raises:
-        StateError: it is not the time, see `Machine.require_settled`.
+        StateError: the machine's state does not allow it, see `Machine.require_settled`.
         QmpError: QEMU does not answer.
         ValueError: there is no node of such a name, or it has no persistent bitmaps.
     """
@@ -70,20 +84,21 @@ def lift_vetoes(
             raise ValueError(f'the node "{escape(node.name)}" has no persistent bitmaps')
     if not dry_run:
         scratch.discard_leftover(monitor)
-    done = []
+    found = []
     for node in chosen:
         for bitmap, why_left in plan(node):
             if why_left:
-                done.append(BitmapRescue(bitmap, "left", why_left))
+                found.append(BitmapRescue(bitmap, "left", why_left))
             elif dry_run:
-                done.append(BitmapRescue(bitmap, "planned"))
+                found.append(BitmapRescue(bitmap, "planned"))
             else:
-                done.append(_rescue(monitor, node, bitmap, is_running=machine.is_running))
-    return RescueReport(machine.migration, tuple(done))
+                found.append(_rescue(monitor, node, bitmap, is_running=machine.is_running))
+            _log(found[-1])
+    return RescueReport(machine.migration, tuple(found))
 
 
 def plan(node: Node) -> Iterator[tuple[NodeBitmap, str]]:
-    """Each persistent bitmap of a node, with why it has to be left as it is, if it has to."""
+    """Yields each persistent bitmap of a node, and why it must be left; "" if it is rescued."""
     for bitmap in node.bitmaps:
         is_replaced = bitmap.is_inconsistent and node.find(copy_of(bitmap.name))
         if bitmap.is_persistent and not is_evidence(bitmap.name) and not is_replaced:
@@ -96,9 +111,9 @@ def _why_left(node: Node, bitmap: NodeBitmap) -> str:
     if node.is_read_only:
         return "the node is read-only: QEMU stores nothing there, and has nothing to store"
     if bitmap.is_busy:
-        return "it is busy: a job uses it; try again when that has ended"
+        return "it is busy: a job uses it; try again when the job has ended"
     if node.twin:
-        return "the node is armed: run rescue verdict first, which says if its bits are right"
+        return "the node is armed: run rescue verdict first, which says whether its bits are right"
     original = node.find(original_of(bitmap.name))
     if original and not original.is_inconsistent:
         name = escape(original.name)
@@ -107,16 +122,16 @@ def _why_left(node: Node, bitmap: NodeBitmap) -> str:
 
 
 def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: bool) -> BitmapRescue:
-    digest = sha256(monitor, bitmap)
+    digest = query_digest(monitor, bitmap)
     original = original_of(bitmap.name)
     if original:
-        if node.find(original):  # what the image still had of it when another machine started
+        if node.find(original):  # the image still had it, in_use, when this machine started
             monitor.transaction([actions.remove(bitmap.node, original)])
         return _rename(monitor, bitmap, original, digest, is_running=is_running)
     try:
         monitor.transaction([actions.remove(bitmap.node, bitmap.name), actions.ABORT])
     except QmpRefusedError as error:
-        # It is to fail, but by the abort and nothing else.
+        # The transaction has to fail, but by the abort alone.
         if actions.ABORTED not in error.reason:
             return copy_and_rename(monitor, bitmap, digest, is_running=is_running)
     return _verified(monitor, bitmap, digest, "rescued", is_running=is_running)
@@ -125,16 +140,17 @@ def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: boo
 def copy_and_rename(
     monitor: Monitor, bitmap: NodeBitmap, digest: str | None, *, is_running: bool
 ) -> BitmapRescue:
-    """Puts a new bitmap, which no migration vetoed, in the place of one, in two transactions.
+    """Replaces a bitmap by a new one with the same bits, which no migration has a veto on.
 
-    QEMU cannot rename, and cannot remove and add one name in one transaction. In between the
-    bits have another name, under which they are stored if the machine ends then.
+    It takes two transactions, since QEMU can neither rename a bitmap nor remove and add the same
+    name in one transaction. Between the two the bits have the name of the copy, and are stored
+    under that name if the machine ends then.
     """
     name, copy = bitmap.name, copy_of(bitmap.name)
     if len(encode_name(copy)) > MAX_NAME_SIZE:
         return BitmapRescue(bitmap, "left", "its name is too long for a copy beside it")
     try:
-        monitor.transaction(_replace(bitmap, copy))
+        monitor.transaction(_replacement(bitmap, copy))
     except QmpRefusedError as error:
         return BitmapRescue(bitmap, "left", f"QEMU refuses: {error.reason}")
     return _rename(monitor, bitmap._replace(name=copy), name, digest, is_running=is_running)
@@ -144,19 +160,18 @@ def _rename(
     monitor: Monitor, copy: NodeBitmap, name: str, digest: str | None, *, is_running: bool
 ) -> BitmapRescue:
     try:
-        monitor.transaction(_replace(copy, name))
+        monitor.transaction(_replacement(copy, name))
     except QmpRefusedError as error:
-        return BitmapRescue(
-            copy, "left", f"QEMU refuses: {error.reason}; try again, or rescue finish"
-        )
+        cure = "try again, or run rescue finish when the machine is off"
+        return BitmapRescue(copy, "left", f"QEMU refuses: {error.reason}; {cure}")
     bitmap = copy._replace(name=name)
     return _verified(monitor, bitmap, digest, "copied", is_running=is_running)
 
 
-def _replace(bitmap: NodeBitmap, name: str) -> list[actions.Action]:
-    """A new bitmap of another name, with the same bits, in the place of one.
+def _replacement(bitmap: NodeBitmap, name: str) -> list[actions.Action]:
+    """The actions that replace a bitmap by a new one of another name, with the same bits.
 
-    It records from the moment it is added: it misses nothing that is written meanwhile.
+    The new bitmap records from the moment it is added, so it misses no write in between.
     """
     node, granularity, enabled = bitmap.node, bitmap.granularity, bitmap.is_recording
     return [
@@ -166,21 +181,8 @@ def _replace(bitmap: NodeBitmap, name: str) -> list[actions.Action]:
     ]
 
 
-def sha256(monitor: Monitor, bitmap: NodeBitmap) -> str | None:
-    """The digest of its bits; None where QEMU does not give it, which is a command for debugging.
-
-    Raises:
-        QmpError: QEMU does not answer.
-    """
-    where = {"node": bitmap.node, "name": bitmap.name}
-    try:
-        return str(monitor.execute("x-debug-block-dirty-bitmap-sha256", where)["sha256"])
-    except QmpRefusedError:
-        return None
-
-
-def _same(bitmap: NodeBitmap, other: NodeBitmap) -> bool:
-    """Whether only their bits may differ; a job may have begun to use it meanwhile."""
+def _differ_only_in_bits(bitmap: NodeBitmap, other: NodeBitmap) -> bool:
+    """Returns whether two bitmaps are alike but for their bits; a job may have begun to use one."""
     return bitmap._replace(dirty_bytes=0, is_busy=other.is_busy) == other._replace(dirty_bytes=0)
 
 
@@ -192,17 +194,26 @@ def _verified(
     *,
     is_running: bool,
 ) -> BitmapRescue:
-    """The outcome, if the bits are what they were; where the guest writes, they may be more."""
+    """Returns the outcome if the bits are the same, or "lost".
+
+    Where the guest writes and the bitmap records, the bits may have become more.
+    """
     after = query_bitmap(monitor, before.node, before.name)
     if not after:
         return BitmapRescue(before, "lost", "it is gone; take a full backup", None, digest)
-    now = sha256(monitor, after)
+    now = query_digest(monitor, after)
     more = after.dirty_bytes - before.dirty_bytes
     may_grow = is_running and before.is_recording
-    if _same(after, before):
+    if _differ_only_in_bits(after, before):
         if digest and now == digest:
             return BitmapRescue(before, outcome, "", "sha256", now)
         if more > 0 if may_grow and digest else more == 0 and not digest:
             return BitmapRescue(before, outcome, "", "count", now)
     reason = f"it changed: {before.dirty_bytes} bytes were dirty, and {after.dirty_bytes} are now"
     return BitmapRescue(after, "lost", f"{reason}; take a full backup", None, now)
+
+
+def _log(done: BitmapRescue) -> None:
+    name, node = escape(done.bitmap.name), escape(done.bitmap.node)
+    reason = f": {done.reason}" if done.reason else ""
+    logger.info('rescue start: bitmap "%s" of node "%s" %s%s', name, node, done.outcome, reason)

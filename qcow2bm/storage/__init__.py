@@ -1,1 +1,4 @@
-"""The only place that touches an image file: exact reads and locks, and their memory twin."""
+"""Storages: the only folder that opens, reads, writes and locks image files.
+
+A storage knows bytes and offsets, but nothing of qcow2.
+"""

@@ -1,8 +1,8 @@
-"""A block device read and written past the system's page cache.
+"""Direct input and output: reading and writing a block device without the system's page cache.
 
-The cache knows nothing of what another host wrote to a shared device. Reading from it gives back
-what was there before, and writing a few bytes through it writes their whole page, stale neighbours
-included.
+If another host writes to a shared device, the page cache of this host does not notice. A read from
+the cache would return the old bytes. A write of a few bytes through the cache would write the whole
+page around these bytes, including old bytes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if sys.platform == "linux":
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_PIECE = 1 << 20  # bytes moved at once: a multiple of every logical block size
-_FILE_BLOCK = 4096  # what a regular file takes on any disk
+_PIECE = 1 << 20  # bytes read or written at once: a multiple of every logical block size
+_FILE_BLOCK = 4096  # bytes: an alignment that a regular file accepts on any disk
 _BLKSSZGET = 0x1268  # ioctl: the logical block size
 
 
 class DirectFile:
-    """Unbuffered reads and writes of any offset and length; for Linux.
+    """Direct reads and writes at any offset and of any length, on Linux only.
 
-    What fails is an OSError. One write at a time: a block written in part is read before, and
-    what somebody else wrote to it in between would be lost.
+    Every failure is raised as OSError. To write a part of a block, a `DirectFile` reads the block
+    and writes it back. So only one thread or process at a time may write.
     """
 
     def __init__(self, path: str) -> None:
@@ -46,7 +46,7 @@ class DirectFile:
             raise
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
+        """Fills ``buffer`` from byte ``offset`` on; returns the number of bytes read."""
         descriptor, block = self._file.fileno(), self._block
         pages = _pages(min(len(buffer) + 2 * block, _PIECE))
         done = 0
@@ -63,15 +63,15 @@ class DirectFile:
         return done
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Writes all ``parts``, one behind the other, from byte ``offset`` on.
+        """Writes all ``parts``, one after the other, from byte ``offset`` on.
 
-        No block is written but those they lie in, so that a sector stays written whole or not
+        Only the blocks in which ``parts`` lie are written, so every sector is written whole or not
         at all.
         """
         block = self._block
         views = [memoryview(part).cast("B") for part in parts]
         end = offset + sum(map(len, views))
-        views.reverse()  # what comes next is at the end
+        views.reverse()  # the next part is the last in the list
         while offset < end:
             first = offset - offset % block
             stop = min(first + _PIECE, end)
@@ -85,14 +85,14 @@ class DirectFile:
     def _write_blocks(self, offset: int, blocks: memoryview) -> None:
         while blocks:
             done = os.pwritev(self._file.fileno(), [blocks], offset)
-            done -= done % self._block  # the rest has to begin with a whole block
+            done -= done % self._block  # the next write must begin at a block
             if not done:
                 raise OSError(errno.EIO, "nothing could be written")
             offset += done
             blocks = blocks[done:]
 
     def barrier(self) -> None:
-        """Returns once everything written so far is on the disk."""
+        """Makes all earlier writes durable, and returns when they are."""
         os.fdatasync(self._file.fileno())
 
     def close(self) -> None:
@@ -111,15 +111,16 @@ def _block_size(descriptor: int) -> int:
 
 
 def _pages(length: int) -> memoryview:
-    """Zeroed memory aligned as a device asks for; private, as a fork must not share it.
+    """Returns zeroed memory with the alignment that devices require.
 
-    It goes with the last view of it: closing it would fail where a traceback still has one.
+    The memory is private, so a forked process does not share it. It is freed with its last view.
+    An explicit close would fail if a traceback still refers to a view.
     """
     return memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE))
 
 
 def _move(views: list[memoryview], target: memoryview) -> None:
-    """Fills ``target`` with what ``views`` begin with, the last one first, and takes it away."""
+    """Moves bytes from the ``views``, the last of which comes first, until ``target`` is full."""
     while target:
         view = views.pop()
         count = min(len(view), len(target))

@@ -1,4 +1,4 @@
-"""A storage as it would be after some writes, which go nowhere."""
+"""A storage for dry runs: it reads like another storage, and keeps writes in memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ _PAGE = 4096
 
 
 class DryRunStorage:
-    """Another storage with writes on top of it, in memory. It stays open when this is closed."""
+    """Another storage, the base, as it would be after some writes. The base is never written to.
+
+    Closing a `DryRunStorage` does not close the base.
+    """
 
     def __init__(self, base: Storage) -> None:
-        """Nothing is on top of it so far."""
+        """Begins with the content of ``base``."""
         self.name = base.name
         self._base = base
         self._pages: dict[int, bytearray] = {}
         self._size = base.size()
 
     def size(self) -> int:
-        """The length in bytes, with what was written behind the end."""
+        """The length in bytes, including writes beyond the end of the base."""
         return self._size
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
+        """Fills ``buffer`` from byte ``offset`` on; returns the number of bytes read."""
         length = max(0, min(len(buffer), self._size - offset))
         found = self._base.read_into(offset, buffer[:length])
         buffer[found:length] = bytes(length - found)
@@ -42,7 +45,7 @@ class DryRunStorage:
         return length
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Writes all ``parts``, one behind the other, from byte ``offset`` on."""
+        """Keeps all ``parts`` in memory, one after the other, from byte ``offset`` on."""
         data = b"".join(parts)
         end = offset + len(data)
         for number in range(offset // _PAGE, (end + _PAGE - 1) // _PAGE):
@@ -56,12 +59,12 @@ class DryRunStorage:
         self._size = max(self._size, end)
 
     def change_token(self) -> object:
-        """Nothing: nobody else writes here."""
+        """Returns None: no other writer changes a dry run."""
         return None
 
     def read_lock(self) -> AbstractContextManager[None]:
-        """No lock: who made this holds that of the other storage."""
+        """Takes no lock: the creator of the dry run holds the lock of the base."""
         return nullcontext()
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Does nothing: the base stays open."""

@@ -1,4 +1,4 @@
-"""Images in files and on block devices."""
+"""Images in regular files and on block devices, the storage for every path that a caller gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qcow2bm.storage.locks import READER, WRITER, held_locks
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_MAX_PARTS = 1024  # what Linux writes in one call
+_MAX_PARTS = 1024  # Linux takes no more in one call
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -28,10 +28,10 @@ _KINDS = {
 
 
 class FileStorage:
-    """A regular file or a block device: one descriptor for all that is read and written.
+    """A regular file or a block device.
 
-    The system reports what went wrong with a write to the descriptor that wrote, so no other is
-    ever opened. Everything but `close` raises `StateError` once it is closed.
+    All reads, writes and barriers use one descriptor, because the system reports a failed write
+    only to the descriptor that wrote. After `close`, every other method raises `StateError`.
     """
 
     def __init__(
@@ -42,13 +42,15 @@ class FileStorage:
         locking: bool = True,
         lock_timeout: float = 0,
     ) -> None:
-        """Opens ``path``, without any lock yet, and for good without where not ``locking``.
+        """Opens ``path`` without taking a lock.
 
-        ``lock_timeout`` is how many seconds `read_lock` waits.
+        If ``locking`` is false, `read_lock` and `write_lock` take no locks either. `read_lock`
+        waits at most ``lock_timeout`` seconds.
 
         Raises:
-            StorageError: it is neither or cannot be opened.
-            UnsupportedError: ``writable``, and the system is not Linux.
+            StorageError: ``path`` cannot be opened, or is neither a regular file nor a block
+                device.
+            UnsupportedError: ``writable`` is true, and the system is not Linux.
         """
         if writable and sys.platform != "linux":
             raise UnsupportedError("writing on a system other than Linux")
@@ -57,19 +59,21 @@ class FileStorage:
         self._locking = locking
         self._lock_timeout = lock_timeout
         self._is_write_locked = False
-        self._direct: DirectFile | None = None  # once a block device was in other hands
+        self._direct: DirectFile | None = (
+            None  # a block device that another host may have written to
+        )
         self._owner = os.getpid()
         try:
-            # Looked at before it is opened: opening a FIFO or a tape has effects of its own.
+            # The kind is checked before the file is opened: opening a FIFO or a tape has effects.
             self._require_disk(os.stat(self.name).st_mode)
-            # Closes itself, with a warning, if whoever opened the image forgets to.
+            # FileIO closes itself, with a warning, if the caller forgets to close the image.
             access = "r+" if writable else "r"
             self._file = io.FileIO(self.name, access, opener=_open_without_waiting)
             try:
                 mode = os.fstat(self._file.fileno()).st_mode
                 self._require_disk(mode)
                 if stat.S_ISBLK(mode) and hasattr(os, "posix_fadvise"):
-                    # Another host may have written what is cached here.
+                    # Another host may have written to the device since this host cached it.
                     os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             except BaseException:
                 self._file.close()
@@ -93,13 +97,13 @@ class FileStorage:
         return self._file.fileno()
 
     def _own_descriptor(self) -> int:
-        """For writing: a forked process has the same locks, but may not use them."""
+        """The descriptor for writing; a forked process shares the locks, but must not write."""
         if os.getpid() != self._owner:
-            raise StateError("that of a process this one was forked from", "opened in this one")
+            raise StateError("opened before this process was forked", "opened in this process")
         return self._open_descriptor()
 
     def size(self) -> int:
-        """The present length in bytes, of a block device too."""
+        """The present length in bytes, also of a block device."""
         descriptor = self._open_descriptor()
         try:
             return os.lseek(descriptor, 0, os.SEEK_END)
@@ -107,7 +111,7 @@ class FileStorage:
             raise StorageError.from_os(error, self.name, 0, 0) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
+        """Fills ``buffer`` from byte ``offset`` on; returns the number of bytes read."""
         done = 0
         descriptor = self._open_descriptor()
         try:
@@ -124,9 +128,9 @@ class FileStorage:
         return done
 
     def next_data(self, offset: int) -> int:
-        """Where the first data from ``offset`` on begin, with a hole before; else the size.
+        """The offset of the first data at or after ``offset``; the size if only a hole follows.
 
-        Where the system tells of no holes, all are data.
+        If the system does not report holes, all bytes count as data.
         """
         descriptor, size = self._open_descriptor(), self.size()
         try:
@@ -135,10 +139,10 @@ class FileStorage:
             return size if getattr(error, "errno", None) == errno.ENXIO else min(offset, size)
 
     def change_token(self) -> object:
-        """Times of the last write and change, and length; None for a block device, which has none.
+        """The times of the last write and last change, and the length; None for a block device.
 
-        The time of the last change shows even what was written by somebody who then put the
-        time of the last write back, as copying programs do.
+        Copying programs set the time of the last write back after they have written. The time of
+        the last change then still shows the write.
         """
         descriptor = self._open_descriptor()
         try:
@@ -151,7 +155,7 @@ class FileStorage:
         return now.st_mtime_ns, changed, now.st_size
 
     def read_lock(self) -> AbstractContextManager[None]:
-        """Holds QEMU's locks of a reader; none where those of a writer are held."""
+        """Holds the locks of a reader as QEMU does; holds none while `write_lock` is held."""
         self._open_descriptor()
         if self._is_write_locked or not self._locking:
             return nullcontext()
@@ -159,12 +163,12 @@ class FileStorage:
 
     @contextmanager
     def write_lock(self, timeout: float) -> Iterator[None]:
-        """Holds QEMU's locks of a writer.
+        """Holds the locks of a writer as QEMU does.
 
         Raises:
-            ImageLockedError: somebody used the image all through ``timeout`` seconds.
-            StorageError: the file system has no locks, or the path now leads to another file.
-            StateError: they are held already, which the locks themselves would not notice.
+            ImageLockedError: another process still uses the image after ``timeout`` seconds.
+            StorageError: the file system has no such locks, or the path leads to another file now.
+            StateError: this storage holds the locks already.
         """
         descriptor = self._open_descriptor()
         if self._is_write_locked:
@@ -179,7 +183,7 @@ class FileStorage:
                 self._is_write_locked = False
 
     def _require_same_file(self, descriptor: int) -> None:
-        """Somebody may have put another file in the place while we waited for the lock."""
+        """Raises `StorageError` if the path leads to another file since the file was opened."""
         try:
             is_same = os.path.samestat(os.fstat(descriptor), os.stat(self.name))
         except OSError as error:
@@ -189,7 +193,7 @@ class FileStorage:
             raise StorageError(self.name, 0, 0, reason)
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Writes all ``parts``, one behind the other, from byte ``offset`` on."""
+        """Writes all ``parts``, one after the other, from byte ``offset`` on."""
         descriptor = self._own_descriptor()
         if self._direct:
             try:
@@ -199,7 +203,7 @@ class FileStorage:
                 raise StorageError.from_os(error, self.name, offset, length, "writing") from error
             return
         left = [memoryview(part).cast("B") for part in parts]
-        left.reverse()  # what comes next is at the end
+        left.reverse()  # the next part is the last in the list
         while left:
             batch = left[: -_MAX_PARTS - 1 : -1]
             length = sum(map(len, batch))
@@ -217,7 +221,7 @@ class FileStorage:
                 left[-1] = left[-1][done:]
 
     def barrier(self) -> None:
-        """Returns once everything written so far is on the disk."""
+        """Makes all earlier writes durable, and returns when they are."""
         descriptor = self._own_descriptor()
         try:
             if self._direct:
@@ -229,14 +233,15 @@ class FileStorage:
 
     @property
     def excludes_other_hosts(self) -> bool:
-        """Whether the locks keep other hosts away: those of a block device nobody else sees."""
+        """Whether the locks exclude other hosts; other hosts do not see locks of a block device."""
         return self._locking and self.capacity() is None
 
     def refresh(self) -> None:
         """Drops the pages of the file that this host has cached.
 
-        Nothing says whether all of them went. Of a regular file other hosts have the same, or
-        locking has made sure of it; a block device is read and written past the cache from now on.
+        The system does not say whether it dropped all pages. For a regular file that does no harm:
+        the file system keeps the caches of all hosts the same, or locking has updated them. A block
+        device is read and written without the cache from now on.
         """
         descriptor = self._own_descriptor()
         try:
@@ -248,7 +253,7 @@ class FileStorage:
             raise StorageError.from_os(error, self.name, 0, 0) from error
 
     def truncate(self, size: int) -> None:
-        """Shortens a regular file; a block device stays as it is."""
+        """Shortens a regular file; does nothing to a block device."""
         descriptor = self._own_descriptor()
         try:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -257,7 +262,7 @@ class FileStorage:
             raise StorageError.from_os(error, self.name, 0, 0, "writing") from error
 
     def capacity(self) -> int | None:
-        """The length of a block device; a regular file can grow."""
+        """The length of a block device; None for a regular file, which can grow."""
         descriptor = self._open_descriptor()
         try:
             is_regular = stat.S_ISREG(os.fstat(descriptor).st_mode)

@@ -1,4 +1,4 @@
-"""What tells that a file was not written to: who it is, how long, and when it was changed."""
+"""Identities of files, which show whether a file was replaced or written to."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ FilePath = str | os.PathLike[str]
 
 
 class FileIdentity(NamedTuple):
-    """Facts of a file that cannot all stay the same when somebody writes to it.
+    """Facts about a file. At least one of them changes when the file is replaced or written to.
 
-    Within the resolution of the file system's times, and as long as nobody turns back the clock.
+    Two exceptions: a write in the same tick of the file system's clock as the write before, and a
+    write after the clock was set back.
     """
 
     device: int
@@ -25,10 +26,10 @@ class FileIdentity(NamedTuple):
 
 
 def identify(path: FilePath) -> FileIdentity | None:
-    """The identity of a regular file now; None for a block device, which has no such facts.
+    """Returns the present identity of a regular file; None for a block device, which has none.
 
     Raises:
-        StorageError: it cannot be looked at, or is neither.
+        StorageError: ``path`` is neither a regular file nor a block device, or cannot be read.
     """
     try:
         now = os.stat(path)
@@ -39,5 +40,5 @@ def identify(path: FilePath) -> FileIdentity | None:
     if stat.S_ISBLK(now.st_mode):
         return None
     if not stat.S_ISREG(now.st_mode):
-        raise StorageError(os.fsdecode(path), 0, 0, "is no regular file and no block device")
+        raise StorageError(os.fsdecode(path), 0, 0, "is neither a regular file nor a block device")
     return FileIdentity(now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)

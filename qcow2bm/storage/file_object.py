@@ -12,14 +12,19 @@ from qcow2bm.units import escape
 
 
 class FileObjectStorage:
-    """A seekable binary file object, which its owner closes.
+    """A seekable binary file object, for reading only. The caller closes it.
 
-    Whatever the object raises becomes `StorageError`: compressed streams, say, have errors of
-    their own.
+    Every exception of the file object becomes `StorageError`, because some file objects, such as
+    compressed files, raise exceptions of their own.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
-        """Raises `StorageError` if ``stream`` cannot seek, TypeError if it is a text stream."""
+        """Keeps ``stream`` and does not close it.
+
+        Raises:
+            StorageError: ``stream`` cannot seek.
+            TypeError: ``stream`` is a text stream.
+        """
         self.name = str(getattr(stream, "name", "<stream>"))
         self._stream = stream
         if isinstance(stream, io.TextIOBase):
@@ -44,11 +49,11 @@ class FileObjectStorage:
         """The present length in bytes."""
         with self._own_errors(0, 0):
             end = self._stream.seek(0, io.SEEK_END)
-            # Not every seek() returns the position, as it should.
+            # Some file objects return None from seek().
             return end if isinstance(end, int) else int(self._stream.tell())
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
+        """Fills ``buffer`` from byte ``offset`` on; returns the number of bytes read."""
         done = 0
         with self._own_errors(offset, len(buffer)):
             self._stream.seek(offset)
@@ -61,12 +66,12 @@ class FileObjectStorage:
         return done
 
     def change_token(self) -> object:
-        """A stream does not tell when it changes."""
+        """Returns None: a file object does not report changes."""
         return None
 
     def read_lock(self) -> AbstractContextManager[None]:
-        """The owner of the stream does the locking."""
+        """Takes no lock: locking is up to the caller who opened the file object."""
         return nullcontext()
 
     def close(self) -> None:
-        """Leaves the stream to its owner."""
+        """Does nothing: the caller closes the file object."""

@@ -1,4 +1,7 @@
-"""What the library needs of a storage: reading, and for edits writing and barriers."""
+"""The interfaces that every storage has to the layers above, and two functions for exact reads.
+
+`Storage` is for reading, and `WritableStorage` is for editing, too.
+"""
 
 from __future__ import annotations
 
@@ -14,91 +17,95 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Storage(Protocol):
-    """Where an image's bytes come from. Implement it to read images from elsewhere.
+    """The bytes of an image. Implement this protocol to read images from other places than files.
 
-    Every failure is raised as ``qcow2bm.StorageError(name, offset, length, reason)``. Besides
-    the methods there has to be an attribute ``name``: what messages call it, mostly a path.
+    Every failure must be raised as ``qcow2bm.StorageError(name, offset, length, reason)``.
+
+    Attributes:
+        name: the name of the storage in messages, usually a path.
     """
 
     name: str
 
     def size(self) -> int:
-        """The present length in bytes."""
+        """Returns the present length in bytes."""
         ...
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from byte ``offset`` on and returns how many bytes it got.
+        """Fills ``buffer`` from byte ``offset`` on, and returns the number of bytes read.
 
-        Fewer than ``len(buffer)`` only where the storage ends.
+        The number may be below ``len(buffer)`` only if the storage ends there.
         """
         ...
 
     def change_token(self) -> object:
-        """Something that differs once the storage was written to, or None if that is unknown.
+        """Returns a value that changes with every write to the storage; None if there is none.
 
-        Bitmap metadata can come back to the same bytes at the same place after two writers.
+        The library compares the value because two writers, one after the other, can leave the same
+        metadata at the same place.
         """
         ...
 
     def read_lock(self) -> AbstractContextManager[None]:
-        """Held while the library reads and needs to know that nobody writes.
+        """Returns a context manager, which the library holds while it reads and no other may write.
 
-        Raises `qcow2bm.ImageLockedError` on entry if somebody does. A storage without locks
-        returns ``contextlib.nullcontext()``.
+        Entering raises `qcow2bm.ImageLockedError` if another process writes. A storage without
+        locks returns ``contextlib.nullcontext()``.
         """
         ...
 
     def close(self) -> None:
-        """Gives back what was opened. May be called twice."""
+        """Closes what the storage opened itself. May be called twice."""
         ...
 
 
 @runtime_checkable
 class WritableStorage(Storage, Protocol):
-    """A Storage that can be edited. Every failure is raised as `qcow2bm.StorageError`.
+    """A Storage that can be edited. Every failure must be raised as `qcow2bm.StorageError`.
 
-    *Guarantees* asked for: a sector of 512 bytes is written whole or not at all, and all that was
-    written before a `barrier` that returned survives a loss of power. Once a barrier has failed,
-    nothing is known of what was written since the last good one.
+    *Guarantees* that an implementation must give: a sector of 512 bytes is written whole or not at
+    all. All that was written before a successful `barrier` survives a loss of power. After a failed
+    barrier, the library assumes nothing about the writes since the last successful one.
     """
 
     @property
     def excludes_other_hosts(self) -> bool:
-        """Whether `write_lock` keeps everybody away, on other hosts as well."""
+        """Whether `write_lock` excludes all other users of the image, on other hosts as well."""
         ...
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Writes all ``parts``, one behind the other, from byte ``offset`` on.
+        """Writes all ``parts``, one after the other, from byte ``offset`` on.
 
-        The storage grows where that is beyond its end.
+        If ``parts`` reach beyond the end of the storage, the storage grows.
         """
         ...
 
     def barrier(self) -> None:
-        """Returns once everything written so far is durable."""
+        """Makes all earlier writes durable, and returns when they are."""
         ...
 
     def truncate(self, size: int) -> None:
-        """Gives back what lies behind byte ``size``, where the storage can."""
+        """Removes the bytes from ``size`` on, if the storage can shrink."""
         ...
 
     def capacity(self) -> int | None:
-        """The length in bytes beyond which it cannot grow; None if it can."""
+        """Returns the length in bytes that the storage cannot exceed; None if it can grow."""
         ...
 
     def write_lock(self, timeout: float) -> AbstractContextManager[None]:
-        """Held while the image is open for editing; keeps every other user away.
+        """Returns a context manager, which the library holds while the image is open for editing.
 
-        `read_lock` must be usable meanwhile. Raises `qcow2bm.ImageLockedError` on entry if
-        somebody uses the image for longer than ``timeout`` seconds. A storage without locks
-        returns ``contextlib.nullcontext()``.
+        The lock excludes every other user of the image, but `read_lock` of this storage must still
+        work. If another process still uses the image after ``timeout`` seconds, entering raises
+        `qcow2bm.ImageLockedError`. A storage without locks returns ``contextlib.nullcontext()``.
         """
         ...
 
     def refresh(self) -> None:
-        """Forgets all that is cached here, so that what another host wrote is read from now on.
+        """Drops cached data, so that later reads return what another host has written.
 
-        Called with the lock held, before the first read, after the image was in other hands.
+        The library calls it with the lock held, before its first read, if another host may have
+        written to the image.
         """
         ...
 
@@ -107,7 +114,7 @@ def read_exactly(storage: Storage, offset: int, buffer: memoryview) -> None:
     """Fills ``buffer`` from byte ``offset`` on.
 
     Raises:
-        ShortReadError: the storage ends before.
+        ShortReadError: the storage ends before ``buffer`` is full.
         StorageError: reading failed.
     """
     if storage.read_into(offset, buffer) != len(buffer):
@@ -115,7 +122,7 @@ def read_exactly(storage: Storage, offset: int, buffer: memoryview) -> None:
 
 
 def read_bytes(storage: Storage, offset: int, length: int) -> bytes:
-    """Exactly ``length`` bytes from byte ``offset`` on; raises as `read_exactly` does."""
+    """Reads exactly ``length`` bytes from byte ``offset`` on; raises as `read_exactly` does."""
     buffer = bytearray(length)
     read_exactly(storage, offset, memoryview(buffer))
     return bytes(buffer)

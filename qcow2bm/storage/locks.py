@@ -1,9 +1,10 @@
-"""QEMU's image locks, as a reader and as a writer takes them.
+"""QEMU's image locks, for readers and for writers.
 
-QEMU locks single bytes of the image file, always shared: byte 100 + i says "I hold permission
-i", byte 200 + i says "I do not share permission i". A conflict is found by asking whether a
-write lock could be had there. The locks are open file description locks, which exist on Linux
-only; elsewhere there is no QEMU to exclude and nothing is locked.
+QEMU locks single bytes of the image file, always with shared locks. A lock on byte 100 + i means
+"I use permission i", and a lock on byte 200 + i means "I do not let others use permission i". To
+find a conflict, a program asks the system whether an exclusive lock on a byte would succeed. The
+locks are open file description locks, which exist on Linux only. On other systems nothing is
+locked.
 
 *Spec*: spec/locking.md.
 """
@@ -22,6 +23,8 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from qcow2bm.errors import Hint, ImageLockedError, StorageError
+from qcow2bm.log import logger
+from qcow2bm.units import escape
 
 if sys.platform == "linux":
     import fcntl
@@ -33,10 +36,13 @@ CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
 
 
 class Role(NamedTuple):
-    """A way to use an image: the bytes it holds, and those that others must not hold.
+    """A way to use an image.
 
-    ``action`` is what it is called in messages, and ``probes`` says for each byte what somebody
-    does who holds it.
+    Attributes:
+        action: its name in messages.
+        locks: the bytes to hold.
+        probes: the bytes that no other process may hold, and for each what its holder does.
+        unlocked: the hint for a user if the file system has no locks.
     """
 
     action: str
@@ -53,25 +59,25 @@ _WRITES = {
 READER = Role(
     "reading",
     (HELD + CONSISTENT_READ, NOT_SHARED + WRITE, NOT_SHARED + RESIZE),
-    {NOT_SHARED + CONSISTENT_READ: "forbids others to read it (lock byte 200)", **_WRITES},
+    {NOT_SHARED + CONSISTENT_READ: "does not let others read it (lock byte 200)", **_WRITES},
     "unlocked",
 )
-"""Reads consistently, and shares neither writing nor resizing."""
+"""A reader reads consistent data, and lets others neither write nor resize."""
 
 WRITER = Role(
     "writing",
     (*(HELD + n for n in (CONSISTENT_READ, WRITE, RESIZE)), *READER.locks[1:]),
     {
-        NOT_SHARED + CONSISTENT_READ: "forbids others to read it (lock byte 200)",
+        NOT_SHARED + CONSISTENT_READ: "does not let others read it (lock byte 200)",
         **_WRITES,
-        NOT_SHARED + WRITE: "reads it and lets nobody write meanwhile (lock byte 201)",
-        NOT_SHARED + RESIZE: "uses it and lets nobody resize it meanwhile (lock byte 203)",
+        NOT_SHARED + WRITE: "reads it and does not let others write (lock byte 201)",
+        NOT_SHARED + RESIZE: "uses it and does not let others resize it (lock byte 203)",
     },
     "unlocked-write",
 )
-"""Reads, writes and resizes, and shares none but reading, as QEMU opening an image to write."""
+"""A writer reads, writes and resizes, and lets others only read, as QEMU does."""
 
-_RETRY_SECONDS = 0.005, 0.03  # at random between: two that wait must not meet for ever
+_RETRY_SECONDS = 0.005, 0.03  # random, so that two waiting programs do not collide for ever
 
 _FLOCK = struct.Struct("@hhqqi0q")  # struct flock64: type, whence, start, length, pid
 
@@ -80,40 +86,59 @@ _FLOCK = struct.Struct("@hhqqi0q")  # struct flock64: type, whence, start, lengt
 def held_locks(file: io.FileIO, path: str, role: Role, timeout: float = 0) -> Iterator[None]:
     """Holds the locks of a role on an open file, after waiting at most ``timeout`` seconds.
 
-    They go when the file is closed, too. A process that was forked meanwhile leaves them alone.
+    A wait is logged once. Closing the file releases the locks, too. A process that was forked in
+    the meantime does not release them.
 
     Raises:
-        ImageLockedError: somebody uses the image in a way that excludes this one.
+        ImageLockedError: another process uses the image in a way that excludes ``role``.
         StorageError: the file system has no such locks.
     """
     if sys.platform != "linux":
         yield
         return
     owner = os.getpid()
-    deadline = time.monotonic() + timeout
     try:
-        while not _try(file.fileno(), path, role, is_last=not time.monotonic() < deadline):
-            time.sleep(random.uniform(*_RETRY_SECONDS))
+        _wait_for_locks(file.fileno(), path, role, timeout)
         yield
     finally:
-        # Once it is closed, its number may be that of another file.
-        if not file.closed and os.getpid() == owner:
-            _unlock(file.fileno(), role)
-
-
-def _try(descriptor: int, path: str, role: Role, *, is_last: bool) -> bool:
-    try:
-        for byte in role.locks:
-            _lock(descriptor, path, byte, role)
-        for byte, reason in role.probes.items():
-            if _is_held_by_others(descriptor, path, byte, role):
-                raise ImageLockedError(path, reason, role.action, byte)
-    except ImageLockedError:
-        if is_last:
+        try:
+            _release(file, role, owner)
+        except BaseException:  # an interrupt: no later call would release the rest of the locks
+            _release(file, role, owner)
             raise
-        _unlock(descriptor, role)
-        return False
-    return True
+
+
+def _wait_for_locks(descriptor: int, path: str, role: Role, timeout: float) -> None:
+    """Takes the locks; between two attempts it holds none, so that two programs cannot deadlock."""
+    deadline = time.monotonic() + timeout
+    is_logged = False
+    while True:
+        is_last = not time.monotonic() < deadline
+        try:
+            return _take_locks(descriptor, path, role)
+        except ImageLockedError as error:
+            if is_last:
+                raise
+            _unlock(descriptor, role)
+            if not is_logged:
+                what = escape(path), timeout, role.action, error.held
+                logger.info("%s: waiting up to %g s for the lock for %s: another process %s", *what)
+                is_logged = True
+        time.sleep(random.uniform(*_RETRY_SECONDS))
+
+
+def _take_locks(descriptor: int, path: str, role: Role) -> None:
+    for byte in role.locks:
+        _lock(descriptor, path, byte, role)
+    for byte, reason in role.probes.items():
+        if _is_held_by_others(descriptor, path, byte, role):
+            raise ImageLockedError(path, reason, role.action, byte)
+
+
+def _release(file: io.FileIO, role: Role, owner: int) -> None:
+    # The number of a closed file may be that of another file by now.
+    if not file.closed and os.getpid() == owner:
+        _unlock(file.fileno(), role)
 
 
 def _lock(descriptor: int, path: str, byte: int, role: Role) -> None:
@@ -122,14 +147,14 @@ def _lock(descriptor: int, path: str, byte: int, role: Role) -> None:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            held = f"locks it exclusively (lock byte {byte})"
+            held = f"holds an exclusive lock on it (lock byte {byte})"
             raise ImageLockedError(path, held, role.action, byte) from error
         raise _no_locks(path, error, role) from error
 
 
 def _unlock(descriptor: int, role: Role) -> None:
     for byte in role.locks:
-        # What cannot be unlocked goes with the descriptor; another error matters more.
+        # Closing the descriptor releases a lock that cannot be released here.
         with suppress(OSError):
             request = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)

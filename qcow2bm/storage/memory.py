@@ -1,4 +1,4 @@
-"""Images in memory: bytes-like objects, of which a bytearray can be edited."""
+"""Images in memory: bytes-like objects. Only a bytearray can be edited."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ class MemoryStorage:
     """An image that is a bytes-like object; a bytearray can be edited."""
 
     def __init__(self, data: Buffer, name: str = "<memory>") -> None:
-        """Keeps ``data``, no copy, until it is closed."""
+        """Keeps ``data`` without copying it, until `close`.
+
+        Raises:
+            TypeError: ``data`` is not bytes-like.
+        """
         self.name = name
         self._data: Buffer | None = data
-        memoryview(data).cast("B")  # raises TypeError now, not at the first use
+        memoryview(data).cast("B")  # raises TypeError here instead of at the first use
 
     def _open_view(self) -> memoryview:
         if self._data is None:
@@ -39,15 +43,17 @@ class MemoryStorage:
             return len(view)
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from byte ``offset`` on; returns how many bytes there were."""
+        """Fills ``buffer`` from byte ``offset`` on; returns the number of bytes read."""
         with self._open_view() as view, view[offset : offset + len(buffer)] as part:
             buffer[: len(part)] = part
             return len(part)
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Writes all ``parts``, one behind the other, from byte ``offset`` on.
+        """Writes all ``parts``, one after the other, from byte ``offset`` on.
 
-        A bytearray that somebody else has a view of cannot grow: that is a StorageError.
+        Raises:
+            StorageError: the data are not a bytearray, or the bytearray would have to grow while a
+                memoryview of it exists.
         """
         data = self._open_bytearray()
         new = b"".join(parts)
@@ -59,11 +65,11 @@ class MemoryStorage:
         data[offset : offset + len(new)] = new
 
     def barrier(self) -> None:
-        """Memory needs none."""
+        """Does nothing: memory is as durable as it gets."""
         self._open_bytearray()
 
     def truncate(self, size: int) -> None:
-        """Shortens the bytearray."""
+        """Shortens the bytearray; raises `StorageError` while a memoryview of it exists."""
         data = self._open_bytearray()
         try:
             del data[size:]
@@ -72,31 +78,31 @@ class MemoryStorage:
             raise StorageError(self.name, 0, 0, reason, action="writing") from error
 
     def capacity(self) -> int | None:
-        """A bytearray can grow."""
+        """Returns None: a bytearray can grow."""
         return None
 
     def write_lock(self, timeout: float) -> AbstractContextManager[None]:
-        """Memory has no locks."""
+        """Takes no lock: memory has none."""
         self._open_bytearray()
         return nullcontext()
 
     @property
     def excludes_other_hosts(self) -> bool:
-        """Memory is in no other host; who else uses it here, its owner knows."""
+        """Always true: no other host has access to this memory."""
         return True
 
     def refresh(self) -> None:
-        """Nothing of memory is cached."""
+        """Does nothing: memory is not cached."""
         self._open_bytearray()
 
     def change_token(self) -> object:
-        """Nobody tells when memory changes."""
+        """Returns None: changes of memory are not counted."""
         return None
 
     def read_lock(self) -> AbstractContextManager[None]:
-        """Memory has no locks."""
+        """Takes no lock: memory has none."""
         return nullcontext()
 
     def close(self) -> None:
-        """Leaves the bytes to their owner. May be called twice."""
+        """Drops the reference to the data. May be called twice."""
         self._data = None

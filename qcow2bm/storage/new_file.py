@@ -1,4 +1,4 @@
-"""Files that are written once: a crash leaves the whole file under its name, or none."""
+"""Writing new files: after a crash, the name has the whole file or no file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qcow2bm.errors import StorageError
 
 
 def require_new(path: str) -> None:
-    """Returns if `write_new` will find no such file, or a pipe.
+    """Checks that `write_new` can write to ``path``: no such file exists, or ``path`` is a pipe.
 
     Raises:
-        StorageError: there is one, or what is there is no place to write to.
+        StorageError: the file exists already, or ``path`` cannot be looked up.
     """
     try:
         mode = os.stat(path).st_mode
@@ -23,18 +23,18 @@ def require_new(path: str) -> None:
     except OSError as error:
         raise StorageError.from_os(error, path, 0, 0, "writing") from error
     if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        reason = "is there already, and not overwritten: choose another name"
+        reason = "exists already and is not overwritten: choose another name"
         raise StorageError(path, 0, 0, reason)
 
 
 def write_new(path: str, pieces: Iterable[bytes]) -> None:
-    """Writes a file that was not there before, or into a pipe.
+    """Writes a new file, or writes into a pipe.
 
-    A file gets its name when it is whole and on the disk. What fails leaves none; what is killed
-    leaves one with ``.part`` in its name at most.
+    The file gets its name when it is whole and durable. A failure leaves no file. If the process is
+    killed, a file with ``.part`` in its name may be left.
 
     Raises:
-        StorageError: there is such a file, or writing failed.
+        StorageError: the file exists already, or writing failed.
     """
     require_new(path)
     try:
@@ -52,7 +52,7 @@ def write_new(path: str, pieces: Iterable[bytes]) -> None:
 
 
 def append(path: str, data: bytes) -> None:
-    """Adds bytes to the end of a file, durably.
+    """Appends ``data`` to a file and makes it durable.
 
     Raises:
         StorageError: writing failed.
@@ -69,7 +69,7 @@ def append(path: str, data: bytes) -> None:
 def _write_through(path: str, pieces: Iterable[bytes]) -> None:
     with open(path, "wb") as file:
         if file.isatty():
-            raise StorageError(path, 0, 0, "is a terminal, and this is no text")
+            raise StorageError(path, 0, 0, "is a terminal, and the data are not text")
         file.writelines(pieces)
 
 
@@ -82,7 +82,7 @@ def _write_whole(path: str, pieces: Iterable[bytes]) -> None:
             file.flush()
             os.fchmod(descriptor, 0o666 & ~_umask())
             os.fsync(descriptor)
-        os.link(part, path)  # unlike a rename, it never replaces anything
+        os.link(part, path)  # a rename could replace another file
     finally:
         os.unlink(part)
     _sync_folder(folder or ".")

@@ -1,4 +1,4 @@
-"""From what a caller has to a Storage."""
+"""Opening what a caller gives as an image: choosing the storage for it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def open_source(source: Source, lock_timeout: float = 0) -> Storage:
-    """A Storage for ``source``: a path, bytes-like, a seekable binary file, or a Storage.
+    """Returns a Storage for a path, a bytes-like object, a seekable binary file, or a Storage.
 
-    Closing what it returns closes only what was opened here. ``lock_timeout`` is for paths.
+    Closing the result closes only what this function opened. For a path, ``lock_timeout`` is the
+    number of seconds that `Storage.read_lock` waits.
 
     Raises:
-        StorageError: it cannot be opened, or is no regular file or block device.
+        StorageError: the path cannot be opened, or is neither a regular file nor a block device.
         TypeError: ``source`` is none of these.
     """
     if isinstance(source, str | os.PathLike):
@@ -42,14 +43,16 @@ def open_source(source: Source, lock_timeout: float = 0) -> Storage:
 
 
 def open_writable(source: Source, *, locking: bool = True) -> WritableStorage:
-    """A WritableStorage for ``source``: a path, a bytearray, or a WritableStorage.
+    """Returns a WritableStorage for a path, a bytearray, or a WritableStorage.
 
-    Without ``locking`` a path is opened for use without QEMU's locks.
+    If ``locking`` is false, a path is used without QEMU's locks.
 
     Raises:
-        StorageError: it cannot be opened for writing, or is no regular file or block device.
+        StorageError: the path cannot be opened for writing, or is neither a regular file nor a
+            block device.
         UnsupportedError: ``source`` can only be read, or the system is not Linux.
-        TypeError: ``source`` is nothing that can be opened.
+        TypeError: ``source`` cannot be opened as an image.
+        ValueError: ``locking`` is false, and ``source`` is not a path.
     """
     if isinstance(source, str | os.PathLike):
         return FileStorage(source, writable=True, locking=locking)

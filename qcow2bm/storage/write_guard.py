@@ -1,4 +1,4 @@
-"""A storage that is written to only while its lock is held.
+"""The guard that lets writes reach a storage only while its write lock is held.
 
 *Spec*: spec/lifecycle.md, "Letting go and taking back".
 """
@@ -17,100 +17,100 @@ if TYPE_CHECKING:
 
 
 class WriteGuard:
-    """Another storage, whose lock can be let go and taken again.
+    """A storage whose write lock can be released and acquired again.
 
-    *Guarantees*: while the lock is not held, nothing is written and no barrier is tried, whoever
-    asks for it: that is a `StateError` (INV-INACTIVE).
+    *Guarantees*: while the lock is not held, no write and no barrier reaches the storage; the call
+    raises `StateError` instead (INV-INACTIVE).
     """
 
     def __init__(self, storage: WritableStorage) -> None:
-        """The lock is not held yet."""
+        """Wraps ``storage`` without taking its lock."""
         self.name = storage.name
         self._storage = storage
-        self._lock: ExitStack | None = None
+        self._is_held = False
+        self._lock = ExitStack()  # may still have the lock of a release that was interrupted
 
     @property
     def is_held(self) -> bool:
-        """Whether the lock is held, so that there can be writes."""
-        return self._lock is not None
+        """Whether the lock is held, so that writes are possible."""
+        return self._is_held
 
     def acquire(self, timeout: float) -> None:
-        """Takes the lock, unless it is held; raises what ``write_lock`` of the storage does.
+        """Takes the lock, unless it is held; raises as ``write_lock`` of the storage does.
 
-        Where other hosts may have written without our knowing, what is cached here is forgotten.
+        If other hosts may have written to the storage unnoticed, its cached data are dropped.
         """
-        if self._lock:
+        if self._is_held:
             return
-        lock = ExitStack()
+        self.release()  # completes a release that was interrupted
         try:
-            lock.enter_context(self._storage.write_lock(timeout))
+            self._lock.enter_context(self._storage.write_lock(timeout))
             if not self.excludes_other_hosts:
                 self._storage.refresh()
+            self._is_held = True
         except BaseException:
-            lock.close()
+            self.release()
             raise
-        self._lock = lock
 
     def release(self) -> None:
-        """Lets the lock go. May be called twice."""
-        lock, self._lock = self._lock, None  # first: from now on nobody writes
-        if lock:
-            lock.close()
+        """Releases the lock. May be called twice; the second call completes an interrupted one."""
+        self._is_held = False  # before anything else, so that no write comes after the release
+        self._lock.close()
 
     def _require_held(self) -> None:
-        if self._lock is None:
+        if not self._is_held:
             raise StateError("inactive", "activated before anything is written", "the storage")
 
     @property
     def excludes_other_hosts(self) -> bool:
-        """Whether the lock keeps everybody away, on other hosts too, as far as can be known."""
+        """Whether the lock of the storage excludes all other users, on other hosts as well."""
         return self._storage.excludes_other_hosts
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Writes; raises `StateError` while the lock is not held."""
+        """Writes to the storage; raises `StateError` while the lock is not held."""
         self._require_held()
         self._storage.write(offset, parts)
 
     def barrier(self) -> None:
-        """Makes durable; raises `StateError` while the lock is not held."""
+        """Makes all earlier writes durable; raises `StateError` while the lock is not held."""
         self._require_held()
         self._storage.barrier()
 
     def truncate(self, size: int) -> None:
-        """Shortens; raises `StateError` while the lock is not held."""
+        """Shortens the storage; raises `StateError` while the lock is not held."""
         self._require_held()
         self._storage.truncate(size)
 
     def refresh(self) -> None:
-        """Forgets what is cached; raises `StateError` while the lock is not held."""
+        """Drops the cached data of the storage; raises `StateError` while the lock is not held."""
         self._require_held()
         self._storage.refresh()
 
     def size(self) -> int:
-        """That of the storage."""
+        """The length of the storage in bytes."""
         return self._storage.size()
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Reads, at any time."""
+        """Reads from the storage, also while the lock is not held."""
         return self._storage.read_into(offset, buffer)
 
     def change_token(self) -> object:
-        """That of the storage."""
+        """The change token of the storage."""
         return self._storage.change_token()
 
     def capacity(self) -> int | None:
-        """That of the storage."""
+        """The capacity of the storage in bytes, or None."""
         return self._storage.capacity()
 
     def read_lock(self) -> AbstractContextManager[None]:
-        """That of the storage."""
+        """Returns the read lock of the storage."""
         return self._storage.read_lock()
 
     def write_lock(self, timeout: float) -> AbstractContextManager[None]:
-        """That of the storage; `acquire` is the way to get to write here."""
+        """Returns the write lock of the storage; to write through the guard, use `acquire`."""
         return self._storage.write_lock(timeout)
 
     def close(self) -> None:
-        """Lets the lock go, and closes the storage."""
+        """Releases the lock, and closes the storage."""
         self.release()
         self._storage.close()

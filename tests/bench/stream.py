@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from qcow2bm.migration.stream_bitmaps import read_stream  # noqa: E402
-from qcow2bm.migration.stream_writer import Outgoing, write_stream  # noqa: E402
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream  # noqa: E402
 
 MIB, TIB = 1 << 20, 1 << 40
 SIZE, GRANULARITY = 16 * TIB, 64 << 10
@@ -31,12 +31,12 @@ LENGTH = SIZE // GRANULARITY // 8
 PIECE = 128 << 10
 
 
-def bitmap(number: int, density: float) -> Outgoing:
+def bitmap(number: int, density: float) -> OutgoingBitmap:
     """32 MiB of bits, of which so many chunks have random ones; seeded."""
     random = np.random.default_rng(number)
     bits = random.integers(0, 256, (LENGTH // 1024, 1024), np.uint8)
     bits[random.random(len(bits)) >= density] = 0
-    return Outgoing("disk", f"b{number}", GRANULARITY, True, True, bits.tobytes(), SIZE)
+    return OutgoingBitmap("disk", f"b{number}", GRANULARITY, True, True, bits.tobytes(), SIZE)
 
 
 def pieces(data: bytes) -> Iterator[bytes]:
@@ -68,7 +68,7 @@ def bench_speed(rounds: int, only: str) -> None:
         assert [b.packed().tobytes() for b in found.complete] == [b.packed for b in bitmaps]
         del found
 
-        def write(bitmaps: list[Outgoing] = bitmaps) -> None:
+        def write(bitmaps: list[OutgoingBitmap] = bitmaps) -> None:
             for _ in write_stream(bitmaps, "pc"):
                 pass
 
@@ -83,12 +83,12 @@ def bench_speed(rounds: int, only: str) -> None:
 _MEMORY = """
 import re, sys, numpy
 from qcow2bm.migration.stream_bitmaps import read_stream
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 def peak():  # not ru_maxrss, which a process inherits
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 bits = numpy.full(int(sys.argv[2]), int(sys.argv[3]), numpy.uint8)
 bits[1000] = 1
-bitmap = Outgoing("disk", "b", 65536, True, True, bits.data, len(bits) * 8 * 65536)
+bitmap = OutgoingBitmap("disk", "b", 65536, True, True, bits.data, len(bits) * 8 * 65536)
 before = peak()
 def pieces():
     part = bytearray()

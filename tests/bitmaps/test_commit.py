@@ -414,7 +414,7 @@ def test_how_many_barriers_a_commit_has(layout: str) -> None:
     assert plan.barriers <= 5
     assert audit.dirty(audit.bitmaps[0]) == {0}
     plan, _ = edit(data, lambda edit: edit.set("daily", 1 << 20, 1))
-    straightening = [s for s in plan.steps if s.what == "use of the copy"]
+    straightening = [s for s in plan.steps if s.what == "use of the copy of the header extensions"]
     assert plan.barriers == 3 or straightening
     for _ in range(2):
         plan, audit = edit(data, lambda edit: edit.invert("daily"))

@@ -127,7 +127,7 @@ def test_verdict(qemu: FakeQemu, tmp_path: Path) -> None:
     armed(qemu, tmp_path)
     assert rescue(tmp_path, "VERDICT") == Result(
         0,
-        'node "disk" untouched: nobody wrote anywhere that this machine did not write, too\n'
+        'node "disk" untouched: this machine wrote to every place that was written to\n'
         '  "daily" kept\n',
         "",
     )
@@ -159,7 +159,10 @@ def test_a_verdict_that_has_to_wait(qemu: FakeQemu, tmp_path: Path) -> None:
     qemu.bitmaps["daily"].busy = True
     done = rescue(tmp_path, "VERDICT")
     assert done.status == 2
-    said = '  nothing was done: "daily" is busy: try again when that has ended\n  "daily" left\n'
+    said = (
+        '  nothing was done: "daily" is busy: try again when the job that uses it has ended\n'
+        '  "daily" left\n'
+    )
     assert said in done.out
     assert "--remove" not in done.out
 
@@ -201,11 +204,11 @@ def test_what_cannot_be_done_is_one_line(
     qemu.status = "postmigrate"
     assert failing() == (
         "qcow2bm: vm.sock: the machine is in state postmigrate, without its disks, but must be "
-        "running again; cont it if no other one is"
+        "running: use cont, if no other machine runs on the disks"
     )
     qemu.status = "running"
     qemu.answers["query-block"] = 1
-    assert "not what QEMU's would be" in failing()
+    assert "the QMP command query-block failed: the answer is not an array" in failing()
     (tmp_path / "vm.sock").unlink()
     assert failing() == ("qcow2bm: vm.sock: connecting to QMP failed: No such file or directory")
     monkeypatch.setitem(sys.modules, "qemu.qmp", None)
@@ -288,7 +291,7 @@ def test_finish_leaves_what_it_cannot_judge(tmp_path: Path) -> None:
         assert [one["outcome"] for one in found["bitmaps"]] == outcomes
     done = rescue(tmp_path, "finish vm.qcow2")
     assert "the original is there as well" in done.out
-    assert "it is inconsistent: the machine died" in done.out
+    assert "it is inconsistent: remove it, and take a full backup" in done.out
 
 
 def test_finish_of_what_is_no_image(tmp_path: Path) -> None:

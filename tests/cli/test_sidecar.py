@@ -260,7 +260,7 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     for name in ("vm.qcow2", "."):
         result = run(["sidecar", "save", "vm.qcow2", name], folder)
         assert result.status == 1
-        assert "is there already, and not overwritten" in result.err
+        assert "exists already and is not overwritten" in result.err
     assert (folder / "vm.qcow2").read_bytes() == before
     assert run(["sidecar", "save", "vm.qcow2", "no/folder"], folder).status == 1
 
@@ -278,7 +278,7 @@ def test_a_file_that_is_damaged_is_refused(folder: Path, command: str) -> None:
         (data[:-1], "is cut off"),
         (data[:-1] + bytes([data[-1] ^ 1]), "the file is damaged"),
         (b"", "is cut off"),
-        (image, "is not that of a sidecar"),
+        (image, "is not the magic of a sidecar"),
     ):
         (folder / "saved").write_bytes(content)
         result = run(arguments, folder)

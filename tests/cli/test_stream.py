@@ -269,7 +269,7 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     for name in ("vm.qcow2", "link", "stream", "."):
         done = run([*WHOLE, "-o", name], folder)
         assert failed(done)
-        assert "is there already, and not overwritten" in done.err
+        assert "exists already and is not overwritten" in done.err
     assert (folder / "vm.qcow2").read_bytes() == before
     assert failed(run([*WHOLE, "-o", "no/folder"], folder))
 

@@ -13,7 +13,7 @@ import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.migration.stream_bitmaps import read_stream
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 
 DATA = Path(__file__).parents[1] / "data"
 SIZE = 64 << 20
@@ -94,12 +94,14 @@ def give_away(folder: Path) -> str:
         (name,) = (n for n, b in image.bitmaps.items() if b.auto and b.status == "valid")
         sent = [image.bitmaps[name], image.bitmaps[f"{name}-canary"]]
         outgoing = [
-            Outgoing("drive0", b.name, b.granularity, b.auto, True, b.packed().data, SIZE)
+            OutgoingBitmap("drive0", b.name, b.granularity, b.auto, True, b.packed().data, SIZE)
             for b in sent
         ]
     found = read_stream([(folder / "stream").read_bytes()]).complete
     outgoing += [
-        Outgoing("drive0", b.bitmap_alias, b.granularity, b.enabled, True, b.packed().data, SIZE)
+        OutgoingBitmap(
+            "drive0", b.bitmap_alias, b.granularity, b.enabled, True, b.packed().data, SIZE
+        )
         for b in found
         if b.node_alias == "drive0"
     ]

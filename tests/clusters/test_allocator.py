@@ -189,7 +189,10 @@ def test_the_refcount_table_grows(order: int) -> None:
     assert audit.refcounts[old_table] == 1  # still, until nothing leads there for good
     # One sector makes it count, behind a barrier.
     switch = done.prepared[-2:]
-    assert (switch[0].what, switch[1].what) == ("place of refcount table", "its use")
+    assert (switch[0].what, switch[1].what) == (
+        "place of the refcount table",
+        "use of the larger refcount table",
+    )
     assert isinstance(done.prepared[-3], Barrier)
     assert sum(isinstance(step, Barrier) for step in done.prepared) == 2
     runs = [*done.allocation.loose, (done.allocation.firsts[0], done.allocation.firsts[0] + 3)]

@@ -288,8 +288,14 @@ def test_unknown_autoclear_bits_go_first(bits: int, left: int | None) -> None:
 def test_what_others_write_to_the_header_is_kept() -> None:
     image = Layout().build()
     draft = draft_of(image)
-    foreign = Write(48, (struct.pack(">QI", 0x7000, 3),), "place of refcount table")
-    draft.apply([foreign, Barrier("its use"), Write(1 << 20, (b"elsewhere",), "data")])
+    foreign = Write(48, (struct.pack(">QI", 0x7000, 3),), "place of the refcount table")
+    draft.apply(
+        [
+            foreign,
+            Barrier("use of the larger refcount table"),
+            Write(1 << 20, (b"elsewhere",), "data"),
+        ]
+    )
     switch = draft.insert(PAYLOAD)
     after_all = after(image.data, [foreign, *steps_of(switch)])
     assert after_all[48:60] == foreign.parts[0]
@@ -303,7 +309,7 @@ def test_without_an_end_marker_nothing_is_inserted() -> None:
     image.data[audit.end : audit.end + 8] = b"base.img"
     image.plant(audit.end, "header", 0, "backing_file_offset")
     assert opened(image.data).area.end == b""
-    with pytest.raises(UnsupportedError, match="without a mark"):
+    with pytest.raises(UnsupportedError, match="have no end marker"):
         draft_of(image).insert(PAYLOAD)
 
 

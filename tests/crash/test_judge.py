@@ -28,7 +28,11 @@ CASES = (
     ("header without bitmaps: 0 bitmaps, 4096, head at 1008, backing long", "add two"),
 )
 
-ONLY_ORDER = {"their use", "its use", "use of the rearranged ones"}
+ONLY_ORDER = {
+    "use of the new refcount blocks",
+    "use of the larger refcount table",
+    "use of the rearranged header extensions",
+}
 """Barriers between preparations and the rest. Nothing before the commit point builds on them, and
 the barrier before that makes all of it durable."""
 

@@ -95,7 +95,7 @@ def test_the_edits_differ_in_effect_and_in_way(name: str) -> None:
         ("remove last from the second sector", "end of the header extensions"),
         ("unknown autoclear", "autoclear bits of unknown features"),
         ("refcount block", "refcount table entries of new blocks"),
-        ("refcount table", "place of refcount table"),
+        ("refcount table", "place of the refcount table"),
     ],
 )
 def test_the_unusual_edits_take_an_unusual_way(name: str, way: str) -> None:

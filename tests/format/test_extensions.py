@@ -131,7 +131,7 @@ def test_leftovers_too_small_for_an_extension_are_a_fault(left: int) -> None:
     area = parse_extensions(bytes.fromhex("12345678 00000000") + bytes(left), 112)
     assert (len(area.extensions), area.end) == (1, b"")
     assert str(area.fault) == (
-        f"header extension: length at 0x78 is not there: {left} bytes are left"
+        f"header extension: length at 0x78 is missing: {left} bytes are left"
     )
 
 

@@ -103,9 +103,9 @@ FIRST = sidecar.HEAD_BYTES  # where the first bitmap is if there is no header
 @pytest.mark.parametrize(
     ("place", "length", "value", "said"),
     [
-        (0, 1, 0x88, "sidecar: magic at 0x0 is not that of a sidecar"),
+        (0, 1, 0x88, "sidecar: magic at 0x0 is not the magic of a sidecar"),
         (12, 4, (2 << 20) + 1, "sidecar: header_size at 0xc is 2097153, must be at most 2097152"),
-        (16, 8, 0, "sidecar: disk_size at 0x10 is 0, must be whole sectors"),
+        (16, 8, 0, "sidecar: disk_size at 0x10 is 0, must be a multiple of 512"),
         (16, 8, 513, "sidecar: disk_size at 0x10 is 513"),
         (24, 4, 65536, "sidecar: nb_bitmaps at 0x18 is 65536"),
         (28, 4, 1, "sidecar: reserved at 0x1c is 1"),

@@ -13,12 +13,12 @@ from support.streams import FORMS, cut, outcome
 
 from qcow2bm.errors import FormatError, Qcow2BmError
 from qcow2bm.migration.stream_bitmaps import read_stream
-from qcow2bm.migration.stream_writer import Outgoing
+from qcow2bm.migration.stream_writer import OutgoingBitmap
 
 BITMAPS = [
-    Outgoing("disk", "daily", 65536, True, True, b"\x05" * 200, 200 * 8 * 65536 - 512),
-    Outgoing("disk", "clear", 512, True, False, bytes(1300), 1290 * 8 * 512),
-    Outgoing("other", "größe", 1 << 20, False, True, b"\xff", 3 << 20),
+    OutgoingBitmap("disk", "daily", 65536, True, True, b"\x05" * 200, 200 * 8 * 65536 - 512),
+    OutgoingBitmap("disk", "clear", 512, True, False, bytes(1300), 1290 * 8 * 512),
+    OutgoingBitmap("other", "größe", 1 << 20, False, True, b"\xff", 3 << 20),
 ]
 
 INTERESTING = (

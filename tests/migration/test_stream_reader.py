@@ -39,11 +39,11 @@ from qcow2bm.bitmaps.directory import MAX_BITMAPS
 from qcow2bm.errors import FormatError, LimitError, Qcow2BmError, StateError, UnsupportedError
 from qcow2bm.migration.stream_bitmaps import StreamBitmaps, read_stream
 from qcow2bm.migration.stream_reader import StreamReader
-from qcow2bm.migration.stream_records import BitmapBits, StreamEnds
-from qcow2bm.migration.stream_writer import Outgoing
+from qcow2bm.migration.stream_records import BitmapChunk, StreamEnd
+from qcow2bm.migration.stream_writer import OutgoingBitmap
 
-ONE = Outgoing("disk", "daily", 65536, True, True, b"\x05", 8 * 65536)
-TWO = Outgoing("disk", "größe", 512, False, False, bytes(1024) + b"\x01", 512 * 8200)
+ONE = OutgoingBitmap("disk", "daily", 65536, True, True, b"\x05", 8 * 65536)
+TWO = OutgoingBitmap("disk", "größe", 512, False, False, bytes(1024) + b"\x01", 512 * 8200)
 
 BEGIN = b"\x1c" + string(b"disk") + string(b"daily") + struct.pack(">IB", 512, 3)
 
@@ -110,7 +110,7 @@ def test_shared_memory_has_addresses() -> None:
     )
     blocks = memory((b"pc.ram", PAGE, bytes(8)), (b"vga", PAGE, b"\0" * 7 + b"\x10"))
     data = envelope(told) + start(b"ram", blocks + RAM_EOS, 2) + EOF
-    assert outcome([data]).events == [StreamEnds()]
+    assert outcome([data]).events == [StreamEnd()]
 
 
 @pytest.mark.spec("STREAM-1")
@@ -126,7 +126,7 @@ def test_blocks_of_huge_pages_say_so_where_memory_may_come_late() -> None:
 def test_what_follows_the_end_is_not_looked_at(end: bytes) -> None:
     data = envelope() + start(b"dirty-bitmap", EOS, 3) + end
     reader = StreamReader()
-    assert reader.feed(data + b"\xff" * 100) == [StreamEnds()]
+    assert reader.feed(data + b"\xff" * 100) == [StreamEnd()]
     assert reader.feed(b"\xff" * 100) == []
     assert reader.finish() == []
 
@@ -329,7 +329,7 @@ def test_events_before_a_fault_are_not_lost() -> None:
 @given(bitmaps=several(), data=st.data())
 @settings(max_examples=60)
 def test_a_fault_is_the_same_in_any_pieces(
-    bitmaps: Sequence[Outgoing], data: st.DataObject
+    bitmaps: Sequence[OutgoingBitmap], data: st.DataObject
 ) -> None:
     content = bytearray(precopy(bitmaps))
     place = data.draw(st.integers(0, len(content) - 1))
@@ -414,7 +414,7 @@ def test_bits_are_a_view_that_cannot_be_written_to() -> None:
 def test_events_may_be_collected_by_hand() -> None:
     reader, bitmaps = StreamReader(), StreamBitmaps()
     events = reader.feed(streams.whole([TWO]))
-    assert [event.length for event in events if isinstance(event, BitmapBits)] == [
+    assert [event.length for event in events if isinstance(event, BitmapChunk)] == [
         8192 * 512,
         8 * 512,
     ]

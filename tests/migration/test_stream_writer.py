@@ -14,16 +14,16 @@ from qcow2bm.errors import BitmapError, FormatError
 from qcow2bm.format import stream, stream_bitmap
 from qcow2bm.format.stream_buffer import NeedDataError, StreamBuffer
 from qcow2bm.migration.stream_bitmaps import read_stream
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 
-ONE = Outgoing("disk", "daily", 65536, True, True, b"\x05", 8 * 65536)
+ONE = OutgoingBitmap("disk", "daily", 65536, True, True, b"\x05", 8 * 65536)
 
 
 @pytest.mark.spec("STREAM-1", "STREAM-14")
 @pytest.mark.parametrize("form", FORMS)
 @given(bitmaps=several())
 @settings(max_examples=60)
-def test_round_trip(form: str, bitmaps: list[Outgoing]) -> None:
+def test_round_trip(form: str, bitmaps: list[OutgoingBitmap]) -> None:
     found = read_stream([FORMS[form](bitmaps)])
     assert (found.is_complete, found.fault) == (True, None)
     assert [came(bitmap) for bitmap in found.complete] == [sent(bitmap) for bitmap in bitmaps]
@@ -33,7 +33,9 @@ def test_round_trip(form: str, bitmaps: list[Outgoing]) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @given(bitmaps=several(), data=st.data())
 @settings(max_examples=40)
-def test_pieces_make_no_difference(form: str, bitmaps: list[Outgoing], data: st.DataObject) -> None:
+def test_pieces_make_no_difference(
+    form: str, bitmaps: list[OutgoingBitmap], data: st.DataObject
+) -> None:
     content = FORMS[form](bitmaps)
     expected = outcome([content])
     places = data.draw(st.lists(st.integers(0, len(content)), max_size=10))
@@ -69,7 +71,7 @@ def records(data: bytes) -> list[stream_bitmap.Record]:
 
 @pytest.mark.spec("STREAM-15")
 @given(outgoing())
-def test_chunks_are_as_qemu_sends_them(bitmap: Outgoing) -> None:
+def test_chunks_are_as_qemu_sends_them(bitmap: OutgoingBitmap) -> None:
     found = records(b"".join(write_stream([bitmap], None)))
     chunks = [record.body for record in found if isinstance(record.body, stream_bitmap.Bits)]
     per_bit = bitmap.granularity // 512

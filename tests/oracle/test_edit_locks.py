@@ -96,7 +96,7 @@ def edited_here(disk: Disk) -> Iterator[None]:
 
 
 WRITES = r"is writing to it \(lock byte 101\)"
-READS = r"reads it and lets nobody write meanwhile \(lock byte 201\)"
+READS = r"reads it and does not let others write \(lock byte 201\)"
 
 
 @pytest.mark.parametrize(

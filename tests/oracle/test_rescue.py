@@ -28,8 +28,8 @@ from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import SCRATCH_NODE, copy_of, is_evidence
-from qcow2bm.qmp.nodes import query_bitmap
-from qcow2bm.qmp.veto import copy_and_rename, lift_vetoes, sha256
+from qcow2bm.qmp.queries import query_bitmap, query_digest
+from qcow2bm.qmp.veto import copy_and_rename, lift_vetoes
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 
@@ -145,7 +145,7 @@ def by_copy(monitor: Monitor) -> list[str]:
     outcomes: list[str] = []
     for name in ("a", "b"):
         if bitmap := query_bitmap(monitor, "disk", name):
-            digest = sha256(monitor, bitmap)
+            digest = query_digest(monitor, bitmap)
             done = copy_and_rename(monitor, bitmap, digest, is_running=True)
             outcomes.append(done.outcome)
             assert done.proof == "sha256"

@@ -16,7 +16,7 @@ from support.vm import Machine
 
 import qcow2bm
 from qcow2bm.migration.stream_bitmaps import StreamBitmaps, read_stream
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 
@@ -192,7 +192,7 @@ def machine_type(machine: Machine) -> str:
     return str(name)
 
 
-def outgoing() -> list[Outgoing]:
+def outgoing() -> list[OutgoingBitmap]:
     """Bitmaps of every kind, whose bits are random, clear, and set."""
     bits = {512: -(-SIZE // 512), 4 * KiB: -(-SIZE // (4 * KiB)), 2 << 30: 1}
     names = iter(["a", "b ü", "c" * 255, "d", "e", "f", "g", "h", "i", "j", "k", "l"])
@@ -205,7 +205,7 @@ def outgoing() -> list[Outgoing]:
         ):
             enabled, persistent = number != 1, number != 2
             made.append(
-                Outgoing("disk", next(names), granularity, enabled, persistent, packed, SIZE)
+                OutgoingBitmap("disk", next(names), granularity, enabled, persistent, packed, SIZE)
             )
     return made
 

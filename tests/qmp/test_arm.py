@@ -228,7 +228,7 @@ def test_bitmaps_that_keep_qemu_from_migrating(qemu: FakeQemu, address: str) -> 
     qemu.nodes["other"] = FakeNode({"x": FakeBitmap(inconsistent=True)})
     qemu.mapping = [mapped("b")]
     found = [(one.bitmap.name, one.reason) for one in armed(address).obstacles]
-    assert found == [("a", "inconsistent: remove it"), ("b", "busy: a job")]
+    assert found == [("a", "inconsistent: remove it"), ("b", "busy: a job uses it")]
 
 
 def test_by_default_nodes_with_persistent_bitmaps(qemu: FakeQemu, address: str) -> None:

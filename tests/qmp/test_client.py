@@ -15,12 +15,12 @@ from support.fakeqemu import FakeQemu
 from qcow2bm.errors import QmpError, QmpRefusedError, UnsupportedError
 from qcow2bm.qmp import client
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.nodes import query_machine
+from qcow2bm.qmp.queries import query_machine
 
 
 def test_a_command_is_answered(qemu: FakeQemu, address: str) -> None:
     with Monitor(address) as monitor:
-        assert monitor.execute("query-status")["status"] == "running"
+        assert monitor.execute("query-status")["status"].text() == "running"
         monitor.close()  # may be called twice
     with Monitor(address) as monitor:  # the next one is served
         assert query_machine(monitor).status == "running"
@@ -62,11 +62,11 @@ def test_whatever_else_greets(qemu: FakeQemu, address: str, greeting: object) ->
     assert str(caught.value).isprintable()
 
 
-def test_a_server_that_is_busy_with_somebody_else(
+def test_a_server_that_is_busy_with_another_client(
     qemu: FakeQemu, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_GREETING_SECONDS", 0.05)
-    with Monitor(address), pytest.raises(QmpError, match="somebody else is connected"):
+    with Monitor(address), pytest.raises(QmpError, match="another client is connected"):
         Monitor(address)
 
 
@@ -118,20 +118,49 @@ def test_nothing_else_loads_the_package() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
+def without(field: str) -> dict[str, object]:
+    """A node that lacks one field."""
+    node = {"node-name": "disk", "drv": "qcow2", "ro": False, "image": {"virtual-size": 512}}
+    return {key: value for key, value in node.items() if key != field}
+
+
+NODES = "query-named-block-nodes"
+MAPPING = "block-bitmap-mapping"
+BITMAP = {"name": "a", "granularity": 512, "count": 0, "recording": 1}
+
+
 @pytest.mark.parametrize(
-    ("command", "answer"),
+    ("command", "answer", "reason"),
     [
-        ("query-status", {}),
-        ("query-status", []),
-        ("query-migrate", 1),
-        ("query-named-block-nodes", [{"node-name": "disk"}]),
-        ("query-named-block-nodes", {"disk": {}}),
-        ("query-block", [{"device": 1, "inserted": {}}]),
+        ("query-status", {}, "the answer has no status"),
+        ("query-status", [], "the answer is not an object"),
+        ("query-status", {"status": 1}, "the field status of the answer is not a string"),
+        ("query-migrate", 1, "the answer is not an object"),
+        ("query-migrate", {"status": None}, "the field status of the answer is not a string"),
+        (
+            "query-block",
+            [{"device": 1, "inserted": {}}],
+            r"\[0\].device of the answer is not a str",
+        ),
+        ("query-block", [{"device": "d", "inserted": {}}], r"\[0\].inserted .* has no node-name"),
+        ("query-migrate-parameters", {MAPPING: {}}, f"{MAPPING} of the answer is not an array"),
+        ("query-migrate-parameters", {MAPPING: [{"node-name": "n"}]}, r"\[0\] .* has no bitmaps"),
+        (NODES, {"disk": {}}, "the answer is not an array"),
+        (NODES, [without("drv")], r"the field \[0\] of the answer has no drv"),
+        (NODES, [without("image")], r"the field \[0\] of the answer has no image"),
+        (NODES, [without("") | {"ro": 0}], r"\[0\].ro of the answer is not a boolean"),
+        (
+            NODES,
+            [without("") | {"image": {"virtual-size": True}}],
+            "virtual-size .* not an integer",
+        ),
+        (NODES, [without("") | {"dirty-bitmaps": [BITMAP]}], r"bitmaps\[0\].recording .* boolean"),
     ],
 )
-def test_an_answer_that_is_none_of_qemu(
-    qemu: FakeQemu, address: str, command: str, answer: object
+def test_an_answer_that_qemu_would_not_give_names_the_field(
+    qemu: FakeQemu, address: str, command: str, answer: object, reason: str
 ) -> None:
     qemu.answers[command] = answer
-    with Monitor(address) as monitor, pytest.raises(QmpError, match="not what QEMU's would be"):
+    with Monitor(address) as monitor, pytest.raises(QmpError, match=reason) as caught:
         query_machine(monitor)
+    assert caught.value.command == command

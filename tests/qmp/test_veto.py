@@ -157,7 +157,10 @@ def test_a_copy_that_cannot_be_renamed_says_so(qemu: FakeQemu, address: str) -> 
     qemu.bitmaps[copy_of("a")] = qemu.bitmaps.pop("a")
     qemu.refuse = lambda c, a: "no room" if c.endswith("-add") else None
     (_, found) = started(address).bitmaps
-    assert found.reason == "QEMU refuses: no room; try again, or rescue finish"
+    assert (
+        found.reason
+        == "QEMU refuses: no room; try again, or run rescue finish when the machine is off"
+    )
     assert found.bitmap.name == copy_of("a")
 
 

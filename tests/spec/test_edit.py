@@ -679,7 +679,7 @@ def test_refcount_structures_come_first() -> None:
         steps = [step.what for step in plan.steps]
         if "new refcount block" in steps:
             blocks += 1
-            leading = {"refcount table entries of new blocks", "place of refcount table"}
+            leading = {"refcount table entries of new blocks", "place of the refcount table"}
             (use,) = leading.intersection(steps)
             last = len(steps) - 1 - steps[::-1].index(use)
             assert plan.is_barrier(steps.index(use) - 1)
@@ -689,8 +689,8 @@ def test_refcount_structures_come_first() -> None:
                 < steps.index(use)
                 < steps.index("new bitmap data")
             )
-            tables += use == "place of refcount table"
-            if use == "place of refcount table":
+            tables += use == "place of the refcount table"
+            if use == "place of the refcount table":
                 switch = plan.steps[steps.index(use)]
                 assert isinstance(switch, Write)
                 assert (switch.offset, switch.length) == (48, 12)

@@ -24,7 +24,7 @@ from qcow2bm.format import (
 )
 from qcow2bm.format.stream_buffer import StreamBuffer
 from qcow2bm.migration.stream_bitmaps import read_stream
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 
 
 class Words(NamedTuple):
@@ -117,7 +117,7 @@ class Stream:
         return b"".join(
             write_stream(
                 [
-                    Outgoing(
+                    OutgoingBitmap(
                         *(b.node_alias, b.bitmap_alias, b.granularity, b.enabled, b.persistent),
                         b.packed().data,
                         b.disk_size,

@@ -122,7 +122,7 @@ def test_it_is_never_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def require_refused(path: Path) -> None:
-    with pytest.raises(StorageError, match="no regular file and no block device") as raised:
+    with pytest.raises(StorageError, match="neither a regular file nor a block device") as raised:
         identify(path)
     assert raised.value.path == str(path)
 

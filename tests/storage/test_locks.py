@@ -97,7 +97,7 @@ def test_a_reader_holds_three_shared_locks_and_lets_them_go(
     [
         (101, "is writing to it (lock byte 101)"),
         (103, "may resize it (lock byte 103)"),
-        (200, "forbids others to read it (lock byte 200)"),
+        (200, "does not let others read it (lock byte 200)"),
     ],
 )
 def test_a_reader_is_refused(storage: FileStorage, other: Other, byte: int, reason: str) -> None:
@@ -281,9 +281,9 @@ def test_a_writer_holds_five_shared_locks_and_lets_them_go(
     [
         (101, "is writing to it (lock byte 101)"),
         (103, "may resize it (lock byte 103)"),
-        (200, "forbids others to read it (lock byte 200)"),
-        (201, "reads it and lets nobody write meanwhile (lock byte 201)"),
-        (203, "uses it and lets nobody resize it meanwhile (lock byte 203)"),
+        (200, "does not let others read it (lock byte 200)"),
+        (201, "reads it and does not let others write (lock byte 201)"),
+        (203, "uses it and does not let others resize it (lock byte 203)"),
     ],
 )
 def test_a_writer_is_refused(writable: FileStorage, other: Other, byte: int, reason: str) -> None:
@@ -391,7 +391,7 @@ def test_without_locks_nothing_is_written(
     assert caught.value.action == "writing"
     assert str(caught.value) == (
         f"{writable.name}: cannot be locked ({os.strerror(number)}); "
-        "if you know that no other process uses it, write without locks with locking=False"
+        "if no other process uses it, write without locks with locking=False"
     )
     assert other.sees() == set()
 
@@ -489,6 +489,60 @@ def test_a_writer_waits_until_nobody_uses_the_image(
         assert other.sees() == WRITER
     assert seen == [READER]  # while it sleeps it holds nothing: two that wait would never end
     assert len(clock.sleeps) == 2
+
+
+def test_a_wait_is_logged_once(
+    path: Path,
+    writable: FileStorage,
+    other: Other,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other.lock(101)
+    caplog.set_level("INFO", "qcow2bm")
+    monkeypatch.setattr(locks, "time", Clock())
+    with pytest.raises(ImageLockedError), writable.write_lock(1.5):
+        pass
+    assert caplog.messages == [
+        f"{path}: waiting up to 1.5 s for the lock for writing: another process is writing to it "
+        "(lock byte 101)"
+    ]
+
+
+def test_a_lock_without_a_wait_is_not_logged(
+    writable: FileStorage, other: Other, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qcow2bm")
+    with writable.write_lock(1):
+        pass
+    other.lock(101)
+    with pytest.raises(ImageLockedError), writable.write_lock(0):
+        pass
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("number", range(len(WRITER)))
+def test_an_interrupt_while_locks_are_released_leaves_none(
+    writable: FileStorage, other: Other, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, unlocked = fcntl.fcntl, 0
+
+    def interrupt(descriptor: int, command: int, request: bytes) -> Any:
+        nonlocal unlocked
+        if struct.unpack(FLOCK, request)[0] == fcntl.F_UNLCK:
+            unlocked += 1
+            if unlocked == number + 1:
+                raise KeyboardInterrupt
+        return real(descriptor, command, request)
+
+    lock = writable.write_lock(0)
+    lock.__enter__()
+    assert other.sees() == WRITER
+    monkeypatch.setattr(fcntl, "fcntl", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lock.__exit__(None, None, None)
+    monkeypatch.undo()
+    assert other.sees() == set()
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 0.001, 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from support.images import Stored, build_image
 
 import qcow2bm
 from qcow2bm.errors import ImageLockedError, StateError, StorageError
+from qcow2bm.storage import write_guard
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.interface import WritableStorage, read_bytes
 from qcow2bm.storage.memory import MemoryStorage
@@ -224,6 +225,39 @@ def test_nobody_writes_even_if_the_lock_cannot_be_let_go() -> None:
     assert not held.is_held
     with pytest.raises(StateError):
         held.write(0, [b"x"])
+
+
+class Interrupted(ExitStack):
+    """An interrupt comes before anything is released, once."""
+
+    was_interrupted = False
+
+    def close(self) -> None:
+        if not self.was_interrupted:
+            self.was_interrupted = True
+            raise KeyboardInterrupt
+        super().close()
+
+
+@pytest.mark.parametrize("after", ["release", "acquire", "close"])
+def test_a_release_that_was_interrupted_is_completed_later(
+    after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_guard, "ExitStack", Interrupted)
+    storage = Logged()
+    guard = WriteGuard(storage)
+    Interrupted.was_interrupted = True
+    guard.acquire(0)
+    Interrupted.was_interrupted = False
+    with pytest.raises(KeyboardInterrupt):
+        guard.release()
+    assert not guard.is_held
+    with pytest.raises(StateError):
+        guard.write(0, [b"x"])
+    assert storage.log == ["lock 0"]
+    {"release": guard.release, "acquire": lambda: guard.acquire(1), "close": guard.close}[after]()
+    more = {"release": [], "acquire": ["lock 1"], "close": ["close"]}[after]
+    assert storage.log == ["lock 0", "unlock", *more]
 
 
 def test_while_the_lock_is_let_go_nobody_writes_any_more() -> None:

@@ -13,7 +13,7 @@ from qcow2bm.errors import Qcow2BmError
 from qcow2bm.migration.stream_bitmaps import StreamBitmap
 from qcow2bm.migration.stream_reader import StreamReader
 from qcow2bm.migration.stream_records import Event
-from qcow2bm.migration.stream_writer import Outgoing, write_stream
+from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
 
 PAGE = 4096
 EOF = b"\0"
@@ -97,7 +97,7 @@ class Parts(NamedTuple):
     end: bytes
 
 
-def parts(bitmaps: Sequence[Outgoing]) -> Parts:
+def parts(bitmaps: Sequence[OutgoingBitmap]) -> Parts:
     """What goes into SECTION_START, and with the bits into SECTION_END: without EOS."""
     pieces = list(write_stream(bitmaps, None))
     count = len(bitmaps)
@@ -105,7 +105,7 @@ def parts(bitmaps: Sequence[Outgoing]) -> Parts:
     return Parts(b"".join(begin), b"".join(rest[:-count]), b"".join(rest[-count:]))
 
 
-def precopy(bitmaps: Sequence[Outgoing], *, footer: bool = True) -> bytes:
+def precopy(bitmaps: Sequence[OutgoingBitmap], *, footer: bool = True) -> bytes:
     """A stream as QEMU sends it, with some memory and a device."""
     sent = parts(bitmaps)
     blocks = memory((b"pc.ram", 4 * PAGE, b""), (b"vga", PAGE, b""))
@@ -124,7 +124,7 @@ def precopy(bitmaps: Sequence[Outgoing], *, footer: bool = True) -> bytes:
     )
 
 
-def postcopy(bitmaps: Sequence[Outgoing]) -> bytes:
+def postcopy(bitmaps: Sequence[OutgoingBitmap]) -> bytes:
     """The same, with the bits after the devices."""
     sent = parts(bitmaps)
     return b"".join(
@@ -143,11 +143,11 @@ def postcopy(bitmaps: Sequence[Outgoing]) -> bytes:
     )
 
 
-def section_only(bitmaps: Sequence[Outgoing]) -> bytes:
+def section_only(bitmaps: Sequence[OutgoingBitmap]) -> bytes:
     return b"".join(write_stream(bitmaps, None))
 
 
-def whole(bitmaps: Sequence[Outgoing]) -> bytes:
+def whole(bitmaps: Sequence[OutgoingBitmap]) -> bytes:
     return b"".join(write_stream(bitmaps, "pc-i440fx-7.2"))
 
 
@@ -181,7 +181,7 @@ def cut(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
         last = place
 
 
-def sent(bitmap: Outgoing) -> tuple[object, ...]:
+def sent(bitmap: OutgoingBitmap) -> tuple[object, ...]:
     """What must come of a bitmap that is sent."""
     model = Model.of_packed(bytes(bitmap.packed), bitmap.granularity, bitmap.disk_size)
     facts = bitmap.enabled, bitmap.persistent, bitmap.disk_size, model.dirty_bytes, model.sha256
@@ -199,7 +199,7 @@ _NAMES = st.binary(min_size=1, max_size=8).map(lambda raw: raw.decode("utf-8", "
 
 
 @st.composite
-def outgoing(draw: st.DrawFn) -> Outgoing:
+def outgoing(draw: st.DrawFn) -> OutgoingBitmap:
     """A bitmap of up to some chunks, with runs of clear bits and with bits past the disk."""
     granularity = 512 << draw(st.integers(0, 22))
     per_bit = granularity // 512
@@ -213,9 +213,9 @@ def outgoing(draw: st.DrawFn) -> Outgoing:
         packed[place : place + len(run)] = run[: len(packed) - place]
     flags = draw(st.tuples(st.booleans(), st.booleans()))
     node = draw(st.sampled_from(["disk", "größe", "other"]))
-    return Outgoing(node, draw(_NAMES), granularity, *flags, bytes(packed), 512 * sectors)
+    return OutgoingBitmap(node, draw(_NAMES), granularity, *flags, bytes(packed), 512 * sectors)
 
 
-def several() -> st.SearchStrategy[list[Outgoing]]:
+def several() -> st.SearchStrategy[list[OutgoingBitmap]]:
     """Bitmaps whose names are all different."""
     return st.lists(outgoing(), min_size=1, max_size=4, unique_by=lambda bitmap: bitmap.key)

@@ -1,0 +1,82 @@
+"""What QEMU returns for a command, read field by field into values of known types."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from qcow2bm.errors import QmpError
+from qcow2bm.units import escape
+
+
+class Answer:
+    """What QEMU returned for a command, or a field of it.
+
+    *Guarantees*: each method returns a value of the type that it names, or raises `QmpError` with
+    the command and the field. Fields that are not asked for are ignored.
+    """
+
+    def __init__(self, command: str, value: object, field: str = "") -> None:
+        """``value`` is decoded JSON; ``field`` is the way to it, such as ``[0].image``."""
+        self._command = command
+        self._value = value
+        self._field = field
+
+    def __getitem__(self, key: str) -> Answer:
+        """Returns the field of that name, which has to be there."""
+        found = self.get(key)
+        if found is None:
+            raise self._error(f"has no {key}")
+        return found
+
+    def get(self, key: str) -> Answer | None:
+        """Returns the field of that name; None where QEMU leaves it out."""
+        if not isinstance(self._value, dict):
+            self._reject("an object")
+        if key not in self._value:
+            return None
+        field = f"{self._field}.{key}" if self._field else key
+        return Answer(self._command, self._value[key], field)
+
+    def items(self) -> list[Answer]:
+        """Returns the items of an array."""
+        if not isinstance(self._value, list):
+            self._reject("an array")
+        return [
+            Answer(self._command, value, f"{self._field}[{number}]")
+            for number, value in enumerate(self._value)
+        ]
+
+    def items_of(self, key: str) -> list[Answer]:
+        """Returns the items of the array of that name; none where QEMU leaves it out."""
+        found = self.get(key)
+        return found.items() if found else []
+
+    def text(self) -> str:
+        """Returns a string."""
+        if not isinstance(self._value, str):
+            self._reject("a string")
+        return self._value
+
+    def number(self) -> int:
+        """Returns an integer."""
+        if not isinstance(self._value, int) or isinstance(self._value, bool):
+            self._reject("an integer")
+        return self._value
+
+    def flag(self) -> bool:
+        """Returns a boolean."""
+        if not isinstance(self._value, bool):
+            self._reject("a boolean")
+        return self._value
+
+    @property
+    def raw(self) -> object:
+        """The decoded JSON itself, for what is handed back to QEMU as it came."""
+        return self._value
+
+    def _reject(self, expected: str) -> NoReturn:
+        raise self._error(f"is not {expected}")
+
+    def _error(self, reason: str) -> QmpError:
+        subject = f"the field {escape(self._field)} of the answer" if self._field else "the answer"
+        return QmpError(self._command, f"{subject} {escape(reason)}")
