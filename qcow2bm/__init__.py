@@ -72,8 +72,7 @@ if TYPE_CHECKING:
     from qcow2bm.storage.interface import Storage, WritableStorage
     from qcow2bm.tracker.edit import TrackerEdit
     from qcow2bm.tracker.group import TrackerGroup
-    from qcow2bm.tracker.handover import Activation
-    from qcow2bm.tracker.reports import Convergence, FlushReport, Pending, StopReport
+    from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
     from qcow2bm.tracker.tracker import Tracker
 
 __all__ = [
@@ -204,8 +203,13 @@ _NAMES_OF = {
     "qcow2bm.storage.file": ("FileStorage",),
     "qcow2bm.tracker.edit": ("TrackerEdit",),
     "qcow2bm.tracker.group": ("TrackerGroup",),
-    "qcow2bm.tracker.handover": ("Activation",),
-    "qcow2bm.tracker.reports": ("Convergence", "FlushReport", "Pending", "StopReport"),
+    "qcow2bm.tracker.reports": (
+        "Activation",
+        "Convergence",
+        "FlushReport",
+        "Pending",
+        "StopReport",
+    ),
     "qcow2bm.tracker.tracker": ("Tracker",),
 }
 _HOME_OF = {name: module for module, names in _NAMES_OF.items() for name in names}

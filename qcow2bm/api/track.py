@@ -53,8 +53,7 @@ def begin(
             error.path, error.step, error.outcome, error.reason, _NOT_BEGUN
         ) from error
     opened.outdate()
-    size = opened.file.virtual_size
-    tracker = Tracker(storage, store, size, on_end=lambda: _end(opened))
+    tracker = Tracker(storage, store, on_end=lambda: _end(opened))
     opened.begin("being tracked", tracker.abandon)
     return tracker
 

@@ -1,16 +1,16 @@
-"""Bitmaps that are in_use by us: their bits are in memory, and are written in place.
+"""Writing an image while some of its bitmaps are in_use by this process.
 
-As long as in_use is set nobody goes by what is stored, so data and table entries need no new
-clusters. What must hold at any time is that everything a table leads to is counted.
+The bits of these bitmaps are in memory, and are written in place: while in_use is set, no reader
+believes what is stored, so bitmap data and table entries need no new clusters. What must hold at
+any time is that every cluster a bitmap table leads to is counted (INV-REFCOUNT).
 
-*Spec*: spec/tracking.md, "Flushing".
+*Spec*: spec/tracking.md, "Flushing" and "Rotation and edits".
 """
 
 from __future__ import annotations
 
 import errno
-from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from qcow2bm.bitmaps.commit import allocator_of, plan_commit
@@ -18,73 +18,36 @@ from qcow2bm.bitmaps.draft import Draft
 from qcow2bm.bitmaps.draft_bits import ONES, ZEROES
 from qcow2bm.bitmaps.editable import require_editable
 from qcow2bm.bitmaps.metadata import Metadata
-from qcow2bm.bitmaps.tables import read_words, table_runs
-from qcow2bm.bits import pure_python
-from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
-from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.bitmaps.tables import read_words
+from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES, Changes, TrackedBitmap
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
 from qcow2bm.errors import CommitError, LimitError, StorageError, UnsupportedError
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH, build_bitmap_table
-from qcow2bm.format.directory import (
-    FIELD_OFFSETS,
-    FLAG_AUTO,
-    FLAG_IN_USE,
-    TYPE_DIRTY_TRACKING,
-    DirectoryEntry,
-)
+from qcow2bm.format.directory import FIELD_OFFSETS, FLAG_IN_USE, DirectoryEntry
 from qcow2bm.storage.interface import WritableStorage
-from qcow2bm.units import ceil_div, encode_name
+from qcow2bm.storage.read_once import ReadOnceStorage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-PIECE_BYTES = 4096
-"""How many bytes of bits are flushed together or not at all: far less than a cluster."""
-
-Changes = Mapping[int, "Buffer"]
-"""Pieces of a bitmap's bits by their number, as they are to be stored."""
-
-
-class TrackedBitmap:
-    """A bitmap of an image whose bits are changed in memory.
-
-    Attributes:
-        entry: its directory entry as it is stored now.
-        words: its table as it is stored now, uint64[n].
-        octets: its bits, in whole clusters, clear past the disk.
-    """
-
-    def __init__(self, entry: DirectoryEntry, words: array[int], octets: bytearray) -> None:
-        self.entry = entry
-        self.words = words
-        self.octets = octets
-
-    @property
-    def name(self) -> str:
-        """The name; bytes that are not UTF-8 are kept as surrogates."""
-        return self.entry.name or ""
-
-    @classmethod
-    def unplaced(cls, name: str, granularity: int, octets: bytearray) -> TrackedBitmap:
-        """One that `TrackedStore.recommit` will find on disk; it cannot be stored before."""
-        key = encode_name(name)
-        bits = granularity.bit_length() - 1
-        flags = FLAG_AUTO | FLAG_IN_USE
-        size = len(key), 0, b"", key, bytes(-len(key) % 8)
-        entry = DirectoryEntry(0, 0, 0, 0, flags, TYPE_DIRTY_TRACKING, bits, *size)
-        return cls(entry, array("Q"), octets)
 
 
 class TrackedStore:
     """Plans and makes what is written to an image while some of its bitmaps are in_use by us.
 
     Refcount blocks for all clusters that can still be needed are made at the beginning, and the
-    clusters set aside, so that nothing has to be searched or to grow later.
+    clusters set aside, so that later no cluster has to be searched and no structure to grow.
+
+    An operation that changes the set of bitmaps begins with `load_draft` (or `reload`) and ends
+    with `forget`. In between, the metadata is read from the storage once; what the operation
+    itself writes is known, so the state after its commit is parsed from memory.
 
     Attributes:
-        metadata: the image as it was read last.
-        token: that of the generation which `end` wrote, None where none is recorded.
+        metadata: the image as it was loaded last, or as the last commit left it. Flushes, and
+            setting and clearing in_use, change the image without changing this value.
+        file: that of `metadata`.
+        cluster_size: in bytes.
+        token: the token of the generation that `end` wrote, None where none is recorded.
     """
 
     def __init__(self, storage: WritableStorage) -> None:
@@ -94,22 +57,32 @@ class TrackedStore:
             FormatError, UnsupportedError: the image cannot be edited.
             StorageError: reading failed.
         """
-        self._storage = storage
+        self._storage = ReadOnceStorage(storage)
         self._bitmaps: list[TrackedBitmap] = []
         self._reserves = False
         self._records_generation = False
         self.token: bytes | None = None
         self.reload()
+        self.forget()
 
     def reload(self) -> None:
-        """Reads the image afresh; raises as the constructor does."""
+        """Reads the image afresh, which begins an operation; raises as the constructor does."""
+        self.forget()
         self._load()
-        require_editable(self.metadata)
+        with self._storage.remembering():
+            require_editable(self.metadata)
+
+    def forget(self) -> None:
+        """Ends an operation: what is needed from now on is read from the storage again."""
+        self._storage.forget()
 
     def _load(self) -> None:
-        self.metadata = Metadata.load(self._storage)
+        """Parses the metadata; what the present operation has read or written is not read again."""
+        with self._storage.remembering():
+            self.metadata = Metadata.load(self._storage)
         self.file = self.metadata.file
         self.cluster_size = self.file.cluster_size
+        self._is_outdated = False
 
     def begin(
         self,
@@ -119,17 +92,21 @@ class TrackedStore:
         reserve: bool = False,
         generation: bool | None = None,
     ) -> None:
-        """Loads bitmaps and sets their in_use, and that of ``others``, for which there is room.
+        """Loads bitmaps with all their bits, and sets in_use of these and of ``others``.
 
-        With ``reserve`` all their clusters are stored from now on, also those that are all zeros.
-        ``generation`` says whether it is recorded from now on; None leaves that as it is.
+        Args:
+            entries: the bitmaps to be loaded.
+            others: more bitmaps that become in_use, and are not loaded.
+            reserve: whether every cluster of these bitmaps is stored from now on, also one that is
+                all zeros.
+            generation: whether the generation is recorded from now on; None changes nothing.
 
         Raises:
             CommitError: a write or barrier failed.
             LimitError, StorageError: there is no room for what these bitmaps can need.
         """
         entries, others = list(entries), list(others)
-        self._bitmaps = [load_live(self.file, entry) for entry in entries]
+        self._bitmaps = [TrackedBitmap.load(self.file, entry) for entry in entries]
         header = HeaderDraft(self.file)
         steps: list[Step] = header.clear_unknown_autoclear()
         if generation is not None:
@@ -143,28 +120,42 @@ class TrackedStore:
         execute(plan, self._storage, self.file.file_size)
         if self.file.generation or header.generation:
             self._load()
+            self.forget()
         self._reserves, self._records_generation = reserve, bool(generation)
         self._reserve()
 
-    def restore_generation(self) -> None:
-        """Records the generation again where that was wanted, and others have ended it.
+    def restore_generation(self) -> bool:
+        """Records the generation again, if `begin` was asked to and another writer has ended it.
 
-        It stays ended if they left no room for it in the header.
+        It stays ended if there is no room for it in the header any more.
+
+        Returns:
+            Whether the header was changed, so that plans made before do not fit any more.
 
         Raises:
             CommitError: a write or barrier failed.
         """
-        if self._records_generation and not self.file.generation:
-            header = HeaderDraft(self.file)
-            try:
-                steps = [*header.clear_unknown_autoclear(), *header.begin_generation()]
-            except (LimitError, UnsupportedError):
-                return
-            execute(Plan(tuple(steps)), self._storage, None)
-            self._load()
+        if not self._records_generation or self.file.generation:
+            return False
+        header = HeaderDraft(self.file)
+        try:
+            steps = [*header.clear_unknown_autoclear(), *header.begin_generation()]
+        except (LimitError, UnsupportedError):
+            return False
+        self.execute(Plan(tuple(steps)))
+        self._load()
+        return True
+
+    def execute(self, plan: Plan, watch: Callable[[Step], None] = lambda step: None) -> None:
+        """Does what a plan says; ``watch`` is called with every step once it is done.
+
+        Raises:
+            CommitError: a write or barrier failed.
+        """
+        execute(plan, self._storage, None, watch)
 
     def _reserve(self) -> None:
-        """Gives every cluster that has none its place, where that is wanted."""
+        """Stores every cluster that has no place on disk yet, if `begin` was asked to."""
         zeroes = [] if not self._reserves else self._bitmaps
         data: list[Write] = []
         tables: list[Write] = []
@@ -174,15 +165,15 @@ class TrackedStore:
             for number in numbers:
                 bitmap.words[number] = self._take_cluster()
                 start = number * self.cluster_size
-                content = bytes(bitmap.octets[start : start + self.cluster_size])
+                content = bytes(bitmap.bits.octets[start : start + self.cluster_size])
                 what = "bitmap data in new clusters"
                 data.append(Write(bitmap.words[number], (content,), what))
             tables += _table_writes(bitmap, numbers)
         if data:
-            execute(Plan(tuple(self._in_order(data, tables))), self._storage, None)
+            self.execute(Plan(tuple(self._in_order(data, tables))))
 
     def _in_order(self, data: list[Write], tables: list[Write]) -> list[Step]:
-        """Data and refcounts before the table entries that lead there."""
+        """Orders data and refcounts before the table entries that lead to the data."""
         counts = self._allocator.refcounts.take_count_writes("refcounts of new clusters")
         data.sort(key=lambda write: write.offset)
         steps: list[Step] = [*coalesce(data), *coalesce(counts), Barrier("bitmap data")]
@@ -196,9 +187,10 @@ class TrackedStore:
         return tuple(self._bitmaps)
 
     def _set_aside(self, *, is_all: bool = True) -> list[Step]:
-        """Looks for the clusters that can be needed, in the image as it was loaded last.
+        """Looks for the clusters that can be needed, in the image as `metadata` has it.
 
-        Unless ``is_all``, fewer will do: nobody has to end because a disk may become full some day.
+        Unless ``is_all``, fewer clusters will do: tracking that has begun does not end because
+        the storage may become full one day.
         """
         capacity = self._storage.capacity()
         needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
@@ -215,42 +207,56 @@ class TrackedStore:
                 self._free.reverse()  # the last is used first
                 return steps
 
-    def draft(self) -> Draft:
-        """The bitmaps as they are on disk, for `recommit`; ours can be used in it as any other."""
+    def load_draft(self) -> Draft:
+        """`draft` of the image read afresh, which begins an operation.
+
+        Raises:
+            FormatError, UnsupportedError, StorageError: the image cannot be read.
+        """
+        self.forget()
         self._load()
+        with self._storage.remembering():
+            self.metadata.survey  # noqa: B018  # reads the bitmap tables
+        return self.draft()
+
+    def draft(self) -> Draft:
+        """The bitmaps of `metadata`, to be changed; ours can be used like any other."""
         return Draft(self.metadata, {bitmap.name for bitmap in self._bitmaps})
 
     def plan(self, draft: Draft, token: bytes | None = None) -> Plan:
-        """How the directory becomes that of the draft; raises what `plan_commit` does.
+        """How the image becomes that of the draft; raises what `plan_commit` does.
 
-        ``token`` is the next one of the generation, where that is recorded; by default a fresh one.
+        The plan is right until something else is written to the image.
+
+        Args:
+            draft: made since the operation began.
+            token: the next token of the generation, where that is recorded; by default a fresh one.
         """
-        capacity = self._storage.capacity()
-        return plan_commit(self.metadata, draft, capacity, token)
-
-    def recommit(self, draft: Draft, bitmaps: Iterable[TrackedBitmap]) -> None:
-        """`commit` of the draft on top of what was stored meanwhile; raises what `plan` does."""
-        self._load()
-        self.commit(self.plan(draft), bitmaps)
+        if self._is_outdated:
+            self._load()
+        return plan_commit(self.metadata, draft, self._storage.capacity(), token)
 
     def commit(self, plan: Plan, bitmaps: Iterable[TrackedBitmap]) -> None:
         """Does what a `plan` says, atomically, while bitmaps are in_use by us.
 
-        ``bitmaps`` are those that are in_use by us afterwards. What is in memory of them need not
-        be stored, but what is stored must be in memory.
+        Args:
+            plan: made since anything was written last.
+            bitmaps: those that are in_use by us afterwards. What is in memory of them need not be
+                stored, but what is stored must be in memory.
 
         Raises:
             CommitError: a write, a barrier or, afterwards, reading failed.
         """
-        execute(plan, self._storage, self.file.file_size)
+        with self._storage.remembering():  # the new state is parsed from what is written here
+            execute(plan, self._storage, self.file.file_size)
         try:
             self._take_over(bitmaps)
-        except (CommitError, StorageError) as error:  # the commit itself is done
+        except (CommitError, StorageError) as error:  # but the commit itself is done
             step = error.step if isinstance(error, CommitError) else "reading the new state"
             raise CommitError(self._storage.name, step, "new", error.reason) from error
 
     def _take_over(self, bitmaps: Iterable[TrackedBitmap]) -> None:
-        """Goes on from what a commit has made of the image."""
+        """Takes the places of bitmaps, and the free clusters, from the state after a commit."""
         self._load()
         entries = {entry.name: entry for entry in self.metadata.directory.entries}
         self._bitmaps = list(bitmaps)
@@ -264,10 +270,11 @@ class TrackedStore:
         self._reserve()
 
     def end(self, bitmaps: Iterable[TrackedBitmap]) -> list[Step]:
-        """Clears in_use of bitmaps whose bits are stored: each by one write within a sector.
+        """Steps that clear in_use of bitmaps whose bits are stored; the last one is a barrier.
 
-        The generation, where it is recorded, is renewed in the same step. A bitmap that is no
-        longer ours is left alone: where its entry was may be anything.
+        Each flag is one write within a sector. The generation, where it is recorded, is renewed
+        before the same barrier. A bitmap that is no longer ours is left out: other data may stand
+        where its entry was.
         """
         ours = [bitmap for bitmap in bitmaps if bitmap in self._bitmaps]
         steps: list[Step] = [self.set_in_use(bitmap, is_set=False) for bitmap in ours]
@@ -280,15 +287,15 @@ class TrackedStore:
 
     @staticmethod
     def set_in_use(bitmap: TrackedBitmap, *, is_set: bool) -> Write:
-        """One write within one sector; the entry of the bitmap is the new one from now on."""
+        """The write, within one sector, of a flag that the bitmap's entry has from now on."""
         flags = bitmap.entry.flags & ~FLAG_IN_USE | (FLAG_IN_USE if is_set else 0)
         bitmap.entry = bitmap.entry._replace(flags=flags)
         return _flags_write(bitmap.entry, flags)
 
     def store(self, changes: Iterable[tuple[TrackedBitmap, Changes]]) -> list[Step]:
-        """Writes pieces of bitmaps where they belong; the last step is a barrier, if any.
+        """Steps that write pieces of bitmaps; the last one is a barrier, if there are any.
 
-        A cluster that had none gets one, and is written whole.
+        A cluster of a bitmap that has no place on disk gets one, and is written whole.
         """
         data: list[Write] = []
         tables: list[Write] = []
@@ -299,6 +306,7 @@ class TrackedStore:
             tables += _table_writes(bitmap, new_entries)
         if not data:
             return []
+        self._is_outdated = True
         return self._in_order(data, tables)
 
     def _piece(
@@ -316,9 +324,9 @@ class TrackedStore:
                 continue
             what = "bitmap data"
             if word == ZEROES:
-                # What stood in a free cluster would otherwise show: all of it is written.
+                # All of it is written: old content of the free cluster would show otherwise.
                 low, high = number * size, number * size + size
-                part, what = bytes(bitmap.octets[low:high]), "bitmap data in new clusters"
+                part, what = bytes(bitmap.bits.octets[low:high]), "bitmap data in new clusters"
                 word = bitmap.words[number] = self._take_cluster()
                 new_entries.add(number)
             writes.append(Write(word + low - number * size, (part,), what))
@@ -346,7 +354,7 @@ def _flags_write(entry: DirectoryEntry, flags: int) -> Write:
 
 
 def _table_writes(bitmap: TrackedBitmap, entries: set[int]) -> list[Write]:
-    """The sectors of a table that have these entries."""
+    """Writes of those sectors of a bitmap table that have these entries."""
     per_sector = SECTOR_SIZE // ENTRY_LENGTH
     offset = bitmap.entry.bitmap_table_offset
     writes = []
@@ -356,24 +364,3 @@ def _table_writes(bitmap: TrackedBitmap, entries: set[int]) -> list[Write]:
         place = offset + ENTRY_LENGTH * first
         writes.append(Write(place, (table,), "bitmap table entries"))
     return writes
-
-
-def load_live(file: ClusterFile, entry: DirectoryEntry) -> TrackedBitmap:
-    """A bitmap of the image with all its bits in memory.
-
-    Raises:
-        StorageError: reading failed.
-    """
-    words = read_words(file, entry)
-    size = file.cluster_size
-    octets = bytearray(len(words) * size)
-    view = memoryview(octets)
-    for run in table_runs(words, size):
-        part = view[run.first * size : (run.first + run.entries) * size]
-        if run.kind == ALLOCATED:
-            file.read_into(run.offset, part)
-        elif run.kind == ALL_ONES:
-            pure_python.fill(part, 0, 8 * len(part), is_set=True)
-    bits = ceil_div(file.virtual_size, entry.granularity)
-    pure_python.fill(octets, bits, 8 * len(octets), is_set=False)  # INV-TAIL
-    return TrackedBitmap(entry, words, octets)

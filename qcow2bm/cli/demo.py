@@ -20,7 +20,7 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 from qcow2bm.api import open
-from qcow2bm.bitmaps.tracked_store import load_live
+from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.cli.console import fail
 from qcow2bm.clusters.empty_image import build_empty_image
 from qcow2bm.clusters.file import ClusterFile
@@ -193,9 +193,9 @@ def _stop_that_stores_everything(path: Path) -> _Stop:
         (entry,) = image.directory
     with closing(FileStorage(path, writable=True)) as storage:
         file = ClusterFile(storage, force_share=True)
-        bitmap, size = load_live(file, entry), file.cluster_size
+        bitmap, size = TrackedBitmap.load(file, entry), file.cluster_size
         data = [
-            Write(offset, (bitmap.octets[number * size : (number + 1) * size],), "bitmap data")
+            Write(offset, (bitmap.bits.octets[number * size : (number + 1) * size],), "bitmap data")
             for number, offset in enumerate(bitmap.words)
         ]
         flags = entry.flags.to_bytes(4, "big")

@@ -70,3 +70,8 @@ def after(state: State, event: Event) -> State:
         allowed = " or ".join(other for other, events in TRANSITIONS.items() if event in events)
         raise StateError(state, allowed, "the tracker")
     return TRANSITIONS[state][event]
+
+
+def has_ended(state: State) -> bool:
+    """Whether tracking has ended: nothing can fail any more."""
+    return "fail" not in TRANSITIONS[state]

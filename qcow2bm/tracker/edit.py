@@ -12,52 +12,52 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from qcow2bm.bitmaps.draft_bits import MAX_FACTOR, DraftBits, PackedSource, Source
-from qcow2bm.bitmaps.tracked_store import TrackedBitmap
+from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.errors import BitmapError, LimitError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
-from qcow2bm.tracker.fanout import Tracked, merge
+from qcow2bm.tracker.fanout import merge
+from qcow2bm.tracker.session import Session
 
 if TYPE_CHECKING:
     from qcow2bm.bitmaps.draft import Draft
     from qcow2bm.bits.operations import Op
-    from qcow2bm.tracker.tracker import Tracker
 
 
-class _Merge(NamedTuple):
-    """What is merged, and into what: in memory, or on disk by the commit."""
+class Merge(NamedTuple):
+    """A merge of an edit: of tracked bitmaps in memory, of others in the draft."""
 
-    target: Tracked | DraftBits
-    source: Tracked | DraftBits
+    target: TrackedBitmap | DraftBits
+    source: TrackedBitmap | DraftBits
     op: Op
 
 
 class TrackerEdit:
-    """What can be done with the bitmaps of a disk that is being written to.
+    """Changes to the bitmaps of a disk that is being written to.
 
-    Made by `Tracker.edit`. The names mean the same as in `qcow2bm.Edit`, which says what they
-    raise. Bitmaps that record writes are tracked from the end of the block on, from the moment in
-    which those that are removed or disabled end. Merging is done then, too, in the order in
-    which it was asked for. Once a bitmap is removed or disabled, nothing more can be done with it
-    in this edit.
+    Made by `Tracker.edit`. The methods mean the same as those of `qcow2bm.Edit`, which says what
+    they raise. A bitmap that is enabled, or added and enabled, is tracked from the end of the
+    block on; a bitmap that is removed or disabled records writes until the same moment. Merges
+    are done at the end of the block, too, in the order in which they were asked for. In the same
+    edit nothing more can be done with a bitmap that was removed or disabled.
     """
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, session: Session) -> None:
         """See `Tracker.edit`."""
-        self._tracker = tracker
+        self._session = session
         self._is_used = False
         self._open_draft: Draft | None = None
-        self._stored: list[Tracked] = []  # which are ended, and stored
-        self._dropped: list[Tracked] = []  # which are ended, and gone
-        self._begun: dict[str, Tracked] = {}
-        self._merges: list[_Merge] = []
+        self._disabled: list[TrackedBitmap] = []  # no longer tracked, and stored
+        self._removed: list[TrackedBitmap] = []  # no longer tracked, and gone
+        self._begun: dict[str, TrackedBitmap] = {}
+        self._merges: list[Merge] = []
 
     def __enter__(self) -> TrackerEdit:
         if self._is_used:
             raise StateError("finished", "begun anew with Tracker.edit", "the edit")
         with ExitStack() as held:
-            held.enter_context(self._tracker._exclusive("edit"))
+            held.enter_context(self._session.exclusive("edit"))
             self._is_used = True
-            self._open_draft = self._tracker._store.draft()
+            self._open_draft = self._session.store.load_draft()
             self._held = held.pop_all()
         return self
 
@@ -70,9 +70,9 @@ class TrackerEdit:
         try:
             with self._held:
                 if kind is None:
-                    self._tracker._require("edit")
-                    self._tracker._store.plan(self._draft)  # raises what can be known before
-                    with self._tracker._fatal():
+                    self._session.require("edit")
+                    self._session.store.plan(self._draft)  # raises what can be known before
+                    with self._session.fatal():
                         self._commit()
         finally:
             self._open_draft = None
@@ -84,49 +84,51 @@ class TrackerEdit:
         return self._open_draft
 
     def _commit(self) -> None:
-        tracker = self._tracker
-        tracker._switch([*self._stored, *self._dropped], list(self._begun.values()))
+        session, draft = self._session, self._draft
+        session.switch([*self._disabled, *self._removed], self._begun.values())
         for step in self._merges:
             self._merge(step)
-        for name, bitmap in self._begun.items():  # in memory is all that will be on disk
-            with tracker._recorder.locked():
-                merge(bitmap, self._draft.bits(name), tracker._virtual_size)
-        tracker._store_pieces([(bitmap, bitmap.due().tolist()) for bitmap in self._stored])
-        tracker._recommit(self._draft)
+        for name, bitmap in self._begun.items():  # all that will be on disk has to be in memory
+            self._add(bitmap, draft.bits(name))
+        session.store_pieces([(bitmap, bitmap.due().tolist()) for bitmap in self._disabled])
+        session.commit(session.store.plan(draft))
 
-    def _merge(self, step: _Merge) -> None:
-        """One of the merges: everything marked before the commit is in memory by now."""
-        tracker = self._tracker
-        bits: Source
-        if isinstance(step.source, Tracked):
+    def _merge(self, step: Merge) -> None:
+        """Does one of the merges; everything marked before the end of the block is in memory."""
+        source: Source
+        if isinstance(step.source, TrackedBitmap):
             octets = np.frombuffer(bytes(step.source.bits.octets), np.uint8)
-            granularity = step.source.live.entry.granularity
-            bits = PackedSource(octets, granularity, tracker._virtual_size)
+            size = self._session.recording.virtual_size
+            source = PackedSource(octets, step.source.granularity, size)
         else:
-            bits = step.source
+            source = step.source
         if isinstance(step.target, DraftBits):
-            step.target.combine(step.op, bits)
+            step.target.combine(step.op, source)
         else:
-            with tracker._recorder.locked():
-                merge(step.target, bits, tracker._virtual_size)
+            self._add(step.target, source)
 
-    def _known(self, name: str) -> Tracked | None:
+    def _add(self, bitmap: TrackedBitmap, source: Source) -> None:
+        """Sets all that is set in ``source`` in a tracked bitmap."""
+        with self._session.recorder.paused():
+            merge(bitmap, source, self._session.recording.virtual_size)
+
+    def _tracked(self, name: str) -> TrackedBitmap | None:
         """The bitmap if it is tracked or will be; raises for one that this edit has ended."""
         if name in self._begun:
             return self._begun[name]
-        for bitmap in self._tracker._now.tracked:
-            if bitmap.live.name == name:
-                if bitmap in self._stored or bitmap in self._dropped:
+        for bitmap in self._session.recording.bitmaps:
+            if bitmap.name == name:
+                if bitmap in self._disabled or bitmap in self._removed:
                     raise BitmapError(name, "was ended by this edit: go on in another one")
                 return bitmap
         return None
 
     def _begin(self, name: str) -> None:
         bits = self._draft.bits(name)
-        length = bits.clusters * self._tracker._store.cluster_size
-        live = TrackedBitmap.unplaced(name, bits.granularity, bytearray(length))
+        length = bits.clusters * self._session.store.cluster_size
+        bitmap = TrackedBitmap.unplaced(name, bits.granularity, length)
         self._draft.find(name).flags |= FLAG_AUTO | FLAG_IN_USE
-        self._begun[name] = Tracked.of(live)
+        self._begun[name] = bitmap
 
     def add(self, name: str, granularity: int | None = None, enabled: bool = True) -> None:
         """Adds a clean bitmap; it is tracked if it is ``enabled``."""
@@ -140,42 +142,55 @@ class TrackerEdit:
 
     def remove(self, name: str) -> None:
         """Removes a bitmap, tracked or not."""
-        tracked = self._known(name)
+        tracked = self._tracked(name)
         self._draft.remove(name)
         if not self._begun.pop(name, None) and tracked:
-            self._dropped.append(tracked)
+            self._removed.append(tracked)
 
     def enable(self, name: str) -> None:
         """Tracks a bitmap that was disabled."""
-        if not self._known(name):
+        if not self._tracked(name):
             self._begin(name)
 
     def disable(self, name: str) -> None:
-        """Tracks a bitmap no more; it is stored, and valid."""
-        tracked = self._known(name)
+        """Ends tracking a bitmap; it is stored, and valid."""
+        tracked = self._tracked(name)
         self._draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
         if not self._begun.pop(name, None) and tracked:
-            self._stored.append(tracked)
+            self._disabled.append(tracked)
 
     def merge(self, target: str, source: str, op: Op = "or") -> None:
-        """Combines what ``target`` records with what ``source`` does.
+        """Combines what ``target`` records with what ``source`` records.
 
-        What is tracked only ever gets more, so such a target takes "or" only.
+        Bits of a tracked bitmap are only ever set, so a tracked target takes "or" only.
         """
-        into, origin = self._known(target), self._known(source)
+        into, origin = self._tracked(target), self._tracked(source)
         if into and op != "or":
             raise BitmapError(target, f'is tracked, so that nothing can be taken from it by "{op}"')
-        step = _Merge(self._bits(target, into), self._bits(source, origin), op)
-        sizes = [_granularity(step.target), _granularity(step.source)]
+        step = Merge(self._bits(target, into), self._bits(source, origin), op)
+        sizes = step.target.granularity, step.source.granularity
         if max(sizes) // min(sizes) > MAX_FACTOR:
             ratio = max(sizes) // min(sizes)
             raise LimitError("the ratio of the granularities", ratio, MAX_FACTOR)
         self._merges.append(step)
 
-    def _bits(self, name: str, tracked: Tracked | None) -> Tracked | DraftBits:
-        """Where its bits are: what begins in this edit is in the draft until the end."""
+    def _bits(self, name: str, tracked: TrackedBitmap | None) -> TrackedBitmap | DraftBits:
+        """Where the bits are: those of a bitmap that begins in this edit are in the draft."""
         return self._draft.bits(name) if not tracked or name in self._begun else tracked
 
 
-def _granularity(bits: Tracked | DraftBits) -> int:
-    return bits.live.entry.granularity if isinstance(bits, Tracked) else bits.granularity
+def rotate(session: Session, name: str, new_name: str) -> None:
+    """Freezes a bitmap and goes on in a fresh one; see `Tracker.rotate`."""
+    with session.exclusive("edit"):
+        frozen, store = session.find(name), session.store
+        draft = store.load_draft()
+        draft.add(new_name, frozen.granularity, enabled=True)
+        draft.find(new_name).flags |= FLAG_IN_USE
+        draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
+        length = len(frozen.bits.octets)
+        fresh = TrackedBitmap.unplaced(new_name, frozen.granularity, length)
+        store.plan(draft)  # raises what can be known before
+        with session.fatal():
+            session.switch([frozen], [fresh])
+            session.store_pieces([(frozen, frozen.due().tolist())])
+            session.commit(store.plan(draft))

@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from qcow2bm.errors import StateError
-from qcow2bm.tracker.reports import Convergence, StopReport
+from qcow2bm.tracker.reports import Activation, Convergence, StopReport
 from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
     from qcow2bm.migration.evidence import Policy
     from qcow2bm.storage.file_identity import FilePath
-    from qcow2bm.tracker.handover import Activation
 
 _Result = TypeVar("_Result")
 
@@ -24,8 +23,8 @@ _Result = TypeVar("_Result")
 class TrackerGroup:
     """Trackers by the names of their disks.
 
-    Everything is done to all of them at once, each in a thread of its own; what goes wrong with
-    one disk is reported for it and keeps no other from being stored.
+    Every method works on all of them at once, each in a thread of its own. A failure of one disk
+    is reported for that disk, and keeps no other disk from being stored.
     """
 
     def __init__(self, trackers: Mapping[str, Tracker]) -> None:
@@ -34,7 +33,10 @@ class TrackerGroup:
     def converge(
         self, max_downtime: float, timeout: float | None = None
     ) -> dict[str, Convergence | Exception]:
-        """`Tracker.converge` of every disk: they stop at once, so each may take all the time."""
+        """`Tracker.converge` of every disk.
+
+        The disks stop at the same time, so each of them may take all of ``max_downtime``.
+        """
         return self._all(lambda _, tracker: tracker.converge(max_downtime, timeout))
 
     def stop(self) -> dict[str, StopReport | Exception]:
@@ -63,7 +65,7 @@ class TrackerGroup:
     def inactivate(
         self, *, data_files: Mapping[str, FilePath] | None = None
     ) -> dict[str, StopReport | Exception]:
-        """`Tracker.inactivate` of every disk; if one of them fails, `activate` takes back others.
+        """`Tracker.inactivate` of every disk; if one fails, `activate` takes the others back.
 
         ``data_files`` are the paths of external data files by disk.
 
@@ -82,9 +84,9 @@ class TrackerGroup:
     ) -> dict[str, Activation | Exception]:
         """`Tracker.activate` of every disk that is inactive.
 
-        The result has all disks: what was found of those that were taken back before, until they
-        are given away again, and "unchanged" for those that never were. The machine can go on only
-        if all of them are "unchanged".
+        The result has all disks. A disk that was taken back before has what was found then, until
+        it is given away again; a disk that was never given away is "unchanged". The machine can go
+        on only if all disks are "unchanged".
         """
         results = self._all(
             lambda _, tracker: tracker.activate(
@@ -93,7 +95,7 @@ class TrackerGroup:
             [disk for disk, tracker in self._trackers.items() if tracker.state == "inactive"],
         )
         return {
-            disk: results[disk] if disk in results else _verdict(tracker)
+            disk: results[disk] if disk in results else _last_activation(tracker)
             for disk, tracker in self._trackers.items()
         }
 
@@ -108,7 +110,7 @@ class TrackerGroup:
     ) -> dict[str, _Result | Exception]:
         chosen = list(self._trackers if disks is None else disks)
         for tracker in self._trackers.values():
-            tracker._require_free()
+            tracker.require_free()
 
         def attempt(disk: str) -> _Result | Exception:
             try:
@@ -120,10 +122,8 @@ class TrackerGroup:
             return dict(zip(chosen, pool.map(attempt, chosen), strict=True))
 
 
-def _verdict(tracker: Tracker) -> Activation | Exception:
-    from qcow2bm.tracker.handover import verdict
-
+def _last_activation(tracker: Tracker) -> Activation | Exception:
     try:
-        return verdict(tracker)
+        return tracker.activation
     except StateError as error:
         return error

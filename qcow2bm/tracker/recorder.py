@@ -9,88 +9,81 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2bm.bitmaps.tracked_store import PIECE_BYTES
+from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES
 from qcow2bm.bits import pure_python
 from qcow2bm.bits.ranges import checked, outside
 from qcow2bm.errors import StateError
-from qcow2bm.units import ceil_div
+from qcow2bm.tracker.fanout import Recording
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from qcow2bm.migration.lifecycle import State
 
 _PIECE_SHIFT = (8 * PIECE_BYTES).bit_length() - 1  # from a bit to its piece
 _BATCH_RANGES = 4096  # marked under one lock: others wait so long at most
 _BATCH_PIECES = 64
 
 
-class Bits(NamedTuple):
-    """Bits that only ever get set, and which pieces of them were touched.
+class Refusal(NamedTuple):
+    """Why marks are refused: the state that the tracker is in, or is about to be in."""
 
-    ``touched`` has one byte for each piece of ``octets``, 1 if a bit in it was set. Who clears it
-    before reading the piece misses nothing: what is set meanwhile shows in one of the two.
-    """
-
-    octets: bytearray
-    touched: bytearray
-
-    @classmethod
-    def of(cls, octets: bytearray) -> Bits:
-        """These bits, of which nothing is touched."""
-        return cls(octets, bytearray(ceil_div(len(octets), PIECE_BYTES)))
+    state: State
+    cause: BaseException | None
 
 
 class Recorder:
-    """Marks ranges of a disk in `Bits` of one granularity.
+    """Marks ranges of a disk in the bits of a `Recording`.
 
     Attributes:
-        mark: ``mark(start, length)``, see `qcow2bm.Tracker.mark`. A closure, because it is called
-            for every write of a guest.
+        mark: ``mark(start, length)``, see `qcow2bm.Tracker.mark`. A closure, because a program
+            calls it for every write of a guest. Its copies of what the recording says are made
+            anew by every `replace`, `reopen` and `close`.
     """
 
-    def __init__(self, virtual_size: int, granularity: int, bits: Bits) -> None:
-        """``bits`` must be clear past the disk of ``virtual_size`` bytes."""
-        self._size = virtual_size
+    def __init__(self, recording: Recording) -> None:
+        """Begins with marks going to ``recording``."""
         self._lock = Lock()
-        self._bits = bits
-        self._is_closed = False
-        self._state = ""
-        self._cause: BaseException | None = None
-        self._granularity = granularity
+        self._recording = recording
+        self._refusal: Refusal | None = None
         self.mark, self._take_over, self._refuse_all = self._closures()
 
-    def replace(self, granularity: int, bits: Bits) -> None:
-        """Lets all marks from now on go elsewhere."""
-        with self._lock:
-            self._granularity, self._bits = granularity, bits
-            self._take_over(granularity, bits)
+    @property
+    def recording(self) -> Recording:
+        """Where marks go."""
+        return self._recording
 
-    def reopen(self, virtual_size: int, granularity: int, bits: Bits) -> None:
-        """After `close`: lets marks in again, of a disk that may have another size."""
+    def replace(self, recording: Recording) -> None:
+        """Lets all marks from now on go elsewhere; the disk is of the same size."""
         with self._lock:
-            self._size, self._is_closed = virtual_size, False
-            self._granularity, self._bits = granularity, bits
-            self._take_over(granularity, bits, virtual_size)
+            self._recording = recording
+            self._take_over(recording, is_open=self._refusal is None)
 
-    def locked(self) -> Lock:
-        """Inside ``with`` nothing is marked: for whoever changes bits that marks go to."""
+    def reopen(self, recording: Recording) -> None:
+        """Lets marks in again after `close`; the disk may have another size."""
+        with self._lock:
+            self._recording, self._refusal = recording, None
+            self._take_over(recording, is_open=True)
+
+    def paused(self) -> Lock:
+        """A lock, inside of which nothing is marked: to change bits that marks go to."""
         return self._lock
 
-    def close(self, state: str, cause: BaseException | None = None) -> None:
+    def close(self, state: State, cause: BaseException | None = None) -> None:
         """Lets all marks from now on raise; every mark that has returned is in the bits.
 
-        ``state`` and ``cause`` are what they raise.
+        ``state`` and ``cause`` are those of the `StateError` that marks raise.
         """
         with self._lock:
-            self._is_closed = True
-            self._state, self._cause = state, cause
+            self._refusal = Refusal(state, cause)
             self._refuse_all()
 
     def _closures(
         self,
     ) -> tuple[Callable[[int, int], None], Callable[..., None], Callable[[], None]]:
-        size, shift = self._size, self._granularity.bit_length() - 1
-        lock, (octets, touched) = self._lock, self._bits
+        size, granularity, (octets, touched), _ = self._recording
+        shift, lock = granularity.bit_length() - 1, self._lock
         mark_range, refuse = self._mark_range, self._refuse
 
         def mark(start: int, length: int) -> None:
@@ -113,11 +106,12 @@ class Recorder:
                     return
             mark_range(start, end)
 
-        def take_over(granularity: int, bits: Bits, new_size: int | None = None) -> None:
+        def take_over(recording: Recording, *, is_open: bool) -> None:
             nonlocal shift, octets, touched, size
-            shift = granularity.bit_length() - 1
-            octets, touched = bits
-            size = size if new_size is None else new_size
+            shift = recording.granularity.bit_length() - 1
+            octets, touched = recording.bits
+            if is_open:
+                size = recording.virtual_size
 
         def refuse_all() -> None:
             nonlocal size
@@ -126,21 +120,24 @@ class Recorder:
         return mark, take_over, refuse_all
 
     def _refuse(self, start: int, length: int) -> None:
-        if self._is_closed:
-            raise StateError(self._state, "tracking", "the tracker") from self._cause
-        raise outside(start, length, self._size)
+        if self._refusal:
+            raise StateError(
+                self._refusal.state, "tracking", "the tracker"
+            ) from self._refusal.cause
+        raise outside(start, length, self._recording.virtual_size)
 
     def _mark_range(self, start: int, end: int) -> None:
         """Marks guest bytes that may lie in several pieces, some pieces under one lock."""
         while start < end:
             with self._lock:
-                if self._is_closed or end > self._size:  # by now
+                if self._refusal or end > self._recording.virtual_size:  # by now
                     self._refuse(start, end - start)
                 start = self._mark_pieces(start, end)
 
     def _mark_pieces(self, start: int, end: int) -> int:
-        """Sets bits for a while; returns up to which guest byte."""
-        shift, (octets, touched) = self._granularity.bit_length() - 1, self._bits
+        """Sets bits of some pieces; returns the guest byte up to which that was done."""
+        _, granularity, (octets, touched), _ = self._recording
+        shift = granularity.bit_length() - 1
         first, stop = start >> shift, (end - 1 >> shift) + 1
         for _ in range(_BATCH_PIECES):
             piece = first >> _PIECE_SHIFT
@@ -159,9 +156,9 @@ class Recorder:
 
     def mark_many(self, ranges: NDArray[np.int64]) -> None:
         """Marks (start, length) of int64[n, 2], all of them or none; see `qcow2bm.Tracker`."""
-        if self._is_closed:
+        if self._refusal:
             self._refuse(0, 0)
-        ranges = checked(ranges, self._size)
+        ranges = checked(ranges, self._recording.virtual_size)
         ranges = ranges[ranges[:, 1] > 0]
         for start in range(0, len(ranges), _BATCH_RANGES):
             part = ranges[start : start + _BATCH_RANGES]
@@ -169,22 +166,23 @@ class Recorder:
                 self._mark_range(low, low + length)
 
     def _mark_short(self, ranges: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Marks those that are one bit each, and says which they are: bool[n]."""
+        """Marks the ranges that are one bit each; returns which these are: bool[n]."""
         import numpy as np
 
         with self._lock:
-            if self._is_closed:
+            if self._refusal:
                 self._refuse(0, 0)
-            shift = self._granularity.bit_length() - 1
+            recording = self._recording
+            shift = recording.granularity.bit_length() - 1
             first = ranges[:, 0] >> shift
             is_short: NDArray[np.bool_] = first == (ranges[:, 0] + ranges[:, 1] - 1) >> shift
             bits = first[is_short]
-            octets, touched = (np.frombuffer(array, np.uint8) for array in self._bits)
+            octets, touched = (np.frombuffer(array, np.uint8) for array in recording.bits)
             places, masks = bits >> 3, (1 << (bits & 7)).astype(np.uint8)
             is_new = (octets[places] & masks) == 0
             places, pieces = places[is_new], places[is_new] >> _PIECE_SHIFT - 3
-            # Before as well: if a signal ends it in between, a bit that is set must not pass for
-            # one that is stored. After, because a flush may have begun with the piece meanwhile.
+            # Before the bits are set: if a signal interrupts this in between, no new bit counts
+            # as stored. And after: a flush may have taken the piece meanwhile.
             touched[pieces] = 1
             np.bitwise_or.at(octets, places, masks[is_new])
             touched[pieces] = 1

@@ -1,15 +1,28 @@
-"""What the operations of a tracker say they did.
+"""What the operations of a tracker return.
 
-*Spec*: spec/tracking.md.
+*Spec*: spec/tracking.md, and for `Activation` spec/lifecycle.md.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qcow2bm.migration.evidence import DiskOutcome, Fate
 
 
 class FlushReport(NamedTuple):
-    """What one flush wrote: bytes of everything, pieces of bitmaps, barriers, and how long."""
+    """What one flush wrote.
+
+    Attributes:
+        bytes_written: bitmap data, table entries and refcounts.
+        pieces: how many pieces of bitmaps were stored.
+        barriers: how many barriers there were.
+        seconds: how long the flush took.
+    """
 
     bytes_written: int
     pieces: int
@@ -18,7 +31,14 @@ class FlushReport(NamedTuple):
 
 
 class StopReport(NamedTuple):
-    """What a stop wrote; the bitmaps are valid on disk."""
+    """What a stop wrote; the bitmaps are valid on disk.
+
+    Attributes:
+        bytes_written: bitmap data, table entries, refcounts and flags.
+        pieces: how many pieces of bitmaps were stored.
+        barriers: how many barriers there were.
+        seconds: how long the stop took.
+    """
 
     bytes_written: int
     pieces: int
@@ -27,7 +47,13 @@ class StopReport(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a stop would have to write of bitmap data now, and an estimate of how long it takes."""
+    """What a stop would have to store now.
+
+    Attributes:
+        bytes: of bitmap data.
+        pieces: how many pieces of bitmaps these are.
+        seconds: how long the stop would take, estimated.
+    """
 
     bytes: int
     pieces: int
@@ -35,9 +61,34 @@ class Pending(NamedTuple):
 
 
 class Convergence(NamedTuple):
-    """Whether a stop fits now, how long one would take, and after how many rounds and seconds."""
+    """How far `qcow2bm.Tracker.converge` came.
+
+    Attributes:
+        is_reached: whether a stop fits into the downtime now.
+        seconds: how long a stop would take, estimated.
+        rounds: how many flushes there were.
+        elapsed: how many seconds these took.
+    """
 
     is_reached: bool
     seconds: float
     rounds: int
     elapsed: float
+
+
+class Activation(NamedTuple):
+    """What was found when an image was taken back.
+
+    Attributes:
+        outcome: whether the disk is as it was given away. Unless it is "unchanged", a guest that
+            was running before must not go on: it does not know what was written meanwhile.
+        reason: the evidence for this outcome.
+        bitmaps: what became of each bitmap, by name.
+        changed: what may have been written meanwhile, int64[n, 2] of (start, length) in guest
+            bytes; None if that is not known.
+    """
+
+    outcome: DiskOutcome
+    reason: str
+    bitmaps: dict[str, Fate]
+    changed: NDArray[np.int64] | None

@@ -9,7 +9,8 @@ from support.model import Model
 from support.recording import RecordingStorage, intervals_of
 
 import qcow2bm
-from qcow2bm.bitmaps.tracked_store import PIECE_BYTES, TrackedBitmap, TrackedStore
+from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES, TrackedBitmap
+from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.clusters.plan import Plan, Write, execute
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 
@@ -41,8 +42,8 @@ class Live:
     def put(self, name: str, place: int, octet: int) -> Plan:
         """Changes a byte of a bitmap, and plans to store the piece that has it."""
         bitmap, piece = self[name], place // PIECE_BYTES
-        bitmap.octets[place] = octet
-        content = bytes(bitmap.octets[piece * PIECE_BYTES :][:PIECE_BYTES])
+        bitmap.bits.octets[place] = octet
+        content = bytes(bitmap.bits.octets[piece * PIECE_BYTES :][:PIECE_BYTES])
         return Plan(tuple(self.store.store([(bitmap, {piece: content})])))
 
 
@@ -58,7 +59,7 @@ def small() -> Built:
 
 def test_all_bits_are_in_memory() -> None:
     live = Live(small(), "daily")
-    octets = bytes(live["daily"].octets)
+    octets = bytes(live["daily"].bits.octets)
     assert len(octets) == 512 * len(TABLE)
     found = Model.of_packed(octets, 512, SIZE)
     assert found == Model.of_table(TABLE, 512, 512, SIZE)
@@ -69,7 +70,7 @@ def test_all_bits_are_in_memory() -> None:
 def test_bits_behind_the_disk_are_not_loaded(word: int | bytes) -> None:
     """Others may store what they like there (INV-TAIL)."""
     built = build_image(Stored(b"daily", [*TABLE[:-1], word], 9), size=SIZE)
-    octets = Live(built, "daily")["daily"].octets
+    octets = Live(built, "daily")["daily"].bits.octets
     assert octets[-512:] == b"\x07" + bytes(511)
 
 
@@ -176,10 +177,10 @@ def test_a_new_cluster_has_what_is_in_memory_all_of_it() -> None:
     built = build_image(Stored(b"big", [ZEROES], 9), cluster_bits=16, size=1 << 28)
     built.data.extend(b"\xaa" * (1 << 16))
     live = Live(built, "big")
-    live["big"].octets[3 * PIECE_BYTES] = 0x80  # marked, but its piece is not to be stored now
+    live["big"].bits.octets[3 * PIECE_BYTES] = 0x80  # marked, but its piece is not to be stored now
     execute(live.put("big", 0, 1), live.storage, 0)
     (word,) = Audit(built.data).bitmaps[0].words
-    assert built.data[word : word + (1 << 16)] == live["big"].octets
+    assert built.data[word : word + (1 << 16)] == live["big"].bits.octets
 
 
 def test_all_ones_stay_an_entry() -> None:
@@ -195,7 +196,7 @@ def test_what_became_all_ones_keeps_its_cluster() -> None:
     built = small()
     live = Live(built, "daily")
     word = live["daily"].words[0]
-    live["daily"].octets[:512] = b"\xff" * 512
+    live["daily"].bits.octets[:512] = b"\xff" * 512
     execute(live.put("daily", 0, 0xFF), live.storage, 0)
     assert live["daily"].words[0] == word
     assert built.data[word : word + 512] == b"\xff" * 512
@@ -207,7 +208,7 @@ def test_writes_come_in_the_order_of_the_file() -> None:
         Stored(b"late", [b"\x01"] * 4, 9), Stored(b"early", [b"\x01"] * 4, 9), size=4 * COVERED
     )
     live = Live(built, "early", "late")
-    changes = [(live[name], {0: bytes(live[name].octets)}) for name in ("early", "late")]
+    changes = [(live[name], {0: bytes(live[name].bits.octets)}) for name in ("early", "late")]
     plan = Plan(tuple(live.store.store(changes)))
     offsets = [write.offset for write in plan.writes]
     assert offsets == sorted(offsets)

@@ -26,7 +26,7 @@ from qcow2bm.format.extensions import BACKING_FORMAT, FEATURE_NAMES, GENERATION
 from qcow2bm.format.features import AUTOCLEAR_GENERATION, GENERATION_NAME, KNOWN_AUTOCLEAR
 from qcow2bm.migration.evidence import Policy
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
-from qcow2bm.tracker.handover import Activation
+from qcow2bm.tracker.reports import Activation
 from qcow2bm.tracker.tracker import Tracker
 
 ODD_NAMES = b"\2\x3fsomebody else's".ljust(48, b"\0") + b"\1\0lazy".ljust(48, b"\0") + b"odd rest"
@@ -246,12 +246,12 @@ class Recorder:
         self.steps.append(Step(name, before, plan, bits, commits))
 
     def learn(self, tracker: Tracker) -> None:
-        for bitmap in tracker._now.tracked:
-            self.granularity[bitmap.live.name] = bitmap.live.entry.granularity
+        for bitmap in tracker._session.recording.bitmaps:
+            self.granularity[bitmap.name] = bitmap.granularity
         self.tracked = tracker.names
 
     def mark(self, tracker: Tracker) -> None:
-        size = tracker._virtual_size
+        size = tracker._session.recording.virtual_size
         ranges = random_ranges(self.random, size, 4, size // self.random.choice((3, 100)))
         tracker.mark_many(np.array(ranges))
         for name in tracker.names:
@@ -323,10 +323,11 @@ def hand_over(
         marked = {name: bits.copy() for name, bits in run.bits.items()}
         for name in tracker.names:
             assert after.bitmaps[name].status == "inconsistent"
-            live = next(b for b in tracker._now.tracked if b.live.name == name)
-            count = -(-tracker._virtual_size // live.live.entry.granularity)
-            tracker._now.spread()
-            octets = np.frombuffer(bytes(live.bits.octets), np.uint8)
+            bitmap = tracker._session.find(name)
+            marks = tracker._session.recording
+            count = -(-marks.virtual_size // bitmap.granularity)
+            marks.fan_out()
+            octets = np.frombuffer(bytes(bitmap.bits.octets), np.uint8)
             run.bits[name] = np.unpackbits(octets, bitorder="little")[:count]
             # Nothing is dirty that was not marked, or stored by others.
             if name in marked and name not in carried:
@@ -339,9 +340,8 @@ def hand_over(
         if tracker.names:
             run.do("rotate", lambda: tracker.rotate(tracker.names[0], "next"), commits=True)
             run.learn(tracker)
-            run.bits["next"] = np.zeros(
-                -(-tracker._virtual_size // run.granularity["next"]), np.uint8
-            )
+            size = tracker._session.recording.virtual_size
+            run.bits["next"] = np.zeros(-(-size // run.granularity["next"]), np.uint8)
             run.mark(tracker)
         run.do("stop", tracker.stop)
     with qcow2bm.open(run.storage, "r+") as opened:

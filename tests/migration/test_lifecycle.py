@@ -182,15 +182,16 @@ def test_an_allowed_event_leads_where_it_is_to(state: State, event: Event, way: 
 def test_a_refused_event_changes_nothing(state: State, event: Event, way: str) -> None:
     with in_state(state) as on:
         before, effects = bytes(on.storage.data), on.storage.effects
-        names, migration = on.tracker.names, on.tracker._migration
-        bits = [bytes(bitmap.bits.octets) for bitmap in on.tracker._now.tracked]
+        session = on.tracker._session
+        names, migration = on.tracker.names, session.migration
+        bits = [bytes(bitmap.bits.octets) for bitmap in session.recording.bitmaps]
         with pytest.raises(StateError, match=f"tracker is {state}"):
             TRIED[event][way](on)
         assert on.tracker.state == state
         assert on.storage.data == before
         assert on.storage.effects == effects
-        assert (on.tracker.names, on.tracker._migration) == (names, migration)
-        assert [bytes(bitmap.bits.octets) for bitmap in on.tracker._now.tracked] == bits
+        assert (on.tracker.names, session.migration) == (names, migration)
+        assert [bytes(bitmap.bits.octets) for bitmap in session.recording.bitmaps] == bits
 
 
 @pytest.mark.parametrize(("state", "event", "way"), pairs(are_allowed=False), ids="-".join)
@@ -326,7 +327,9 @@ MODULES = tuple(
     f"{PACKAGE}/{name}"
     for name in (
         "tracker/",
+        "bitmaps/tracked_bitmap.py",
         "bitmaps/tracked_store.py",
+        "storage/read_once.py",
         "storage/write_guard.py",
         "api/",
         "clusters/plan.py",

@@ -191,8 +191,9 @@ def require_right(world: World) -> None:
 def key_of(world: World) -> object:
     """What tells states apart: everything but what is only different by name or place."""
     a, b = world.a, world.b
-    left = a._migration.left if a and a._migration else None
-    own = left.sentinel.name if left and left.sentinel else ""
+    migration = a._session.migration if a else None
+    departure = migration.departure if migration else None
+    own = departure.sentinel.name if departure and departure.sentinel else ""
     data = bytes(world.disk.data)
     bitmaps = look(data)
     facts: list[object] = [
@@ -208,8 +209,8 @@ def key_of(world: World) -> object:
         bool(world.a_host.unsynced),
         bool(world.b_host.unsynced),
     ]
-    if left and a and a._migration:
-        facts.append(a._migration.change_token == world.a_host.change_token())
+    if departure and migration:
+        facts.append(migration.change_token == world.a_host.change_token())
         then = look(world.hand_over[0])
         facts.append(frozenset((plain_name(name, own), seen) for name, seen in then.items()))
     return tuple(facts)
@@ -218,7 +219,7 @@ def key_of(world: World) -> object:
 def _of_tracker(tracker: Tracker | None) -> object:
     if tracker is None:
         return None
-    migration = tracker._migration
+    migration = tracker._session.migration
     return (
         tracker.state,
         frozenset(in_memory(tracker).items()),

@@ -133,7 +133,7 @@ def test_where_the_bitmaps_cannot_be_stored_writes_fail_and_say_why(
 ) -> None:
     disk = serve(raw, flush_interval=0.01)
     has_failed = Event()
-    storage = disk._tracker._storage
+    storage = disk._tracker._session.storage
 
     def full(offset: int, parts: Sequence[object]) -> None:
         has_failed.set()

@@ -34,7 +34,7 @@ from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.file_identity import identify
 from qcow2bm.storage.memory import MemoryStorage
-from qcow2bm.tracker.handover import Activation
+from qcow2bm.tracker.reports import Activation
 from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -670,7 +670,7 @@ def test_what_inactivate_does_in_which_order(begins_before: bool) -> None:
         assert set(statuses(data).values()) == {"valid"}
         assert dirty(data, "a") == dirty(data, "c") == {5}
         assert tracker.names == ["a", "c"]
-        assert all(bitmap.bits.octets[0] == 1 << 5 for bitmap in tracker._now.tracked)
+        assert all(bitmap.bits.octets[0] == 1 << 5 for bitmap in tracker._session.recording.bitmaps)
 
 
 def edit_while_tracked(opened: qcow2bm.Image) -> None:
@@ -689,7 +689,7 @@ def test_nothing_is_written_while_it_is_in_other_hands() -> None:
     tracker = opened.track()
     tracker.mark(5 * GRANULE, 1)
     tracker.inactivate()
-    held = opened._opened.guard
+    held, store = opened._opened.guard, tracker._session.store
     assert held
     before, steps, first = bytes(data), len(storage.steps), len(storage.log)
 
@@ -723,8 +723,8 @@ def test_nothing_is_written_while_it_is_in_other_hands() -> None:
         held.barrier,
         lambda: held.truncate(0),
         held.refresh,
-        lambda: tracker._store.begin([], []),
-        lambda: tracker._store.recommit(tracker._store.draft(), []),
+        lambda: store.begin([], []),
+        lambda: store.commit(store.plan(store.load_draft()), []),
     ]
     for work in refused:
         try:
@@ -792,6 +792,10 @@ class Host(MemoryStorage):
         for number in range(offset // self.PAGE_SIZE, (offset + len(data)) // self.PAGE_SIZE + 1):
             self.pages.pop(number, None)
 
+    def cache_everything(self) -> None:
+        """Reads the whole image, as any program on this host may do at any time."""
+        self.read_into(0, memoryview(bytearray(len(self.shared))))
+
     def refresh(self) -> None:
         assert self.is_locked
         self.log.append("refresh")
@@ -818,6 +822,7 @@ def test_what_is_cached_is_dropped_before_anything_is_read() -> None:
     with tracking(host) as tracker:
         tracker.mark(5 * GRANULE, 1)
         tracker.inactivate()
+        host.cache_everything()
         guest_writes((20 * GRANULE, 1))(data)
         del host.log[:]
         activation = tracker.activate()
@@ -837,8 +842,10 @@ def test_what_is_cached_is_dropped_before_anything_is_read() -> None:
 def test_without_that_it_would_be_deceived() -> None:
     """Or the test above proves nothing."""
     data = image()
-    with tracking(Host(data, forgets=False)) as tracker:
+    host = Host(data, forgets=False)
+    with tracking(host) as tracker:
         tracker.inactivate()
+        host.cache_everything()
         guest_writes((20 * GRANULE, 1))(data)
         assert tracker.activate().outcome == "unchanged"
 
@@ -1718,7 +1725,7 @@ def test_if_somebody_wrote_all_of_it_is_stored_again(is_written: bool) -> None:
             edited(lambda edit: edit.disable("off"))(data)
             edited(lambda edit: edit.clear("a"))(data)
         assert tracker.activate().outcome == "unchanged"
-        whole = sum(len(bitmap.bits.touched) for bitmap in tracker._now.tracked)
+        whole = sum(len(bitmap.bits.touched) for bitmap in tracker._session.recording.bitmaps)
         assert whole > 0
         assert tracker.pending.pieces == (whole if is_written else 0)
         tracker.flush()

@@ -15,22 +15,24 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from support.images import Stored, build_image
 
 import qcow2bm
 from qcow2bm.bitmaps.commit import plan_commit
 from qcow2bm.bitmaps.draft import Draft
-from qcow2bm.bitmaps.tracked_store import TrackedStore, load_live
+from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
+from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, execute
 from qcow2bm.errors import ImageLockedError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
 from qcow2bm.storage.write_guard import WriteGuard
-from qcow2bm.tracker.handover import Activation
+from qcow2bm.tracker.flusher import Flusher
 from qcow2bm.tracker.inflight import InFlightWrites
 from qcow2bm.tracker.recorder import Recorder
+from qcow2bm.tracker.reports import Activation
+from qcow2bm.tracker.session import Session
 from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -209,7 +211,7 @@ class Qemu:
             name = entry.name or ""
             if entry.in_use and name not in received:
                 continue
-            dirty = received.get(name) or _dirty(load_live(store.file, entry).octets)
+            dirty = received.get(name) or _dirty(TrackedBitmap.load(store.file, entry).bits.octets)
             self.bits[name] = Bits(dirty, entry.granularity, entry.flags & ~FLAG_IN_USE)
             place = entry.offset + 12
             self.held.write(place, [(entry.flags | FLAG_IN_USE).to_bytes(4, "big")])
@@ -441,7 +443,7 @@ class World:
                 assert self.disk.writes == before
                 return
             raise AssertionError("the image is in use")
-        migration = self._of_a._migration
+        migration = self._of_a._session.migration
         self.had_sentinel = migration is not None and migration.sentinel is not None
         self.activation = self._of_a.activate(self.options.policy, other_side_has_stopped=True)
         for name, fate in self.activation.bitmaps.items():
@@ -453,7 +455,7 @@ class World:
         self._kill_a()
 
     def _kill_a(self) -> None:
-        if self._of_a._storage.is_held:
+        if self._of_a._session.storage.is_held:
             self.a_host.write_back()  # the system does that, though the process is gone
             self.disk.user = None
         self.a, self.since = None, frozenset()
@@ -461,9 +463,8 @@ class World:
     def _open_b(self, *, reopens: bool = False, receives: bool = False) -> None:
         received = {}
         if receives:
-            received = {
-                bitmap.live.name: _dirty(bitmap.live.octets) for bitmap in self._of_a._now.tracked
-            }
+            bitmaps = self._of_a._session.recording.bitmaps
+            received = {bitmap.name: _dirty(bitmap.bits.octets) for bitmap in bitmaps}
             received = {n: d for n, d in received.items() if n in self.options.carried}
         self.b = Qemu(self.b_host, reopens=reopens, received=received)
         self._note("received" if receives else "reopened" if reopens else "opened")
@@ -588,7 +589,7 @@ def _track(host: Host, generation: bool | None) -> Tracker | None:
     except qcow2bm.BitmapError:
         image._opened._resources.pop_all()
         return None
-    tracker._on_end = _nothing  # the Image stays behind
+    tracker._session._on_end = _nothing  # the Image stays behind
     return tracker
 
 
@@ -597,35 +598,40 @@ def _nothing() -> None:
 
 
 def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
-    """A copy with locks of its own; nobody is inside."""
-    new = Tracker.__new__(Tracker)
-    special = {"_recorder", "_in_flight", "_io", "mark", "_on_end", "_clock"}
-    for name, value in vars(tracker).items():
+    """A copy with locks of its own; no write is in flight, and no operation runs."""
+    old = tracker._session
+    session = Session.__new__(Session)
+    special = {"recorder", "in_flight", "clock", "_io", "_on_end"}
+    for name, value in vars(old).items():
         if name not in special:
-            setattr(new, name, deepcopy(value, memo))
-    new._in_flight, new._io = InFlightWrites(), Lock()
-    new._on_end, new._clock = tracker._on_end, tracker._clock
-    new._recorder = Recorder(new._virtual_size, new._now.granularity, new._now.bits)
-    if tracker.state not in ("tracking", "migrating"):
-        new._recorder.close(tracker.state)
-    new.mark = new._recorder.mark
+            setattr(session, name, deepcopy(value, memo))
+    session.in_flight, session._io = InFlightWrites(), Lock()
+    session._on_end, session.clock = old._on_end, old.clock
+    session.recorder = Recorder(deepcopy(old.recording, memo))
+    if session.state not in ("tracking", "migrating"):
+        session.recorder.close(session.state)
+    new = Tracker.__new__(Tracker)
+    new._session = session
+    new._flusher = Flusher(session)
+    new._flusher._batches = deepcopy(tracker._flusher._batches, memo)
+    new.mark = session.recorder.mark
     return new
 
 
 def in_memory(tracker: Tracker) -> dict[str, Seen]:
     """The bitmaps as a tracker has them: all that was marked is in them."""
-    tracker._now.spread()
+    recording = tracker._session.recording
+    recording.fan_out()
     return {
-        bitmap.live.name: Seen(
-            "tracked", True, bitmap.live.entry.granularity, _dirty(bitmap.live.octets)
-        )
-        for bitmap in tracker._now.tracked
+        bitmap.name: Seen("tracked", True, bitmap.granularity, _dirty(bitmap.bits.octets))
+        for bitmap in recording.bitmaps
     }
 
 
 def touched(tracker: Tracker) -> tuple[tuple[int, ...], ...]:
     """Which pieces are to be stored."""
-    return tuple(tuple(np.flatnonzero(b.bits.touched).tolist()) for b in tracker._now.tracked)
+    bitmaps = tracker._session.recording.bitmaps
+    return tuple(tuple(bitmap.due().tolist()) for bitmap in bitmaps)
 
 
 def plain_name(name: str, sentinel: str) -> str:

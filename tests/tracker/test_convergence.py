@@ -15,7 +15,8 @@ from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image
 
 import qcow2bm
-from qcow2bm.bitmaps.tracked_store import PIECE_BYTES, TrackedStore
+from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES
+from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.group import TrackerGroup
 from qcow2bm.tracker.reports import Pending
@@ -57,7 +58,7 @@ class Disk:
         held.acquire(0)
         store = TrackedStore(held)
         store.begin(store.metadata.directory.entries, ())
-        return Tracker(held, store, SIZE, clock=lambda: self.now)
+        return Tracker(held, store, clock=lambda: self.now)
 
 
 @pytest.mark.spec("TRACK-15")
@@ -176,7 +177,7 @@ def test_bitmaps_fill_up_as_the_model_says(seed: int) -> None:
 
 
 def _count(tracker: Tracker) -> int:
-    return int.from_bytes(tracker._now.bits.octets, "little").bit_count()
+    return int.from_bytes(tracker._session.recording.bits.octets, "little").bit_count()
 
 
 @pytest.mark.spec("TRACK-16")

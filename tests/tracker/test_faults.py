@@ -240,7 +240,7 @@ def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:
             tracker.mark(0, COVERED)
             tracker.mark(5 * COVERED, 1)
             assert tracker.pending.pieces == 2  # one of each bitmap, of several clusters
-            before = [bytes(tracked.bits.touched) for tracked in tracker._now.tracked]
+            before = [bytes(b.bits.touched) for b in tracker._session.recording.bitmaps]
             first = len(storage.calls)
             storage.fault = Fault(first + number)
             try:
@@ -250,7 +250,7 @@ def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:
             else:
                 break
             assert tracker.state == "failed"
-            assert [bytes(tracked.bits.touched) for tracked in tracker._now.tracked] == before
+            assert [bytes(b.bits.touched) for b in tracker._session.recording.bitmaps] == before
             assert is_in_use(storage.data)
     assert tracker.state == "abandoned"  # because the image was closed
     assert failures["write"] >= 3

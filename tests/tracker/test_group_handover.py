@@ -17,6 +17,7 @@ from support.images import Stored, build_image, extension
 from support.recording import RecordingStorage
 
 import qcow2bm
+from qcow2bm.bitmaps.tracked_bitmap import Bits
 from qcow2bm.errors import (
     BitmapNotFoundError,
     CommitError,
@@ -27,10 +28,10 @@ from qcow2bm.errors import (
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.migration.sentinel import PREFIX, is_sentinel
+from qcow2bm.tracker.fanout import Recording
 from qcow2bm.tracker.group import TrackerGroup
-from qcow2bm.tracker.handover import Activation
-from qcow2bm.tracker.recorder import Bits, Recorder
-from qcow2bm.tracker.reports import StopReport
+from qcow2bm.tracker.recorder import Recorder
+from qcow2bm.tracker.reports import Activation, StopReport
 from qcow2bm.tracker.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -672,10 +673,11 @@ class Interleaving(int):
 
 def test_a_mark_just_when_it_is_opened_again_is_on_the_disk() -> None:
     bits = Bits.of(bytearray(4096))
-    recorder = Recorder(SIZE, GRANULE, bits)
+    recording = Recording(SIZE, GRANULE, bits, ())
+    recorder = Recorder(recording)
     recorder.close("inactive")
     start = Interleaving(0)
-    turns = iter([lambda: recorder.reopen(SIZE, GRANULE, bits)])
+    turns = iter([lambda: recorder.reopen(recording)])
     start.work = lambda: next(turns, lambda: None)()
     recorder.mark(start, 1)
     assert bits.octets[0] == 1
@@ -773,7 +775,7 @@ def test_an_interrupt_after_the_commit_ends_tracking() -> None:
         def interrupt(ranges: object) -> None:
             raise KeyboardInterrupt
 
-        tracker._recorder.mark_many = interrupt  # type: ignore[method-assign]
+        tracker._session.recorder.mark_many = interrupt  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             tracker.activate()
         assert tracker.state == "failed"

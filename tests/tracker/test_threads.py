@@ -326,7 +326,7 @@ def test_a_flush_stores_what_was_marked_before_it_whatever_is_marked_meanwhile()
         return 0.0
 
     is_flushing = False
-    tracker = Tracker(held, store, SIZE, clock=clock)
+    tracker = Tracker(held, store, clock=clock)
     tracker.mark(0, 1)
     is_flushing = True
     tracker.flush()

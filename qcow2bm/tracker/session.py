@@ -1,0 +1,262 @@
+"""What all parts of a tracker share: the image, the recording, the phase, and the locks.
+
+*Spec*: spec/tracking.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import Lock, get_ident
+
+from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
+from qcow2bm.bitmaps.tracked_store import TrackedStore
+from qcow2bm.clusters.plan import Barrier, Plan, Step
+from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
+from qcow2bm.log import logger
+from qcow2bm.migration.lifecycle import Event, State, after, has_ended
+from qcow2bm.storage.write_guard import WriteGuard
+from qcow2bm.tracker.batches import Batch
+from qcow2bm.tracker.fanout import Recording
+from qcow2bm.tracker.inflight import InFlightWrites
+from qcow2bm.tracker.phase import Migration, Phase
+from qcow2bm.tracker.rate import Rate
+from qcow2bm.tracker.recorder import Recorder
+from qcow2bm.tracker.reports import Activation, StopReport
+
+_LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
+_UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look at the bitmaps"
+
+
+class Session:
+    """One image being tracked, from its beginning to its end.
+
+    Operations run one at a time, inside `exclusive`. What changes the image runs inside `fatal`.
+    The state is changed by `apply` alone, which asks the transition table.
+
+    Attributes:
+        storage: of the image; its lock is held unless the image is inactive.
+        store: what is written to the image.
+        recorder: where marks come in.
+        in_flight: the writes of the guest that have begun and not ended.
+        clock: the time in seconds.
+        flushing: how many bytes per second the storage takes.
+        barrier_seconds: how long a barrier takes, by recent measurements.
+    """
+
+    def __init__(
+        self,
+        storage: WriteGuard,
+        store: TrackedStore,
+        *,
+        on_end: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """Tracks the bitmaps of the ``store``; ``on_end`` is called once tracking has ended."""
+        self.storage = storage
+        self.store = store
+        self.recorder = Recorder(Recording.of(store.bitmaps, store.file.virtual_size))
+        self.in_flight = InFlightWrites()
+        self.clock = clock
+        self.flushing = Rate()
+        self.barrier_seconds = 0.0
+        self._on_end = on_end
+        self._phase = Phase()
+        self._io = Lock()  # held by `exclusive`
+        self._busy_thread: int | None = None
+
+    # --- the phase -----------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Whether tracking goes on, or how it ended."""
+        return self._phase.state
+
+    @property
+    def migration(self) -> Migration | None:
+        """What holds for the present migration, if there is one."""
+        return self._phase.migration
+
+    @property
+    def activation(self) -> Activation | None:
+        """What was found when the image was taken back last, until it is given away again."""
+        return self._phase.activation
+
+    def apply(
+        self,
+        event: Event,
+        *,
+        migration: Migration | None = None,
+        activation: Activation | None = None,
+        cause: BaseException | None = None,
+    ) -> None:
+        """Changes the state as the transition table says; the only place that does.
+
+        Raises:
+            StateError: the event is not allowed in this state.
+        """
+        self._phase = self._phase.after(
+            event, migration=migration, activation=activation, cause=cause
+        )
+
+    def require(self, event: Event) -> None:
+        """Raises `StateError`, with the failure as its cause, if the state forbids an event."""
+        try:
+            after(self.state, event)
+        except StateError as error:
+            raise error from self._phase.cause
+
+    def end(self, event: Event, cause: BaseException | None = None) -> None:
+        """Ends tracking by an event: marks raise from now on, and nothing more is written."""
+        self.recorder.close(after(self.state, event), cause)
+        self.apply(event, cause=cause)
+        self._on_end()
+        if event == "fail":
+            logger.error("tracking has failed: %s", cause)
+
+    def fail(self, cause: BaseException) -> None:
+        """Ends tracking by a failure, unless it has ended before."""
+        if not has_ended(self.state):
+            self.end("fail", cause)
+
+    def abandon(self) -> None:
+        """Ends tracking without storing anything, unless it has ended before."""
+        self.require_free()
+        with self._io:
+            if not has_ended(self.state):
+                self.end("abandon")
+
+    # --- one operation at a time ---------------------------------------------------------------
+
+    @contextmanager
+    def exclusive(self, event: Event = "flush") -> Iterator[None]:
+        """Lets one operation run at a time, if the state allows it.
+
+        Raises:
+            StateError: the state does not allow it, or this thread would wait for itself.
+        """
+        self.require_free()
+        with self._io:
+            self.require(event)
+            try:
+                self._busy_thread = get_ident()
+                yield
+            finally:
+                self._busy_thread = None
+                self.store.forget()
+
+    def require_free(self) -> None:
+        """Raises `StateError` in a thread that would wait for its own write or edit."""
+        self.in_flight.require_outside()
+        if self._busy_thread == get_ident():
+            raise StateError("being edited", "left alone until that is done", "the tracker")
+
+    @contextmanager
+    def fatal(self) -> Iterator[None]:
+        """Ends tracking if the block raises."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def fail_in_background(self, cause: BaseException) -> None:
+        """`fail`, from a thread that is in no operation."""
+        with self._io:
+            self.fail(cause)
+
+    # --- what is recorded ----------------------------------------------------------------------
+
+    @property
+    def recording(self) -> Recording:
+        """Where marks go now, and the bitmaps that are tracked."""
+        return self.recorder.recording
+
+    @property
+    def stored_here(self) -> list[TrackedBitmap]:
+        """The bitmaps that are tracked, without those that a migration carries."""
+        carried = self.migration.carried if self.migration else ()
+        return [bitmap for bitmap in self.recording.bitmaps if bitmap.name not in carried]
+
+    def find(self, name: str) -> TrackedBitmap:
+        """The tracked bitmap of a name; raises `BitmapNotFoundError` if there is none."""
+        for bitmap in self.recording.bitmaps:
+            if bitmap.name == name:
+                return bitmap
+        raise BitmapNotFoundError(name, "is not tracked")
+
+    def switch(self, ended: Iterable[TrackedBitmap], begun: Iterable[TrackedBitmap]) -> None:
+        """Lets marks from now on go to other bitmaps; those ended have all marks before."""
+        gone = list(ended)
+        with self.in_flight.drained():
+            before = self.recording
+            kept = [bitmap for bitmap in before.bitmaps if bitmap not in gone]
+            # What is beside the kept bitmap is brought to it below: until then no mark may go
+            # into the bitmap itself.
+            is_beside = before.is_beside and bool(kept)
+            bitmaps = *kept, *begun
+            self.recorder.replace(Recording.of(bitmaps, before.virtual_size, is_beside=is_beside))
+        before.fan_out()
+
+    # --- what is written -----------------------------------------------------------------------
+
+    def store_pieces(self, batch: Batch, *, is_quiet: bool = False) -> Plan:
+        """Stores pieces and returns how; if that fails, they count as not stored, and all ends."""
+        with self.fatal():
+            try:
+                taken = [(bitmap, bitmap.take(n, is_quiet=is_quiet)) for bitmap, n in batch]
+                plan = Plan(tuple(self.store.store(taken)))
+                self._execute(plan)
+            except BaseException:
+                for bitmap, numbers in batch:
+                    bitmap.give_back(numbers)
+                raise
+            return plan
+
+    def store_all(self, event: Event) -> StopReport:
+        """Closes the recorder, stores all bitmaps but those that are carried, and clears in_use.
+
+        ``event`` is what the caller does afterwards: marks raise with the state it leads to.
+        """
+        begun = self.clock()
+        stored = self.stored_here
+        with self.in_flight.drained():
+            self.recorder.close(after(self.state, event))
+            self.recording.fan_out()
+            due: Batch = [(bitmap, bitmap.due().tolist()) for bitmap in stored]
+            data = self.store_pieces(due, is_quiet=True)
+        sentinel = self.migration.sentinel_bitmap if self.migration else None
+        end = self.store.end([*stored, sentinel] if sentinel else stored)
+        self._execute(Plan(tuple(end), commit_point=0))
+        plan = Plan((*data.steps, *end))
+        pieces = sum(len(numbers) for _, numbers in due)
+        return StopReport(plan.length, pieces, plan.barriers, self.clock() - begun)
+
+    def _execute(self, plan: Plan) -> None:
+        """Does what a plan says, and measures how fast that goes."""
+        begun = before = self.clock()
+
+        def watch(step: Step) -> None:
+            nonlocal before
+            now = self.clock()
+            if isinstance(step, Barrier):
+                self.barrier_seconds = max(self.barrier_seconds / 2, now - before)
+            before = now
+
+        try:
+            self.store.execute(plan, watch)
+        except CommitError as error:
+            text = _UNKNOWN if error.outcome == "unknown" else _LOST
+            raise CommitError(error.path, error.step, error.outcome, error.reason, text) from error
+        self.flushing.add(plan.length, before - begun)
+
+    def commit(self, plan: Plan, *others: TrackedBitmap) -> None:
+        """Does what a plan of the store says; in_use are then the tracked bitmaps and ``others``.
+
+        Raises:
+            CommitError: a write, a barrier or, afterwards, reading failed.
+        """
+        try:
+            self.store.commit(plan, [*self.recording.bitmaps, *others])
+        except CommitError as error:
+            raise CommitError(error.path, error.step, error.outcome, error.reason, _LOST) from error
