@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
     from qcow2bm.api.repair import check, plan_repair, plan_undo, repair, salvage, undo
+    from qcow2bm.api.undo_file import UndoFile
     from qcow2bm.bitmaps.bit_reader import Totals
     from qcow2bm.bitmaps.status import Status
     from qcow2bm.bitmaps.tables import Clusters
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         ChangedWhileReadingError,
         CommitError,
         CommitOutcome,
+        ComparisonError,
         FormatError,
         Hint,
         ImageLockedError,
@@ -91,6 +93,7 @@ __all__ = [
     "Clusters",
     "CommitError",
     "CommitOutcome",
+    "ComparisonError",
     "Convergence",
     "DirectoryEntry",
     "Edit",
@@ -129,6 +132,7 @@ __all__ = [
     "Tracker",
     "TrackerEdit",
     "TrackerGroup",
+    "UndoFile",
     "UndoLog",
     "UndoStep",
     "UnsupportedError",
@@ -160,6 +164,7 @@ _NAMES_OF = {
     "qcow2bm.api.edit": ("Edit",),
     "qcow2bm.api.image": ("Image", "open"),
     "qcow2bm.api.repair": ("check", "plan_repair", "plan_undo", "repair", "salvage", "undo"),
+    "qcow2bm.api.undo_file": ("UndoFile",),
     "qcow2bm.bitmaps.bit_reader": ("Totals",),
     "qcow2bm.bitmaps.status": ("Status",),
     "qcow2bm.bitmaps.tables": ("Clusters",),
@@ -178,6 +183,7 @@ _NAMES_OF = {
         "ChangedWhileReadingError",
         "CommitError",
         "CommitOutcome",
+        "ComparisonError",
         "FormatError",
         "Hint",
         "ImageLockedError",

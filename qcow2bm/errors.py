@@ -18,6 +18,7 @@ The axis is whose fault it is and what the caller may do next::
     │  ├─ ShortReadError            fewer bytes than the file claimed to have
     │  ├─ ImageLockedError          another process uses the image
     │  └─ ChangedWhileReadingError  the image was modified under the reader
+    ├─ ComparisonError           a disk is not the one that is to be compared
     ├─ CommitError               a commit failed; says whether the edit took effect
     └─ QmpError                  a running QEMU could not be asked
        └─ QmpRefusedError           it answered that it will not do it
@@ -256,6 +257,25 @@ class ChangedWhileReadingError(StorageError):
             path, 0, 0, f"the {structure} changed while it was read; open the image again"
         )
         self._arguments = path, structure
+
+
+class ComparisonError(Qcow2BmError):
+    """The disk at ``path`` cannot be one of the two that are to be compared, for the ``reason``.
+
+    ``fault`` is what is wrong: "not-current", it is not known to be what the disk holds now;
+    "same-disk", the backup is the disk itself, or depends on it; "wrong-size"; "container", the
+    file begins like a file of the format ``container``, but its format was not given.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        reason: str,
+        fault: Literal["not-current", "same-disk", "wrong-size", "container"],
+        container: str = "",
+    ) -> None:
+        self.path, self.reason, self.fault, self.container = path, reason, fault, container
+        super().__init__(f"{escape(path)}: {reason}", path, reason, fault, container)
 
 
 CommitOutcome = Literal["old", "new", "unknown"]

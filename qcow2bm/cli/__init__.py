@@ -5,32 +5,39 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from importlib import import_module
 
-from qcow2bm.cli.console import fail, say
-from qcow2bm.cli.grammar import parse_arguments
+from qcow2bm import CommitError, Qcow2BmError, StorageError
+from qcow2bm.cli.arguments import UsageError
+from qcow2bm.cli.commands import parse
 from qcow2bm.cli.hints import explain
-from qcow2bm.errors import CommitError, Qcow2BmError, StorageError
+from qcow2bm.cli.messages import FAILED, CommandError, fail, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; without ``argv``, that of the process.
+    """Runs one command and returns its exit status.
 
-    0 fine, 1 could not do it, 2 done but problems were found, 64 wrong usage.
+    0 fine, 1 the command failed, 2 done but problems were found, 64 wrong usage.
+
+    Args:
+        argv: the command and its arguments; by default those of the process.
 
     Raises:
-        OSError: of standard output, `BrokenPipeError` included.
+        OSError: standard output failed, for instance by `BrokenPipeError`.
         SystemExit: wrong usage, --help and --version.
     """
-    arguments = parse_arguments(argv)
+    call = parse(sys.argv[1:] if argv is None else argv)
     try:
-        status: int = import_module(f"qcow2bm.cli.{arguments.module}").run(arguments)
-    except (StorageError, CommitError) as error:  # says itself which file
-        say(explain(error))
-        return 1
+        return call.run(call.arguments)
+    except UsageError as error:
+        call.parser.error(str(error))
+    except CommandError as failure:
+        return fail(failure.subject, failure.reason)
+    except (StorageError, CommitError) as error:  # the message names the file
+        say(explain(error, call.parser.has_option))
+        return FAILED
     except Qcow2BmError as error:
-        return fail(arguments.image, explain(error))
+        return fail(call.parser.path[-1], explain(error))
     except MemoryError:
-        return fail(arguments.image, "not enough memory")
-    return status
+        return fail(call.parser.path[-1], "not enough memory")

@@ -5,31 +5,58 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable, Sequence
-from textwrap import wrap
 
-from qcow2bm.api import Image
-from qcow2bm.cli import report
-from qcow2bm.cli.dump_json import problem
-from qcow2bm.cli.facts import count, json_text
-from qcow2bm.problems import LEAK, REFUSED, UNUSABLE, Problem
-from qcow2bm.units import escape, format_size
+from qcow2bm import Image, Problem, open
+from qcow2bm.cli import output
+from qcow2bm.cli.arguments import (
+    OutputArguments,
+    Parser,
+    ReadingArguments,
+    add_image,
+    add_output,
+    add_reading,
+)
+from qcow2bm.cli.messages import about
+from qcow2bm.cli.output import Document, count, quoted
+from qcow2bm.units import format_size
 
-SCHEMA = 1
 ERRORS, LEAKS = 2, 3
 
-_WIDTH = 100
+_EPILOG = """\
+All references to clusters are followed and compared with the refcounts, as qemu-img check does it,
+even if QEMU refuses to open the image. Nothing is changed.
+
+exit status: 0 all is well; 1 the image could not be checked; 2 there are errors; 3 there are leaked
+clusters, and no errors; 64 wrong usage
+"""
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Checks an image; returns the exit status."""
-    with report.open_image(arguments) as image:
+class Arguments(OutputArguments, ReadingArguments):
+    """The values of the arguments of ``check``."""
+
+    image: str
+
+
+def define(parser: Parser) -> None:
+    """Adds the arguments."""
+    parser.namespace = Arguments
+    parser.epilog = _EPILOG
+    add_image(parser)
+    add_output(parser)
+    add_reading(parser)
+
+
+def run(arguments: Arguments) -> int:
+    """Checks an image and prints what it finds; returns the exit status."""
+    with (
+        about(arguments.image),
+        open(arguments.image, force_share=arguments.force_share) as image,
+    ):
         checked = image.check()
         problems = (*image.problems, *checked.problems)
         if arguments.output == "json":
-            print(json.dumps(_document(image, problems, checked.leaked_clusters), indent=1))
+            output.print_json(_document(image, problems, checked.leaked_clusters))
         else:
             _print(image, problems, checked.leaked_clusters)
     return _status(problems)
@@ -37,18 +64,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _status(problems: Iterable[Problem]) -> int:
     severities = {found.severity for found in problems}
-    if severities & {REFUSED, UNUSABLE}:
+    if severities & {"refused", "unusable"}:
         return ERRORS
-    return LEAKS if LEAK in severities else 0
+    return LEAKS if "leak" in severities else 0
 
 
-def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> dict[str, object]:
+def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> Document:
     return {
-        "schema": SCHEMA,
-        "filename": json_text(image.name),
+        **output.head(image.name),
         "problems": [
             {
-                **problem(image, found),
+                **output.problem_as_json(image, found),
                 "meaning": found.meaning,
                 "qemu-message": found.qemu_message,
                 "repairs": [found.repair] if found.repair else [],
@@ -61,14 +87,12 @@ def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -
 
 def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> None:
     for found in problems:
-        index = found.bitmap_index
-        name = None if index is None else image.directory[index].name
-        label = "" if name is None else f'bitmap "{escape(name)}": '
+        name = output.owner_of(image, found)
+        label = "" if name is None else f"bitmap {quoted(name)}: "
         print(f"{found.severity}: {label}{found.message}")
         if found.qemu_message:
             print(f'    QEMU says "{found.qemu_message}"')
-        for line in wrap(found.meaning, _WIDTH - 4):
-            print(f"    {line}")
+        output.print_wrapped(found.meaning, indent="    ")
         repair = f"; repair --only {found.repair}" if found.repair else ""
         print(f"    ({found.id}{repair})")
     if problems:
@@ -76,7 +100,7 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
     if leaked_clusters:
         size = format_size(leaked_clusters * image.cluster_size)
         print(f"{count(leaked_clusters, 'cluster')} leaked: {size}")
-    errors = sum(found.severity in (REFUSED, UNUSABLE) for found in problems)
-    if any(found.severity == REFUSED for found in problems):
+    errors = sum(found.severity in ("refused", "unusable") for found in problems)
+    if any(found.severity == "refused" for found in problems):
         print("QEMU will not open this image")
     print(count(errors, "error") if errors else "no errors")

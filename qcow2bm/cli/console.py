@@ -1,4 +1,4 @@
-"""The process around a command: its output, and how it ends.
+"""The program ``qcow2bm``: the process around one command, its output, and how it ends.
 
 *Spec*: spec/cli.md, "Exit status".
 """
@@ -9,33 +9,14 @@ import io
 import os
 import sys
 
-from qcow2bm.units import escape
-
-FAILED = 1
-
-
-def say(text: str) -> None:
-    """A line on standard error; where that is closed or broken, there is nobody to tell."""
-    if sys.stderr is None:
-        return
-    try:
-        print(f"qcow2bm: {text}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        sys.stderr = None  # or the interpreter tries again when it exits, and changes the status
-
-
-def fail(subject: str, message: str) -> int:
-    """Says what could not be done; the exit status for it."""
-    say(f"{escape(subject)}: {message}")
-    return FAILED
+from qcow2bm.cli import main
+from qcow2bm.cli.messages import FAILED, fail
 
 
 def run() -> int:
-    """The program ``qcow2bm``: runs the command line on this process; its exit status."""
+    """Runs the command that this process was started for; returns the exit status."""
     # numpy's threads are of no use here, and starting them takes half of its loading time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from qcow2bm.cli import main
-
     try:
         sys.stdout = _output()
         try:
@@ -46,17 +27,18 @@ def run() -> int:
         return _end_by_signal("SIGPIPE")
     except KeyboardInterrupt:
         return _end_by_signal("SIGINT")
-    except OSError as error:  # of the output: storage raises errors of the library's own
+    except OSError as error:  # of standard output: for files the library has its own errors
         return fail("standard output", error.strerror or str(error))
     finally:
         _discard_output()
 
 
 def _output() -> io.TextIOWrapper:
-    """Standard output that writes all or raises, whatever Python's own does.
+    """Standard output that writes everything or raises an error.
 
-    With PYTHONUNBUFFERED it has no buffer, and then nobody notices that a file or a pipe took
-    only a part. Names may have characters that the terminal's encoding has not.
+    Python's own does not with PYTHONUNBUFFERED: then it has no buffer, and if a file or a pipe
+    takes only a part, the rest is lost without an error. Characters of names that the terminal's
+    encoding does not have are escaped.
     """
     raw = io.FileIO(1, "w", closefd=False)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -66,7 +48,7 @@ def _output() -> io.TextIOWrapper:
 
 
 def _discard_output() -> None:
-    """Keeps the interpreter from writing what is left, and failing, when it exits."""
+    """Drops what could not be written: at its end the interpreter would try again, and fail."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -74,8 +56,8 @@ def _discard_output() -> None:
 
 
 def _end_by_signal(name: str) -> int:
-    """Ends as programs do that do not handle the signal, where there are signals."""
-    import signal  # it is only needed here, and takes time to load
+    """Ends as a program that does not handle the signal; on systems without signals: failed."""
+    import signal  # which takes time to load
 
     if os.name == "posix":
         number = getattr(signal, name)

@@ -1,57 +1,76 @@
-"""The command ``demo``: how short a stop gets by tracking, on an image made for it.
+"""The command ``demo``: how short tracking makes a stop, on an image made for it.
 
 *Spec*: spec/cli.md, "Demo".
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from random import Random
 from threading import Event, Thread
 from typing import NamedTuple
 
-from qcow2bm.api import open
-from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
-from qcow2bm.cli.console import fail
-from qcow2bm.clusters.empty_image import build_empty_image
-from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.clusters.plan import Barrier, Plan, Write, coalesce, execute
-from qcow2bm.errors import StateError, StorageError
-from qcow2bm.format.directory import FIELD_OFFSETS
-from qcow2bm.storage.file import FileStorage
-from qcow2bm.tracker.tracker import Tracker
+from qcow2bm import StateError, StorageError, Tracker, build_empty_image, open
+from qcow2bm.cli import arguments
+from qcow2bm.cli.arguments import Parser
+from qcow2bm.cli.messages import CommandError
 from qcow2bm.units import format_size
 
 _DISK_BYTES = 16 << 40
 _GRANULARITY = 64 << 10
 _BITMAP_BYTES = _DISK_BYTES // _GRANULARITY // 8
 _ROOM_BYTES = _BITMAP_BYTES + (4 << 20)
+_STRIPE_BYTES = 256 << 20  # of the disk: dirty and clean ones in turn
 _WRITE_BYTES = 4 << 10
 _WRITES_PER_SECOND = 1000
 _FLUSH_SECONDS = 0.1
 _PAUSES = 5
 
+_EPILOG = """\
+The image is in the folder for temporary files (TMPDIR) while the demo runs, and takes 33 MiB.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Makes an image in a temporary folder, and stops it in two ways; the exit status."""
+exit status: 0 done; 1 the command failed; 64 wrong usage
+"""
+
+
+class Arguments(arguments.Arguments):
+    """The values of the arguments of ``demo``."""
+
+    seconds: float
+
+
+def define(parser: Parser) -> None:
+    """Adds the arguments."""
+    parser.namespace = Arguments
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "--seconds",
+        metavar="N",
+        type=arguments.seconds,
+        default=10,
+        help="track writes for N seconds; 10 is the default",
+    )
+
+
+def run(arguments: Arguments) -> int:
+    """Makes an image in a temporary folder, and compares two kinds of stops; the exit status."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix="qcow2bm-demo-")
     except OSError as error:
-        return fail("demo", f"no temporary folder: {error.strerror}")
+        raise CommandError("demo", f"no temporary folder: {error.strerror}") from error
     with temporary as folder:
         free = shutil.disk_usage(folder).free
         if free < _ROOM_BYTES:
             room = f"{format_size(_ROOM_BYTES)} of room, and there are {format_size(free)}"
-            return fail(os.path.dirname(folder), f"the demo needs {room}; set TMPDIR")
+            raise CommandError(os.path.dirname(folder), f"the demo needs {room}; set TMPDIR")
         _demonstrate(Path(folder, "demo.qcow2"), arguments.seconds)
     return 0
 
@@ -65,10 +84,10 @@ def _demonstrate(path: Path, seconds: float) -> None:
         f"Meanwhile what changes in the bitmap is flushed every {_FLUSH_SECONDS} s.",
         flush=True,
     )
-    tracked, everything = [], []  # in turn: what else the machine does meets both alike
+    tracked, everything = [], []  # in turn: what else the machine does affects both alike
     for number in range(_PAUSES):
         tracked.append(_tracked_stop(path, min(seconds, 0.25) if number else seconds, not number))
-        everything.append(_stop_that_stores_everything(path))
+        everything.append(_stop_that_stores_everything(path, number))
     _compare(_Stop.median(tracked), _Stop.median(everything))
 
 
@@ -90,8 +109,15 @@ class _Stop(NamedTuple):
     seconds: float
 
     @classmethod
+    def of(cls, tracker: Tracker) -> _Stop:
+        """Stops a tracker."""
+        begun = time.perf_counter()
+        report = tracker.stop()
+        return cls(report.bytes_written, report.barriers, time.perf_counter() - begun)
+
+    @classmethod
     def median(cls, stops: list[_Stop]) -> _Stop:
-        """The one that took neither long nor short."""
+        """The stop that took neither long nor short."""
         return sorted(stops, key=lambda stop: stop.seconds)[len(stops) // 2]
 
     def __str__(self) -> str:
@@ -102,21 +128,21 @@ _HEADINGS = f"{'bytes':>12}{'barriers':>10}{'milliseconds':>14}"
 
 
 def _make_image(path: Path) -> None:
-    """An empty disk, and a bitmap of which half the bits are set in every cluster."""
-    blank = build_empty_image(_DISK_BYTES)
+    """Makes an empty disk, with a bitmap of which half the bits are set in every cluster."""
+    empty = build_empty_image(_DISK_BYTES)
     try:
-        path.write_bytes(blank.head)
-        os.truncate(path, blank.length)
+        path.write_bytes(empty.head)
+        os.truncate(path, empty.length)
     except OSError as error:
         raise StorageError.from_os(error, str(path), 0, 0, "writing") from error
     with open(path, "r+") as image, image.edit() as edit:
         edit.add("daily", _GRANULARITY)
-        length = 256 << 20
-        edit.set_many("daily", [(n, length) for n in range(0, _DISK_BYTES, 2 * length)])
+        starts = range(0, _DISK_BYTES, 2 * _STRIPE_BYTES)
+        edit.set_many("daily", [(start, _STRIPE_BYTES) for start in starts])
 
 
 def _tracked_stop(path: Path, seconds: float, is_shown: bool) -> _Stop:
-    """A stop after writes were tracked for some time."""
+    """A stop after writes were tracked, and the bitmap flushed, for some time."""
     with open(path, "r+") as image, image.track() as tracker:
         with _guest(tracker) as guest:
 
@@ -130,16 +156,26 @@ def _tracked_stop(path: Path, seconds: float, is_shown: bool) -> _Stop:
                 else:
                     time.sleep(seconds)
             time.sleep(_FLUSH_SECONDS)  # the pause comes when most has changed since a flush
-        begun = time.perf_counter()
-        report = tracker.stop()
-        return _Stop(report.bytes_written, report.barriers, time.perf_counter() - begun)
+        return _Stop.of(tracker)
+
+
+def _stop_that_stores_everything(path: Path, number: int) -> _Stop:
+    """A stop after something changed in every part of the bitmap, and nothing was flushed.
+
+    The changes are in the clean stripes, each time a granule farther in them than for the
+    ``number`` before.
+    """
+    with open(path, "r+") as image, image.track() as tracker:
+        for start in range(_STRIPE_BYTES, _DISK_BYTES, 2 * _STRIPE_BYTES):
+            tracker.mark(start + number * _GRANULARITY, _GRANULARITY)
+        return _Stop.of(tracker)
 
 
 class _Guest:
     """Writes at random places, as far as its tracker can tell.
 
     Attributes:
-        writes: how many there were so far.
+        writes: how many writes there were so far.
     """
 
     def __init__(self, tracker: Tracker) -> None:
@@ -147,14 +183,14 @@ class _Guest:
         self._tracker = tracker
 
     def run(self, is_paused: Event) -> None:
-        """Goes on until it is paused, or the tracker, which says why, has failed."""
+        """Writes until it is paused, or the tracker has failed, which then says why."""
         random, begun = Random(), time.monotonic()
         with suppress(StateError):
             while not is_paused.wait(0.01):
                 while self.writes < (time.monotonic() - begun) * _WRITES_PER_SECOND:
                     start = random.randrange(0, _DISK_BYTES, _WRITE_BYTES)
                     with self._tracker.writing(start, _WRITE_BYTES):
-                        self.writes += 1  # where others write data
+                        self.writes += 1  # where a server writes the data
 
 
 @contextmanager
@@ -171,7 +207,7 @@ def _guest(tracker: Tracker) -> Iterator[_Guest]:
 
 
 def _show(status: Callable[[], str], seconds: float) -> None:
-    """Shows how it goes each second: in a bar where tqdm is installed, else in lines."""
+    """Shows the status each second: in a bar where tqdm is installed, else in lines."""
     steps = math.ceil(seconds)
     try:
         progress = import_module("tqdm").tqdm(total=steps, unit="s")
@@ -185,23 +221,3 @@ def _show(status: Callable[[], str], seconds: float) -> None:
             else:
                 bar.set_postfix_str(status(), refresh=False)
                 bar.update()
-
-
-def _stop_that_stores_everything(path: Path) -> _Stop:
-    """What a stop takes that does not know what is stored already: only the writing of it."""
-    with open(path) as image:
-        (entry,) = image.directory
-    with closing(FileStorage(path, writable=True)) as storage:
-        file = ClusterFile(storage, force_share=True)
-        bitmap, size = TrackedBitmap.load(file, entry), file.cluster_size
-        data = [
-            Write(offset, (bitmap.bits.octets[number * size : (number + 1) * size],), "bitmap data")
-            for number, offset in enumerate(bitmap.words)
-        ]
-        flags = entry.flags.to_bytes(4, "big")
-        place = entry.offset + FIELD_OFFSETS["flags"]
-        end = Write(place, (flags,), "flags of the bitmap"), Barrier("a valid bitmap")
-        plan = Plan((*coalesce(data), Barrier("bitmap data"), *end))
-        begun = time.perf_counter()
-        execute(plan, storage, storage.size())
-        return _Stop(plan.length, plan.barriers, time.perf_counter() - begun)

@@ -5,133 +5,235 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Callable
+from typing import get_args
 
-from qcow2bm.api import Edit, Image, open
-from qcow2bm.cli import addressing
-from qcow2bm.cli.console import fail
-from qcow2bm.cli.facts import json_text
-from qcow2bm.cli.hints import explain
-from qcow2bm.clusters.plan import Barrier, Plan, Write
-from qcow2bm.errors import ImageLockedError, Qcow2BmError, StorageError
+from qcow2bm import Edit, Image, Op, open
+from qcow2bm.cli.arguments import (
+    EditingArguments,
+    Parser,
+    UsageError,
+    add_editing,
+    add_image,
+    byte_range,
+    size,
+)
+from qcow2bm.cli.images import find, new_name, open_to_edit
+from qcow2bm.cli.messages import about
+from qcow2bm.cli.output import print_dry_run
 
-SCHEMA = 1
+_EPILOG = """\
+NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
+a name that begins with @ is written with @@. Before names that begin with -, write --.
+Sizes are in bytes, or with k, M, G, T, P, E. START: without a length is all from there to the end
+of the disk.
+
+The change is atomic: after a failure or a loss of power at any time, all bitmaps are as before, or
+all are as after. Meanwhile no other process can use the image.
+
+exit status: 0 done; 1 the command failed, and all is as before unless the message says otherwise;
+64 wrong usage
+"""
+
+_REMOVE_EPILOG = """
+Stale bitmaps can only be removed with --all. Their clusters stay leaked: qemu-img check -r leaks
+frees them.
+"""
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Does one command; returns the exit status."""
-    work = _WORK[arguments.command]
-    try:
-        with open_to_edit(arguments) as image, image.edit(dry_run=arguments.dry_run) as edit:
-            work(arguments, image, edit)
-            plan = edit.plan() if arguments.dry_run else Plan()
-    except ValueError as error:
-        return fail(arguments.image, str(error))
-    except ImageLockedError as error:  # of reading, in a dry run or of another image
-        raise ImageLockedError(error.path, error.held, "writing") from error
-    except _OtherImageError as error:
-        return fail(arguments.other, str(error))
-    if arguments.dry_run:
-        print_plan(arguments, plan)
+class Arguments(EditingArguments):
+    """The values of the arguments of all these commands; each has some of them."""
+
+    image: str
+    name: str
+    names: list[str]
+    new: str
+    ranges: list[tuple[int, int | None]]
+    granularity: int | None
+    disabled: bool
+    all: bool
+    other: str | None
+    op: Op
+
+
+# Arguments
+
+
+def define(parser: Parser) -> None:
+    """Adds the arguments of one of the commands."""
+    (command,) = parser.path
+    parser.namespace = Arguments
+    parser.epilog = _EPILOG + (_REMOVE_EPILOG if command == "remove" else "")
+    add_image(parser, "a qcow2 file or block device that no other process uses")
+    _DEFINITIONS[command](parser)
+    add_editing(parser)
+
+
+def _define_add(parser: Parser) -> None:
+    parser.add_word("name", "NAME", "the name of the new bitmap")
+    _add_form(parser)
+
+
+def _define_copy(parser: Parser) -> None:
+    parser.add_word("name", "NAME", "the bitmap")
+    parser.add_word("new", "NEW", "the name of the copy")
+    _add_form(parser)
+
+
+def _add_form(parser: Parser) -> None:
+    parser.add_argument(
+        "--disabled", action="store_true", help="let the new bitmap record no writes"
+    )
+    parser.add_argument(
+        "-g",
+        "--granularity",
+        metavar="SIZE",
+        type=size,
+        help="how many bytes of the disk one bit of the new bitmap stands for",
+    )
+
+
+def _define_rename(parser: Parser) -> None:
+    parser.add_word("name", "NAME", "the bitmap")
+    parser.add_word("new", "NEW", "its new name")
+
+
+def _define_ranges(parser: Parser) -> None:
+    parser.add_word("name", "NAME", "the bitmap")
+    parser.add_word("ranges", "START:LENGTH", "ranges of the disk", "+", byte_range)
+
+
+def _define_merge(parser: Parser) -> None:
+    parser.add_word("name", "TARGET", "the bitmap that changes")
+    text = "the bitmaps that TARGET is combined with, one after the other"
+    parser.add_word("names", "SOURCE", text, "+")
+    parser.add_argument(
+        "--from", dest="other", metavar="OTHER_IMAGE", help="take the sources from this image"
+    )
+    parser.add_argument(
+        "--op", choices=get_args(Op), default="or", help="how to combine them; or is the default"
+    )
+
+
+def _define_remove(parser: Parser) -> None:
+    _add_names(parser, "remove all bitmaps")
+
+
+def _define_each(parser: Parser) -> None:
+    _add_names(parser, "change all bitmaps that are not in use")
+
+
+def _add_names(parser: Parser, text_of_all: str) -> None:
+    parser.add_word("names", "NAME", "the bitmaps; none with --all", "*")
+    parser.add_argument("--all", action="store_true", help=text_of_all)
+
+
+_DEFINITIONS: dict[str, Callable[[Parser], None]] = {
+    "add": _define_add,
+    "remove": _define_remove,
+    "clear": _define_each,
+    "enable": _define_each,
+    "disable": _define_each,
+    "rename": _define_rename,
+    "copy": _define_copy,
+    "set": _define_ranges,
+    "reset": _define_ranges,
+    "invert": _define_each,
+    "fit": _define_each,
+    "merge": _define_merge,
+}
+
+
+# Running
+
+
+def run(arguments: Arguments) -> int:
+    """Runs one of the commands; returns the exit status."""
+    if "all" in arguments and arguments.all == bool(arguments.names):
+        raise UsageError("give names, or --all")
+    plan = None
+    with (
+        about(arguments.image, ValueError),
+        open_to_edit(arguments.image, arguments) as image,
+        image.edit(dry_run=arguments.dry_run) as edit,
+    ):
+        _OPERATIONS[arguments.command](arguments, image, edit)
+        if arguments.dry_run:
+            plan = edit.plan()
+    if plan is not None:
+        print_dry_run(arguments, arguments.image, plan)
     return 0
 
 
-def print_plan(arguments: argparse.Namespace, plan: Plan) -> None:
-    """What a dry run shows."""
-    if arguments.output == "json":
-        _print_json(arguments.image, plan)
-    else:
-        _print_text(plan)
-
-
-class _OtherImageError(Exception):
-    """What is wrong with the image the sources of a merge are in."""
-
-
-def open_to_edit(arguments: argparse.Namespace) -> Image:
-    """The image a command edits, open for reading if it is a dry run; raises as `open` does."""
-    if arguments.dry_run:
-        return open(arguments.image, lock_timeout=arguments.wait)
-    wait, locking = arguments.wait, not arguments.no_lock
-    return open(arguments.image, "r+", lock_timeout=wait, locking=locking)
-
-
-def _add(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    name = addressing.new_name(arguments.name)
+def _add(arguments: Arguments, image: Image, edit: Edit) -> None:
+    name = new_name(arguments.name)
     edit.add(name, arguments.granularity, enabled=not arguments.disabled)
 
 
-def _remove(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
+def _remove(arguments: Arguments, image: Image, edit: Edit) -> None:
     if arguments.all:
         edit.remove_all()
     else:
         _each(Edit.remove)(arguments, image, edit)
 
 
-def _rename(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    name = addressing.find(image, arguments.name).name
-    edit.rename(name, addressing.new_name(arguments.new))
+def _rename(arguments: Arguments, image: Image, edit: Edit) -> None:
+    edit.rename(find(image, arguments.name).name, new_name(arguments.new))
 
 
-def _copy(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    name = addressing.find(image, arguments.name).name
+def _copy(arguments: Arguments, image: Image, edit: Edit) -> None:
+    name = find(image, arguments.name).name
     enabled = False if arguments.disabled else None
-    edit.copy(name, addressing.new_name(arguments.new), arguments.granularity, enabled)
+    edit.copy(name, new_name(arguments.new), arguments.granularity, enabled)
 
 
-def _set(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    edit.set_many(addressing.find(image, arguments.name).name, _ranges(arguments, image))
+def _set(arguments: Arguments, image: Image, edit: Edit) -> None:
+    edit.set_many(find(image, arguments.name).name, _ranges(arguments, image))
 
 
-def _reset(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    edit.reset_many(addressing.find(image, arguments.name).name, _ranges(arguments, image))
+def _reset(arguments: Arguments, image: Image, edit: Edit) -> None:
+    edit.reset_many(find(image, arguments.name).name, _ranges(arguments, image))
 
 
-def _ranges(arguments: argparse.Namespace, image: Image) -> list[tuple[int, int]]:
-    """The ranges given, those without a length up to the end of the disk."""
+def _ranges(arguments: Arguments, image: Image) -> list[tuple[int, int]]:
+    """The ranges; those without a length reach to the end of the disk."""
     return [
         (start, max(0, image.virtual_size - start) if length is None else length)
         for start, length in arguments.ranges
     ]
 
 
-def _merge(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
-    target = addressing.find(image, arguments.name).name
+def _merge(arguments: Arguments, image: Image, edit: Edit) -> None:
+    target = find(image, arguments.name).name
     if arguments.other is None or _is_same(arguments.other, arguments.image):
         for name in arguments.names:
-            edit.merge(target, addressing.find(image, name).name, arguments.op)
+            edit.merge(target, find(image, name).name, arguments.op)
         return
-    try:
-        with open(arguments.other, lock_timeout=arguments.wait) as other:
-            for name in arguments.names:
-                edit.merge(target, addressing.find(other, name), arguments.op)
-    except StorageError:
-        raise
-    except Qcow2BmError as error:
-        raise _OtherImageError(explain(error)) from error
+    with about(arguments.other), open(arguments.other, lock_timeout=arguments.wait) as other:
+        for name in arguments.names:
+            edit.merge(target, find(other, name), arguments.op)
 
 
 def _is_same(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-def _each(operation: Callable[[Edit, str], None]) -> Callable[..., None]:
+def _each(operation: Callable[[Edit, str], None]) -> Callable[[Arguments, Image, Edit], None]:
     """The same operation on each of several bitmaps."""
 
-    def work(arguments: argparse.Namespace, image: Image, edit: Edit) -> None:
+    def operate(arguments: Arguments, image: Image, edit: Edit) -> None:
         # All are looked up first: a number means an entry of the image as it was.
-        names = [addressing.find(image, name).name for name in arguments.names]
-        usable = (name for name in edit.names if not image.bitmaps[name].in_use)
-        for name in usable if arguments.all else names:
+        names = [find(image, name).name for name in arguments.names]
+        if arguments.all:
+            names = [name for name in edit.names if not image.bitmaps[name].in_use]
+        for name in names:
             operation(edit, name)
 
-    return work
+    return operate
 
 
-_WORK: dict[str, Callable[[argparse.Namespace, Image, Edit], None]] = {
+_OPERATIONS: dict[str, Callable[[Arguments, Image, Edit], None]] = {
     "add": _add,
     "remove": _remove,
     "clear": _each(Edit.clear),
@@ -145,40 +247,3 @@ _WORK: dict[str, Callable[[argparse.Namespace, Image, Edit], None]] = {
     "fit": _each(Edit.fit),
     "merge": _merge,
 }
-
-
-def _print_text(plan: Plan) -> None:
-    if not plan.steps:
-        print("nothing to write: the bitmaps are like that already")
-        return
-    print(
-        f"{plan.length} bytes in {len(plan.writes)} write{'s' * (len(plan.writes) != 1)}, "
-        f"{plan.barriers} barrier{'s' * (plan.barriers != 1)}; nothing was written"
-    )
-    print(f"{'offset':>14}  {'bytes':>10}")
-    for number, step in enumerate(plan.steps):
-        if isinstance(step, Barrier):
-            print(f"{'':>14}  {'barrier':>10}  {step.what}")
-        else:
-            mark = "  <- commit" if number == plan.commit_point else ""
-            print(f"{step.offset:#14x}  {step.length:>10}  {step.what}{mark}")
-
-
-def _print_json(name: str, plan: Plan) -> None:
-    document = {"schema": SCHEMA, "filename": json_text(name), **plan_as_json(plan)}
-    print(json.dumps(document, indent=1))
-
-
-def plan_as_json(plan: Plan) -> dict[str, object]:
-    """A plan, for programs."""
-    steps = [
-        {
-            "type": "barrier" if plan.is_barrier(number) else "write",
-            "what": step.what,
-            "offset": step.offset if isinstance(step, Write) else None,
-            "length": step.length if isinstance(step, Write) else None,
-            "commit": number == plan.commit_point,
-        }
-        for number, step in enumerate(plan.steps)
-    ]
-    return {"bytes": plan.length, "barriers": plan.barriers, "steps": steps}

@@ -5,20 +5,54 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
-from qcow2bm.api import Bitmap
-from qcow2bm.cli import addressing, report
+from qcow2bm import Bitmap, open
+from qcow2bm.cli import output
+from qcow2bm.cli.arguments import (
+    OutputArguments,
+    Parser,
+    ReadingArguments,
+    add_image,
+    add_output,
+    add_reading,
+)
+from qcow2bm.cli.images import find
+from qcow2bm.cli.messages import about
 
 DESCRIPTIONS = ("clean", "dirty")
 
 
-def run(arguments: argparse.Namespace) -> int:
+class Arguments(OutputArguments, ReadingArguments):
+    """The values of the arguments of ``map``."""
+
+    image: str
+    name: str
+    totals: bool
+    dirty: bool
+
+
+def define(parser: Parser) -> None:
+    """Adds the arguments."""
+    parser.namespace = Arguments
+    add_image(parser)
+    parser.add_word("name", "NAME", "the bitmap")
+    add_output(parser)
+    add_reading(parser)
+    parser.add_argument(
+        "--totals", action="store_true", help="print only how much is dirty and how much is clean"
+    )
+    parser.add_argument("--dirty", action="store_true", help="leave out what is clean")
+
+
+def run(arguments: Arguments) -> int:
     """Prints the map; returns the exit status."""
-    with report.open_image(arguments) as image:
-        bitmap = addressing.find(image, arguments.name)
+    with (
+        about(arguments.image),
+        open(arguments.image, force_share=arguments.force_share) as image,
+    ):
+        bitmap = find(image, arguments.name)
         problems = image.problems
         if arguments.totals:
             _print_totals(bitmap, image.virtual_size, arguments)
@@ -27,15 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _print_lines(bitmap, image.virtual_size, dirty_only=arguments.dirty)
     if not arguments.quiet:
-        report.warn(image.name, problems)
-    return report.status(problems)
+        output.warn_of(image.name, problems)
+    return output.status_of(problems)
 
 
-def _print_totals(bitmap: Bitmap, virtual_size: int, arguments: argparse.Namespace) -> None:
+def _print_totals(bitmap: Bitmap, virtual_size: int, arguments: Arguments) -> None:
     dirty = bitmap.count()
     lines = []
     for kind, size in enumerate((virtual_size - dirty, dirty)):
-        percent = 100 * size / virtual_size if virtual_size else 0.0
+        percent = output.percent(size, virtual_size)
         description = DESCRIPTIONS[kind]
         if arguments.dirty and not kind:
             continue
@@ -73,15 +107,18 @@ def _print_json(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None:
         ends.pop(0)
     printer = RowPrinter(b',\n{ "offset": ', b', "length": ', tuple(ends), virtual_size)
     rows = _dirty(bitmap) if dirty_only else _alternating(bitmap, virtual_size)
-    report.write_rows(b"[", printer, rows, b"\n]\n")
+    output.write_rows(b"[", printer, rows, b"\n]\n")
 
 
-def _dirty(bitmap: Bitmap) -> report.Rows:
+def _dirty(bitmap: Bitmap) -> output.Rows:
     return ((extents[:, 0], extents[:, 1], 0) for extents in bitmap.extents())
 
 
-def _alternating(bitmap: Bitmap, virtual_size: int) -> report.Rows:
-    """Clean and dirty ranges in turn over the whole disk; the number is 0 if it begins clean."""
+def _alternating(bitmap: Bitmap, virtual_size: int) -> output.Rows:
+    """Clean and dirty ranges in turn over the whole disk, as pieces: starts, lengths, phase.
+
+    The phase is 0 if the piece begins with a clean range, 1 if with a dirty one.
+    """
     import numpy as np
 
     end = 0

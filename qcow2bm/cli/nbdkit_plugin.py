@@ -1,15 +1,31 @@
-"""The command ``nbdkit-plugin``: where the script is that nbdkit runs."""
+"""The command ``nbdkit-plugin``: the path of the script that nbdkit runs."""
 
 from __future__ import annotations
 
-import argparse
-import os
+from importlib.util import find_spec
+from pathlib import Path
 
-from qcow2bm import serve
+from qcow2bm.cli.arguments import Arguments, Parser
+
+_EPILOG = """\
+The plugin serves the raw data file of an image that was made with data_file_raw=on and
+preallocation=metadata:
+
+  nbdkit python "$(qcow2bm nbdkit-plugin)" image=vm.qcow2 data=vm.raw
+
+Further parameters: bitmaps=NAME,NAME...  bitmap=NAME  others=mark-in-use  flush-interval=SECONDS
+"""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def define(parser: Parser) -> None:
+    """Sets the end of the help; there are no arguments."""
+    parser.epilog = _EPILOG
+
+
+def run(arguments: Arguments) -> int:
     """Prints the path; returns the exit status."""
-    folder = os.path.dirname(os.path.abspath(serve.__file__))
-    print(os.path.join(folder, "nbdkit_plugin.py"))
+    script = find_spec("qcow2bm.serve.nbdkit_plugin")  # nbdkit alone can import it
+    assert script
+    assert script.origin
+    print(Path(script.origin).absolute())
     return 0

@@ -5,145 +5,209 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from qcow2bm.api import repair as api
-from qcow2bm.cli import files, report
-from qcow2bm.cli.console import fail, say
-from qcow2bm.cli.edit import plan_as_json, print_plan
-from qcow2bm.cli.facts import count, json_text
-from qcow2bm.errors import ImageLockedError, StateError, StorageError
-from qcow2bm.format.undo_file import UndoLog, build_seal, build_undo, parse_undo
-from qcow2bm.storage.new_file import append, require_new, write_new
+from qcow2bm import (
+    Lost,
+    Repair,
+    StateError,
+    UndoFile,
+    parse_undo,
+    plan_repair,
+    plan_undo,
+    repair,
+    undo,
+)
+from qcow2bm.cli import files, output
+from qcow2bm.cli.arguments import EditingArguments, Parser, add_editing, add_image
+from qcow2bm.cli.messages import CommandError, about, say
+from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted
 from qcow2bm.units import escape
 
-if TYPE_CHECKING:
-    from qcow2bm.checking.repair import Lost, Repair
-
-SCHEMA = 1
+SCHEMA = 2
+"""The version of the description of what ``repair`` prints; 1 had "mended" for "repaired"."""
 
 _MOST_LISTED = 16
 
+_REPAIR_EPILOG = """\
+What can be proved right is repaired. A bitmap that cannot be proved right is dropped, and a line
+says so: "lost: NAME (why)". Sound bitmaps stay as they are. FILE must not exist; it is on the disk
+before anything else is written.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Does one of the commands; returns the exit status."""
-    return _undo(arguments) if arguments.command == "undo" else _repair(arguments)
+exit status: 0 repaired, or nothing to repair; 1 the command failed, and all is as before unless the
+message says otherwise; 2 some problems are left, or in a dry run: there is something to repair; 64
+wrong usage
+"""
+
+_UNDO_EPILOG = """\
+If the image is not as the repair left it, nothing is changed. If the command is interrupted, repeat
+it.
+
+exit status: 0 all is as before the repair; 1 the command failed; 64 wrong usage
+"""
 
 
-def _repair(arguments: argparse.Namespace) -> int:
-    wait, lossless, only = arguments.wait, arguments.lossless, arguments.only or None
+class Arguments(EditingArguments):
+    """The values of the arguments of ``repair``."""
+
+    image: str
+    undo: str | None
+    no_undo: bool
+    lossless: bool
+    only: list[str]
+
+
+class UndoArguments(EditingArguments):
+    """The values of the arguments of ``undo``."""
+
+    image: str
+    file: str
+    is_unchanged: bool
+
+
+def define(parser: Parser) -> None:
+    """Adds the arguments of one of the commands."""
+    (_define_undo if parser.path == ("undo",) else _define_repair)(parser)
+
+
+def _define_repair(parser: Parser) -> None:
+    parser.namespace = Arguments
+    parser.epilog = _REPAIR_EPILOG
+    add_image(parser, "a qcow2 file or block device that no other process uses")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--undo", metavar="FILE", help="keep in FILE what undo needs")
+    way.add_argument("--no-undo", action="store_true", help="keep nothing for undo")
+    add_editing(parser, way.add_argument)
+    parser.add_argument("--lossless", action="store_true", help="do only what drops no bitmap")
+    parser.add_argument(
+        "--only",
+        metavar="ID",
+        action="append",
+        default=[],
+        choices=("directory", "tails", "refcounts", "stale"),
+        help="do only this repair, as check names it; can be repeated",
+    )
+
+
+def _define_undo(parser: Parser) -> None:
+    parser.namespace = UndoArguments
+    parser.epilog = _UNDO_EPILOG
+    add_image(parser, "the image that was repaired")
+    parser.add_word("file", "FILE", "the file that the repair wrote, or -")
+    parser.add_argument(
+        "--assert-unchanged",
+        dest="is_unchanged",
+        action="store_true",
+        help="undo it even if nothing proves that the image was not written to since: you know "
+        "that it was not",
+    )
+    add_editing(parser)
+
+
+def run(arguments: Arguments | UndoArguments) -> int:
+    """Runs one of the commands; returns the exit status."""
+    with about(arguments.image):
+        return _undo(arguments) if isinstance(arguments, UndoArguments) else _repair(arguments)
+
+
+def _repair(arguments: Arguments) -> int:
+    file = UndoFile(arguments.undo) if arguments.undo is not None else None
     if arguments.dry_run:
-        try:
-            done = api.plan_repair(arguments.image, lossless=lossless, only=only, lock_timeout=wait)
-        except ImageLockedError as error:  # of reading, which is not what is wanted
-            raise ImageLockedError(error.path, error.held, "writing") from error
-    else:
-        keep = None
-        if arguments.undo is not None:
-            require_new(arguments.undo)
-            keep = _keeper(arguments.undo)
-        locking = not arguments.no_lock
-        done = api.repair(
+        done = plan_repair(
             arguments.image,
-            keep,
-            lossless=lossless,
-            only=only,
-            lock_timeout=wait,
-            locking=locking,
+            lossless=arguments.lossless,
+            only=arguments.only or None,
+            lock_timeout=arguments.wait,
         )
+    else:
+        done = repair(
+            arguments.image,
+            file,
+            lossless=arguments.lossless,
+            only=arguments.only or None,
+            lock_timeout=arguments.wait,
+            locking=not arguments.no_lock,
+        )
+    if file and file.fault:
+        say(f"warning: {file.fault}; the image is repaired, undo will need --assert-unchanged")
     if arguments.output == "json":
-        print(json.dumps(_document(arguments, done), indent=1))
+        output.print_json(_document(arguments, done))
     else:
         _print(arguments, done)
-    return report.PROBLEMS_FOUND if done.left or (arguments.dry_run and done.plan.steps) else 0
+    is_needed = arguments.dry_run and done.plan.steps
+    return output.PROBLEMS_FOUND if done.left or is_needed else 0
 
 
-def _keeper(path: str) -> Callable[[UndoLog], Callable[[int], None]]:
-    def keep(undo: UndoLog) -> Callable[[int], None]:
-        write_new(path, build_undo(undo))
-        return lambda mtime_ns: _seal(path, mtime_ns)
-
-    return keep
-
-
-def _seal(path: str, mtime_ns: int) -> None:
-    """Notes the time of the last write; without it the way back needs somebody's word."""
-    if os.path.isfile(path):
-        try:
-            append(path, build_seal(mtime_ns))
-        except StorageError as error:
-            say(f"warning: {error}; the image is repaired, undo will need --assert-unchanged")
-
-
-def _document(arguments: argparse.Namespace, done: Repair) -> dict[str, object]:
+def _document(arguments: Arguments, done: Repair) -> Document:
+    repaired, left = (
+        [{"id": found.id, "message": json_text(found.message)} for found in problems]
+        for problems in (done.mended, done.left)
+    )
     return {
-        "schema": SCHEMA,
-        "filename": json_text(arguments.image),
+        **output.head(arguments.image, schema=SCHEMA),
         "dry-run": arguments.dry_run,
         "lost": [
-            {"name": None if name is None else json_text(name), "reason": json_text(reason)}
+            {"name": json_text_or_null(name), "reason": json_text(reason)}
             for name, reason in done.lost
         ],
-        "renamed": [{"name": json_text(a), "new-name": json_text(b)} for a, b in done.renamed],
-        "mended": [{"id": found.id, "message": json_text(found.message)} for found in done.mended],
-        "left": [{"id": found.id, "message": json_text(found.message)} for found in done.left],
+        "renamed": [
+            {"name": json_text(old), "new-name": json_text(new)} for old, new in done.renamed
+        ],
+        "repaired": repaired,
+        "left": left,
         "leaked-clusters": done.leaked_clusters,
-        "plan": plan_as_json(done.plan),
+        "plan": output.plan_as_json(done.plan),
     }
 
 
-def _print(arguments: argparse.Namespace, done: Repair) -> None:
+def _print(arguments: Arguments, done: Repair) -> None:
     for lost in done.lost:
         print(f"lost: {_name(lost)} ({lost.reason})")
     for old, new in done.renamed:
-        print(f'renamed: "{escape(old)}" to "{escape(new)}"')
-    what = "to mend" if arguments.dry_run else "mended"
+        print(f"renamed: {quoted(old)} to {quoted(new)}")
+    what = "to repair" if arguments.dry_run else "repaired"
     for found in done.mended[:_MOST_LISTED]:
         print(f"{what}: {found.message} ({found.id})")
     if len(done.mended) > _MOST_LISTED:
         print(f"{what}: {count(len(done.mended) - _MOST_LISTED, 'more problem')}")
     for found in done.left:
         print(f"left: {found.message} ({found.id})")
-    if arguments.dry_run and done.plan.steps:
-        print_plan(arguments, done.plan)
-    elif not done.plan.steps:
-        print("nothing was changed" if done.left else "nothing to mend")
+    if not done.plan.steps:
+        print("nothing was changed" if done.left else "nothing to repair")
+    elif arguments.dry_run:
+        output.print_plan(done.plan)
     else:
-        print("mended" if not done.left else f"mended but for {count(len(done.left), 'problem')}")
+        left = f", but {count(len(done.left), 'problem')} left" if done.left else ""
+        print(f"repaired{left}")
         if arguments.undo is not None:
-            print(
-                f"to take it back: qcow2bm undo {escape(arguments.image)} {escape(arguments.undo)}"
-            )
+            words = f"{escape(arguments.image)} {escape(arguments.undo)}"
+            print(f"to take it back: qcow2bm undo {words}")
 
 
 def _name(lost: Lost) -> str:
-    return "bitmaps of unknown name" if lost.name is None else f'"{escape(lost.name)}"'
+    return "bitmaps of unknown name" if lost.name is None else quoted(lost.name)
 
 
-def _undo(arguments: argparse.Namespace) -> int:
-    image = arguments.image
-    with files.named(arguments, arguments.file):
-        undo = parse_undo(b"".join(files.pieces(arguments.file)))
+def _undo(arguments: UndoArguments) -> int:
+    with about(files.name_of(arguments.file)):
+        changes = parse_undo(b"".join(files.read_pieces(arguments.file)))
     try:
         if arguments.dry_run:
-            wait, word = arguments.wait, arguments.is_unchanged
-            print_plan(arguments, api.plan_undo(image, undo, is_asserted=word, lock_timeout=wait))
+            plan = plan_undo(
+                arguments.image,
+                changes,
+                is_asserted=arguments.is_unchanged,
+                lock_timeout=arguments.wait,
+            )
+            output.print_dry_run(arguments, arguments.image, plan)
             return 0
-        is_done = api.undo(
-            image,
-            undo,
+        is_changed = undo(
+            arguments.image,
+            changes,
             is_asserted=arguments.is_unchanged,
             lock_timeout=arguments.wait,
             locking=not arguments.no_lock,
         )
     except StateError as error:
         cure = "" if arguments.is_unchanged else "; if you know better: --assert-unchanged"
-        return fail(image, f"{error}{cure}")
-    except ImageLockedError as error:
-        raise ImageLockedError(error.path, error.held, "writing") from error
-    print("all is as before the repair" if is_done else "nothing to take back")
+        raise CommandError(arguments.image, f"{error}{cure}") from error
+    print("all is as before the repair" if is_changed else "nothing to take back")
     return 0

@@ -5,161 +5,202 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from qcow2bm.cli import report, rescue_json
-from qcow2bm.cli.console import fail
-from qcow2bm.cli.facts import count, size
-from qcow2bm.qmp.rescue import Monitor
-from qcow2bm.units import escape, format_size
+from qcow2bm import rescue
+from qcow2bm.cli import rescue_output
+from qcow2bm.cli.arguments import (
+    Arguments,
+    EditingArguments,
+    OutputArguments,
+    Parser,
+    add_editing,
+    add_image,
+    add_output,
+)
+from qcow2bm.cli.images import open_to_edit
+from qcow2bm.cli.messages import about
+from qcow2bm.cli.output import PROBLEMS_FOUND, print_json
 
-if TYPE_CHECKING:
-    from qcow2bm.qmp.rescue import Settlement
+_EPILOG = """\
+exit status: 0 fine; 1 the command failed; 2 done, but a bitmap is lost, in doubt, or was left as it
+was; 64 wrong usage
+"""
 
-_OUTCOMES = {"rescued": "rescued", "copied": "rescued, by a copy", "planned": "would be rescued"}
-_FATES = {"all-dirty": "dirty all over", "in-doubt": "may miss writes"}
+_QMP_EPILOG = f"""\
+SOCKET is the path of the VM's QMP socket, or HOST:PORT. No other program can be connected to it,
+since QEMU serves one at a time.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Does one of the commands; returns the exit status."""
-    if arguments.action == "finish":
-        return _finish(arguments)
-    try:
-        with Monitor(arguments.image) as monitor:
-            return _OVER_QMP[arguments.action](arguments, monitor)
-    except ValueError as error:
-        return fail(arguments.image, str(error))
+{_EPILOG}"""
 
 
-def _start(arguments: argparse.Namespace, monitor: Monitor) -> int:
-    from qcow2bm.qmp.rescue import lift_vetoes
+class QmpArguments(OutputArguments):
+    """The values of arguments that all commands but ``rescue finish`` have."""
 
-    done = lift_vetoes(monitor, arguments.nodes, dry_run=arguments.dry_run)
+    qmp: str
+    nodes: list[str]
+
+
+class StartArguments(QmpArguments):
+    """The values of the arguments of ``rescue start``."""
+
+    dry_run: bool
+
+
+class ArmArguments(QmpArguments):
+    """The values of the arguments of ``rescue arm``."""
+
+    set: bool
+
+
+class VerdictArguments(QmpArguments):
+    """The values of the arguments of ``rescue verdict``."""
+
+    remedy: rescue.Remedy | None
+
+
+class FinishArguments(EditingArguments):
+    """The values of the arguments of ``rescue finish``."""
+
+    image: str
+
+
+def define(parser: Parser) -> None:
+    """Adds the commands with their second words."""
+    summary = "after a migration that failed: let QEMU store its persistent bitmaps again"
+    parser.add_command("start", summary, _define_start)
+    summary = "before a migration: add a sentinel, which tells if another VM touches the disk"
+    parser.add_command("arm", summary, _define_arm)
+    summary = "after an armed migration that came back: say if another VM touched the disk"
+    parser.add_command("verdict", summary, _define_verdict)
+    summary = "after the VM is off: finish in the image what rescue start could not finish"
+    parser.add_command("finish", summary, _define_finish)
+
+
+def _define_start(parser: Parser) -> None:
+    parser.namespace = StartArguments
+    _add_qmp(parser)
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be rescued")
+
+
+def _define_arm(parser: Parser) -> None:
+    parser.namespace = ArmArguments
+    _add_qmp(parser)
+    parser.add_argument("--set", action="store_true", help="set the block-bitmap-mapping, too")
+
+
+def _define_verdict(parser: Parser) -> None:
+    parser.namespace = VerdictArguments
+    _add_qmp(parser)
+    remedies = parser.add_mutually_exclusive_group()
+    remedies.add_argument(
+        "--remove",
+        dest="remedy",
+        action="store_const",
+        const="remove",
+        help="remove the bitmaps that may miss writes",
+    )
+    remedies.add_argument(
+        "--all-dirty",
+        dest="remedy",
+        action="store_const",
+        const="all-dirty",
+        help="make all of the bitmaps dirty that may miss writes",
+    )
+
+
+def _define_finish(parser: Parser) -> None:
+    parser.namespace = FinishArguments
+    parser.epilog = _EPILOG
+    add_image(parser, "the image that the VM ran on, when the VM is off")
+    add_editing(parser)
+
+
+def _add_qmp(parser: Parser) -> None:
+    parser.epilog = _QMP_EPILOG
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", required=True, help="the QMP socket on which the VM listens"
+    )
+    parser.add_argument(
+        "--node",
+        dest="nodes",
+        metavar="NODE",
+        action="append",
+        default=[],
+        help="only this node or device of the VM; can be repeated; by default all that have to do "
+        "with it",
+    )
+    add_output(parser)
+
+
+def run(arguments: Arguments) -> int:
+    """Runs one of the commands; returns the exit status."""
+    return _RUN[arguments.action](arguments)
+
+
+def _start(arguments: StartArguments) -> int:
+    with about(arguments.qmp, ValueError), rescue.Monitor(arguments.qmp) as monitor:
+        done = rescue.lift_vetoes(monitor, arguments.nodes, dry_run=arguments.dry_run)
     if arguments.output == "json":
-        _print(rescue_json.of_start(arguments.image, done, dry_run=arguments.dry_run))
+        dry_run = arguments.dry_run
+        print_json(rescue_output.start_as_json(arguments.qmp, done, dry_run=dry_run))
     else:
-        for one in done.bitmaps:
-            bitmap, outcome = one.bitmap, _OUTCOMES.get(one.outcome, one.outcome)
-            proof = f", {size(bitmap.dirty_bytes)} dirty, verified by {one.proof}"
-            more = f": {one.reason}" if one.reason else proof if one.proof else ""
-            print(f"{_place(bitmap.node, bitmap.name)} {outcome}{more}")
-        safe = sum(one.is_safe for one in done.bitmaps)
-        print(f"{safe} of {count(len(done.bitmaps), 'persistent bitmap')}", end=" ")
-        print("would be rescued" if arguments.dry_run else "will be stored when the VM quits")
-        if safe:
-            print("(which of them QEMU would have dropped cannot be seen: all are treated alike)")
-        if safe < len(done.bitmaps):
-            print("of the others nothing is promised, not even that they are not stored")
-        if done.migration in ("completed", "failed"):
-            print(
-                f"note: the last migration {done.migration}. If another machine ran on the disks, "
-                "the bitmaps may miss what it wrote: only rescue verdict can tell, where armed"
-            )
+        rescue_output.print_start(done, dry_run=arguments.dry_run)
     return _status(not one.is_safe for one in done.bitmaps)
 
 
-def _arm(arguments: argparse.Namespace, monitor: Monitor) -> int:
-    from qcow2bm.qmp.rescue import arm
-
-    done = arm(monitor, arguments.nodes, set_mapping=arguments.set)
+def _arm(arguments: ArmArguments) -> int:
+    with about(arguments.qmp, ValueError), rescue.Monitor(arguments.qmp) as monitor:
+        done = rescue.arm(monitor, arguments.nodes, set_mapping=arguments.set)
     if arguments.output == "json":
-        _print(rescue_json.of_arming(arguments.image, done))
+        print_json(rescue_output.arm_as_json(arguments.qmp, done))
     else:
-        for node in done.nodes:
-            state = "armed" if node.is_new else "was armed already"
-            granularity = format_size(node.granularity)
-            print(f'node "{escape(node.node)}" {state}: {escape(node.sentinel)}, {granularity}')
-        for bitmap, reason in done.obstacles:
-            place = _place(bitmap.node, bitmap.name)
-            print(f"QEMU will refuse to migrate: {place} is {reason}")
-        for bitmap in done.left_out:
-            place = _place(bitmap.node, bitmap.name)
-            print(f"note: the mapping leaves out {place}, which stays here")
-        if not done.mapping and not done.nodes:
-            print("nothing to arm: no node has persistent bitmaps")
-        elif done.is_set:
-            print("the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps")
-        else:
-            command = {
-                "execute": "migrate-set-parameters",
-                "arguments": {"block-bitmap-mapping": done.mapping},
-            }
-            print("not armed yet: set this, and run it again; or let --set do it")
-            print(json.dumps(command))
+        rescue_output.print_arm(done)
     return _status([*done.obstacles, *([] if done.is_set else done.mapping)])
 
 
-def _verdict(arguments: argparse.Namespace, monitor: Monitor) -> int:
-    from qcow2bm.qmp.rescue import judge, settle
-
-    found = judge(monitor, arguments.nodes)
+def _verdict(arguments: VerdictArguments) -> int:
+    is_for_people = arguments.output == "human"
     done = []
-    for verdict in found.nodes:
-        if arguments.output == "human":  # before anything is done that takes the evidence away
-            place = f'node "{escape(verdict.node.name)}"'
-            print(f"{place} {verdict.word}: {verdict.reason}", flush=True)
-        done.append(settle(monitor, verdict, arguments.remedy))
-        if arguments.output == "human":
-            _print_settled(done[-1], found.migration)
-    is_in_the_dark = not done and found.migration == "completed"
-    if arguments.output == "json":
-        _print(rescue_json.of_verdicts(arguments.image, found.migration, done))
+    with about(arguments.qmp, ValueError), rescue.Monitor(arguments.qmp) as monitor:
+        found = rescue.judge(monitor, arguments.nodes)
+        for verdict in found.nodes:
+            if is_for_people:  # before the evidence is removed
+                rescue_output.print_verdict(verdict)
+            done.append(rescue.settle(monitor, verdict, arguments.remedy))
+            if is_for_people:
+                rescue_output.print_settlement(done[-1], found.migration)
+    is_unguarded = not done and found.migration == "completed"
+    if not is_for_people:
+        print_json(rescue_output.verdicts_as_json(arguments.qmp, found.migration, done))
     elif not done:
-        print("no node is armed" + (_DARK if is_in_the_dark else ""))
-    return _status([is_in_the_dark, *(not one.is_safe for one in done)])
+        rescue_output.print_no_verdict(is_unguarded=is_unguarded)
+    return _status([is_unguarded, *(not one.is_safe for one in done)])
 
 
-_DARK = """, though the last migration completed
-go by what rescue verdict said before; if it said nothing, and another machine ran on the disks,
-their bitmaps may miss what it wrote: remove them, and take full backups"""
-
-
-def _print_settled(done: Settlement, migration: str) -> None:
-    verdict = done.verdict
-    if done.obstacle:
-        print(f"  nothing was done: {done.obstacle}")
-    for bitmap, fate, reason in done.bitmaps:
-        more = f": {reason}" if reason else ""
-        print(f'  "{escape(bitmap.name)}" {_FATES.get(fate, fate)}{more}')
-    if verdict.is_bad and done.is_armed and not done.obstacle:
-        print("  decide before it quits, or these are stored as valid: --remove or --all-dirty")
-    if verdict.word == "touched":
-        print("  what the guest remembers of the disk may be wrong: shut it down when you decided")
-    if verdict.word == "untouched" and migration in ("cancelled", "failed") and not done.is_armed:
-        print("  now run rescue start")
-
-
-def _finish(arguments: argparse.Namespace) -> int:
-    from qcow2bm.cli.edit import open_to_edit
-    from qcow2bm.qmp.rescue import rename_copies
-
-    with open_to_edit(arguments) as image, image.edit(dry_run=arguments.dry_run) as edit:
-        done = rename_copies(image, edit)
+def _finish(arguments: FinishArguments) -> int:
+    with (
+        about(arguments.image),
+        open_to_edit(arguments.image, arguments) as image,
+        image.edit(dry_run=arguments.dry_run) as edit,
+    ):
+        done = rescue.rename_copies(image, edit)
     if arguments.output == "json":
-        _print(rescue_json.of_finish(arguments.image, done, dry_run=arguments.dry_run))
+        dry_run = arguments.dry_run
+        print_json(rescue_output.finish_as_json(arguments.image, done, dry_run=dry_run))
     else:
-        if not done:
-            print("nothing to finish")
-        for one in done:
-            renamed = "would be renamed to" if arguments.dry_run else "renamed to"
-            what = f'{renamed} "{escape(one.name)}"' if not one.reason else f"left: {one.reason}"
-            print(f'"{escape(one.copy)}" {what}')
+        rescue_output.print_finish(done, dry_run=arguments.dry_run)
     return _status(one.outcome == "left" for one in done)
 
 
-_OVER_QMP = {"start": _start, "arm": _arm, "verdict": _verdict}
-
-
 def _status(faults: Iterable[object]) -> int:
-    return report.PROBLEMS_FOUND if any(faults) else 0
+    return PROBLEMS_FOUND if any(faults) else 0
 
 
-def _place(node: str, name: str) -> str:
-    return f'"{escape(name)}" of node "{escape(node)}"'
-
-
-def _print(document: dict[str, object]) -> None:
-    print(json.dumps(document, indent=1))
+_RUN: dict[str, Callable[[Any], int]] = {
+    "start": _start,
+    "arm": _arm,
+    "verdict": _verdict,
+    "finish": _finish,
+}

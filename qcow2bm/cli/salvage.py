@@ -1,227 +1,201 @@
-"""The command ``salvage``: a bitmap that is in_use or stale is made valid again.
+"""The command ``salvage``: makes a bitmap that is in_use or stale valid again.
 
 *Spec*: spec/repair.md, "Salvage".
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from qcow2bm.api import Image
-from qcow2bm.bitmaps.status import INCONSISTENT
-from qcow2bm.cli import addressing
-from qcow2bm.cli.console import fail, say
-from qcow2bm.cli.edit import open_to_edit, plan_as_json, print_plan
-from qcow2bm.cli.facts import json_text, size
-from qcow2bm.cli.progress import progress
-from qcow2bm.clusters.plan import Plan
-from qcow2bm.errors import ImageLockedError
+from qcow2bm import ComparisonError, Image, Plan
+from qcow2bm.cli import output
+from qcow2bm.cli.arguments import (
+    EditingArguments,
+    Parser,
+    UsageError,
+    add_editing,
+    add_image,
+)
+from qcow2bm.cli.images import find, open_to_edit
+from qcow2bm.cli.messages import CommandError, about, progress, say
+from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.compare.content import Content, Identity
-    from qcow2bm.compare.qemu_nbd import ServedContent
-    from qcow2bm.storage.interface import Storage
+    from qcow2bm import compare
 
-SCHEMA = 1
+_EPILOG = """\
+With --compare the bitmap gets exactly what differs between OLD and NEW. OLD must be what the last
+backup restores to: the full backup with all increments. NEW is what the disk holds now: IMAGE
+itself, or its data file. Each is a raw file or block device, or a qcow2 image, which is read with
+qemu-nbd. IMAGE is locked meanwhile.
 
-_CONTAINERS = {
-    b"QFI\xfb": "qcow2",
-    b"KDMV": "VMDK",
-    b"# Disk DescriptorFile": "VMDK",
-    b"vhdxfile": "VHDX",
-    b"conectix": "VHD",
-    b"<<< ": "VDI",
-    b"QED\0": "QED",
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xfd7zXZ\0": "xz",
-    b"WithoutFreeSpace": "Parallels",
-    b"WithouFreSpacExt": "Parallels",
-}
+With --trust-stale every write since the bitmap was last stored is missing from it: use it only if
+you know that there was none.
+
+There is no undo. The change is atomic, as that of every edit. If the bitmaps are stale, the others
+become inconsistent: salvage them next, or remove them.
+
+exit status: 0 done; 1 the command failed, and all is as before unless the message says otherwise;
+64 wrong usage
+"""
 
 
-_SAME = "is not the last backup, but the disk that is compared with it, or on top of it"
+class Arguments(EditingArguments):
+    """The values of the arguments of ``salvage``."""
+
+    image: str
+    name: str
+    all_dirty: bool
+    compared: tuple[str, str] | None
+    trust_stale: bool
+    old_format: compare.DiskFormat | None
+    new_format: compare.DiskFormat | None
+    is_current: bool
 
 
-class _InputError(Exception):
-    """What is wrong with one of the two that are to be compared: (name, what)."""
+def define(parser: Parser) -> None:
+    """Adds the arguments."""
+    parser.namespace = Arguments
+    parser.epilog = _EPILOG
+    add_image(parser, "a qcow2 file or block device that no other process uses")
+    parser.add_word("name", "NAME", "the bitmap")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument(
+        "--all-dirty", action="store_true", help="make all of it dirty: the next backup saves all"
+    )
+    way.add_argument(
+        "--compare",
+        dest="compared",
+        metavar=("OLD", "NEW"),
+        nargs=2,
+        help="make dirty what differs between the last backup and the disk",
+    )
+    way.add_argument(
+        "--trust-stale",
+        action="store_true",
+        help="keep the bits that are stored, though writes may be missing from them",
+    )
+    for which, metavar in (("old", "OLD"), ("new", "NEW")):
+        parser.add_argument(
+            f"--{which}-format",
+            choices=("raw", "qcow2"),
+            help=f"the format of {metavar}; needed if {metavar} begins like a qcow2 image",
+        )
+    parser.add_argument(
+        "--assert-current",
+        dest="is_current",
+        action="store_true",
+        help="compare with NEW although it is neither IMAGE nor its data file: you know that it is "
+        "what the disk holds now",
+    )
+    add_editing(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: Arguments) -> int:
     """Salvages a bitmap; returns the exit status."""
-    if not arguments.compare and (
+    if not arguments.compared and (
         arguments.old_format or arguments.new_format or arguments.is_current
     ):
-        arguments.parser.error("--old-format, --new-format and --assert-current are of --compare")
-    try:
-        with open_to_edit(arguments) as image:
-            name = addressing.find(image, arguments.name).name
-            plan = _salvage(arguments, image, name)
-            if arguments.output == "json":
-                print(json.dumps(_document(arguments, image, name, plan), indent=1))
-            elif arguments.dry_run:
-                print_plan(arguments, plan)
-            else:
-                _print(image, name)
-    except _InputError as error:
-        return fail(*error.args)
-    except ImageLockedError as error:  # of reading, in a dry run or of what is compared
-        raise ImageLockedError(error.path, error.held, "writing") from error
+        raise UsageError("--old-format, --new-format and --assert-current need --compare")
+    with about(arguments.image), open_to_edit(arguments.image, arguments) as image:
+        name = find(image, arguments.name).name
+        plan = _salvage(arguments, image, name)
+        if arguments.output == "json":
+            output.print_json(_document(arguments, image, name, plan))
+        elif plan is not None:
+            output.print_plan(plan)
+        else:
+            _print(image, name)
     return 0
 
 
-def _salvage(arguments: argparse.Namespace, image: Image, name: str) -> Plan:
-    label = f'"{escape(name)}"'
+def _salvage(arguments: Arguments, image: Image, name: str) -> Plan | None:
+    """Does it; returns what would be written if it is a dry run."""
     if arguments.trust_stale:
         say(
-            f"warning: writes since {label} was stored last are missing from it, and so from all "
-            "backups that go by it"
+            f"warning: writes since {quoted(name)} was last stored are missing from it, and so "
+            "from all backups that rely on it"
         )
     _require_salvageable(image, name)
-    differing = _differing(arguments, image, name) if arguments.compare else None
+    changed = _changed(arguments, image, name) if arguments.compared else None
     with image.edit(dry_run=arguments.dry_run) as edit:
-        edit.salvage(name, differing, trust_stored=arguments.trust_stale)
-        return edit.plan() if arguments.dry_run else Plan()
+        edit.salvage(name, changed, trust_stored=arguments.trust_stale)
+        return edit.plan() if arguments.dry_run else None
 
 
 def _require_salvageable(image: Image, name: str) -> None:
-    """Finds out before two disks are compared whether there will be a use for it."""
+    """Raises what salvage would raise, before two disks are compared in vain."""
     with image.edit(dry_run=True) as edit:
         edit.salvage(name)
 
 
-def _differing(arguments: argparse.Namespace, image: Image, name: str) -> NDArray[np.uint8]:
-    from qcow2bm.compare.differences import find_differences
+def _changed(arguments: Arguments, image: Image, name: str) -> NDArray[np.uint8]:
+    """The bits of all granules in which the disk differs from the last backup."""
+    from qcow2bm import compare  # which needs numpy
 
-    old, new = arguments.compare
+    assert arguments.compared
+    old, new = arguments.compared
     say(
         f"note: {escape(old)} must be exactly what the last backup restores to, with all "
         f"increments: whatever is the same in {escape(new)} will not be saved by the next one"
     )
-    ours, before, now = map(_identity, (arguments.image, old, new))
-    with ExitStack() as opened:
-        has_data_file = image.has_data_file
-        disk = _disk(opened, arguments, image) if now == ours or has_data_file else None
-        files = disk.identities if disk and has_data_file else set()  # a data file among them
-        if (
-            now != ours
-            and not arguments.is_current
-            and not (
-                image.has_raw_data_file and now in files  # which has no backing file, so it is that
-            )
-        ):
-            raise _InputError(
-                new,
-                "is neither the image nor its data file: if you know that it is what the disk "
-                "holds now, --assert-current",
-            )
-        if before in (mine := {ours, now, *files}):
-            raise _InputError(old, _SAME)
-        content = _content(opened, arguments, old, arguments.old_format, "--old-format")
-        if not mine.isdisjoint(getattr(content, "identities", ())):  # an overlay on it, say
-            raise _InputError(old, _SAME)
-        current: Content | None = disk if now == ours else None
-        if current is None:
-            current = _content(opened, arguments, new, arguments.new_format, "--new-format")
-        if current.size != image.virtual_size:
-            reason = f"has {current.size} bytes, but the disk has {image.virtual_size}"
-            raise _InputError(new, reason)
-        if content.size != current.size:
-            say(
-                f"warning: {escape(old)} has {content.size} bytes, the disk {current.size}: was it "
-                "resized since?"
-            )
-        show = opened.enter_context(progress(min(content.size, current.size)))
-        return find_differences(content, current, image.bitmaps[name].granularity, progress=show)
-
-
-def _identity(path: str) -> Identity:
-    from qcow2bm.compare.content import identity
-
     try:
-        return identity(os.stat(path))
-    except (OSError, ValueError) as error:
-        raise _InputError(path, getattr(error, "strerror", None) or str(error)) from error
+        with compare.open_disks(
+            image,
+            compare.ComparedDisk(old, arguments.old_format),
+            compare.ComparedDisk(new, arguments.new_format),
+            is_current=arguments.is_current,
+            is_image_locked=not arguments.dry_run,
+            locking=not arguments.no_lock,
+            lock_timeout=arguments.wait,
+        ) as disks:
+            if disks.old.size != disks.new.size:
+                say(
+                    f"warning: {escape(old)} has {disks.old.size} bytes, the disk "
+                    f"{disks.new.size}: was it resized since?"
+                )
+            with progress(min(disks.old.size, disks.new.size)) as show:
+                granularity = image.bitmaps[name].granularity
+                return compare.find_differences(disks.old, disks.new, granularity, progress=show)
+    except ComparisonError as error:
+        option = "--old-format" if error.path == old else "--new-format"
+        raise CommandError(error.path, f"{error.reason}{_advice(error, option)}") from error
 
 
-def _disk(opened: ExitStack, arguments: argparse.Namespace, image: Image) -> ServedContent:
-    """What the image holds, with all that belongs to it."""
-    from qcow2bm.compare.differences import WORKERS
-    from qcow2bm.compare.qemu_nbd import served
-
-    is_locked, locking = not arguments.dry_run, not arguments.no_lock
-    return opened.enter_context(
-        served(image.name, WORKERS, is_locked=is_locked, locking=locking, wait=arguments.wait)
-    )
-
-
-def _content(
-    opened: ExitStack, arguments: argparse.Namespace, path: str, kind: str | None, option: str
-) -> Content:
-    """What a file or block device holds, which nobody writes to until all is closed."""
-    from qcow2bm.compare.content import RawContent
-    from qcow2bm.compare.differences import WORKERS
-    from qcow2bm.compare.qemu_nbd import served
-    from qcow2bm.storage.file import FileStorage
-
-    locking, wait = not arguments.no_lock, arguments.wait
-    storage = FileStorage(path, locking=locking, lock_timeout=wait)
-    opened.callback(storage.close)
-    opened.enter_context(storage.read_lock())
-    if kind is None:
-        _require_raw(storage, path, option)
-    if kind == "qcow2":
-        return opened.enter_context(served(path, WORKERS, locking=locking, wait=wait))
-    return RawContent(storage)
-
-
-def _require_raw(storage: Storage, path: str, option: str) -> None:
-    """Nobody wants the bytes of a container compared with those of a disk."""
-    head = bytearray(max(map(len, _CONTAINERS)))
-    storage.read_into(0, memoryview(head))
-    for magic, name in _CONTAINERS.items():
-        if not head.startswith(magic):
-            continue
-        if name == "qcow2":
+def _advice(error: ComparisonError, option: str) -> str:
+    if error.fault == "not-current":
+        return ": if you know that it is what the disk holds now, --assert-current"
+    if error.fault == "container":
+        cure = "make it raw or qcow2 if it is one"
+        if error.container == "qcow2":
             cure = f"say {option} qcow2 if it is one"
-        else:
-            cure = "make it raw or qcow2 if it is one"
-        reason = (
-            f"begins like a file of {name}: {cure}; if it is a disk on which a guest wrote that,"
-        )
-        raise _InputError(path, f"{reason} {option} raw")
+        return f": {cure}; if it is a disk on which a guest wrote that, {option} raw"
+    return ""
 
 
 def _print(image: Image, name: str) -> None:
     dirty = size(image.bitmaps[name].count())
-    print(f'"{escape(name)}" is valid: {dirty} of {size(image.virtual_size)} dirty')
+    print(f"{quoted(name)} is valid: {dirty} of {size(image.virtual_size)} dirty")
     for other in _inconsistent(image):
-        print(f'"{escape(other)}" is inconsistent: salvage it, too, or remove it')
+        print(f"{quoted(other)} is inconsistent: salvage it, too, or remove it")
 
 
 def _inconsistent(image: Image) -> Iterator[str]:
-    return (name for name, bitmap in image.bitmaps.items() if bitmap.status == INCONSISTENT)
+    return (name for name, bitmap in image.bitmaps.items() if bitmap.status == "inconsistent")
 
 
-def _document(
-    arguments: argparse.Namespace, image: Image, name: str, plan: Plan
-) -> dict[str, object]:
-    is_done = not arguments.dry_run
+def _document(arguments: Arguments, image: Image, name: str, plan: Plan | None) -> Document:
+    is_done = plan is None
     return {
-        "schema": SCHEMA,
-        "filename": json_text(arguments.image),
+        **output.head(arguments.image),
         "dry-run": arguments.dry_run,
         "name": json_text(name),
         "dirty-bytes": image.bitmaps[name].count() if is_done else None,
         "inconsistent": [json_text(other) for other in _inconsistent(image)] if is_done else None,
-        "plan": None if is_done else plan_as_json(plan),
+        "plan": None if plan is None else output.plan_as_json(plan),
     }

@@ -5,94 +5,235 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from qcow2bm.api import Image, open
-from qcow2bm.api import sidecar as saved_bitmaps
-from qcow2bm.cli import files, report
-from qcow2bm.cli.console import fail, say
-from qcow2bm.migration.sentinel import is_sentinel
-from qcow2bm.migration.sidecar import Sidecar, read_sidecar, write_sidecar
-from qcow2bm.storage.new_file import require_new, write_new
+from qcow2bm import Image, new_file, open, sidecar
+from qcow2bm.cli import files, output
+from qcow2bm.cli.arguments import (
+    Arguments,
+    OutputArguments,
+    Parser,
+    ReadingArguments,
+    RestoringArguments,
+    UsageError,
+    add_output,
+    add_reading,
+    add_restoring,
+)
+from qcow2bm.cli.images import valid_bitmaps
+from qcow2bm.cli.messages import CommandError, about, say
+from qcow2bm.cli.output import Document, count, json_text, percent, quoted, size
+from qcow2bm.cli.restoring import restore
 from qcow2bm.units import escape
 
+_SAVE_EPILOG = """\
+FILE must not exist. Bitmaps that are not valid are left out, with a warning. With --qmp the bitmaps
+are those that the VM has in memory, all of one moment unless its disk has an iothread.
 
-def run(arguments: argparse.Namespace) -> int:
-    """Does one of the commands; returns the exit status."""
-    return _ACTIONS[arguments.action](arguments)
+Writes to the disk after that are missing from FILE. With --sentinel, sidecar load can find out
+whether there was any.
+
+exit status: 0 done; 1 the command failed; 64 wrong usage
+"""
+
+_LOAD_EPILOG = """\
+All bitmaps are added in one edit. A bitmap of the image that has the same name is replaced if it is
+in use; otherwise the command fails.
+
+A sentinel that was saved with the bitmaps, and has recorded no write since, proves that the disk
+was not written to. Without that proof, --assert-unchanged or --as-dirty-ranges-unknown is needed.
+
+exit status: 0 done; 1 the command failed, and all is as before unless the message says otherwise;
+64 wrong usage
+"""
+
+_DUMP_EPILOG = """\
+exit status: 0 the file is sound; 1 it is no sidecar, damaged, or cut off; 64 wrong usage
+"""
 
 
-def _save(arguments: argparse.Namespace) -> int:
+class SaveArguments(ReadingArguments):
+    """The values of the arguments of ``sidecar save``."""
+
+    names: list[str]
+    sentinel: bool
+    qmp: str | None
+    node: str | None
+
+
+class DumpArguments(OutputArguments):
+    """The values of the arguments of ``sidecar dump``."""
+
+    file: str
+
+
+def define(parser: Parser) -> None:
+    """Adds the commands with their second words."""
+    summary = "write the valid bitmaps of an image, or of a running VM, to a file"
+    parser.add_command("save", summary, _define_save)
+    parser.add_command("load", "put the bitmaps of such a file into an image", _define_load)
+    parser.add_command("dump", "show the bitmaps in such a file", _define_dump)
+
+
+def _define_save(parser: Parser) -> None:
+    parser.namespace = SaveArguments
+    parser.epilog = _SAVE_EPILOG
+    parser.usage = "%(prog)s [-U] [--sentinel] [-q] (IMAGE | --qmp SOCKET [--node NODE]) FILE"
+    parser.add_word("names", "IMAGE FILE", "the image to save from, and the new file", "*")
+    parser.add_argument(
+        "--sentinel",
+        action="store_true",
+        help="leave a sentinel in the image, which no other process can use meanwhile",
+    )
+    parser.add_argument(
+        "--qmp",
+        metavar="SOCKET",
+        help="save from the VM that listens on this QMP socket, instead of IMAGE",
+    )
+    parser.add_argument("--node", metavar="NODE", help="with --qmp: the node or device of the VM")
+    add_reading(parser)
+
+
+def _define_load(parser: Parser) -> None:
+    parser.namespace = RestoringArguments
+    parser.epilog = _LOAD_EPILOG
+    add_restoring(parser, "a sidecar, or - for standard input")
+
+
+def _define_dump(parser: Parser) -> None:
+    parser.namespace = DumpArguments
+    parser.epilog = _DUMP_EPILOG
+    parser.add_word("file", "FILE", "a sidecar, or - for standard input")
+    add_output(parser)
+
+
+def run(arguments: Arguments) -> int:
+    """Runs one of the commands; returns the exit status."""
+    return _RUN[arguments.action](arguments)
+
+
+# Saving
+
+
+def _save(arguments: SaveArguments) -> int:
     given, is_live = arguments.names, arguments.qmp is not None
     if len(given) != 2 - is_live:
-        arguments.parser.error("give FILE" if is_live else "give IMAGE and FILE, or --qmp and FILE")
+        raise UsageError("give FILE" if is_live else "give IMAGE and FILE, or --qmp and FILE")
     if is_live and (arguments.sentinel or arguments.force_share):
-        arguments.parser.error("--sentinel and -U are of an IMAGE, not of --qmp")
+        raise UsageError("--sentinel and -U are for an IMAGE, not for --qmp")
     if arguments.sentinel and arguments.force_share:
-        arguments.parser.error("--sentinel changes the image, so nobody else may use it: no -U")
+        raise UsageError("--sentinel changes the image, which -U does not allow")
     if given[-1] == files.STANDARD:
-        arguments.parser.error("FILE has to be a file")
+        raise UsageError("FILE cannot be standard output")
     if arguments.node is not None and not is_live:
-        arguments.parser.error("--node is of --qmp")
-    arguments.image = arguments.qmp if is_live else given[0]
-    require_new(given[-1])
-    try:
-        sidecar, left_out = (_from_vm if is_live else _from_image)(arguments)
-    except ValueError as error:
-        return fail(arguments.image, str(error))
-    if not any(not is_sentinel(bitmap.name) for bitmap in sidecar.bitmaps):
-        return fail(arguments.image, "no bitmap is valid")
-    write_new(given[-1], write_sidecar(*sidecar))
+        raise UsageError("--node needs --qmp")
+    subject = given[0] if arguments.qmp is None else arguments.qmp
+    new_file.require_new(given[-1])
+    with about(subject, ValueError):
+        saved, left_out = (_from_vm if is_live else _from_image)(subject, arguments)
+    if not any(not sidecar.is_sentinel(bitmap.name) for bitmap in saved.bitmaps):
+        raise CommandError(subject, "no bitmap is valid")
+    with about(subject):
+        new_file.write_new(given[-1], sidecar.write(saved))
     for what in left_out if not arguments.quiet else ():
-        say(f"warning: {escape(arguments.image)}: {what}")
+        say(f"warning: {escape(subject)}: {what}")
     return 0
 
 
-def _from_image(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
+def _from_image(path: str, arguments: SaveArguments) -> tuple[sidecar.Sidecar, list[str]]:
     if arguments.sentinel:
-        with open(arguments.image, "r+") as image:
-            if _saved(image)[0].bitmaps:
-                saved_bitmaps.add_sentinel(image)
-            return _saved(image)
-    with report.open_image(arguments) as image:
-        return _saved(image)
+        with open(path, "r+") as image:
+            if _collected(image)[0].bitmaps:
+                sidecar.add_sentinel(image)
+            return _collected(image)
+    with open(path, force_share=arguments.force_share) as image:
+        return _collected(image)
 
 
-def _saved(image: Image) -> tuple[Sidecar, list[str]]:
-    valid, left_out = report.valid_bitmaps(image)
+def _collected(image: Image) -> tuple[sidecar.Sidecar, list[str]]:
+    valid, left_out = valid_bitmaps(image)
     nameless = [f"bitmap @{b.index} has no name, and is left out" for b in valid if not b.name]
-    return saved_bitmaps.collect(
-        image, filter(lambda bitmap: bitmap.name, valid)
-    ), left_out + nameless
+    named = [bitmap for bitmap in valid if bitmap.name]
+    return sidecar.collect(image, named), left_out + nameless
 
 
-def _from_vm(arguments: argparse.Namespace) -> tuple[Sidecar, list[str]]:
-    from qcow2bm.qmp.rescue import Monitor, NodeChoiceError, save_sidecar
+def _from_vm(address: str, arguments: SaveArguments) -> tuple[sidecar.Sidecar, list[str]]:
+    from qcow2bm import rescue
 
     try:
-        with Monitor(arguments.qmp) as monitor:
-            sidecar, left_out = save_sidecar(monitor, arguments.node)
-    except NodeChoiceError as error:
-        listed = ", ".join(f'"{escape(node)}"' for node in error.nodes)
+        with rescue.Monitor(address) as monitor:
+            saved, left_out = rescue.save_sidecar(monitor, arguments.node)
+    except rescue.NodeChoiceError as error:
+        listed = ", ".join(map(quoted, error.nodes))
         reason = f"several nodes have bitmaps: choose one with --node ({listed})"
-        raise ValueError(reason) from error
-    return sidecar, [f'bitmap "{escape(b.name)}" is {why}, and left out' for b, why in left_out]
+        raise CommandError(address, reason) from error
+    return saved, [
+        f"bitmap {quoted(bitmap.name)} is {reason}, and left out" for bitmap, reason in left_out
+    ]
 
 
-def _load(arguments: argparse.Namespace) -> int:
-    from qcow2bm.cli.restore import restore
-
-    with files.named(arguments, arguments.file):
-        sidecar = read_sidecar(files.pieces(arguments.file))
-    return restore(arguments, sidecar.bitmaps, sidecar.header)
+# Loading and showing
 
 
-def _dump(arguments: argparse.Namespace) -> int:
-    from qcow2bm.cli.sidecar_dump import print_dump
-
-    path, arguments.image = arguments.image, files.name_of(arguments.image)
-    print_dump(arguments.image, read_sidecar(files.pieces(path)), arguments.output)
+def _load(arguments: RestoringArguments) -> int:
+    with about(files.name_of(arguments.file)):
+        saved = sidecar.read(files.read_pieces(arguments.file))
+    restore(arguments, saved.bitmaps, saved.header)
     return 0
 
 
-_ACTIONS = {"save": _save, "load": _load, "dump": _dump}
+def _dump(arguments: DumpArguments) -> int:
+    name = files.name_of(arguments.file)
+    with about(name):
+        saved = sidecar.read(files.read_pieces(arguments.file))
+    if arguments.output == "json":
+        output.print_json(_document(name, saved))
+        return 0
+    output.print_facts(_facts(name, saved))
+    for number, bitmap in enumerate(saved.bitmaps):
+        print(f"\nbitmap {number}: {quoted(bitmap.name)}")
+        output.print_facts(_bitmap_facts(bitmap), indent="  ")
+    return 0
+
+
+def _facts(name: str, saved: sidecar.Sidecar) -> Iterator[tuple[str, str]]:
+    token = saved.generation
+    has_sentinel = any(sidecar.is_sentinel(bitmap.name) for bitmap in saved.bitmaps)
+    yield "sidecar", escape(name)
+    yield "virtual size", size(saved.disk_size)
+    yield "bitmaps", str(len(saved.bitmaps) or "none")
+    yield "header", count(len(saved.header), "byte") if saved.header else "not known"
+    yield "generation", token.hex() if token else "not recorded"
+    yield "sentinel", "yes" if has_sentinel else "no (nothing can prove that the disk is unchanged)"
+
+
+def _bitmap_facts(bitmap: sidecar.SavedBitmap) -> Iterator[tuple[str, str]]:
+    dirty = bitmap.dirty_bytes
+    yield "granularity", size(bitmap.granularity)
+    yield "enabled", "yes" if bitmap.enabled else "no"
+    yield "dirty", f"{size(dirty)}, {percent(dirty, bitmap.disk_size):.1f} % of the disk"
+    yield "sha256", bitmap.sha256()
+
+
+def _document(name: str, saved: sidecar.Sidecar) -> Document:
+    token = saved.generation
+    return {
+        **output.head(name),
+        "virtual-size": saved.disk_size,
+        "generation": token.hex() if token else None,
+        "bitmaps": [
+            {
+                "name": json_text(bitmap.name),
+                "granularity": bitmap.granularity,
+                "enabled": bitmap.enabled,
+                "sentinel": sidecar.is_sentinel(bitmap.name),
+                "dirty-bytes": bitmap.dirty_bytes,
+                "sha256": bitmap.sha256(),
+            }
+            for bitmap in saved.bitmaps
+        ],
+    }
+
+
+_RUN: dict[str, Callable[[Any], int]] = {"save": _save, "load": _load, "dump": _dump}

@@ -8,79 +8,340 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from qcow2bm.cli import addressing, files, report
-from qcow2bm.cli.console import fail, say
-from qcow2bm.cli.stream_dump import print_dump
-from qcow2bm.errors import Qcow2BmError
-from qcow2bm.migration.stream_bitmaps import StreamBitmaps, read_stream
-from qcow2bm.migration.stream_writer import OutgoingBitmap, write_stream
-from qcow2bm.storage.new_file import write_new
+from qcow2bm import FormatError, Qcow2BmError, new_file, open, stream
+from qcow2bm.cli import files, output
+from qcow2bm.cli.arguments import (
+    Arguments,
+    OutputArguments,
+    Parser,
+    ReadingArguments,
+    RestoringArguments,
+    add_image,
+    add_output,
+    add_reading,
+    add_restoring,
+)
+from qcow2bm.cli.images import find, valid_bitmaps
+from qcow2bm.cli.messages import CommandError, about, say
+from qcow2bm.cli.output import Document, count, json_text, percent, quoted, size
+from qcow2bm.cli.restoring import restore
 from qcow2bm.units import decode_name, escape
 
+_DUMP_EPILOG = """\
+FILE is what a VM sent that migrated with the capability dirty-bitmaps; - is standard input, which
+can be a pipe:
 
-def run(arguments: argparse.Namespace) -> int:
-    """Does one of the commands; returns the exit status."""
-    return _ACTIONS[arguments.action](arguments)
+  migrate "exec:tee vm.stream | qcow2bm stream dump --output=json - >bitmaps.json"
+
+The command shows which bitmaps came, and not their bits: to restore bitmaps, keep the stream.
+
+exit status: 0 all bitmaps came; 1 the file is no stream, or reading it failed; 2 the stream ends
+early or breaks a rule, and only the complete bitmaps are of use; 64 wrong usage
+"""
+
+_WRITE_EPILOG = """\
+Without NAME all valid bitmaps are written. A FILE that exists is not overwritten.
+
+The stream has bitmaps and nothing else. A VM that takes in the stream (-incoming, with the same
+machine type) gets neither memory nor device state: it boots cold, as after power on, with the
+bitmaps in memory. If the VM was running, shut it down before. The image that it boots from must
+have no valid bitmap of the same name: QEMU would refuse the disk.
+
+exit status: 0 done; 1 the command failed; 2 done, but the image has problems; 64 wrong usage
+"""
+
+_RESTORE_EPILOG = """\
+All complete bitmaps of one node are added in one edit. A bitmap of the image that has the same name
+is replaced if it is in use; otherwise the command fails.
+
+A sentinel in the image, such as Tracker.begin_migration makes, proves that the disk was not written
+to since, if it recorded no write. Without that proof, --assert-unchanged or
+--as-dirty-ranges-unknown is needed.
+
+exit status: 0 done; 1 the command failed, and all is as before unless the message says otherwise;
+2 done, but the stream has bitmaps that are not complete; 64 wrong usage
+"""
 
 
-def _dump(arguments: argparse.Namespace) -> int:
-    path = arguments.image
-    arguments.image = files.name_of(path)  # as messages have it
-    bitmaps = _read(path)
-    print_dump(arguments.image, bitmaps, arguments.output)
-    return report.PROBLEMS_FOUND if bitmaps.fault else 0
+class DumpArguments(OutputArguments):
+    """The values of the arguments of ``stream dump``."""
+
+    file: str
 
 
-def _restore(arguments: argparse.Namespace) -> int:
-    from qcow2bm.cli import stream_restore
+class WriteArguments(ReadingArguments):
+    """The values of the arguments of ``stream write``."""
 
-    path, arguments.file = arguments.file, files.name_of(arguments.file)
-    with files.named(arguments, path):
-        bitmaps = _read(path)
-    return stream_restore.run(arguments, bitmaps)
+    image: str
+    names: list[str]
+    node_alias: str
+    machine: str | None
+    section_only: bool
+    file: str
 
 
-def _read(path: str) -> StreamBitmaps:
-    """The bitmaps of a stream. What writes into a pipe is let finish, whatever it writes."""
-    pieces = files.pieces(path)
-    try:
-        bitmaps = read_stream(pieces)
-    except Qcow2BmError:
+class RestoreArguments(RestoringArguments):
+    """The values of the arguments of ``stream restore``."""
+
+    node: str | None
+    map: list[tuple[str, str]]
+
+
+def define(parser: Parser) -> None:
+    """Adds the commands with their second words."""
+    parser.add_command("dump", "show the bitmaps in a migration stream", _define_dump)
+    summary = "write valid bitmaps of an image as a migration stream, which QEMU takes in"
+    parser.add_command("write", summary, _define_write)
+    summary = "put the bitmaps of a migration stream into an image"
+    parser.add_command("restore", summary, _define_restore)
+
+
+def _define_dump(parser: Parser) -> None:
+    parser.namespace = DumpArguments
+    parser.epilog = _DUMP_EPILOG
+    parser.add_word("file", "FILE", "a migration stream, or - for standard input")
+    add_output(parser)
+
+
+def _define_write(parser: Parser) -> None:
+    parser.namespace = WriteArguments
+    parser.epilog = _WRITE_EPILOG
+    add_image(parser)
+    parser.add_word("names", "NAME", "the bitmaps; by default all that are valid", "*")
+    parser.add_argument(
+        "--node-alias",
+        metavar="ALIAS",
+        type=_name,
+        required=True,
+        help="what the receiver calls the disk: its node name, or the alias mapped to it",
+    )
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument(
+        "--machine",
+        metavar="TYPE",
+        type=_name,
+        help="the machine type of the receiver in full, such as pc-i440fx-7.2",
+    )
+    form.add_argument(
+        "--section-only", action="store_true", help="write only the sections of the bitmaps"
+    )
+    parser.add_argument(
+        "-o", dest="file", metavar="FILE", default="-", help="write to FILE, not to standard output"
+    )
+    add_reading(parser)
+
+
+def _define_restore(parser: Parser) -> None:
+    parser.namespace = RestoreArguments
+    parser.epilog = _RESTORE_EPILOG
+    add_restoring(parser, "a migration stream, or - for standard input")
+    parser.add_argument(
+        "--node",
+        metavar="ALIAS",
+        type=_name,
+        help="restore the bitmaps of this node; needed if the stream has several",
+    )
+    parser.add_argument(
+        "--map",
+        metavar="BITMAP-ALIAS=NAME",
+        type=_mapped_name,
+        action="append",
+        default=[],
+        help="give a bitmap of the stream another name; can be repeated",
+    )
+
+
+def _name(text: str) -> str:
+    if not 1 <= len(os.fsencode(text)) <= 255:
+        raise argparse.ArgumentTypeError("must have 1 to 255 bytes")
+    return text
+
+
+def _mapped_name(text: str) -> tuple[str, str]:
+    alias, equals, name = text.partition("=")
+    if not alias or not equals or not name:
+        raise argparse.ArgumentTypeError("write BITMAP-ALIAS=NAME")
+    return alias, name
+
+
+def run(arguments: Arguments) -> int:
+    """Runs one of the commands; returns the exit status."""
+    return _RUN[arguments.action](arguments)
+
+
+def _read(path: str) -> stream.StreamBitmaps:
+    """The bitmaps of a stream. A pipe is read to its end, even if what comes is no stream."""
+    pieces = files.read_pieces(path)
+    with about(files.name_of(path)):
+        try:
+            bitmaps = stream.read(pieces)
+        except Qcow2BmError:
+            files.drain(path, pieces)
+            raise
         files.drain(path, pieces)
-        raise
-    files.drain(path, pieces)
-    return bitmaps
+        return bitmaps
 
 
-def _write(arguments: argparse.Namespace) -> int:
+# Writing
+
+
+def _write(arguments: WriteArguments) -> int:
     path = arguments.file
     if path == files.STANDARD and sys.stdout.isatty():
-        return fail("standard output", "is a terminal, and a stream is no text: give -o FILE")
-    with report.open_image(arguments) as image:
+        raise CommandError(
+            "standard output", "is a terminal, and a stream is no text: give -o FILE"
+        )
+    with (
+        about(arguments.image),
+        open(arguments.image, force_share=arguments.force_share) as image,
+    ):
         problems = image.problems
-        bitmaps, warnings = report.valid_bitmaps(image)
+        bitmaps, warnings = valid_bitmaps(image)
         if arguments.names:
-            bitmaps, warnings = [addressing.find(image, name) for name in arguments.names], []
+            bitmaps, warnings = [find(image, name) for name in arguments.names], []
         if not bitmaps:
-            return fail(image.name, "no bitmap is valid")
+            raise CommandError(image.name, "no bitmap is valid")
         alias = decode_name(os.fsencode(arguments.node_alias))
-        size = image.virtual_size
-        outgoing = [
-            OutgoingBitmap(alias, b.name, b.granularity, b.auto, True, b.packed().data, size)
-            for b in bitmaps
-        ]
-    pieces = write_stream(outgoing, None if arguments.section_only else arguments.machine)
-    if path == files.STANDARD:
-        sys.stdout.flush()
-        sys.stdout.buffer.writelines(pieces)
-    else:
-        write_new(path, pieces)
+        outgoing = [stream.outgoing(bitmap, alias) for bitmap in bitmaps]
+    with about(arguments.image):
+        pieces = stream.write(outgoing, None if arguments.section_only else arguments.machine)
+        if path == files.STANDARD:
+            sys.stdout.flush()
+            sys.stdout.buffer.writelines(pieces)
+        else:
+            new_file.write_new(path, pieces)
     if not arguments.quiet:
         for warning in warnings:
-            say(f"warning: {escape(image.name)}: {warning}")
-        report.warn(image.name, problems)
-    return report.status(problems)
+            say(f"warning: {escape(arguments.image)}: {warning}")
+        output.warn_of(arguments.image, problems)
+    return output.status_of(problems)
 
 
-_ACTIONS = {"dump": _dump, "write": _write, "restore": _restore}
+# Restoring
+
+
+def _restore(arguments: RestoreArguments) -> int:
+    bitmaps = _read(arguments.file)
+    name = files.name_of(arguments.file)
+    with about(name, ValueError):
+        chosen = _by_name(arguments, bitmaps)
+    restore(arguments, [stream.saved(bitmap, new) for new, bitmap in chosen.items()])
+    lost = [bitmap for bitmap in bitmaps.all if not bitmap.is_complete]
+    for bitmap in lost:
+        label = f"bitmap {quoted(bitmap.bitmap_alias)}"
+        say(f"warning: {escape(name)}: {label} is not complete, and left out")
+    return output.PROBLEMS_FOUND if lost or bitmaps.fault else 0
+
+
+def _by_name(
+    arguments: RestoreArguments, bitmaps: stream.StreamBitmaps
+) -> dict[str, stream.StreamBitmap]:
+    """The complete bitmaps of the node that is meant, by the names that they get.
+
+    Raises:
+        ValueError: no node or several nodes can be meant, or the names do not fit the bitmaps.
+    """
+    nodes = dict.fromkeys(bitmap.node_alias for bitmap in bitmaps.all)
+    listed = ", ".join(map(quoted, nodes))
+    node = arguments.node if arguments.node is not None or len(nodes) != 1 else next(iter(nodes))
+    if not nodes:
+        raise ValueError("has no bitmaps")
+    if node is None:
+        raise ValueError(f"has bitmaps of several nodes: choose one with --node ({listed})")
+    if node not in nodes:
+        raise ValueError(f"has no bitmaps of the node {quoted(node)}, but of {listed}")
+    found = {b.bitmap_alias: b for b in bitmaps.complete if b.node_alias == node}
+    names = dict(arguments.map)
+    if len(names) < len(arguments.map):
+        raise ValueError("is given two names for one bitmap by --map")
+    for alias in names:
+        if alias not in found:
+            raise ValueError(f"has no complete bitmap {quoted(alias)} of that node")
+    if not found:
+        raise ValueError("has no complete bitmap of that node")
+    named = {names.get(alias, alias): bitmap for alias, bitmap in found.items()}
+    if len(named) < len(found):
+        raise ValueError("is given two bitmaps of one name by --map")
+    return named
+
+
+# Showing
+
+
+def _dump(arguments: DumpArguments) -> int:
+    bitmaps = _read(arguments.file)
+    if arguments.output == "json":
+        output.print_json(_document(bitmaps))
+    else:
+        _print(files.name_of(arguments.file), bitmaps)
+    return output.PROBLEMS_FOUND if bitmaps.fault else 0
+
+
+def _print(name: str, bitmaps: stream.StreamBitmaps) -> None:
+    output.print_facts(_facts(name, bitmaps))
+    for number, bitmap in enumerate(bitmaps.all):
+        print(f"\nbitmap {number}: {quoted(bitmap.bitmap_alias)}")
+        output.print_facts(_bitmap_facts(bitmap), indent="  ")
+    print()
+    if bitmaps.fault:
+        print(f"1 problem:\n  {bitmaps.fault}")
+        print(f"complete: {len(bitmaps.complete)} of {count(len(bitmaps.all), 'bitmap')}")
+    else:
+        print("no problems found (memory and devices of the VM were not checked)")
+
+
+def _facts(name: str, bitmaps: stream.StreamBitmaps) -> Iterator[tuple[str, str]]:
+    yield "stream", escape(name)
+    yield "bitmaps", str(len(bitmaps.all) or "none")
+    yield "complete", "yes" if bitmaps.is_complete else "NO (see the problem below)"
+
+
+def _bitmap_facts(bitmap: stream.StreamBitmap) -> Iterator[tuple[str, str]]:
+    is_complete = bitmap.is_complete
+    yield "node", quoted(bitmap.node_alias)
+    yield "status", "complete" if is_complete else "incomplete (bits are missing from it)"
+    yield "granularity", size(bitmap.granularity)
+    yield "enabled", "yes" if bitmap.enabled else "no"
+    yield "persistent", "yes" if bitmap.persistent else "no"
+    yield "disk" if is_complete else "came", size(bitmap.disk_size)
+    part = percent(bitmap.dirty_bytes, bitmap.disk_size)
+    label = "dirty" if is_complete else "dirty at least"
+    yield label, f"{size(bitmap.dirty_bytes)}, {part:.1f} % of that"
+    if is_complete:
+        yield "sha256", bitmap.sha256()
+
+
+def _document(bitmaps: stream.StreamBitmaps) -> Document:
+    return {
+        "schema": output.SCHEMA,
+        "complete": bitmaps.is_complete,
+        "bitmaps": [
+            {
+                "node-alias": json_text(bitmap.node_alias),
+                "bitmap-alias": json_text(bitmap.bitmap_alias),
+                "granularity": bitmap.granularity,
+                "enabled": bitmap.enabled,
+                "persistent": bitmap.persistent,
+                "complete": bitmap.is_complete,
+                "dirty-bytes": bitmap.dirty_bytes,
+                "sha256": bitmap.sha256() if bitmap.is_complete else None,
+            }
+            for bitmap in bitmaps.all
+        ],
+        "problems": [_problem(fault) for fault in (bitmaps.fault,) if fault],
+    }
+
+
+def _problem(fault: FormatError) -> Document:
+    return {
+        "structure": fault.structure,
+        "field": fault.field or None,
+        "offset": fault.offset,
+        "message": str(fault),
+    }
+
+
+_RUN: dict[str, Callable[[Any], int]] = {"dump": _dump, "write": _write, "restore": _restore}

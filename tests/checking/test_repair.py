@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import struct
 from functools import cache
 
@@ -216,16 +215,11 @@ def test_each_repair_alone_does_what_check_says_it_does(id: str) -> None:
 
 
 def test_the_repairs_that_are_named() -> None:
-    from qcow2bm.cli.grammar import root
+    from qcow2bm.cli.commands import root
 
     found = {row["repair"]: row["what"] for row in page("repair.md").tables[1].rows}
     assert found == REPAIRS
-    parser = root()
-    parser.complete()
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    repair = commands.choices["repair"]
-    repair.complete()
-    (only,) = (action for action in repair._actions if action.dest == "only")
+    (only,) = (option for option in root().of("repair").options if option.dest == "only")
     assert only.choices == tuple(REPAIRS)
 
 

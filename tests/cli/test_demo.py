@@ -113,14 +113,24 @@ def test_the_image_is_sound_and_both_stops_leave_it_so(folder: Path) -> None:
         assert image.virtual_size == 16 << 40
         assert before == image.virtual_size // 2
     demo._tracked_stop(path, 0.2, is_shown=False)
-    content = path.read_bytes()
     with qcow2bm.open(path) as image:
         assert image.problems == ()
         assert image.bitmaps["daily"].status == "valid"
+        bits = image.bitmaps["daily"].packed()
         assert image.bitmaps["daily"].count() > before
-    stop = demo._stop_that_stores_everything(path)
-    assert stop.bytes_written == 32 * MIB + 4
-    assert path.read_bytes() == content
+    length = path.stat().st_size
+    for number in range(2):
+        stop = demo._stop_that_stores_everything(path, number)
+        assert (stop.bytes_written, stop.barriers) == (32 * MIB + 4, 2)
+    assert path.stat().st_size == length
+    marked = range(256 * MIB, 16 << 40, 512 * MIB)
+    for start in marked:
+        for bit in (start >> 16, (start >> 16) + 1):
+            bits[bit >> 3] |= 1 << (bit & 7)
+    with qcow2bm.open(path) as image:
+        assert image.problems == ()
+        assert image.bitmaps["daily"].status == "valid"
+        assert image.bitmaps["daily"].packed().tobytes() == bits.tobytes()
 
 
 @pytest.mark.qemu
@@ -128,7 +138,7 @@ def test_qemu_finds_nothing_wrong_with_the_image(folder: Path) -> None:
     disk = Disk(folder / "demo.qcow2")
     demo._make_image(disk.path)
     demo._tracked_stop(disk.path, 0.2, is_shown=False)
-    demo._stop_that_stores_everything(disk.path)
+    demo._stop_that_stores_everything(disk.path, 0)
     assert disk.check().returncode == 0, disk.check()
     assert disk.listed() == [{"flags": ["auto"], "name": "daily", "granularity": 65536}]
 

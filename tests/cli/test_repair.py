@@ -41,11 +41,11 @@ def test_what_is_said_of_a_repair_and_of_its_undoing(tmp_path: Path) -> None:
     assert content(tmp_path) == before
     done = run([*REPAIR, "--undo", "way back"], tmp_path)
     assert done == Result(
-        0, f"{lost}\nmended\nto take it back: qcow2bm undo vm.qcow2 way back\n", ""
+        0, f"{lost}\nrepaired\nto take it back: qcow2bm undo vm.qcow2 way back\n", ""
     )
     repaired = content(tmp_path)
     assert run(["check", "vm.qcow2"], tmp_path) == (0, "no errors\n", "")
-    assert run([*REPAIR, "--no-undo"], tmp_path) == (0, "nothing to mend\n", "")
+    assert run([*REPAIR, "--no-undo"], tmp_path) == (0, "nothing to repair\n", "")
     shown = run([*UNDO, "--dry-run"], tmp_path)
     assert (shown.status, content(tmp_path)) == (0, repaired)
     assert run(UNDO, tmp_path) == (0, "all is as before the repair\n", "")
@@ -82,11 +82,11 @@ def test_lossless(tmp_path: Path) -> None:
     dry = run([*REPAIR, "--dry-run", "--lossless"], tmp_path)
     done = run([*REPAIR, "--no-undo", "--lossless"], tmp_path)
     problem = "bitmaps extension: nb_bitmaps at 0x78 is 2, but the directory holds 3"
-    said = f"mended: {problem} (bitmaps-extension.nb_bitmaps.less)\n"
+    said = f"repaired: {problem} (bitmaps-extension.nb_bitmaps.less)\n"
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith(said)
-    assert done.out.endswith("(directory-entry.surplus)\nmended\n")
-    assert dry.out.startswith(said.replace("mended", "to mend", 1))
+    assert done.out.endswith("(directory-entry.surplus)\nrepaired\n")
+    assert dry.out.startswith(said.replace("repaired", "to repair", 1))
     assert content(tmp_path) == image()
 
 

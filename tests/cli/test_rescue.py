@@ -59,7 +59,7 @@ def test_start(qemu: FakeQemu, tmp_path: Path) -> None:
         "take a full backup",
         "1 of 2 persistent bitmaps will be stored when the VM quits",
         "(which of them QEMU would have dropped cannot be seen: all are treated alike)",
-        "of the others nothing is promised, not even that they are not stored",
+        "the others may be stored or lost",
     ]
     del qemu.bitmaps["old"]
     qemu.migration = "completed"
@@ -89,7 +89,10 @@ def test_arm(qemu: FakeQemu, tmp_path: Path) -> None:
     first = rescue(tmp_path, "ARM")
     lines = first.out.splitlines()
     assert (first.status, first.err) == (2, "")
-    assert lines[0] == "not armed yet: set this, and run it again; or let --set do it"
+    assert (
+        lines[0]
+        == "not armed yet: send this to QEMU and repeat the command, or repeat it with --set"
+    )
     command = json.loads(lines[1])
     found = document(tmp_path, "arm", "ARM --node disk", 2)
     assert found["block-bitmap-mapping"] == command["arguments"]["block-bitmap-mapping"]
@@ -139,8 +142,8 @@ def test_verdict(qemu: FakeQemu, tmp_path: Path) -> None:
     assert (done.status, done.err) == (2, "")
     assert done.out.splitlines()[1:] == [
         '  "daily" may miss writes',
-        "  decide before it quits, or these are stored as valid: --remove or --all-dirty",
-        "  what the guest remembers of the disk may be wrong: shut it down when you decided",
+        "  decide before the VM quits, or these are stored as valid: --remove or --all-dirty",
+        "  what the guest remembers of the disk may be wrong: decide, then shut it down",
     ]
     (node,) = document(tmp_path, "verdict", "VERDICT", 2)["nodes"]
     assert (node["verdict"], node["armed"]) == ("touched", True)

@@ -14,8 +14,8 @@ from support.plans import after
 from support.problem_images import broken
 
 import qcow2bm
+from qcow2bm import compare as comparing
 from qcow2bm.clusters.plan import Barrier, Write
-from qcow2bm.compare import differences
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 
 GRANULE = 65536
@@ -112,8 +112,8 @@ def test_as_it_is_stored_it_may_miss_writes_which_is_said(tmp_path: Path) -> Non
     done = run(["salvage", "vm.qcow2", "crashed", "--trust-stale"], tmp_path)
     assert (done.status, done.err) == (
         0,
-        'qcow2bm: warning: writes since "crashed" was stored last are missing from it, and so '
-        "from all backups that go by it\n",
+        'qcow2bm: warning: writes since "crashed" was last stored are missing from it, and so '
+        "from all backups that rely on it\n",
     )
     assert dirty(tmp_path) == {"crashed": [0, 2]}
 
@@ -431,7 +431,7 @@ def test_nobody_else_gets_the_image_while_disks_are_compared(
     write(tmp_path, CRASHED)
     write_raw(tmp_path, "old", 1)
     write_raw(tmp_path, "new")
-    compare, tried = differences.find_differences, []
+    compare, tried = comparing.find_differences, []
 
     def compare_and_try(*arguments: object, **options: object) -> object:
         with pytest.raises(qcow2bm.ImageLockedError):
@@ -439,7 +439,7 @@ def test_nobody_else_gets_the_image_while_disks_are_compared(
         tried.append(True)
         return compare(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(differences, "find_differences", compare_and_try)
+    monkeypatch.setattr(comparing, "find_differences", compare_and_try)
     assert run(COMPARE, tmp_path).status == 0
     assert tried
     assert dirty(tmp_path) == {"crashed": [1]}

@@ -162,7 +162,7 @@ def test_a_file_gets_its_name_when_it_is_whole(
         assert len(list(folder.glob(".saved.*.part"))) == 1
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qcow2bm.cli.sidecar.write_sidecar", cut)
+    monkeypatch.setattr("qcow2bm.api.sidecar.write_sidecar", cut)
     result = run(SAVE, folder)
     assert (result.status, result.err) == (1, "qcow2bm: saved: No space left on device\n")
     assert [path.name for path in folder.iterdir()] == ["vm.qcow2"]
@@ -296,7 +296,7 @@ virtual size:     1 MiB (1048576 bytes)
 bitmaps:          1
 header:           {header} bytes
 generation:       not recorded
-sentinel:         no (nothing will tell if the disk is unchanged)
+sentinel:         no (nothing can prove that the disk is unchanged)
 
 bitmap 0: "b"
   granularity:    64 KiB (65536 bytes)
@@ -344,7 +344,7 @@ def test_a_dump_of_an_image_with_sentinels(folder: Path) -> None:
     name = next(n for n in digests(folder) if is_sentinel(n) and not n.endswith("-canary"))
     stored = [Stored(name.encode(), flags=FLAG_AUTO | FLAG_IN_USE), Stored(b"daily", flags=0)]
     (folder / "vm.qcow2").write_bytes(build_image(*stored).data)
-    said = "a sentinel is inconsistent: a machine has the disk, or did not end properly"
+    said = "a sentinel is inconsistent: a VM has the disk, or did not end properly"
     assert run(["dump", "vm.qcow2"], folder).out.splitlines()[-1] == said
 
 

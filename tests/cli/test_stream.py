@@ -89,7 +89,7 @@ bitmap 0: "größe"
   dirty:          40 MiB (41943040 bytes), 100.0 % of that
   sha256:         DIGEST
 
-no problems found (memory and devices of the machine are not looked at)
+no problems found (memory and devices of the VM were not checked)
 """
 
 
@@ -284,7 +284,7 @@ def test_what_fails_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch
         yield b"QEVM"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qcow2bm.cli.stream.write_stream", fail)
+    monkeypatch.setattr("qcow2bm.api.stream.write_stream", fail)
     done = run([*WHOLE, "-o", "new"], folder)
     assert failed(done)
     assert done.err == "qcow2bm: new: No space left on device\n"

@@ -16,7 +16,7 @@ from support.qemu import Disk
 from support.specreader import page
 
 import qcow2bm
-from qcow2bm.compare import differences
+from qcow2bm import compare as comparing
 
 GRANULE = 65536
 SIZE = 64 << 20
@@ -157,7 +157,7 @@ def test_nobody_writes_meanwhile_to_what_belongs_to_a_disk(
         tool("qemu-img", "convert", "-O", "qcow2", raw, old)
     else:
         old.write_bytes(raw.read_bytes())
-    compare = differences.find_differences
+    compare = comparing.find_differences
 
     def compare_and_write(*arguments: object, **options: object) -> object:
         found = compare(*arguments, **options)  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def test_nobody_writes_meanwhile_to_what_belongs_to_a_disk(
             assert 'Failed to get "write" lock' in done.stderr
         return found
 
-    monkeypatch.setattr(differences, "find_differences", compare_and_write)
+    monkeypatch.setattr(comparing, "find_differences", compare_and_write)
     arguments = ["salvage", "vm.qcow2", "daily", "--compare", "old", "vm.qcow2"]
     arguments += [] if what == "data file" else ["--old-format=qcow2"]
     done = run(arguments, tmp_path)

@@ -32,6 +32,8 @@ bitmap = (names, words, hints)
 
 OUTCOMES: tuple[errors.CommitOutcome, ...] = ("old", "new", "unknown")
 
+FAULTS = ("not-current", "same-disk", "wrong-size", "container")
+
 ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.Qcow2BmError: (words,),
     errors.FormatError: (words, words, numbers, words, hints),
@@ -53,6 +55,7 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.ImageLockedError: (names, words, actions, st.none() | st.integers(100, 203)),
     errors.ChangedWhileReadingError: (names, words),
     errors.CommitError: (names, words, st.sampled_from(OUTCOMES), words),
+    errors.ComparisonError: (names, words, st.sampled_from(FAULTS), words),
     errors.QmpError: (words, words),
     errors.QmpRefusedError: (words, words),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import itertools
 import re
@@ -14,7 +13,7 @@ from support.specreader import Table, page, pages
 
 from qcow2bm import problems
 from qcow2bm.bitmaps import status
-from qcow2bm.cli import arguments, check, console, grammar, report, rescue_arguments
+from qcow2bm.cli import arguments, check, commands, messages, output
 from qcow2bm.format import (
     bitmap_table,
     directory,
@@ -255,25 +254,17 @@ def test_lock_bytes() -> None:
 
 def test_exit_statuses() -> None:
     stated = [int(text) for text in page("cli.md").table("Exit status").column("status")]
-    assert stated == [0, console.FAILED, report.PROBLEMS_FOUND, check.LEAKS, arguments.USAGE]
-    assert check.ERRORS == report.PROBLEMS_FOUND
-
-
-def all_commands(parser: arguments.Parser, name: str) -> Iterator[tuple[str, arguments.Parser]]:
-    """The commands of one word and of two, in order; a first word alone is none."""
-    parser.complete()
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for word, below in action.choices.items():
-                yield from all_commands(below, f"{name} {word}".lstrip())
-            return
-    yield name, parser
+    assert stated == [0, messages.FAILED, output.PROBLEMS_FOUND, check.LEAKS, arguments.USAGE]
+    assert check.ERRORS == output.PROBLEMS_FOUND
 
 
 def test_options() -> None:
-    commands = dict(all_commands(grammar.root(), ""))
-    rescues = [f"rescue {action}" for action in rescue_arguments.COMMANDS]
-    groups = {"all": list(commands), "edits": list(grammar.EDITS), "rescues": rescues}
+    parsers = {" ".join(parser.path): parser for parser in commands.parsers()}
+    groups = {
+        "all": list(parsers),
+        "edits": [word for word, row in commands.COMMANDS.items() if row.module == "edit"],
+        "rescues": [command for command in parsers if command.startswith("rescue ")],
+    }
     stated = {
         (command, option)
         for row in page("cli.md").table("Options").rows
@@ -283,8 +274,9 @@ def test_options() -> None:
     }
     assert stated == {
         (command, option)
-        for command, parser in commands.items()
-        for option in parser._option_string_actions
+        for command, parser in parsers.items()
+        for action in parser.options
+        for option in action.option_strings
         if option not in ("-h", "--help")
     }
-    assert page("cli.md").table("Commands").column("command") == list(commands)
+    assert page("cli.md").table("Commands").column("command") == list(parsers)

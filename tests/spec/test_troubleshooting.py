@@ -7,7 +7,7 @@ from collections import defaultdict
 from support.kinds import CHECKED_KINDS
 from support.specreader import SPEC, page
 
-from qcow2bm.cli.grammar import root
+from qcow2bm.cli.commands import COMMANDS
 from qcow2bm.problem_kinds import KINDS
 
 TABLES = [table for table in page("troubleshooting.md").tables if "problems" in table.columns]
@@ -38,8 +38,6 @@ def test_what_is_under_a_heading_belongs_there() -> None:
 
 def test_the_commands_it_names_are_there() -> None:
     text = (SPEC / "troubleshooting.md").read_text("utf-8")
-    parser = root()
-    parser.complete()
     for command in ("check", "repair", "salvage", "fit"):
         assert f"`{command} " in text or f"qcow2bm {command} " in text
-        assert f"    {command} " in parser.format_help()
+        assert command in COMMANDS

@@ -1,0 +1,115 @@
+"""All commands: the one table that says which module has which command.
+
+A module has two functions. ``define(parser)`` adds the arguments, and the epilog of the help. If
+the command has a second word, it adds the commands with their second words instead, each with a
+function that does the same. ``run(arguments)`` runs the command and returns the exit status.
+
+A module is only imported if one of its commands is used, since importing takes most of the time
+of a short command. So what the help needs of each command is in the table.
+
+*Spec*: spec/cli.md, "Commands".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from qcow2bm import __version__
+from qcow2bm.cli.arguments import Arguments, Parser
+
+
+class Row(NamedTuple):
+    """A row of the table: the module that has a command, and what the command does."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "dump": Row("dump", "show everything about the bitmaps of an image"),
+    "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
+    "check": Row("check", "find everything that is wrong with an image, and explain it"),
+    "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
+    "undo": Row("repair", "take back a repair"),
+    "salvage": Row("salvage", "make an inconsistent or stale bitmap valid again"),
+    "add": Row("edit", "add a bitmap that records writes from now on"),
+    "remove": Row("edit", "remove bitmaps"),
+    "clear": Row("edit", "make bitmaps clean"),
+    "enable": Row("edit", "make bitmaps record writes"),
+    "disable": Row("edit", "stop bitmaps from recording writes"),
+    "rename": Row("edit", "give a bitmap another name"),
+    "copy": Row("edit", "copy a bitmap; the copy records writes if the original does"),
+    "set": Row("edit", "make ranges dirty, widened to whole granules"),
+    "reset": Row("edit", "make ranges clean, narrowed to whole granules"),
+    "invert": Row("edit", "make clean ranges dirty, and dirty ranges clean"),
+    "fit": Row("edit", "fit bitmaps to a disk that another program resized without them"),
+    "merge": Row("edit", "combine bitmaps, of any granularity"),
+    "stream": Row("stream", "read or write the bitmaps of a migration stream of QEMU"),
+    "sidecar": Row("sidecar", "carry the bitmaps of a disk in a separate file"),
+    "rescue": Row("rescue", "keep the bitmaps of a running VM through a migration that fails"),
+    "demo": Row("demo", "show on a temporary image how short tracking makes a stop"),
+    "nbdkit-plugin": Row(
+        "nbdkit_plugin", "print the path of the nbdkit plugin that serves a disk and tracks writes"
+    ),
+}
+
+
+def root() -> Parser:
+    """The parser of the words with which commands begin."""
+    parser = Parser((), "Persistent dirty bitmaps of qcow2 disk images: read, inspect, edit.")
+    parser.add_argument("--version", action="version", version=f"qcow2bm {__version__}")
+    for word, row in COMMANDS.items():
+        parser.add_command(word, row.summary, partial(_define, row.module))
+    return parser
+
+
+def _define(module: str, parser: Parser) -> None:
+    _imported(module).define(parser)
+
+
+def _imported(module: str) -> Any:  # noqa: ANN401
+    return import_module(f"qcow2bm.cli.{module}")
+
+
+def parsers() -> Iterator[Parser]:
+    """The parsers of all commands, in the order of the help."""
+    waiting = [root()]
+    while waiting:
+        parser = waiting.pop(0)
+        waiting[:0] = map(parser.of, parser.commands)
+        if not parser.commands:
+            yield parser
+
+
+class Call(NamedTuple):
+    """A command as it was called.
+
+    Attributes:
+        parser: the parser of the command.
+        arguments: the values of its arguments.
+        run: runs it with these arguments; returns the exit status.
+    """
+
+    parser: Parser
+    arguments: Arguments
+    run: Callable[[Any], int]
+
+
+def parse(argv: Sequence[str]) -> Call:
+    """Finds the command and reads its arguments; -- ends the options, even before the command.
+
+    Wrong usage, --help and --version end the process.
+    """
+    place = argv.index("--") if "--" in argv else len(argv)
+    texts, verbatim = list(argv[:place]), list(argv[place + 1 :])
+    parser = root()
+    while parser.commands:
+        words = texts or verbatim
+        if not words or words[0] not in parser.commands:
+            parser.parse(texts, verbatim)  # ends the process: this is wrong, or an option
+        parser = parser.of(words.pop(0))
+    arguments = parser.parse(texts, verbatim)
+    return Call(parser, arguments, _imported(COMMANDS[arguments.command].module).run)

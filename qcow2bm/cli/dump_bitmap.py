@@ -1,0 +1,141 @@
+"""What ``dump`` shows of one bitmap: for people, or for programs.
+
+*Spec*: spec/json.md, "Bitmap".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from qcow2bm import Bitmap, Image, Totals
+from qcow2bm.cli.output import (
+    Document,
+    count,
+    json_text_or_null,
+    percent,
+    print_facts,
+    quoted,
+    size,
+    write_rows,
+)
+
+_MEANING_OF_STATUS = {
+    "valid": "valid",
+    "inconsistent": "inconsistent (in use, or left so by a crash: writes may be missing from it)",
+    "stale": "stale (a program without bitmap support modified the image)",
+    "broken": "broken (see the problems below)",
+}
+
+
+class Selection(NamedTuple):
+    """What to read of the bits.
+
+    Attributes:
+        totals: how many bytes are dirty, of bitmaps that are valid.
+        stale: the same, of bitmaps that are inconsistent or stale.
+        extents: all extents, of bitmaps that are valid.
+        sha256: the digest, of bitmaps that are valid.
+    """
+
+    totals: bool
+    stale: bool
+    extents: bool
+    sha256: bool
+
+    def totals_of(self, bitmap: Bitmap) -> Totals | None:
+        """The dirty bytes and extents of a bitmap, if they are selected and there are bits."""
+        status = bitmap.status
+        if status == "valid" and self.totals:
+            return bitmap.totals()
+        if status in ("inconsistent", "stale") and self.stale and bitmap.has_stale_bits:
+            return bitmap.stale_totals()
+        return None
+
+
+def print_bitmap(image: Image, bitmap: Bitmap, selection: Selection) -> None:
+    """Prints a bitmap for people."""
+    name = bitmap.entry.name
+    title = "(its name cannot be read)" if name is None else quoted(name)
+    print(f"\nbitmap {bitmap.index}: {title}")
+    print_facts(_facts(image, bitmap, selection), indent="  ")
+    if selection.extents and bitmap.status == "valid":
+        print("  extents (start, length in bytes):")
+        for extents in bitmap.extents():
+            lines = (f"{start:16d}  {length:14d}\n" for start, length in extents.tolist())
+            sys.stdout.write("".join(lines))
+
+
+def _facts(image: Image, bitmap: Bitmap, selection: Selection) -> Iterator[tuple[str, str]]:
+    entry, status = bitmap.entry, bitmap.status
+    yield "status", _MEANING_OF_STATUS[status]
+    if bitmap.has_legal_granularity:
+        yield "granularity", size(bitmap.granularity)
+    unknown = [f"{bitmap.unknown_flags:#x}"] if bitmap.unknown_flags else []
+    yield "flags", ", ".join([*bitmap.flags, *unknown]) or "none (disabled)"
+    if not bitmap.is_dirty_tracking:
+        yield "type", f"{entry.type} (unknown)"
+    totals = selection.totals_of(bitmap)
+    if totals:
+        part = percent(totals.dirty_bytes, image.virtual_size)
+        yield (
+            "dirty" if status == "valid" else "dirty at least",
+            f"{size(totals.dirty_bytes)}, {part:.1f} % of the disk, "
+            f"in {count(totals.extents, 'extent')}",
+        )
+    if selection.sha256 and status == "valid":
+        yield "sha256", bitmap.sha256()
+    entries = count(entry.bitmap_table_size, "entry", "entries")
+    yield "table", f"{entries} at {entry.bitmap_table_offset:#x}"
+    clusters = bitmap.clusters
+    if clusters:
+        yield (
+            "clusters",
+            f"{clusters.allocated} allocated, {clusters.all_zeroes} all-zeroes, "
+            f"{clusters.all_ones} all-ones",
+        )
+    if entry.extra_data:
+        yield "extra data", f"{entry.extra_data_size} bytes"
+
+
+def bitmap_as_json(bitmap: Bitmap, selection: Selection) -> str:
+    """A bitmap as a JSON object, without its end if extents are to follow."""
+    entry, status = bitmap.entry, bitmap.status
+    totals = selection.totals_of(bitmap)
+    clusters = bitmap.clusters
+    found: Document = {"index": entry.index, "name": json_text_or_null(entry.name)}
+    if entry.name_bytes is not None and found["name"] != entry.name:
+        found["name-hex"] = entry.name_bytes.hex()
+    found |= {
+        "granularity": bitmap.granularity if bitmap.has_legal_granularity else None,
+        "flags": bitmap.flags,
+        "type": "dirty-tracking" if bitmap.is_dirty_tracking else entry.type,
+        "status": status,
+        "bitmap-table-offset": entry.bitmap_table_offset,
+        "bitmap-table-size": entry.bitmap_table_size,
+        "clusters": clusters
+        and {
+            "all-zeroes": clusters.all_zeroes,
+            "all-ones": clusters.all_ones,
+            "allocated": clusters.allocated,
+        },
+        "dirty-bytes": totals and totals.dirty_bytes,
+    }
+    if selection.sha256:
+        found["sha256"] = bitmap.sha256() if status == "valid" else None
+    return json.dumps(found).removesuffix("}" if selection.extents else "")
+
+
+def write_extents_as_json(image: Image, bitmap: Bitmap) -> None:
+    """Writes the extents, and with them the end of the object that `bitmap_as_json` began."""
+    sys.stdout.write(',\n   "extents": ')
+    if bitmap.status != "valid":
+        sys.stdout.write("null}")
+        return
+    from qcow2bm.cli.rows import RowPrinter  # which needs numpy
+
+    printer = RowPrinter(b',\n   {"start": ', b', "length": ', (b"}",), image.virtual_size)
+    rows = ((extents[:, 0], extents[:, 1], 0) for extents in bitmap.extents())
+    write_rows(b"[", printer, rows, b"]}")

@@ -1,0 +1,82 @@
+"""From the words IMAGE and NAME to an open image and a bitmap.
+
+*Spec*: spec/cli.md, "Names".
+"""
+
+from __future__ import annotations
+
+import os
+
+from qcow2bm import Bitmap, BitmapNotFoundError, Image, open
+from qcow2bm.cli.arguments import EditingArguments
+from qcow2bm.units import decode_name, escape
+
+
+def open_to_edit(path: str, arguments: EditingArguments) -> Image:
+    """Opens the image that a command edits: for reading if it is a dry run.
+
+    Raises:
+        Qcow2BmError: as `qcow2bm.open` does.
+    """
+    if arguments.dry_run:
+        return open(path, lock_timeout=arguments.wait)
+    return open(path, "r+", lock_timeout=arguments.wait, locking=not arguments.no_lock)
+
+
+def find(image: Image, name: str) -> Bitmap:
+    """The bitmap that NAME on the command line means.
+
+    Raises:
+        BitmapNotFoundError: there is none, or several entries have that name.
+    """
+    if _is_number(name):
+        return _by_number(image, name)
+    return image.bitmaps[_plain(name)]
+
+
+def new_name(name: str) -> str:
+    """The name that NEW on the command line means.
+
+    Raises:
+        ValueError: it would mean the entry of a number.
+    """
+    if _is_number(name):
+        raise ValueError(f'a name that begins with @ is written @@: "@{escape(name)}"')
+    return _plain(name)
+
+
+def _is_number(name: str) -> bool:
+    return name.startswith("@") and not name.startswith("@@")
+
+
+def _plain(name: str) -> str:
+    # Arguments come decoded by the locale; names in images are UTF-8 where they are text.
+    raw = os.fsencode(name.removeprefix("@") if name.startswith("@@") else name)
+    return decode_name(raw)
+
+
+def _by_number(image: Image, name: str) -> Bitmap:
+    count = len(image.directory)
+    # int() accepts digits of other scripts, and refuses more than 4300 of them.
+    if name[1:].isdecimal() and name.isascii() and len(name) < 8 and int(name[1:]) < count:
+        return image.bitmap(int(name[1:]))
+    known = f"@0 to @{count - 1}" if count else "none"
+    raise BitmapNotFoundError(
+        name, f"not found; directory entries: {known} (a name that begins with @ is written @@)"
+    )
+
+
+def valid_bitmaps(image: Image) -> tuple[list[Bitmap], list[str]]:
+    """Returns the bitmaps that are valid, and for each other one a line that it is left out."""
+    bitmaps = [image.bitmap(entry.index) for entry in image.directory]
+    left_out = [
+        f"{_label(bitmap)} is {bitmap.status}, and left out"
+        for bitmap in bitmaps
+        if bitmap.status != "valid"
+    ]
+    return [bitmap for bitmap in bitmaps if bitmap.status == "valid"], left_out
+
+
+def _label(bitmap: Bitmap) -> str:
+    name = bitmap.entry.name
+    return f"bitmap @{bitmap.index}" if name is None else f'bitmap "{escape(name)}"'
