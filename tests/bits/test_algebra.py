@@ -1,4 +1,4 @@
-"""Set algebra and rescaling of packed bits, against sets of numbers."""
+"""Set operations on packed bits, and rescaling them, compared with sets of numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def packed(data: bytes) -> Octets:
 
 
 def numbers(bits: Octets) -> set[int]:
-    """The bits that are set."""
+    """The numbers of the bits that are set."""
     return {8 * n + m for n, byte in enumerate(bits.tolist()) for m in range(8) if byte >> m & 1}
 
 
@@ -89,7 +89,7 @@ def test_of_one_granularity_it_is_plain_set_algebra(op: Op, pairs: list[tuple[in
 def test_a_finer_source_dirties_what_has_a_dirty_part(
     op: Op, factor: int, data: st.DataObject
 ) -> None:
-    """As if the target were refined, combined, and made coarse again."""
+    """The result is the same as refining the target, combining, and coarsening again."""
     target = data.draw(st.binary(max_size=6))
     length = len(target) * factor
     chosen = data.draw(st.sets(st.integers(0, max(0, 8 * length - 1)), max_size=20))

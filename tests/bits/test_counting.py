@@ -13,7 +13,7 @@ from qcow2bm.bits.extents import edges
 
 
 class Counting(Protocol):
-    """What the two modules have in common."""
+    """The functions that both modules have."""
 
     count_bits: Callable[[bytes | memoryview], int]
     count_edges: Callable[[bytes | memoryview, int], int]

@@ -19,7 +19,7 @@ Extents = list[list[int]]
 
 
 class Case(NamedTuple):
-    """A disk and its bits: set past its end are none (INV-TAIL)."""
+    """A disk and its bits; no bit beyond the disk is set (INV-TAIL)."""
 
     granularity: int
     virtual_size: int
@@ -53,7 +53,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def expected(case: Case) -> Extents:
-    """The extents, bit by bit."""
+    """Finds the extents bit by bit."""
     found: Extents = []
     bits = range(WORD * case.words)
     for is_set, group in groupby(bits, lambda bit: case.bits >> bit & 1):
@@ -66,7 +66,7 @@ def expected(case: Case) -> Extents:
 
 
 def feed(case: Case) -> Extents:
-    """What the finder makes of the bits in the case's chunks, and of the rest in one."""
+    """Feeds the bits in the chunks of the case, and the rest in one chunk; returns all extents."""
     finder = ExtentFinder(case.granularity, case.virtual_size)
     data = case.bits.to_bytes(8 * case.words, "little")
     parts = []

@@ -1,4 +1,4 @@
-"""Setting and clearing ranges of bits without numpy, and that the twin agrees."""
+"""Setting and clearing ranges of bits without numpy, compared with the twin."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ OFFSET_MASK = 0x00FFFFFFFFFFFE00
 
 
 def kind_of(word: int, cluster_size: int) -> int:
-    """The specification's rule for a single entry."""
+    """The kind of a single entry, by the rule of the specification."""
     if word in (0, 1):
         return (ALL_ZEROES, ALL_ONES)[word]
     if word >> 56 or word % 512 or word % cluster_size:
@@ -25,7 +25,7 @@ def kind_of(word: int, cluster_size: int) -> int:
 
 @st.composite
 def bitmap_tables(draw: st.DrawFn) -> tuple[list[int], int]:
-    """Words and a cluster size: constants, clusters in a row forth and back, and faults."""
+    """Draws words and a cluster size: constants, ascending and descending clusters, faults."""
     cluster_size = 1 << draw(st.integers(9, 21))
     last = OFFSET_MASK // cluster_size
     words: list[int] = []
@@ -49,7 +49,7 @@ def bitmap_tables(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 def both(words: list[int], cluster_size: int) -> list[Run]:
-    """The runs, after a look at whether both implementations find the same."""
+    """The runs, after checking that both implementations find the same."""
     table = array("Q", words)
     runs = list(pure_python.table_runs(table, OFFSET_MASK, cluster_size))
     found = table_runs.table_runs(table, OFFSET_MASK, cluster_size)
@@ -60,7 +60,7 @@ def both(words: list[int], cluster_size: int) -> list[Run]:
 
 
 @given(bitmap_tables())
-def test_runs_say_of_each_entry_what_the_entry_says(table: tuple[list[int], int]) -> None:
+def test_the_runs_have_the_kind_and_offset_of_every_entry(table: tuple[list[int], int]) -> None:
     words, cluster_size = table
     spelled_out = [
         (run.kind, run.offset + i * cluster_size if run.kind == ALLOCATED else run.offset)

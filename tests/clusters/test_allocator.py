@@ -1,4 +1,4 @@
-"""Allocating and freeing clusters, with refcounts of every width, as they stand in the image."""
+"""Allocating and freeing clusters in images with refcounts of every width."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLE_ENTRIES = 64  # of a refcount table of one cluster of 512 bytes
 
 
 class Done(NamedTuple):
-    """What an allocation gave, and the image with its refcounts written."""
+    """An allocation, and the image after its writes."""
 
     allocation: Allocation
     prepared: list[Step]
@@ -48,10 +48,10 @@ def allocator_of(
 def allocate(
     data: bytearray, runs: Sequence[int], loose: int, allocator: Allocator | None = None
 ) -> Done:
-    """Allocates, writes all there is to write, and looks at what came of it.
+    """Allocates clusters, executes the writes, and checks the image.
 
-    Whatever was asked for: refcounts of 0 became 1, those of new structures are right, and all
-    others are as they were.
+    For every request, the refcounts of the new clusters change from 0 to 1, the refcounts of new
+    refcount structures are right, and all other refcounts stay the same.
     """
     allocator = allocator or allocator_of(data)
     before = Audit(data)
@@ -74,7 +74,7 @@ def allocate(
 
 
 def with_refcounts(image: Built, order: int, clusters: Iterable[int], value: int = 1) -> bytearray:
-    """The image with refcounts of other clusters as well, as guest data have them."""
+    """The image with refcounts of further clusters, as if guest data were there."""
     block, width = image.offset("refcount-block"), 1 << order
     for cluster in clusters:
         place = block + cluster * width // 8
@@ -175,7 +175,7 @@ def test_new_blocks_are_made_and_count_themselves(order: int) -> None:
 
 @pytest.mark.parametrize("order", [4, 5, 6])
 def test_the_refcount_table_grows(order: int) -> None:
-    """64 entries of 512 bytes: with 16 bits that is a file of 8 MiB, with 64 bits of 2 MiB."""
+    """A table of 64 entries serves a file of 8 MiB with 16 bits, and of 2 MiB with 64 bits."""
     per_block = 4096 >> order
     image = build_image(refcount_order=order)
     old_table = image.offset("refcount-table") // 512
@@ -239,8 +239,8 @@ def test_a_refcount_table_has_a_limit() -> None:
 
 @pytest.mark.parametrize("cluster_bits", CLUSTER_BITS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_what_is_freed_was_counted_once(cluster_bits: int, order: int) -> None:
-    """Allocated and freed, an image is byte for byte what it was but for new refcount blocks."""
+def test_freeing_undoes_an_allocation(cluster_bits: int, order: int) -> None:
+    """After both, the image is byte for byte the same, except for new refcount blocks."""
     image = build_image(cluster_bits=cluster_bits, refcount_order=order)
     allocator = allocator_of(image.data)
     done = allocate(image.data, [2, 1], 5, allocator)
@@ -301,7 +301,7 @@ def test_fixed_storage_is_used_up_to_its_end(
 
 
 def test_fixed_storage_is_searched_from_end_to_end() -> None:
-    """Also where the search would otherwise have made the image longer long ago."""
+    """All blocks are searched, also where an image that can grow would have grown."""
     image = build_image(refcount_order=6)
     stored = allocate(image.data, [], 3000).image
     end = max(Audit(stored).refcounts) + 1

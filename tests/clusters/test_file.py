@@ -1,4 +1,4 @@
-"""A qcow2 file, opened: its header area, and reads that stay inside it."""
+"""An open qcow2 file: its header area, and reads within its bounds."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_feature_names_come_from_the_image_where_the_specification_has_none() ->
     assert opened(image_of()).feature_names == FeatureNames()
 
 
-def test_a_version_seen_only_at_the_second_look_is_still_refused() -> None:
+def test_a_version_that_changes_between_two_reads_is_still_refused() -> None:
     image = image_of(cluster_bits=10)
     change = OnceAt(1, lambda: image.plant(4, "header", 0, "version") and None)
     with pytest.raises(UnsupportedError):
@@ -167,7 +167,7 @@ def test_any_write_to_the_storage_is_a_change_unless_sharing_is_forced(force_sha
         file.verify_untouched()
 
 
-def test_verify_looks_at_all_that_is_used_and_at_nothing_else() -> None:
+def test_verify_compares_the_bytes_that_are_used_and_no_others() -> None:
     image = image_of(backing_name=b"base")
     used = image.offset("backing-name") + 4
     for offset in range(used):

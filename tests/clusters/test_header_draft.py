@@ -1,7 +1,7 @@
 """Changes of the header area, in every layout a header can have.
 
-What the steps leave is looked at here after all of them; that it is valid after any part of them
-is shown by the crash tests.
+The tests here examine the image after all steps. The crash tests show that the image is valid after
+any part of the steps.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ UNKNOWN = 0x12345678
 
 
 class Layout(NamedTuple):
-    """How full the header is, and of what.
+    """The content of the header.
 
-    ``filler`` is the length of the data of an unknown extension before that of the bitmaps, None
-    for none; ``behind`` the same for one behind it.
+    ``filler`` is the length of the data of an unknown extension before the bitmaps extension, or
+    None without such an extension. ``behind`` is the same for an extension behind it.
     """
 
     cluster_bits: int = 12
@@ -83,7 +83,7 @@ def barriers(steps: Iterable[Step]) -> int:
 
 
 def steps_of(switch: Switch) -> list[Step]:
-    """The steps of a commit in which nothing else is done."""
+    """The steps of a commit that changes nothing but the header."""
     closed = [Barrier("preparations")] if switch.before else []
     before = [*switch.before, *closed, *switch.steps]
     after = [*switch.after, Barrier("rest")] if switch.after else []
@@ -91,7 +91,7 @@ def steps_of(switch: Switch) -> list[Step]:
 
 
 def done(image: Built, switch: Switch, prepared: Iterable[Step] = ()) -> Audit:
-    """The image after the change; checks what holds for any change."""
+    """Executes the change, and checks what must hold after any change."""
     write = switch.commit
     assert is_in_one_sector(write.offset, write.length)
     steps = [*prepared, *steps_of(switch)]
@@ -146,14 +146,14 @@ def test_in_the_smallest_cluster_there_is_room_or_a_clear_error(layout: Layout) 
     assert failure.value > 512
 
 
-def test_where_nothing_moves_it_is_one_write() -> None:
+def test_an_insertion_that_moves_nothing_is_one_write() -> None:
     image = Layout().build()
     switch = draft_of(image).insert(PAYLOAD)
     assert (switch.before, switch.steps, switch.after) == ((), (), ())
     assert switch.commit.offset == 88
 
 
-def test_a_name_farther_back_stays_where_it_is() -> None:
+def test_a_backing_name_farther_back_is_not_moved() -> None:
     image = Layout(backing_name=b"base.img").build()
     name = image.offset("backing-name")
     image.data[400:408] = image.data[name : name + 8]
@@ -207,7 +207,7 @@ def test_straightening_alone_changes_only_the_order(layout: Layout) -> None:
     assert not prepared or isinstance(prepared[-1], Barrier)
 
 
-def test_what_straddles_in_a_full_cluster_cannot_be_straightened() -> None:
+def test_a_straddling_payload_in_a_full_cluster_cannot_be_straightened() -> None:
     filler = 512 - 112 - 8 - 8 - 8 - 8  # the payload begins 16 bytes before the second sector
     image = Layout(12, filler, 3000).build(Stored())
     assert not is_in_one_sector(payload_offset(Audit(image.data)), 24)
@@ -226,7 +226,7 @@ def test_a_stale_extension_is_revived(layout: Layout) -> None:
     place = payload_offset(audit)
     assert audit.data[place : place + 24] == PAYLOAD
     assert barriers(steps_of(switch)) == 2
-    # Until the bit is set, nobody looks at it.
+    # Until the bit is set, no program uses the extension.
     assert Audit(after(image.data, switch.before)).autoclear == 0
 
 
@@ -244,7 +244,7 @@ def test_an_extension_is_removed_and_the_others_close_up(layout: Layout) -> None
     assert audit.payload is None
     assert audit.autoclear == 0
     assert audit.other_extensions == [e[1:] for e in audit.extensions]
-    # The bit goes with the one write that counts, and never stays alone.
+    # The commit clears the bit; the bit is never set without the extension.
     is_moved = layout.behind is not None and layout.backing_name
     begins_behind = len(layout.additional_fields) >= 512 - 112
     assert barriers(steps_of(switch)) <= (7 if is_moved and begins_behind else 5)
@@ -253,7 +253,7 @@ def test_an_extension_is_removed_and_the_others_close_up(layout: Layout) -> None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[::7], ids=id_of)
-def test_in_and_out_again(layout: Layout) -> None:
+def test_inserting_and_removing_restores_the_header(layout: Layout) -> None:
     image = layout.build()
     once = after(image.data, steps_of(draft_of(image).insert(PAYLOAD)))
     twice = after(once, steps_of(HeaderDraft(opened(once)).remove()))
@@ -285,7 +285,7 @@ def test_unknown_autoclear_bits_go_first(bits: int, left: int | None) -> None:
     assert int.from_bytes(after(image.data, steps)[88:96], "big") == left
 
 
-def test_what_others_write_to_the_header_is_kept() -> None:
+def test_writes_of_other_plans_to_the_header_are_kept() -> None:
     image = Layout().build()
     draft = draft_of(image)
     foreign = Write(48, (struct.pack(">QI", 0x7000, 3),), "place of the refcount table")
@@ -302,7 +302,7 @@ def test_what_others_write_to_the_header_is_kept() -> None:
 
 
 def test_without_an_end_marker_nothing_is_inserted() -> None:
-    """Extensions may end where the backing name begins; to insert there would need two sectors."""
+    """Extensions may end at the backing name. An insertion there would need two sectors."""
     filler = 400
     image = Layout(12, filler, None, b"base.img").build()
     audit = Audit(image.data)

@@ -1,4 +1,4 @@
-"""Whether a guest sees what stands in the data file: maps that are plain, and all that are not."""
+"""Maps in which every guest offset is its host offset, and maps in which one is not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL_SUBCLUSTERS = (1 << 32) - 1
 
 
 class Mapped:
-    """An image that has nothing but a header, an L1 table and L2 tables: plain to begin with."""
+    """An image of a header, an L1 table and L2 tables, which begin as an identity map."""
 
     def __init__(self, size: int, *, cluster_bits: int = 9, extended: bool = False) -> None:
         self.cluster = 1 << cluster_bits
@@ -75,13 +75,13 @@ SIZES = (512, 32768, 32768 + 512, 5 * 32768, 5 * 32768 - 512, 70 * 32768)
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("cluster_bits", [9, 12, 16])
-def test_a_plain_map_is_good(size: int, cluster_bits: int) -> None:
+def test_an_identity_map_is_accepted(size: int, cluster_bits: int) -> None:
     Mapped(size, cluster_bits=cluster_bits).check()
 
 
 @pytest.mark.parametrize("size", [512, 1 << 20, (1 << 20) + 512, 70 << 20])
 @pytest.mark.parametrize("cluster_bits", [14, 16])
-def test_a_plain_map_of_subclusters_is_good(size: int, cluster_bits: int) -> None:
+def test_an_identity_map_of_subclusters_is_accepted(size: int, cluster_bits: int) -> None:
     Mapped(size, cluster_bits=cluster_bits, extended=True).check()
 
 
@@ -153,7 +153,7 @@ def test_a_missing_l2_table_is_found(word: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [512 + 256, 1 << 40])
-def test_an_l2_table_that_cannot_be_there(offset: int) -> None:
+def test_an_offset_where_no_l2_table_can_be_is_found(offset: int) -> None:
     mapped = Mapped(5 * 32768)
     mapped.l1[3] = COPIED | offset
     with pytest.raises(FormatError, match="L1 table: entry 3 at 0x218"):

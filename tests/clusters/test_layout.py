@@ -1,4 +1,4 @@
-"""What the header leads to, and that no bitmap may lie there."""
+"""The structures that the header leads to; a bitmap that lies in one of them is broken."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ PLAIN = [
 ]
 
 
-def test_what_there_is_in_every_image() -> None:
+def test_the_structures_of_every_image() -> None:
     assert parts() == PLAIN
 
 
-def test_what_there_is_besides() -> None:
+def test_the_structures_that_only_some_images_have() -> None:
     assert parts(*SECOND_BLOCK) == [*PLAIN, Part("refcount blocks", DATA, 512)]
     assert parts(*SNAPSHOTS) == [*PLAIN, Part("snapshot table", BEHIND, 56 + 40)]
     assert parts(*LUKS) == [*PLAIN, Part("encryption header", DATA, CLUSTER)]
@@ -70,7 +70,7 @@ NONSENSE: dict[str, list[Patch]] = {
 
 
 @pytest.mark.parametrize("case", NONSENSE)
-def test_a_field_that_is_wrong_leads_nowhere(case: str) -> None:
+def test_a_structure_with_a_wrong_offset_is_left_out(case: str) -> None:
     found = [part for part in parts(*NONSENSE[case]) if part.length]
     assert found == PLAIN
 
@@ -86,7 +86,7 @@ WRONG_SIZE: dict[str, list[Patch]] = {
 
 
 @pytest.mark.parametrize("case", WRONG_SIZE)
-def test_of_a_wrong_size_the_first_cluster_counts(case: str) -> None:
+def test_a_structure_with_a_wrong_size_is_its_first_cluster(case: str) -> None:
     found = [part for part in parts(*WRONG_SIZE[case]) if part.length]
     assert found == [*PLAIN, Part("snapshot table", TABLES[DAILY], CLUSTER)]
 
@@ -102,7 +102,7 @@ TAKEN: dict[str, tuple[list[Patch], int, str]] = {
 
 @pytest.mark.spec("TAB-2")
 @pytest.mark.parametrize("case", [case for case in TAKEN if TAKEN[case][1]])
-def test_data_where_something_else_is_breaks_the_bitmap(case: str) -> None:
+def test_bitmap_data_in_another_structure_break_the_bitmap(case: str) -> None:
     patches, offset, name = TAKEN[case]
     with qcow2bm.open(patched(image(), *patches, in_table(DAILY, offset))) as opened:
         statuses = [bitmap.status for bitmap in opened.bitmaps.values()]
@@ -114,7 +114,7 @@ def test_data_where_something_else_is_breaks_the_bitmap(case: str) -> None:
 
 @pytest.mark.spec("TAB-2")
 @pytest.mark.parametrize("case", [case for case in TAKEN if TAKEN[case][1]])
-def test_a_table_where_something_else_is_breaks_the_bitmap(case: str) -> None:
+def test_a_bitmap_table_in_another_structure_breaks_the_bitmap(case: str) -> None:
     patches, offset, name = TAKEN[case]
     with qcow2bm.open(
         patched(image(), *patches, *in_entry(DAILY, bitmap_table_offset=offset))
@@ -128,7 +128,7 @@ def test_a_table_where_something_else_is_breaks_the_bitmap(case: str) -> None:
 
 @pytest.mark.spec("TAB-2")
 @pytest.mark.parametrize("case", NONSENSE)
-def test_nonsense_breaks_no_bitmap(case: str) -> None:
+def test_a_header_field_without_sense_breaks_no_bitmap(case: str) -> None:
     with qcow2bm.open(patched(image(), *NONSENSE[case])) as opened:
         statuses = [bitmap.status for bitmap in opened.bitmaps.values()]
         assert statuses == ["valid", "valid", "inconsistent"]

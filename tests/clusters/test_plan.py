@@ -1,4 +1,4 @@
-"""Plans as values, and doing what they say."""
+"""Plans as values, and their execution."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ OUTCOMES: tuple[CommitOutcome, ...] = (
 
 
 class Failing(MemoryStorage):
-    """Does what it is told, writes it down, and fails at one call."""
+    """Records all calls, and fails at one of them."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.bytes = bytearray(SIZE)
@@ -83,7 +83,7 @@ CALLS = [
 ]
 
 
-def test_a_plan_is_done_in_its_order() -> None:
+def test_the_steps_are_done_in_order() -> None:
     storage = Failing()
     execute(PLAN, storage, SIZE)
     assert storage.calls == CALLS
@@ -92,7 +92,7 @@ def test_a_plan_is_done_in_its_order() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(CALLS)))
-def test_after_a_failure_nothing_more_is_done(number: int) -> None:
+def test_no_step_is_done_after_a_failure(number: int) -> None:
     storage = Failing(number)
     with pytest.raises(CommitError) as raised:
         execute(PLAN, storage, SIZE)
@@ -108,7 +108,7 @@ def test_after_a_failure_nothing_more_is_done(number: int) -> None:
     assert len(storage.bytes) == (SIZE if number < 2 else SIZE + 512 + 5)
 
 
-def test_a_failure_to_shorten_the_file_hides_no_other() -> None:
+def test_the_error_of_a_step_is_raised_even_if_shortening_the_file_fails() -> None:
     class Worse(Failing):
         def truncate(self, size: int) -> None:
             raise StorageError(self.name, size, 0, "another error")
@@ -118,7 +118,7 @@ def test_a_failure_to_shorten_the_file_hides_no_other() -> None:
     assert raised.value.outcome == "old"
 
 
-def test_an_error_that_is_not_the_storage_s_is_not_dressed_up() -> None:
+def test_an_interrupt_is_not_turned_into_a_commit_error() -> None:
     class Interrupted(Failing):
         def barrier(self) -> None:
             raise KeyboardInterrupt
@@ -139,7 +139,7 @@ def test_a_plan_without_commit_point_leaves_the_old_state() -> None:
     assert {plan.outcome(n) for n in range(len(plan.steps))} == {"old"}
 
 
-def test_what_a_plan_amounts_to() -> None:
+def test_the_totals_of_a_plan() -> None:
     assert PLAN.writes == (FRESH, MORE_FRESH, COUNTS, SWITCH, LOWER)
     assert PLAN.barriers == 3
     assert PLAN.length == sum(map(len, (b"new", b"table", b"counts", b"switch", b"lower")))
@@ -164,7 +164,7 @@ def test_writes_in_sectors_are_the_same_bytes_the_last_sector_first(
 
 
 @given(st.integers(0, 2000), st.integers(1, 600))
-def test_one_sector_is_one_number_for_all_bytes(offset: int, length: int) -> None:
+def test_bytes_lie_in_one_sector_if_all_have_one_sector_number(offset: int, length: int) -> None:
     sectors = {place // SECTOR_SIZE for place in range(offset, offset + length)}
     assert is_in_one_sector(offset, length) == (len(sectors) == 1)
 

@@ -1,4 +1,4 @@
-"""Refcounts of every width, as they are and as they are planned to be."""
+"""Refcounts of every width: reading them, and planning changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def per_block(order: int) -> int:
 
 
 def image_of(order: int, counts: Counter[int]) -> Built:
-    """An image with three refcount blocks, the middle one of which there is none."""
+    """An image with refcount blocks 0 and 2, but without block 1."""
     image = build_image(refcount_order=order)
     for index in (0, 2):
         place = len(image.data)
@@ -137,7 +137,7 @@ def test_only_the_sectors_that_change_are_written() -> None:
         if found < 1 << (1 << order)
     ],
 )
-def test_a_refcount_must_be_what_it_is_taken_for(order: int, before: int, found: int) -> None:
+def test_a_refcount_other_than_expected_is_refused(order: int, before: int, found: int) -> None:
     image = image_of(order, Counter({20: found} if found else {}))
     refcounts = Refcounts(opened(image.data))
     with pytest.raises(FormatError) as raised:
@@ -149,7 +149,7 @@ def test_a_refcount_must_be_what_it_is_taken_for(order: int, before: int, found:
 
 
 @pytest.mark.parametrize("cluster", [per_block(4), 100 * per_block(4)])
-def test_what_no_block_counts_cannot_be_changed(cluster: int) -> None:
+def test_a_cluster_without_refcount_block_cannot_be_changed(cluster: int) -> None:
     refcounts = Refcounts(opened(image_of(4, Counter()).data))
     for before in (0, 1):
         with pytest.raises(FormatError, match=r"is 0, must be"):

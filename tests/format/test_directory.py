@@ -58,7 +58,7 @@ def directories(draw: st.DrawFn, start: int) -> Directory:
 
 
 def parsed_by_the_schema(data: bytes, offset: int, max_entries: int) -> Directory:
-    """What `parse_directory` promises, with construct reading every field."""
+    """Does what `parse_directory` does, but parses every field with construct."""
     entries: list[DirectoryEntry] = []
     position = 0
     while len(entries) < max_entries and len(data) - position >= 24 and any(data[position:]):

@@ -55,7 +55,7 @@ def test_an_area_survives_being_built_and_parsed(area: HeaderExtensions, after: 
 
 
 def left(data: bytes, area: HeaderExtensions) -> int:
-    """How many bytes of the area stand behind its last extension."""
+    """The number of bytes of the area behind its last extension."""
     return len(data) - sum(extension.size for extension in area.extensions)
 
 

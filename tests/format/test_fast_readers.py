@@ -1,4 +1,4 @@
-"""What is read and built past construct, for speed, agrees with the declared schema."""
+"""The fast parsers and builders, which do not call construct, agree with the schemas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _lengths = st.one_of(st.integers(0, 40), st.sampled_from([0xFFFFFFFF, 0x80000000
 
 @st.composite
 def _areas(draw: st.DrawFn) -> bytes:
-    """Extensions with lengths that fit, mostly, and bytes of any kind between them."""
+    """Draws extensions, most with lengths that fit, and any bytes between them."""
     parts = []
     for _ in range(draw(st.integers(0, 6))):
         length = draw(_lengths)

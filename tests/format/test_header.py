@@ -138,7 +138,7 @@ def test_an_impossible_header_length_is_kept_and_nothing_after_it_is_read(
 
 
 @pytest.mark.parametrize("data", [b"QFI", b"QFI\xfa" + V3[4:], bytes(512), b"KDMV" + V3[4:]])
-def test_another_magic_is_no_image(data: bytes) -> None:
+def test_a_header_with_another_magic_is_refused(data: bytes) -> None:
     with pytest.raises(FormatError, match="not a qcow2 image") as caught:
         parse_header(data)
     assert (caught.value.structure, caught.value.field, caught.value.offset) == (

@@ -15,7 +15,7 @@ every_order = pytest.mark.parametrize("order", ORDERS)
 
 
 def refcount(data: bytes, order: int, index: int) -> int:
-    """The rule of the specification, one refcount at a time."""
+    """Reads one refcount by the rule of the specification."""
     bits = 1 << order
     if bits >= 8:
         start = index * bits // 8

@@ -58,7 +58,7 @@ def test_additional_fields_survive() -> None:
 
 
 @pytest.mark.spec("HDR-5")
-def test_what_is_not_opened() -> None:
+def test_an_image_with_such_a_header_is_not_opened() -> None:
     sound = image()
     with pytest.raises(FormatError, match="magic"):
         qcow2bm.open(patched(sound, (0, b"QFI\0")))
@@ -115,7 +115,7 @@ def test_an_unknown_incompatible_bit_breaks_every_bitmap() -> None:
 
 
 @pytest.mark.spec("FEAT-2")
-def test_who_names_a_feature_bit() -> None:
+def test_the_specification_names_a_feature_bit_before_the_image_does() -> None:
     names = vector("header.md", "hex feature name table") + b"\2\0" + b"wrong".ljust(46, b"\0")
     data = patched(
         image(),
@@ -167,7 +167,7 @@ def test_the_last_extension_of_a_type_counts() -> None:
 
 
 @pytest.mark.spec("EXT-4")
-def test_what_was_read_before_a_length_too_large_counts() -> None:
+def test_extensions_before_a_length_too_large_count() -> None:
     with qcow2bm.open(broken("header-extension.length.too-large")) as opened:
         assert [each.type for _, each in opened.extensions] == [0x23852875]
         assert len(opened.bitmaps) == 3
@@ -189,7 +189,7 @@ def test_refcounts_of_every_width(order: int) -> None:
 
 
 @pytest.mark.spec("SNAP-1")
-def test_a_snapshot_after_which_the_next_is_unknown() -> None:
+def test_a_snapshot_table_that_is_cut_off_or_has_too_much_extra_data() -> None:
     data = vector("refcounts.md", "hex snapshot table")
     with pytest.raises(FormatError, match=r"snapshot table entry 1.* cut off"):
         parse_snapshot_table(data + data[:-1], 2, 0)

@@ -66,7 +66,7 @@ def held(descriptor: int) -> list[int]:
 @linux
 @pytest.mark.spec("LOCK-1")
 @pytest.mark.parametrize("byte", [101, 103, 200])
-def test_a_reader_gives_way_to_who_excludes_it(path: Path, byte: int) -> None:
+def test_a_reader_is_refused_by_every_lock_that_excludes_it(path: Path, byte: int) -> None:
     with another(path) as other:
         lock(other, byte)
         with pytest.raises(ImageLockedError, match=f"lock byte {byte}"):
@@ -76,7 +76,9 @@ def test_a_reader_gives_way_to_who_excludes_it(path: Path, byte: int) -> None:
 
 @linux
 @pytest.mark.spec("LOCK-1")
-def test_a_reader_shows_itself_before_it_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_takes_its_locks_before_it_probes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qcow2bm.storage import locks
 
     real = locks._is_held_by_others
@@ -197,7 +199,7 @@ def test_nothing_is_locked_where_the_system_is_not_linux(
 @linux
 @pytest.mark.parametrize("byte", [101, 103, 200, 201, 203])
 @pytest.mark.spec("LOCK-7")
-def test_a_writer_gives_way_to_whoever_uses_the_image(path: Path, byte: int) -> None:
+def test_a_writer_is_refused_by_every_other_user_of_the_image(path: Path, byte: int) -> None:
     with another(path) as other:
         lock(other, byte)
         with pytest.raises(ImageLockedError, match=f"lock byte {byte}.*lock_timeout"):
@@ -227,7 +229,7 @@ def test_a_writer_that_waits_tries_again(path: Path, monkeypatch: pytest.MonkeyP
         lock(other, 201)
 
         def sleep(seconds: float) -> None:
-            assert held(other) == []  # nobody is kept away by one who waits
+            assert held(other) == []  # a waiting writer excludes no other program
             tries.append(seconds)
             if len(tries) == 3:
                 unlock(other, 201)
@@ -247,7 +249,7 @@ def unlock(descriptor: int, byte: int) -> None:
 
 @linux
 @pytest.mark.spec("LOCK-8")
-def test_without_locks_nothing_is_edited_but_on_demand(
+def test_without_locks_an_image_is_edited_only_on_demand(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
@@ -274,7 +276,7 @@ def test_nothing_is_edited_where_the_system_is_not_linux(
 
 @linux
 @pytest.mark.spec("LOCK-9")
-def test_what_was_changed_before_the_lock_was_had_is_seen(
+def test_a_change_before_the_lock_was_taken_is_seen(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with another(path) as other:
@@ -310,7 +312,7 @@ def test_a_file_that_was_replaced_is_not_edited(
 
 @linux
 @pytest.mark.spec("LOCK-10")
-def test_who_writes_in_spite_of_the_locks_is_noticed(path: Path) -> None:
+def test_a_write_in_spite_of_the_locks_is_noticed(path: Path) -> None:
     with qcow2bm.open(path, "r+") as opened:
         before = path.read_bytes()
 

@@ -1,4 +1,4 @@
-"""Unbuffered access, on regular files; tests/oracle/test_direct_device.py has the devices."""
+"""Direct input and output on regular files; tests/oracle/test_direct_device.py tests devices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Call = tuple[int, int]  # offset and length
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on a file system that has unbuffered access; that of a tmpfs may be missing."""
+    """A folder on a file system with direct input and output, which a tmpfs may not have."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as other:
         for candidate in (tmp_path_factory.mktemp("direct"), Path(other)):
             try:
@@ -70,7 +70,7 @@ def _no_descriptor_is_left_open() -> Iterator[None]:
 
 
 def read(file: DirectFile, offset: int, length: int) -> bytes:
-    """What there is, with a look at what must not be touched behind the buffer."""
+    """Reads, and checks that bytes behind the buffer are not changed."""
     data = bytearray(b"?" * (length + 1))
     count = file.read_into(offset, memoryview(data)[:length])
     assert data[count:] == b"?" * (length + 1 - count)
@@ -82,7 +82,7 @@ def overwritten(old: bytes, offset: int, new: bytes) -> bytes:
 
 
 def blocks_of(offset: int, length: int) -> set[int]:
-    """The numbers of the blocks that bytes lie in."""
+    """The numbers of the blocks in which these bytes lie."""
     return {at // BLOCK for at in range(offset, offset + length)}
 
 
@@ -94,9 +94,9 @@ def failing(number: int) -> Callable[..., int]:
 
 
 class LazySystem:
-    """Reads and writes no more than ``limit`` bytes at once, as a system may, and keeps a record.
+    """A system that reads and writes at most ``limit`` bytes at once, and records its calls.
 
-    Of a block it says it has written in part it has written nothing.
+    If it reports that a block was written in part, it has written nothing of that block.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, limit: int = sys.maxsize) -> None:
@@ -122,7 +122,7 @@ class LazySystem:
 
 
 def places(limit: int) -> st.SearchStrategy[int]:
-    """Offsets everywhere, and many around the edges of blocks."""
+    """Draws any offsets, many of them near the edges of blocks."""
     edges = st.builds(
         lambda number, away: min(max(number * BLOCK + away, 0), limit),
         st.integers(0, limit // BLOCK),
@@ -133,7 +133,7 @@ def places(limit: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def writes(draw: st.DrawFn) -> tuple[int, list[bytes]]:
-    """Bytes for a place within the file, in any number of parts."""
+    """Draws an offset within the file, and bytes in any number of parts."""
     start, stop = sorted((draw(places(SIZE)), draw(places(SIZE))))
     data = (bytes([draw(st.integers(0, 255))]) + b"abcdefg") * (SIZE // 8)
     cuts = sorted(draw(st.lists(st.integers(0, stop - start), max_size=4)))
@@ -151,7 +151,7 @@ def writes(draw: st.DrawFn) -> tuple[int, list[bytes]]:
     limit=st.integers(BLOCK, 4 * BLOCK),
     piece=st.sampled_from([BLOCK, PIECE, 1 << 20]),
 )
-def test_it_is_as_bytes_in_memory_are(
+def test_writes_and_reads_agree_with_bytes_in_memory(
     folder: Path,
     calls: list[tuple[int, list[bytes]]],
     look: tuple[int, int],
@@ -198,7 +198,7 @@ def test_reading_a_file_that_ends_within_a_block(file: DirectFile, path: Path) -
     assert read(file, 6000, 100) == b""
 
 
-def test_more_than_one_piece_of_the_real_size(file: DirectFile, path: Path) -> None:
+def test_a_write_of_several_pieces_of_the_real_size(file: DirectFile, path: Path) -> None:
     data = bytes(range(251)) * 10000
     file.write(100, [data[:1000], data[1000:]])
     file.barrier()
@@ -216,7 +216,9 @@ def test_more_than_one_piece_of_the_real_size(file: DirectFile, path: Path) -> N
     ],
     ids=["several", "empty ones", "words", "a view of words"],
 )
-def test_parts_of_any_kind(file: DirectFile, path: Path, parts: Sequence[bytes]) -> None:
+def test_parts_may_be_of_any_bytes_like_type(
+    file: DirectFile, path: Path, parts: Sequence[bytes]
+) -> None:
     file.write(BLOCK - 3, parts)
     assert path.read_bytes() == overwritten(CONTENT, BLOCK - 3, b"abcdefgh")
 
@@ -247,7 +249,7 @@ def test_a_regular_file_grows_by_whole_blocks(
         (1, 5 * BLOCK, [0, 5]),
     ],
 )
-def test_only_blocks_written_in_part_are_read_before(
+def test_only_blocks_that_are_written_in_part_are_read_first(
     file: DirectFile,
     monkeypatch: pytest.MonkeyPatch,
     offset: int,
@@ -262,7 +264,7 @@ def test_only_blocks_written_in_part_are_read_before(
 
 
 @pytest.mark.parametrize("parts", [[], [b""], [b"", b""]])
-def test_nothing_is_written_where_there_is_nothing(
+def test_an_empty_write_writes_nothing(
     file: DirectFile, monkeypatch: pytest.MonkeyPatch, parts: list[bytes]
 ) -> None:
     system = LazySystem(monkeypatch)
@@ -285,7 +287,7 @@ def test_no_call_moves_more_than_a_piece(file: DirectFile, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("call", ["preadv", "pwritev", "fdatasync"])
-def test_what_the_system_says_passes_through(
+def test_an_error_of_the_system_passes_through(
     file: DirectFile, path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     uses: dict[str, list[Callable[[], object]]] = {
@@ -304,7 +306,7 @@ def test_what_the_system_says_passes_through(
 
 
 @pytest.mark.parametrize("count", [0, 1, BLOCK - 1])
-def test_a_write_that_gets_nowhere_does_not_go_on_for_ever(
+def test_a_write_that_makes_no_progress_fails(
     file: DirectFile, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     answers = iter([BLOCK, count])  # and no third one
@@ -314,7 +316,7 @@ def test_a_write_that_gets_nowhere_does_not_go_on_for_ever(
     assert caught.value.errno == errno.EIO
 
 
-def test_what_is_closed_is_not_used(file: DirectFile) -> None:
+def test_a_closed_file_cannot_be_used(file: DirectFile) -> None:
     file.close()
     file.close()
     uses: list[Callable[[], object]] = [
@@ -327,7 +329,7 @@ def test_what_is_closed_is_not_used(file: DirectFile) -> None:
             use()
 
 
-def test_it_is_not_opened_if_its_blocks_are_unknown(
+def test_a_file_is_not_opened_if_its_block_size_is_unknown(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -336,7 +338,7 @@ def test_it_is_not_opened_if_its_blocks_are_unknown(
             DirectFile(str(path))
 
 
-def test_a_missing_file_is_not_made(folder: Path) -> None:
+def test_a_missing_file_is_not_created(folder: Path) -> None:
     with pytest.raises(FileNotFoundError):
         DirectFile(str(folder / "missing"))
     assert not (folder / "missing").exists()
@@ -345,10 +347,10 @@ def test_a_missing_file_is_not_made(folder: Path) -> None:
 # --- the descriptor -----------------------------------------------------------------------------
 
 
-def test_one_descriptor_for_everything(
+def test_all_calls_use_one_descriptor(
     path: Path, file: DirectFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors are told to the descriptor that wrote."""
+    """The system reports an error only to the descriptor that wrote."""
     used: list[int] = []
 
     def move(descriptor: int, *arguments: object) -> int:
@@ -367,7 +369,9 @@ def test_one_descriptor_for_everything(
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])
-def test_it_can_be_imported_anywhere(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+def test_the_module_can_be_imported_on_every_system(
+    monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
     source = direct_io.__file__
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", platform)

@@ -41,7 +41,7 @@ def _no_descriptor_is_left_open() -> Iterator[None]:
 
 @pytest.fixture
 def _no_waiting() -> Iterator[None]:
-    """Makes a test that blocks for good fail: opening a FIFO waits for a writer."""
+    """Makes a test fail if it blocks, as opening a FIFO does without a writer."""
 
     def interrupt(number: int, frame: object) -> None:
         raise AssertionError("it waits")
@@ -63,7 +63,7 @@ def refusal(path: str | Path) -> StorageError:
 
 @pytest.mark.usefixtures("_no_waiting")
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "directory", "character device"])
-def test_what_is_no_disk_is_refused(
+def test_only_a_regular_file_or_block_device_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the name of a socket must be short
@@ -89,14 +89,14 @@ def test_a_file_replaced_by_a_fifo_while_it_is_opened_is_refused(
     assert "is a FIFO" in str(error)
 
 
-def test_something_else_entirely_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_kind_of_file_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", lambda path: SimpleNamespace(st_mode=0o170000))
         error = refusal(path)
     assert "is something else" in str(error)
 
 
-def test_a_block_device_is_a_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_device_is_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(st_mode=stat.S_IFBLK | 0o660, st_size=0)
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", lambda path: device)
@@ -114,7 +114,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b", "\ud800", "a\n\x1b[31mb", "x" * 5000])
-def test_a_name_that_no_file_has(name: str) -> None:
+def test_a_path_with_a_nul_byte_is_refused(name: str) -> None:
     assert refusal(name)
 
 
@@ -152,7 +152,7 @@ def test_the_size_is_the_present_one(storage: FileStorage, path: Path) -> None:
     assert storage.size() == 5000
 
 
-def test_what_the_system_reads_in_pieces_is_put_together(
+def test_short_reads_of_the_system_are_joined(
     storage: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.preadv
@@ -211,10 +211,10 @@ def test_a_failing_read_says_where(
 
 def test_a_forgotten_file_is_closed_with_a_warning(path: Path) -> None:
     with pytest.warns(ResourceWarning, match="unclosed file"):
-        FileStorage(path)  # and nobody keeps it: its descriptor must be gone
+        FileStorage(path)  # not kept, so its descriptor must be closed
 
 
-def test_the_change_token_stays_while_nobody_writes(storage: FileStorage, path: Path) -> None:
+def test_the_change_token_stays_the_same_without_a_write(storage: FileStorage, path: Path) -> None:
     token = storage.change_token()
     assert token is not None
     path.read_bytes()
@@ -223,7 +223,7 @@ def test_the_change_token_stays_while_nobody_writes(storage: FileStorage, path: 
 
 
 @pytest.mark.parametrize("change", ["length", "time"])
-def test_the_change_token_tells_of(storage: FileStorage, path: Path, change: str) -> None:
+def test_the_change_token_changes_with(storage: FileStorage, path: Path, change: str) -> None:
     token, before = storage.change_token(), path.stat()
     if change == "length":
         os.truncate(path, 1023)
@@ -233,7 +233,7 @@ def test_the_change_token_tells_of(storage: FileStorage, path: Path, change: str
     assert storage.change_token() != token
 
 
-def test_the_change_token_tells_of_a_write_whose_time_was_put_back(
+def test_the_change_token_changes_with_a_write_whose_time_was_set_back(
     storage: FileStorage, path: Path
 ) -> None:
     token, before = storage.change_token(), path.stat()
@@ -254,7 +254,7 @@ def test_a_block_device_has_no_change_token(
         assert storage.change_token() is None
 
 
-def test_a_closed_file_says_so(storage: FileStorage) -> None:
+def test_a_closed_file_raises_a_state_error(storage: FileStorage) -> None:
     storage.close()
     storage.close()
     for use in (

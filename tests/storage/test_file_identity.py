@@ -1,4 +1,4 @@
-"""What tells that a file was written to, without opening it."""
+"""Identities of files show writes, without opening the file."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def identity(path: str | Path) -> FileIdentity:
-    """That of a regular file."""
+    """The identity of a regular file."""
     found = identify(path)
     assert found is not None
     return found
 
 
 def later(path: Path, change: Callable[[], object]) -> FileIdentity:
-    """The identity after a change, once the file system's clock has moved on."""
+    """The identity after a change, made when the file system's clock has advanced."""
     before = identity(path)
     for _ in range(500):
         change()
@@ -44,7 +44,7 @@ def later(path: Path, change: Callable[[], object]) -> FileIdentity:
     return identity(path)
 
 
-def test_it_is_what_the_system_says(path: Path) -> None:
+def test_an_identity_has_the_facts_of_the_system(path: Path) -> None:
     now = path.stat()
     assert identify(path) == (
         now.st_dev,
@@ -67,14 +67,14 @@ def test_reading_changes_nothing(path: Path) -> None:
         assert identify(path) == before
 
 
-def test_a_write_shows(path: Path) -> None:
+def test_a_write_changes_the_identity(path: Path) -> None:
     before = identity(path)
     now = later(path, lambda: path.write_bytes(CONTENT))
     assert now != before
     assert now[:3] == before[:3]
 
 
-def test_another_length_shows(path: Path) -> None:
+def test_another_length_changes_the_identity(path: Path) -> None:
     before = identity(path)
     os.truncate(path, 3)
     assert identity(path).size == 3
@@ -82,7 +82,7 @@ def test_another_length_shows(path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere there is no time of the last change")
-def test_who_puts_back_the_time_of_the_last_write_shows(path: Path) -> None:
+def test_setting_back_the_time_of_the_last_write_changes_the_identity(path: Path) -> None:
     before = identity(path)
 
     def change() -> None:
@@ -94,7 +94,7 @@ def test_who_puts_back_the_time_of_the_last_write_shows(path: Path) -> None:
     assert now.changed_ns > before.changed_ns
 
 
-def test_another_file_in_its_place_shows(path: Path) -> None:
+def test_a_replaced_file_has_another_identity(path: Path) -> None:
     before = identity(path)
     other = path.with_name("other")
     other.write_bytes(CONTENT)
@@ -109,8 +109,8 @@ def test_a_link_is_followed(path: Path) -> None:
     assert identify(link) == identify(path)
 
 
-def test_it_is_never_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file may be closed to everybody."""
+def test_the_file_is_never_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller may have no permission to open the file."""
 
     def refuse(*arguments: object, **more: object) -> None:
         raise AssertionError("was opened")
@@ -127,7 +127,7 @@ def require_refused(path: Path) -> None:
     assert raised.value.path == str(path)
 
 
-def test_a_directory_is_no_disk(tmp_path: Path) -> None:
+def test_a_directory_has_no_identity(tmp_path: Path) -> None:
     require_refused(tmp_path)
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
@@ -135,33 +135,33 @@ def test_a_directory_is_no_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no FIFOs")
-def test_a_fifo_is_no_disk(tmp_path: Path) -> None:
-    """Who opened it would wait for a writer for ever."""
+def test_a_fifo_has_no_identity(tmp_path: Path) -> None:
+    """Opening a FIFO would wait for a writer for ever."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     require_refused(fifo)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no devices")
-def test_a_character_device_is_no_disk() -> None:
+def test_a_character_device_has_no_identity() -> None:
     require_refused(Path(os.devnull))
 
 
 def with_mode(path: Path, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system says that the path is something else."""
+    """Makes the system report another kind of file for the path."""
     real = path.stat()
     told = os.stat_result((kind | 0o600, *real[1:]))
     monkeypatch.setattr(os, "stat", lambda path: told)
 
 
-def test_a_block_device_has_no_such_facts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its times say nothing of what others write to it, nor does its size."""
+def test_a_block_device_has_no_identity(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the times nor the size of a block device show writes of other hosts."""
     with_mode(path, stat.S_IFBLK, monkeypatch)
     assert identify(path) is None
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFCHR, stat.S_IFDIR, stat.S_IFIFO, stat.S_IFSOCK, 0])
-def test_there_are_two_kinds_of_disks(
+def test_only_regular_files_and_block_devices_are_accepted(
     path: Path, kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_mode(path, kind, monkeypatch)
@@ -169,7 +169,7 @@ def test_there_are_two_kinds_of_disks(
 
 
 @pytest.mark.parametrize("name", ["none", "none/deeper", "a\0b", "x" * 5000])
-def test_what_cannot_be_looked_at(tmp_path: Path, name: str) -> None:
+def test_a_path_that_cannot_be_examined_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(StorageError) as raised:
         identify(tmp_path / name)
     assert raised.value.path == str(tmp_path / name)

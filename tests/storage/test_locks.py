@@ -34,7 +34,7 @@ WRITER = {100, 101, 103, 201, 203}
 
 
 class Other:
-    """Somebody else who has the image open."""
+    """Another open file description of the image."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDWR)
@@ -57,7 +57,7 @@ class Other:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qcow2"
-    path.write_bytes(bytes(512))  # the locks lie where no lock needs bytes, or past the end
+    path.write_bytes(bytes(512))  # locked bytes need not exist
     return path
 
 
@@ -82,7 +82,7 @@ def writable(path: Path) -> Iterator[FileStorage]:
     storage.close()
 
 
-def test_a_reader_holds_three_shared_locks_and_lets_them_go(
+def test_a_reader_holds_three_shared_locks_and_releases_them(
     storage: FileStorage, other: Other
 ) -> None:
     for _ in range(2):
@@ -112,10 +112,12 @@ def test_a_reader_is_refused(storage: FileStorage, other: Other, byte: int, reas
 
 
 @pytest.mark.parametrize("byte", [100, 102, 201, 202, 203])
-def test_other_readers_do_no_harm(storage: FileStorage, other: Other, byte: int) -> None:
+def test_locks_of_other_readers_are_no_conflict(
+    storage: FileStorage, other: Other, byte: int
+) -> None:
     other.lock(byte)
     with storage.read_lock():
-        assert other.sees() == READER  # what it holds itself, it does not see
+        assert other.sees() == READER  # a description does not see its own locks
     assert other.sees() == set()
 
 
@@ -130,7 +132,9 @@ def test_an_exclusive_lock_is_named(storage: FileStorage, other: Other, byte: in
     assert other.sees() == set()
 
 
-def test_a_running_writer_is_refused_to_and_refuses(storage: FileStorage, other: Other) -> None:
+def test_a_reader_and_a_running_writer_exclude_each_other(
+    storage: FileStorage, other: Other
+) -> None:
     with storage.read_lock():
         # A QEMU about to write asks for exactly these bytes and gives up.
         assert other.sees() & {201, 203}
@@ -145,7 +149,7 @@ def test_two_readers_coexist(path: Path, storage: FileStorage, other: Other) -> 
     with storage.read_lock():
         with second.read_lock():
             assert other.sees() == READER
-        assert other.sees() == READER  # the first one's are still there
+        assert other.sees() == READER  # the locks of the first reader are still held
     second.close()
     assert other.sees() == set()
 
@@ -206,7 +210,7 @@ def failing(commands: set[int], number: int) -> Control:
     [{fcntl.F_OFD_SETLK}, {fcntl.F_OFD_GETLK}, {fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK}],
     ids=["set", "get", "both"],
 )
-def test_without_locks_nothing_is_read(
+def test_a_reader_is_refused_if_the_file_system_has_no_locks(
     storage: FileStorage,
     other: Other,
     monkeypatch: pytest.MonkeyPatch,
@@ -227,7 +231,7 @@ def test_without_locks_nothing_is_read(
     assert other.sees() == set()
 
 
-def test_what_failed_is_reported_even_if_unlocking_fails_too(
+def test_the_first_failure_is_reported_even_if_unlocking_fails_too(
     storage: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failure = KeyError("whatever")
@@ -238,7 +242,7 @@ def test_what_failed_is_reported_even_if_unlocking_fails_too(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
-def test_both_ways_to_say_locked_are_understood(
+def test_both_error_numbers_for_a_held_lock_are_understood(
     storage: FileStorage, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     real = fcntl.fcntl
@@ -254,7 +258,7 @@ def test_both_ways_to_say_locked_are_understood(
 
 
 @pytest.mark.parametrize("role", [locks.READER, locks.WRITER], ids=["reader", "writer"])
-def test_elsewhere_nothing_is_locked(
+def test_nothing_is_locked_on_other_systems(
     other: Other, monkeypatch: pytest.MonkeyPatch, role: locks.Role
 ) -> None:
     other.lock(101)
@@ -266,7 +270,7 @@ def test_elsewhere_nothing_is_locked(
 # --- writers ------------------------------------------------------------------------------------
 
 
-def test_a_writer_holds_five_shared_locks_and_lets_them_go(
+def test_a_writer_holds_five_shared_locks_and_releases_them(
     writable: FileStorage, other: Other
 ) -> None:
     for _ in range(2):
@@ -300,7 +304,9 @@ def test_a_writer_is_refused(writable: FileStorage, other: Other, byte: int, rea
 
 
 @pytest.mark.parametrize("byte", [100, 102, 202])
-def test_who_shares_writing_does_no_harm(writable: FileStorage, other: Other, byte: int) -> None:
+def test_a_lock_that_lets_others_write_is_no_conflict(
+    writable: FileStorage, other: Other, byte: int
+) -> None:
     other.lock(byte)
     with writable.write_lock(0):
         assert other.sees() == WRITER
@@ -319,7 +325,7 @@ def test_an_exclusive_lock_is_named_to_a_writer(
     assert other.sees() == set()
 
 
-def test_a_writer_and_anybody_else_exclude_each_other(
+def test_a_writer_and_every_other_user_exclude_each_other(
     path: Path, storage: FileStorage, writable: FileStorage, other: Other
 ) -> None:
     second = FileStorage(path, writable=True)
@@ -328,7 +334,7 @@ def test_a_writer_and_anybody_else_exclude_each_other(
             pytest.fail("a second writer was let in")
         with pytest.raises(ImageLockedError, match="lock byte 101"), storage.read_lock():
             pytest.fail("a reader was let in")
-        assert other.sees() == WRITER  # those who were refused took nothing away
+        assert other.sees() == WRITER  # a refused lock does not change the held ones
     with storage.read_lock():
         with pytest.raises(ImageLockedError, match="lock byte 201"), second.write_lock(0):
             pytest.fail("was let in beside a reader")
@@ -345,12 +351,12 @@ def test_a_writer_reads_under_its_own_locks(writable: FileStorage, other: Other)
                 assert other.sees() == WRITER
             assert other.sees() == WRITER
     with writable.read_lock():
-        assert other.sees() == READER  # not writing, it reads as a reader does
+        assert other.sees() == READER  # after writing, it reads like any other reader
     assert other.sees() == set()
 
 
 def test_one_storage_has_one_writer(writable: FileStorage, other: Other) -> None:
-    """Its locks would not conflict with themselves, and the first to end would drop them."""
+    """Two writers on one descriptor would not conflict, and the first to end would unlock both."""
     with writable.write_lock(0):
         with pytest.raises(StateError), writable.write_lock(0):
             pytest.fail("was let in twice")
@@ -374,7 +380,7 @@ def test_a_failure_while_writing_leaves_nothing_locked(writable: FileStorage, ot
     [{fcntl.F_OFD_SETLK}, {fcntl.F_OFD_GETLK}, {fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK}],
     ids=["set", "get", "both"],
 )
-def test_without_locks_nothing_is_written(
+def test_a_writer_is_refused_if_the_file_system_has_no_locks(
     writable: FileStorage,
     other: Other,
     monkeypatch: pytest.MonkeyPatch,
@@ -383,7 +389,7 @@ def test_without_locks_nothing_is_written(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "fcntl", failing(commands, number))
-        # However long one would wait: it is not going to have locks.
+        # No wait helps: the file system has no locks.
         with pytest.raises(StorageError) as caught, writable.write_lock(1e9):
             pytest.fail("was let in")
     assert type(caught.value) is StorageError
@@ -396,7 +402,7 @@ def test_without_locks_nothing_is_written(
     assert other.sees() == set()
 
 
-def test_without_locking_none_are_taken_or_minded(
+def test_without_locking_no_lock_is_taken_or_probed(
     path: Path, other: Other, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for byte in BYTES:
@@ -443,7 +449,7 @@ def test_a_file_replaced_before_it_is_locked_is_refused(
     storage.close()
 
 
-def test_a_file_that_moved_and_is_still_found_there_is_the_same(
+def test_a_file_that_moved_behind_a_symbolic_link_is_the_same_file(
     path: Path, tmp_path: Path, writable: FileStorage
 ) -> None:
     path.symlink_to(path.rename(tmp_path / "moved"))
@@ -452,7 +458,7 @@ def test_a_file_that_moved_and_is_still_found_there_is_the_same(
 
 
 class Clock:
-    """Stands in for the module time: sleeping is what makes it later, and things happen."""
+    """Replaces the module time: `sleep` advances the time and triggers the next event."""
 
     def __init__(self, *events: Callable[[], object]) -> None:
         self.now = 1000.0
@@ -469,7 +475,7 @@ class Clock:
             self._events.pop(0)()
 
 
-def test_a_writer_waits_until_nobody_uses_the_image(
+def test_a_writer_waits_until_no_other_process_uses_the_image(
     path: Path,
     storage: FileStorage,
     writable: FileStorage,
@@ -487,7 +493,9 @@ def test_a_writer_waits_until_nobody_uses_the_image(
     monkeypatch.setattr(locks, "time", clock)
     with writable.write_lock(1):
         assert other.sees() == WRITER
-    assert seen == [READER]  # while it sleeps it holds nothing: two that wait would never end
+    assert seen == [
+        READER
+    ]  # it holds no lock while it sleeps: otherwise two waiting writers would deadlock
     assert len(clock.sleeps) == 2
 
 
@@ -546,7 +554,7 @@ def test_an_interrupt_while_locks_are_released_leaves_none(
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 0.001, 1])
-def test_a_writer_that_waited_in_vain_says_who_holds_what(
+def test_after_the_timeout_the_error_names_the_lock(
     writable: FileStorage, other: Other, monkeypatch: pytest.MonkeyPatch, timeout: float
 ) -> None:
     other.lock(101)
@@ -573,7 +581,7 @@ def test_an_interrupted_wait_leaves_nothing_locked(
 
 
 def test_writers_that_wait_for_each_other_all_get_their_turn(path: Path) -> None:
-    """Each adds one to a number in the file, in two steps that must not mix."""
+    """Each writer increments a number in the file, in two steps that must not interleave."""
     path.write_bytes(bytes(8))
 
     def add(times: int) -> None:

@@ -20,7 +20,7 @@ CONTENT = bytes(range(200))
 
 
 class Trickle(io.RawIOBase):
-    """A raw stream that gives at most three bytes at a time, as it may."""
+    """A raw stream that reads at most three bytes at a time."""
 
     def __init__(self) -> None:
         self._position = 0
@@ -43,7 +43,7 @@ class Trickle(io.RawIOBase):
 
 
 class Failing(io.BytesIO):
-    """A stream on which nothing succeeds but to look at it."""
+    """A stream whose every read and seek fails."""
 
     name = "tape\n\x1b"
 
@@ -80,7 +80,7 @@ def test_memory_is_not_copied() -> None:
     assert read_bytes(storage, 0, 4) == b"\0\0\7\0"
 
 
-def test_memory_is_its_owners_while_an_image_is_read_from_it() -> None:
+def test_the_owner_can_change_memory_while_an_image_is_read_from_it() -> None:
     data = bytearray(build_image(Stored(table=[b"\x55"] * 3), size=3 * 4096 << 16).data)
     image = qcow2bm.open(data)
     bitmap = image.bitmaps["daily"]
@@ -94,7 +94,7 @@ def test_memory_is_its_owners_while_an_image_is_read_from_it() -> None:
         bitmap.count()
 
 
-def test_short_reads_of_a_stream_are_put_together() -> None:
+def test_short_reads_of_a_stream_are_joined() -> None:
     storage = stream(Trickle())
     assert storage.size() == 200
     assert read_bytes(storage, 10, 100) == CONTENT[10:110]
@@ -113,7 +113,7 @@ def test_a_stream_stays_open() -> None:
     assert not owned.closed
 
 
-def test_a_stream_is_called_what_it_calls_itself(tmp_path: Path) -> None:
+def test_a_storage_has_the_name_of_its_file_object(tmp_path: Path) -> None:
     assert FileObjectStorage(io.BytesIO()).name == "<stream>"
     path = tmp_path / "disk"
     path.write_bytes(b"")
@@ -123,7 +123,7 @@ def test_a_stream_is_called_what_it_calls_itself(tmp_path: Path) -> None:
             assert FileObjectStorage(by_number).name == str(file.fileno())
 
 
-def test_text_is_no_image() -> None:
+def test_a_text_stream_is_refused() -> None:
     with pytest.raises(TypeError, match="binary mode"):
         FileObjectStorage(cast(BinaryIO, io.StringIO("QFI")))
 
@@ -136,7 +136,7 @@ def test_a_stream_that_cannot_seek_is_refused() -> None:
     assert (caught.value.path, caught.value.errno) == (str(receiving), None)
 
 
-def test_a_stream_opened_for_writing_fails_as_a_storage(tmp_path: Path) -> None:
+def test_a_stream_that_cannot_be_read_raises_a_storage_error(tmp_path: Path) -> None:
     with open(tmp_path / "new", "wb") as file:
         storage = FileObjectStorage(file)
         assert storage.size() == 0
@@ -158,7 +158,7 @@ def test_a_failing_stream_says_where_in_one_line() -> None:
     assert (caught.value.errno, caught.value.offset, caught.value.length) == (errno.EIO, 0, 0)
 
 
-def test_a_stream_its_owner_closed_fails_as_a_storage() -> None:
+def test_a_stream_that_its_owner_closed_raises_a_storage_error() -> None:
     owned = io.BytesIO(CONTENT)
     storage = FileObjectStorage(owned)
     owned.close()

@@ -53,19 +53,19 @@ def test_paths_and_open_files(tmp_path: Path) -> None:
         assert type(open_source(buffered)) is type(open_source(raw)) is FileObjectStorage
 
 
-def test_a_storage_is_its_own() -> None:
+def test_a_storage_is_returned_as_it_is() -> None:
     storage = MemoryStorage(b"")
     assert open_source(storage) is storage
 
 
 @pytest.mark.parametrize("source", [None, 3, object(), ["path"]])
-def test_what_is_no_source(source: Any) -> None:
+def test_other_objects_are_refused(source: Any) -> None:
     with pytest.raises(TypeError, match=f"cannot open {type(source).__name__}: need a path"):
         open_source(source)
 
 
 class ReadOnly:
-    """All that a `Storage` has, and nothing of a `WritableStorage`."""
+    """A `Storage` that is not a `WritableStorage`."""
 
     name = "<read-only>"
 
@@ -126,7 +126,7 @@ def test_a_bytearray_is_written() -> None:
     assert data == b"abxy"
 
 
-def test_a_writable_storage_is_its_own() -> None:
+def test_a_writable_storage_is_returned_as_it_is() -> None:
     storage = MemoryStorage(bytearray())
     assert open_writable(storage) is storage
 
@@ -136,7 +136,7 @@ def test_a_writable_storage_is_its_own() -> None:
     [b"abc", memoryview(bytearray(3)), array("B", b"abc"), io.BytesIO(b"abc"), ReadOnly()],
     ids=lambda source: type(source).__name__,
 )
-def test_what_can_only_be_read(source: Source) -> None:
+def test_a_source_that_can_only_be_read_is_refused_for_writing(source: Source) -> None:
     open_source(source)
     with pytest.raises(UnsupportedError) as caught:
         open_writable(source)
@@ -144,8 +144,8 @@ def test_what_can_only_be_read(source: Source) -> None:
     assert caught.value.feature == f"editing {name}: only paths, bytearrays and storages"
 
 
-def test_an_open_file_is_only_read(tmp_path: Path) -> None:
-    """Whoever opened it may hold other parts of it in a buffer."""
+def test_an_open_file_is_refused_for_writing(tmp_path: Path) -> None:
+    """The caller's file object may have a buffer with other content."""
     path = tmp_path / "disk"
     path.write_bytes(b"abc")
     with open(path, "r+b") as buffered, open(path, "r+b", buffering=0) as raw:
@@ -155,7 +155,7 @@ def test_an_open_file_is_only_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [None, 3, object(), ["path"]])
-def test_what_is_no_source_for_writing_either(source: Any) -> None:
+def test_other_objects_are_refused_for_writing(source: Any) -> None:
     with pytest.raises(TypeError, match=f"cannot open {type(source).__name__}: need a path"):
         open_writable(source)
 
@@ -174,7 +174,7 @@ CONTENT = WORDS.tobytes()
     ],
     ids=["array", "bytes of numpy", "numbers of numpy", "view"],
 )
-def test_whatever_holds_bytes_is_read_as_bytes(source: Source) -> None:
+def test_every_bytes_like_object_is_read_as_bytes(source: Source) -> None:
     storage = open_source(source)
     assert storage.size() == 800
     assert read_bytes(storage, 3, 500) == CONTENT[3:503]
@@ -191,14 +191,14 @@ def test_a_mapped_file_can_be_closed_by_its_owner(tmp_path: Path) -> None:
         storage.close()  # or leaving this block would fail
 
 
-def test_bytes_that_do_not_lie_together_are_no_source() -> None:
+def test_bytes_that_are_not_contiguous_are_refused() -> None:
     source: Any = np.frombuffer(CONTENT, np.uint8)[::2]
     with pytest.raises(TypeError, match="cannot open ndarray: need a path"):
         open_source(source)
 
 
 class Partial:
-    """Some of what a file object has."""
+    """A file object that lacks some methods."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return offset
@@ -208,7 +208,7 @@ class Partial:
 
 
 class Odd(Partial):
-    """A file object that answers with what no binary file answers."""
+    """A file object whose methods return values that no binary file returns."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -220,14 +220,14 @@ class Odd(Partial):
         return self.answer
 
 
-def test_what_only_seeks_and_reads_is_no_source() -> None:
+def test_an_object_that_only_seeks_and_reads_is_refused() -> None:
     source: Any = Partial()
     with pytest.raises(TypeError, match="cannot open Partial: need a path"):
         open_source(source)
 
 
 @pytest.mark.parametrize("answer", ["text", 3, b"more than was wanted", object()])
-def test_what_does_not_read_bytes_fails_as_a_storage(answer: object) -> None:
+def test_a_file_object_that_does_not_read_bytes_raises_a_storage_error(answer: object) -> None:
     source: Any = Odd(answer)
     with pytest.raises(StorageError) as caught:
         read_bytes(open_source(source), 0, 8)
@@ -254,7 +254,7 @@ def test_a_compressed_stream_is_read() -> None:
     ],
     ids=["truncated", "wrong sum", "corrupt", "something else"],
 )
-def test_a_broken_compressed_stream_fails_as_a_storage(packed: bytes) -> None:
+def test_a_broken_compressed_stream_raises_a_storage_error(packed: bytes) -> None:
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
         storage = open_source(stream)  # type: ignore[arg-type]
         for use in (storage.size, lambda: read_bytes(storage, 0, 256 * 64 + 1)):

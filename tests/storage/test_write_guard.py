@@ -1,4 +1,4 @@
-"""A storage that is written to only while its lock is held, and what a file does about caches."""
+"""The write guard of a storage, and dropping the cached pages of files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="writing is for Li
 
 
 class Logged(MemoryStorage):
-    """Lists what is asked of it; its lock can be refused, or fail when it is let go."""
+    """Records all calls. Taking its lock, and releasing it, can be made to fail."""
 
     excludes_other_hosts = True
 
@@ -75,7 +75,7 @@ class Logged(MemoryStorage):
 
 
 class Unseen(Logged):
-    """Other hosts do not see its lock."""
+    """A storage whose lock other hosts do not see."""
 
     excludes_other_hosts = False
 
@@ -106,7 +106,7 @@ def test_without_the_lock_nothing_is_written(work: str) -> None:
 
 
 @pytest.mark.parametrize("work", WRITES)
-def test_with_the_lock_it_is_the_storage_itself(work: str) -> None:
+def test_with_the_lock_every_call_reaches_the_storage(work: str) -> None:
     storage = Logged()
     held = WriteGuard(storage)
     held.acquire(2.5)
@@ -115,7 +115,7 @@ def test_with_the_lock_it_is_the_storage_itself(work: str) -> None:
     assert storage.log == ["lock 2.5", kind]
 
 
-def test_it_knows_whether_the_lock_is_held() -> None:
+def test_is_held_is_true_while_the_lock_is_held() -> None:
     held = WriteGuard(Logged())
     states = [held.is_held]
     steps: list[Callable[[], object]] = [lambda: held.acquire(0), held.release]
@@ -126,7 +126,7 @@ def test_it_knows_whether_the_lock_is_held() -> None:
     assert [*states, held.is_held] == [False, True, False, False, True, False]
 
 
-def test_the_lock_is_let_go_once() -> None:
+def test_the_lock_is_released_once() -> None:
     storage = Logged()
     held = WriteGuard(storage)
     held.release()
@@ -137,7 +137,7 @@ def test_the_lock_is_let_go_once() -> None:
     assert storage.log == ["lock 0", "unlock", "close"]
 
 
-def test_to_close_it_lets_the_lock_go_first() -> None:
+def test_closing_releases_the_lock_first() -> None:
     storage = Logged()
     held = WriteGuard(storage)
     held.acquire(0)
@@ -149,7 +149,7 @@ def test_to_close_it_lets_the_lock_go_first() -> None:
 
 @pytest.mark.parametrize("kind", [Logged, Unseen])
 def test_the_lock_is_taken_once(kind: type[Logged]) -> None:
-    """Who was interrupted while he took it can take it again."""
+    """An acquire that was interrupted after the lock was taken can be repeated."""
     storage = kind()
     held = WriteGuard(storage)
     held.acquire(1)
@@ -167,7 +167,7 @@ def test_the_lock_is_taken_once(kind: type[Logged]) -> None:
 
 
 @pytest.mark.spec("LIFE-3")
-def test_what_is_cached_is_forgotten_where_others_write_unseen() -> None:
+def test_cached_data_are_dropped_if_other_hosts_can_write_unnoticed() -> None:
     storage = Unseen()
     held = WriteGuard(storage)
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_what_is_cached_is_forgotten_where_others_write_unseen() -> None:
 
 
 @pytest.mark.parametrize("error", [StorageError("disk", 0, 0, "no"), KeyboardInterrupt()])
-def test_a_cache_that_cannot_be_forgotten_lets_the_lock_go(error: BaseException) -> None:
+def test_a_cache_that_cannot_be_dropped_releases_the_lock(error: BaseException) -> None:
     storage = Unseen()
     storage.refresh_error = error
     held = WriteGuard(storage)
@@ -215,7 +215,7 @@ def test_a_lock_that_is_refused_is_not_held(error: Exception) -> None:
     assert storage.log == ["lock 0", "barrier"]
 
 
-def test_nobody_writes_even_if_the_lock_cannot_be_let_go() -> None:
+def test_nothing_is_written_even_if_the_lock_cannot_be_released() -> None:
     storage = Logged()
     held = WriteGuard(storage)
     held.acquire(0)
@@ -228,7 +228,7 @@ def test_nobody_writes_even_if_the_lock_cannot_be_let_go() -> None:
 
 
 class Interrupted(ExitStack):
-    """An interrupt comes before anything is released, once."""
+    """Raises KeyboardInterrupt once, before it releases anything."""
 
     was_interrupted = False
 
@@ -260,7 +260,7 @@ def test_a_release_that_was_interrupted_is_completed_later(
     assert storage.log == ["lock 0", "unlock", *more]
 
 
-def test_while_the_lock_is_let_go_nobody_writes_any_more() -> None:
+def test_nothing_is_written_while_the_lock_is_released() -> None:
     refused: list[bool] = []
 
     class Late(Logged):
@@ -278,7 +278,7 @@ def test_while_the_lock_is_let_go_nobody_writes_any_more() -> None:
     assert refused == [True]
 
 
-def test_reading_goes_on() -> None:
+def test_reading_works_without_the_lock() -> None:
     storage = MemoryStorage(bytearray(CONTENT))
     held = WriteGuard(storage)
     assert held.size() == len(CONTENT)
@@ -293,14 +293,14 @@ def test_reading_goes_on() -> None:
 
 @pytest.mark.spec("LIFE-5")
 @pytest.mark.parametrize("kind", [Logged, Unseen, MemoryStorage])
-def test_whether_others_are_kept_away_is_up_to_the_storage(kind: type[MemoryStorage]) -> None:
+def test_the_storage_decides_whether_other_hosts_are_excluded(kind: type[MemoryStorage]) -> None:
     storage = MemoryStorage(bytearray(CONTENT)) if kind is MemoryStorage else kind()  # type: ignore[call-arg]
     assert WriteGuard(storage).excludes_other_hosts is (kind is not Unseen)
     assert isinstance(storage, WritableStorage)
 
 
-def test_a_storage_has_to_say_whether_others_are_kept_away() -> None:
-    """Or it would be taken for one whose lock everybody sees."""
+def test_a_storage_must_state_whether_other_hosts_are_excluded() -> None:
+    """Otherwise the library would assume that other hosts see its lock."""
 
     class Silent:
         pass
@@ -326,7 +326,7 @@ def path(tmp_path: Path) -> Path:
 @on_linux
 @pytest.mark.spec("LIFE-5")
 @pytest.mark.parametrize("locking", [True, False])
-def test_the_locks_of_a_file_keep_others_away(path: Path, locking: bool) -> None:
+def test_the_locks_of_a_file_exclude_other_hosts(path: Path, locking: bool) -> None:
     storage = FileStorage(path, writable=True, locking=locking)
     assert storage.excludes_other_hosts is locking
     assert WriteGuard(storage).excludes_other_hosts is locking
@@ -335,7 +335,9 @@ def test_the_locks_of_a_file_keep_others_away(path: Path, locking: bool) -> None
 
 @on_linux
 @pytest.mark.spec("LIFE-5")
-def test_those_of_a_device_do_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_locks_of_a_device_do_not_exclude_other_hosts(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = FileStorage(path, writable=True)
     monkeypatch.setattr(storage, "capacity", lambda: 1 << 30)
     assert not storage.excludes_other_hosts
@@ -344,7 +346,7 @@ def test_those_of_a_device_do_not(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @on_linux
 @pytest.mark.spec("LIFE-3")
-def test_what_is_cached_of_a_file_is_written_and_then_dropped(
+def test_cached_pages_of_a_file_are_written_and_then_dropped(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[object, ...]] = []
@@ -360,16 +362,16 @@ def test_what_is_cached_of_a_file_is_written_and_then_dropped(
     storage.write(0, [b"new"])
     storage.refresh()
     descriptor = storage._file.fileno()
-    # Only what is clean is dropped.
+    # The system drops only clean pages, so they are written first.
     assert calls == [(descriptor,), (descriptor, 0, 0, os.POSIX_FADV_DONTNEED)]
     assert read_bytes(storage, 0, storage.size()) == b"new" + CONTENT[3:]
-    assert storage._direct is None  # a file stays one
+    assert storage._direct is None  # no direct input and output for regular files
     storage.close()
 
 
 @on_linux
 @pytest.mark.parametrize("name", ["fdatasync", "posix_fadvise"])
-def test_a_cache_that_cannot_be_dropped(
+def test_a_cache_that_cannot_be_dropped_raises_a_storage_error(
     path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: int) -> None:
@@ -390,7 +392,7 @@ def test_a_cache_that_cannot_be_dropped(
 @on_linux
 @pytest.mark.spec("LIFE-3")
 @pytest.mark.spec("LIFE-4")
-def test_a_cache_that_cannot_be_dropped_leaves_the_image_in_other_hands(
+def test_a_cache_that_cannot_be_dropped_leaves_the_tracker_inactive(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path.write_bytes(build_image(Stored(b"a")).data)
@@ -408,7 +410,7 @@ def test_a_cache_that_cannot_be_dropped_leaves_the_image_in_other_hands(
         monkeypatch.undo()
         assert tracker.state == "inactive"
         assert path.read_bytes() == before
-        with qcow2bm.open(path, "r+"):  # the locks were let go
+        with qcow2bm.open(path, "r+"):  # the locks were released
             pass
         assert tracker.activate().outcome == "unchanged"
 

@@ -1,4 +1,4 @@
-"""Writing to files, on real file systems and on failing ones, and to memory alike."""
+"""Writing to files, on real and on failing file systems, and to memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def overwritten(old: bytes, offset: int, new: bytes) -> bytes:
     ],
     ids=["one", "several", "empty ones", "words", "a view of words"],
 )
-def test_parts_stand_one_behind_the_other(
+def test_parts_are_written_one_after_the_other(
     storage: WritableStorage, offset: int, parts: Sequence[bytes]
 ) -> None:
     storage.write(offset, parts)
@@ -87,9 +87,7 @@ def test_parts_stand_one_behind_the_other(
 
 
 @pytest.mark.parametrize("parts", [[], [b""], [b"", b""]])
-def test_nothing_is_written_where_there_is_nothing(
-    storage: WritableStorage, parts: list[bytes]
-) -> None:
+def test_an_empty_write_writes_nothing(storage: WritableStorage, parts: list[bytes]) -> None:
     storage.write(100, parts)
     assert content(storage) == CONTENT
 
@@ -102,7 +100,7 @@ def test_more_parts_than_the_system_takes_at_once(storage: WritableStorage, coun
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 1024])
-def test_truncated(storage: WritableStorage, size: int) -> None:
+def test_truncating_shortens_both(storage: WritableStorage, size: int) -> None:
     storage.truncate(size)
     assert content(storage) == CONTENT[:size]
     storage.write(size + 1, [b"x"])
@@ -115,7 +113,7 @@ def test_both_can_grow(storage: WritableStorage) -> None:
         assert storage.capacity() is None
 
 
-def test_closed_neither_is_written(storage: WritableStorage) -> None:
+def test_neither_is_written_after_it_is_closed(storage: WritableStorage) -> None:
     storage.close()
     storage.close()
     uses: list[Callable[[], object]] = [
@@ -163,7 +161,7 @@ Pwritev = Callable[[int, Sequence[memoryview], int], int]
 
 
 def at_most(limit: int) -> Pwritev:
-    """pwritev() that writes no more than so many bytes at once, as it may."""
+    """Returns a pwritev() that writes at most that many bytes at once."""
     real = os.pwritev
 
     def write(descriptor: int, parts: Sequence[memoryview], offset: int) -> int:
@@ -175,7 +173,7 @@ def at_most(limit: int) -> Pwritev:
 
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond so many bytes, as on a disk that is full."""
+    """Limits the size of files of this process, to imitate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -185,7 +183,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 100])
-def test_what_the_system_writes_in_pieces_is_put_together(
+def test_short_writes_of_the_system_are_completed(
     file: FileStorage, path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     monkeypatch.setattr(os, "pwritev", at_most(limit))
@@ -206,7 +204,7 @@ def test_a_disk_that_becomes_full_in_the_middle_of_a_write(file: FileStorage, pa
     assert path.read_bytes() == CONTENT
 
 
-def test_a_file_that_would_never_end(file: FileStorage) -> None:
+def test_an_offset_that_no_file_can_have_raises_a_storage_error(file: FileStorage) -> None:
     with pytest.raises(StorageError) as caught:
         file.write((1 << 63) - 1, [b"xx"])
     assert caught.value.errno in (errno.EFBIG, errno.EINVAL)
@@ -238,7 +236,7 @@ def failing(number: int) -> Callable[..., int]:
     return fail
 
 
-def test_a_write_of_nothing_at_all_does_not_go_on_for_ever(
+def test_a_write_that_makes_no_progress_fails(
     file: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([30, 0])  # and no third one
@@ -251,7 +249,7 @@ def test_a_write_of_nothing_at_all_does_not_go_on_for_ever(
 
 @pytest.mark.parametrize("call", ["fdatasync", "ftruncate", "fstat"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_whatever_else_fails(
+def test_every_other_failing_call_raises_a_storage_error(
     file: FileStorage, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     uses: dict[str, list[Callable[[], object]]] = {
@@ -283,7 +281,7 @@ def test_no_failure_to_write_is_called_reading(
 def test_a_barrier_asks_the_descriptor_that_wrote_and_asks_once(
     file: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors are told to the descriptor that wrote, and only once."""
+    """The system reports an error only to the descriptor that wrote, and only once."""
     used: list[int] = []
     real = os.pwritev
 
@@ -324,7 +322,7 @@ def test_a_file_that_may_not_be_written(path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd14"])
-def test_elsewhere_files_are_only_read(
+def test_files_are_only_read_on_other_systems(
     path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
 ) -> None:
     with monkeypatch.context() as patch:
@@ -339,7 +337,7 @@ def test_elsewhere_files_are_only_read(
 
 
 @pytest.mark.usefixtures("file")
-def test_nothing_is_made_where_nothing_is(tmp_path: Path) -> None:
+def test_a_missing_file_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         FileStorage(tmp_path / "missing", writable=True)
     assert caught.value.errno == errno.ENOENT
@@ -352,7 +350,7 @@ def test_a_closed_file_has_no_capacity(file: FileStorage) -> None:
         file.capacity()
 
 
-def test_a_block_device_has_one_size_for_good(
+def test_a_block_device_keeps_its_size(
     file: FileStorage, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = SimpleNamespace(st_mode=stat.S_IFBLK | 0o660, st_size=0)
@@ -382,7 +380,7 @@ def test_only_a_bytearray_is_written(kind: Callable[[bytes], bytes]) -> None:
     assert content(storage) == CONTENT
 
 
-def test_memory_somebody_looks_at_can_be_written_but_not_grow() -> None:
+def test_memory_with_a_view_can_be_written_but_not_grow() -> None:
     data = bytearray(CONTENT)
     storage = MemoryStorage(data)
     with memoryview(data) as view:
