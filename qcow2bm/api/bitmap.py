@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 class Bitmap:
     """One bitmap of an image.
 
-    What it records is read only when asked for: `count`, `extents`, `packed` and `sha256` read
-    it, and raise unless `status` is "valid", so that a backup cannot go by a bitmap that misses
-    writes. `stale_bits` is the one way to see the bits of any other.
+    The bits are read only on demand, by `count`, `extents`, `packed` and `sha256`. These raise an
+    error unless `status` is "valid", so that no backup relies on a bitmap that misses writes. Only
+    `stale_bits` and `stale_totals` read the bits of other bitmaps.
     """
 
     def __init__(self, opened: OpenImage, entry: DirectoryEntry, revision: int) -> None:
-        """Made by `Image.bitmaps` and `Image.bitmap`."""
+        """See `Image.bitmaps` and `Image.bitmap`, which make it."""
         self._opened = opened
         self._entry = entry
         self._revision = revision
@@ -60,13 +60,13 @@ class Bitmap:
 
     @property
     def entry(self) -> DirectoryEntry:
-        """Its directory entry; this and all else raises `StateError` after a commit."""
+        """The directory entry. After a commit this and everything else raises `StateError`."""
         self._image  # noqa: B018  # raises
         return self._entry
 
     @property
     def index(self) -> int:
-        """The number of its directory entry."""
+        """The number of the directory entry, from 0."""
         return self.entry.index
 
     @property
@@ -81,12 +81,12 @@ class Bitmap:
 
     @property
     def auto(self) -> bool:
-        """Whether it is to record all writes to the disk (QEMU: enabled)."""
+        """Whether the bitmap is to record all writes to the disk, which QEMU calls enabled."""
         return self.entry.auto
 
     @property
     def in_use(self) -> bool:
-        """Whether writes may be missing from what is stored."""
+        """Whether writes may be missing from the stored bits."""
         return self.entry.in_use
 
     @property
@@ -130,87 +130,88 @@ class Bitmap:
 
     @property
     def status(self) -> Status:
-        """What the bitmap is good for; raises as `Image.problems` does.
+        """Whether a backup can rely on the bitmap; raises as `Image.problems` does.
 
-        "stale" if the autoclear bit is off, else "broken" if its metadata cannot be trusted,
-        else "inconsistent" if it is in_use, else "valid".
+        "stale" if the autoclear bit is off; else "broken" if the metadata of the bitmap cannot be
+        trusted; else "inconsistent" if the bitmap is in_use; else "valid".
         """
         return self._judge()[0]
 
     @property
     def clusters(self) -> Clusters | None:
-        """How many table entries of each kind there are; None where the table is unreadable."""
+        """How many table entries there are of each kind; None if the table is unreadable."""
         table = self._table()
         return table.clusters if table else None
 
     def count(self) -> int:
-        """How many guest bytes are dirty, clipped to the disk.
+        """Returns how many guest bytes are dirty, clipped to the disk.
 
         Raises:
-            BitmapInconsistentError, BitmapStaleError, BitmapBrokenError: it is not "valid".
-            ImageLockedError: somebody writes to the image.
+            BitmapInconsistentError, BitmapStaleError, BitmapBrokenError: the status is not "valid".
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
         return self.totals(with_extents=False).dirty_bytes
 
     def totals(self, *, with_extents: bool = True) -> Totals:
-        """Dirty guest bytes and number of extents, in one pass; raises as `count` does."""
+        """Returns dirty guest bytes and number of extents, in one pass; raises as `count` does."""
         return self._bits().totals(with_extents=with_extents)
 
     def extents(self) -> Iterator[NDArray[np.int64]]:
-        """The dirty ranges of the disk: arrays int64[n, 2] of (start, length) in guest bytes.
+        """Yields the dirty ranges of the disk: int64[n, 2] of (start, length) in guest bytes.
 
-        *Guarantees*: ascending, merged, clipped to the disk; an extent is never split, not even
-        over two arrays; memory does not grow with the bitmap. The locks of a reader are held
-        only while bits are read, not while the caller works on an array.
+        *Guarantees*: the extents are ascending, merged, and clipped to the disk. An extent is
+        never split, not even over two arrays. Memory does not grow with the bitmap. The locks of a
+        reader are held only while bits are read, not while the caller works on an array.
 
         Raises:
-            As `count` does, on the first use for the status, at any array for reading.
+            As `count` does: before the first array because of the status, before any array because
+            reading failed.
         """
         return self._bits().extents()
 
     def packed(self) -> NDArray[np.uint8]:
-        """All bits, uint8[ceil(bits / 8)], least significant bit first, zero past the disk.
+        """Returns all bits: uint8[ceil(bits / 8)], least significant first, zero past the disk.
 
         Raises as `count` does.
         """
         return self._bits().packed()
 
     def sha256(self) -> str:
-        """What QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
+        """Returns what QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
 
         Raises as `count` does.
         """
         return self._bits().sha256()
 
     def stale_bits(self) -> NDArray[np.uint8]:
-        """The bits as they are stored, uint8[ceil(bits / 8)], whatever the status.
+        """Returns the bits as they are stored: uint8[ceil(bits / 8)], whatever the status.
 
-        *Guarantees*: none for a backup: writes may be missing. What cannot be read is dirty
-        (INV-COARSE).
+        *Guarantees*: none for a backup, since writes may be missing. Bits that cannot be read are
+        dirty (INV-COARSE).
 
         Raises:
-            BitmapBrokenError: there is no table to read.
+            BitmapBrokenError: there is no readable table.
             LimitError: the disk would need more bits than QEMU allows, 512 MiB.
-            ImageLockedError: somebody writes to the image.
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
         return self._stale().packed()
 
     def stale_totals(self) -> Totals:
-        """What `stale_bits` amount to; raises as it does."""
+        """Returns dirty guest bytes and number of extents of `stale_bits`; raises as it does."""
         return self._stale().totals()
 
     @property
     def has_stale_bits(self) -> bool:
-        """Whether `stale_bits` has a table to read."""
+        """Whether the bitmap has a table that `stale_bits` can read."""
         return has_readable_table(self.entry, self._image.file)
 
     @property
     def _label(self) -> str:
-        """The name for messages; the number where the name cannot be read."""
+        """The name for messages, or the number if the name cannot be read."""
         return f"@{self.index}" if self.entry.name is None else self.entry.name
 
     def _table(self) -> Table | None:

@@ -34,29 +34,30 @@ def open(
     lock_timeout: float = 0,
     locking: bool = True,
 ) -> Image:
-    """Opens a qcow2 image for looking at its bitmaps, or for editing them.
+    """Opens a qcow2 image to read its bitmaps, or to edit them.
 
     Args:
         source: a path, a bytes-like object, a seekable binary file (which stays open), or any
-            `Storage`. Only regular files and block devices are opened by path, and no file
-            that an image names is ever touched (INV-NOPATH).
+            `Storage`. A path must lead to a regular file or a block device. Files that the image
+            names are never opened (INV-NOPATH).
         mode: "r" to read, "r+" to edit as well. For editing, ``source`` is a path, a bytearray or
-            a `WritableStorage`, and nobody else can use the image while it is open.
-        strict: raise on the first fault for which QEMU would refuse the image or a bitmap
-            cannot be used, instead of listing it in `Image.problems`. A bitmap in use is no
-            fault.
-        force_share: read even while another process writes, without taking locks. What is
-            then read is still checked for not having changed meanwhile. Not for editing.
-        lock_timeout: how many seconds to wait for the locks while somebody else uses the image.
-            For reading, of a path only.
-        locking: False to edit without QEMU's locks, where the file system has none. Then
-            nothing keeps a VM from using the image meanwhile, which would destroy it.
+            a `WritableStorage`, and no other process can use the image while it is open.
+        strict: raise the first problem for which QEMU would refuse the image, or for which a
+            bitmap cannot be used, instead of listing it in `Image.problems`. A bitmap that is
+            in_use is no such problem.
+        force_share: read without locks, even while another process writes to the image. An image
+            that changes while it is read raises `ChangedWhileReadingError` all the same. Not for
+            editing.
+        lock_timeout: how many seconds to wait for the locks while another process uses the image.
+            For reading, only a path is waited for.
+        locking: False to edit without QEMU's locks, where the file system has none. Then nothing
+            keeps a VM from using the image meanwhile, which would destroy the image.
 
     Raises:
-        FormatError: not a qcow2 image, or with ``strict`` any such fault.
-        UnsupportedError: a version of qcow2 other than 2 and 3; or ``source`` cannot be edited.
-        ImageLockedError: somebody writes to the image, or for editing: uses it.
-        StorageError: it cannot be opened, read, or locked.
+        FormatError: the file is no qcow2 image, or, with ``strict``, has a problem.
+        UnsupportedError: the version of qcow2 is neither 2 nor 3, or ``source`` cannot be edited.
+        ImageLockedError: another process writes to the image, or, for editing, uses the image.
+        StorageError: the file cannot be opened, read, or locked.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f"mode is {mode!r}, must be 'r' or 'r+'")
@@ -86,8 +87,9 @@ def open(
 class Image:
     """A qcow2 image: what its header says, and its bitmaps.
 
-    Made by `open`; a context manager; belongs to one thread. Open for reading it holds locks
-    only while something is read, open for editing all the time.
+    `open` makes it. It is a context manager, and belongs to one thread. An image that is open for
+    reading holds locks only while it reads; an image that is open for editing holds locks until it
+    is closed.
 
     Attributes:
         name: the path, or what else the storage calls itself.
@@ -159,7 +161,7 @@ class Image:
 
     @property
     def refcount_bits(self) -> int | None:
-        """The width of a refcount in bits; None where the header says nonsense."""
+        """The width of a refcount in bits; None if the header has an impossible width."""
         header = self._opened.file.header
         return header.refcount_bits if header.refcount_order <= MAX_REFCOUNT_ORDER else None
 
@@ -181,12 +183,12 @@ class Image:
 
     @property
     def has_data_file(self) -> bool:
-        """Whether guest data are in a file of their own, which is never opened here."""
+        """Whether the guest data are in a file of their own, which is never opened here."""
         return bool(self._opened.file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
 
     @property
     def has_raw_data_file(self) -> bool:
-        """Whether they are there as on a raw disk."""
+        """Whether the guest data lie in the data file as on a raw disk."""
         autoclear = self._opened.file.header.autoclear_features
         return self.has_data_file and bool(autoclear & AUTOCLEAR_RAW_DATA_FILE)
 
@@ -203,12 +205,12 @@ class Image:
 
     @property
     def bitmaps_extension(self) -> BitmapsExtension | None:
-        """The bitmaps extension; None where there is none, or one of the wrong length."""
+        """The bitmaps extension; None if there is none, or if its length is wrong."""
         return self._opened.metadata.directory.extension
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the autoclear bit of the bitmaps is set: without it they are outdated."""
+        """Whether the autoclear bit of the bitmaps is set. If not, all bitmaps are stale."""
         return self._opened.metadata.directory.is_consistent
 
     @property
@@ -220,11 +222,12 @@ class Image:
     def problems(self) -> tuple[Problem, ...]:
         """Everything that is wrong with header, extensions, directory and tables.
 
-        The first use reads all bitmap tables; with ``force_share``, and where the storage does
-        not tell of writes, later ones know no more.
+        The first use reads all bitmap tables. Later uses return the same problems. They raise
+        `ChangedWhileReadingError` if the storage can tell that the image has changed since, and
+        the image was not opened with ``force_share``.
 
         Raises:
-            ImageLockedError: somebody writes to the image.
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
@@ -232,12 +235,13 @@ class Image:
         return self._opened.metadata.problems
 
     def check(self) -> Check:
-        """Follows every reference in the image, and compares them with the refcounts.
+        """Follows every reference in the image, and compares the references with the refcounts.
 
-        What it finds is not among `problems`, which need no more than headers and tables.
+        The problems found here are not among `problems`, for which headers and tables are enough.
+        `qcow2bm.check` returns both.
 
         Raises:
-            ImageLockedError: somebody writes to the image.
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
@@ -251,7 +255,7 @@ class Image:
         return checked
 
     def bitmap(self, index: int) -> Bitmap:
-        """The bitmap of a directory entry by its number, whatever its name.
+        """Returns the bitmap of a directory entry by its number; the name does not matter.
 
         Raises:
             BitmapNotFoundError: there is no entry of that number.
@@ -261,10 +265,10 @@ class Image:
         return Bitmap(self._opened, self.directory[index], self._opened.revision)
 
     def raise_first_problem(self) -> None:
-        """Does nothing if the image has no problem but remarks; what ``strict`` reading does.
+        """Raises the first serious problem of the image, if there is one, as ``strict`` does.
 
         Raises:
-            FormatError: the first problem that is refused, unusable or leak.
+            FormatError: the first problem of severity "refused", "unusable" or "leak".
         """
         for found in self.problems:
             if found.is_serious:
@@ -273,16 +277,17 @@ class Image:
     def edit(self, *, dry_run: bool = False) -> Edit:
         """Begins an edit: ``with image.edit() as edit:``.
 
-        All its operations are committed together when the block ends; if it ends by an
-        exception, nothing is written. With ``dry_run`` nothing is ever written, and an image open
-        for reading will do.
+        All operations of the edit are committed together when the block ends. If the block ends
+        by an exception, nothing is written. With ``dry_run`` nothing is ever written, and the
+        image may be open for reading only.
 
         Raises:
             ReadOnlyImageError: the image is open for reading only.
-            StateError: it is closed, or an edit is going on.
-            FormatError: the image has a fault on which an edit must not build.
-            UnsupportedError: it is of version 2.
-            ImageLockedError, ChangedWhileReadingError: somebody else uses it, in a dry run.
+            StateError: the image is closed, being edited, or being tracked.
+            FormatError: the image has a problem that an edit could make worse.
+            UnsupportedError: the version of qcow2 is 2.
+            ImageLockedError, ChangedWhileReadingError: in a dry run, another process uses the
+                image.
             StorageError: reading failed.
         """
         self._opened.require_open()
@@ -301,26 +306,29 @@ class Image:
     ) -> Tracker:
         """Begins to record writes to the disk in bitmaps, which are in_use when this returns.
 
-        Whoever writes to the disk from now on calls `Tracker.mark` for each write, until
-        `Tracker.stop` stores the bitmaps. Meanwhile nothing else can be done with the Image.
+        From now on the program calls `Tracker.mark` for each write to the disk, until
+        `Tracker.stop` stores the bitmaps. Meanwhile the Image can be neither edited nor tracked
+        again.
 
         Args:
-            names: the bitmaps; by default all that are to record writes (`auto`) and are valid.
-            others: what to do with other `auto` bitmaps that are valid, which will miss writes:
-                refuse to begin, or mark them in_use. That loses them, and makes QEMU refuse to
-                resize the image and to migrate its bitmaps until they are removed.
-            reserve: store all clusters of the bitmaps from the beginning, also those that are all
-                zeros, so that no stop ever needs a third barrier for new ones.
-            generation: True to record in the header, from now on, who wrote to the image last,
-                which tells more after a migration; False to end that. It uses an autoclear bit
-                that is not registered with the format, see spec/lifecycle.md.
+            names: the bitmaps; by default all bitmaps that are enabled (`auto`) and valid.
+            others: what to do with other bitmaps that are enabled and valid, since they will miss
+                writes. "refuse": raise `BitmapError`. "mark-in-use": mark them in_use. That loses
+                these bitmaps, and until they are removed QEMU refuses to resize the image and to
+                migrate its bitmaps.
+            reserve: allocate all clusters of the bitmaps at the beginning, all-zeroes clusters
+                included. Then `Tracker.stop` never needs a third barrier, for new clusters.
+            generation: True to keep a generation token in the header from now on, which proves
+                more after a migration; False to remove the token; None to leave that as it is.
+                The token uses an autoclear bit that is not registered with the format, see
+                spec/lifecycle.md.
 
         Raises:
             ReadOnlyImageError: the image is open for reading only.
-            StateError: it is closed, being edited or tracked.
-            BitmapError: a bitmap is not there, not valid, disabled, or would be left out.
+            StateError: the image is closed, being edited, or being tracked.
+            BitmapError: a bitmap is missing, not valid, or disabled, or would be left out.
             CommitError: a write or barrier failed.
-            FormatError, UnsupportedError, LimitError, StorageError: as `edit` and a commit do.
+            FormatError, UnsupportedError, LimitError, StorageError: as for an edit.
         """
         from qcow2bm.api.track import begin  # loads numpy
 

@@ -1,4 +1,4 @@
-"""Beginning to track the bitmaps of an image."""
+"""Choosing the bitmaps of an image to track, and beginning to track them."""
 
 from __future__ import annotations
 

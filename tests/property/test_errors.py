@@ -203,7 +203,7 @@ def test_a_lock_comes_with_the_advice_for_what_was_wanted(
 
 
 @given(some_error)
-def test_an_error_is_its_facts_and_a_hint_in_the_words_of_whoever_shows_it(
+def test_an_error_is_its_facts_and_a_hint_in_the_words_of_the_program_that_shows_it(
     error: Qcow2BmError,
 ) -> None:
     words = {hint: f"do {hint}" for hint in get_args(errors.Hint)}
