@@ -247,12 +247,8 @@ class Image:
         """
         from qcow2bm.checking.check import check
 
-        self._opened.survey()
-        metadata = self._opened.metadata
-        with self._opened.lock():
-            checked = check(metadata.file, metadata.directory)
-            metadata.verify()
-        return checked
+        self._opened.survey()  # asks the storage whether the image has changed
+        return check(self._opened.metadata)
 
     def bitmap(self, index: int) -> Bitmap:
         """Returns the bitmap of a directory entry by its number; the name does not matter.

@@ -358,7 +358,7 @@ def test_nothing_is_put_where_the_disk_may_have_data(
     (tmp_path / "vm.qcow2").write_bytes(data)
     done = run(["salvage", "vm.qcow2", "crashed", "--all-dirty"], tmp_path)
     assert (done.status, done.out) == (1, "")
-    assert "mend that first; check says how" in done.err
+    assert "repair that first; check says how" in done.err
     assert (tmp_path / "vm.qcow2").read_bytes() == data
 
 
