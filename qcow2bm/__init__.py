@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from qcow2bm.bitmaps.tables import Clusters
     from qcow2bm.bits.operations import Op
     from qcow2bm.checking.check import Check
-    from qcow2bm.checking.repair import Lost, Repair
+    from qcow2bm.checking.directory_repair import LostBitmap
+    from qcow2bm.checking.repair import Repair
     from qcow2bm.clusters.empty_image import EmptyImage, build_empty_image
     from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         CommitOutcome,
         ComparisonError,
         FormatError,
+        Hint,
         ImageLockedError,
         LimitError,
         Qcow2BmError,
@@ -104,10 +106,11 @@ __all__ = [
     "FormatError",
     "Header",
     "HeaderExtension",
+    "Hint",
     "Image",
     "ImageLockedError",
     "LimitError",
-    "Lost",
+    "LostBitmap",
     "Op",
     "Pending",
     "Plan",
@@ -168,7 +171,8 @@ _NAMES_OF = {
     "qcow2bm.bitmaps.tables": ("Clusters",),
     "qcow2bm.bits.operations": ("Op",),
     "qcow2bm.checking.check": ("Check",),
-    "qcow2bm.checking.repair": ("Lost", "Repair"),
+    "qcow2bm.checking.directory_repair": ("LostBitmap",),
+    "qcow2bm.checking.repair": ("Repair",),
     "qcow2bm.clusters.empty_image": ("EmptyImage", "build_empty_image"),
     "qcow2bm.clusters.plan": ("Barrier", "Plan", "Write"),
     "qcow2bm.errors": (
@@ -183,6 +187,7 @@ _NAMES_OF = {
         "CommitOutcome",
         "ComparisonError",
         "FormatError",
+        "Hint",
         "ImageLockedError",
         "LimitError",
         "Qcow2BmError",

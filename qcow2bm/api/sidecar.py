@@ -140,7 +140,7 @@ def reason_for_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes
         file = parse_saved_header(header)
         before = found._replace(definition=Definition.of(file), token=file.token)
     elif found.definition.backing_file is not None:
-        return "of the backing file nothing is known"
+        return "nothing is known of the backing file"
     reason = "no sentinel was saved with the bitmaps"
     for bitmap in saved:
         if is_sentinel(bitmap.name) and not bitmap.name.endswith(CANARY_SUFFIX):
