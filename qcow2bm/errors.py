@@ -19,6 +19,7 @@ The errors are divided by whose fault it is, and by what the caller may do next:
     │  ├─ ImageLockedError          another process uses the image
     │  └─ ChangedWhileReadingError  another process modified the image during reading
     ├─ ComparisonError           a disk is not the one that is to be compared
+    ├─ EvidenceError             nothing proves that saved bitmaps are still true of the disk
     ├─ CommitError               a commit failed; says whether the edit took effect
     └─ QmpError                  a running QEMU could not be asked
        └─ QmpRefusedError           QEMU refused the command
@@ -40,6 +41,7 @@ from typing import Literal
 from qcow2bm.units import escape
 
 Hint = Literal[
+    "assert-unchanged",
     "force-share",
     "lock-timeout",
     "remove-all",
@@ -49,6 +51,7 @@ Hint = Literal[
 ]
 """What the caller can do about an error.
 
+``assert-unchanged``: assert that nothing wrote to the disk, or make the bitmaps dirty everywhere.
 ``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
 other process. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
 has no locks. ``remove-all``: remove all bitmaps at once. ``salvage-or-remove-all``: salvage the
@@ -56,6 +59,7 @@ bitmaps, or remove all bitmaps at once.
 """
 
 _HINTS: dict[Hint, str] = {
+    "assert-unchanged": "pass is_asserted=True if you know that it was not, or is_all_dirty=True",
     "force-share": "read it anyway with force_share=True",
     "lock-timeout": "stop that process, or wait for it with lock_timeout",
     "remove-all": "remove all bitmaps with Edit.remove_all",
@@ -279,6 +283,18 @@ class ComparisonError(Qcow2BmError):
     ) -> None:
         self.path, self.reason, self.fault, self.container = path, reason, fault, container
         super().__init__(f"{escape(path)}: {reason}", path, reason, fault, container)
+
+
+class EvidenceError(Qcow2BmError):
+    """Nothing proves that a disk is unchanged since bitmaps of it were saved.
+
+    ``reason`` says what the proof lacks.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        facts = f"the disk may have been written to since the bitmaps were saved: {reason}"
+        super().__init__(facts, reason, hint="assert-unchanged")
 
 
 CommitOutcome = Literal["old", "new", "unknown"]

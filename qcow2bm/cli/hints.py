@@ -13,6 +13,12 @@ _WAIT = "--wait", "stop that process, or wait for it with --wait SECONDS"
 
 # For each hint the options that help, the best first, and what to say of them.
 _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
+    "assert-unchanged": (
+        (
+            "",
+            "give --assert-unchanged if you know that it was not, or --as-dirty-ranges-unknown",
+        ),
+    ),
     "force-share": (("-U", "read it anyway with -U"), _WAIT),
     "lock-timeout": (_WAIT,),
     "remove-all": (("", "remove all bitmaps with remove --all"),),

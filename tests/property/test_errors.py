@@ -56,6 +56,7 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.ChangedWhileReadingError: (names, words),
     errors.CommitError: (names, words, st.sampled_from(OUTCOMES), words),
     errors.ComparisonError: (names, words, st.sampled_from(FAULTS), words),
+    errors.EvidenceError: (words,),
     errors.QmpError: (words, words),
     errors.QmpRefusedError: (words, words),
 }
