@@ -1,4 +1,4 @@
-"""What a disk holds, to be read by several threads at once.
+"""The content of a disk, as several threads can read it at once.
 
 *Spec*: spec/repair.md, "Comparing".
 """
@@ -16,20 +16,20 @@ from qcow2bm.storage.file import FileStorage
 from qcow2bm.units import align_up
 
 Identity = tuple[int, int]
-"""Tells a file from others: device and inode, or of a block device its number."""
+"""Tells two files apart: device and inode, or for a block device -1 and its number."""
 
 
 def identity(status: os.stat_result) -> Identity:
-    """The same for all names of a file, and of a block device for all its nodes."""
+    """Returns the identity of a file; all names and device nodes of one file have the same."""
     is_device = stat.S_ISBLK(status.st_mode)
     return (-1, status.st_rdev) if is_device else (status.st_dev, status.st_ino)
 
 
 class Reader(Protocol):
-    """One thread's way to a content."""
+    """Reads a content, for one thread."""
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from byte ``start`` on, which all lies in the content.
+        """Fills ``buffer`` from byte ``start`` on; all these bytes lie in the content.
 
         Raises:
             StorageError: reading failed.
@@ -37,7 +37,7 @@ class Reader(Protocol):
         ...
 
     def next_data(self, start: int) -> int:
-        """Where there can be data from ``start`` on, before which all is zero; else the size.
+        """Returns the first byte from ``start`` on that may not be zero; the size if all are zero.
 
         Raises:
             StorageError: reading failed.
@@ -46,10 +46,10 @@ class Reader(Protocol):
 
 
 class Content(Protocol):
-    """What a disk holds.
+    """The content of a disk.
 
     Attributes:
-        name: what messages call it.
+        name: the name that messages have for it.
         size: in bytes.
     """
 
@@ -57,26 +57,26 @@ class Content(Protocol):
     size: int
 
     def reader(self) -> AbstractContextManager[Reader]:
-        """A reader for one thread; raises `StorageError`."""
+        """Returns a reader for one thread, as a context manager that may raise `StorageError`."""
         ...
 
     def require_unchanged(self) -> None:
-        """Raises `ChangedWhileReadingError` if somebody is known to have written to it."""
+        """Raises `ChangedWhileReadingError` if the content is known to have changed since."""
         ...
 
     def interrupt(self) -> None:
-        """Lets readers that wait for something fail."""
+        """Makes all readers that wait for data fail."""
         ...
 
 
 class RawContent:
-    """A raw file or a block device. Its holes are skipped where the system tells of them."""
+    """A raw file or a block device; its holes are skipped, if the system tells where they are."""
 
     def __init__(self, storage: FileStorage) -> None:
-        """The caller holds the storage's lock, and closes it."""
+        """Takes a storage that the caller has locked, and closes afterwards."""
         self.name = storage.name
         self._stored = storage.size()
-        self.size = align_up(self._stored, SECTOR_SIZE)  # as QEMU has it
+        self.size = align_up(self._stored, SECTOR_SIZE)  # as QEMU rounds it up
         self._storage = storage
         self._token = storage.change_token()
 
@@ -97,7 +97,7 @@ class RawContent:
         return first if first < self._stored else self.size
 
     def interrupt(self) -> None:
-        """See `Content`: the system waits for as long as it does."""
+        """Does nothing: a read of a file cannot be interrupted."""
 
     def require_unchanged(self) -> None:
         """See `Content`."""

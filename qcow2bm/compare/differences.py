@@ -1,4 +1,4 @@
-"""Where two contents differ.
+"""Finds the granules in which two contents differ.
 
 *Spec*: spec/repair.md, "Comparing".
 """
@@ -17,13 +17,13 @@ from qcow2bm.compare.content import Content, Reader
 from qcow2bm.units import ceil_div
 
 PIECE_BYTES = 512 << 10
-"""So much is compared at once: two of them are in the processor's cache."""
+"""How many bytes are compared at once: two pieces fit into the processor's cache."""
 
 WORKERS = 2
-"""How many threads compare, if nobody says otherwise."""
+"""How many threads compare by default."""
 
 Progress = Callable[[int], None]
-"""Takes how many more bytes are done; called by any thread, one at a time."""
+"""Is called with the number of bytes just compared, by any thread, but one call at a time."""
 
 
 def find_differences(
@@ -34,22 +34,23 @@ def find_differences(
     workers: int = WORKERS,
     progress: Progress | None = None,
 ) -> NDArray[np.uint8]:
-    """A bit for each granule in which ``new`` differs from ``old``.
+    """Returns the bits of the granules in which ``new`` differs from ``old``.
 
-    All that ``new`` has behind the end of ``old`` differs: nobody knows what the backup has there.
+    Every granule behind the end of ``old`` counts as different: what the backup has there is not
+    known.
 
     Args:
-        old: what there was.
-        new: what there is; its size is that of the disk.
+        old: the content of the backup.
+        new: the content of the disk now; its size is that of the disk.
         granularity: in bytes, a power of two, 512 or more.
         workers: how many threads compare.
-        progress: is told what is done.
+        progress: is called with each number of bytes that were compared.
 
     Returns:
         uint8[ceil(bits / 8)], least significant bit first, as `qcow2bm.Edit.salvage` takes it.
 
     Raises:
-        ChangedWhileReadingError: somebody wrote to one of them meanwhile.
+        ChangedWhileReadingError: one of the two changed meanwhile.
         StorageError: reading failed.
     """
     work = _Work(old, new, granularity, progress)
@@ -58,7 +59,7 @@ def find_differences(
             for thread in [threads.submit(work.run) for _ in range(workers)]:
                 thread.result()
         except BaseException:
-            old.interrupt()  # or threads that wait for one of them are waited for
+            old.interrupt()  # or the executor would wait for threads that wait for data
             new.interrupt()
             raise
         finally:
@@ -69,11 +70,11 @@ def find_differences(
 
 
 class _Work:
-    """What the threads share.
+    """The comparison, which the threads share.
 
     Attributes:
-        is_over: set where no more is to be done.
-        octets: the bits.
+        is_over: set when the threads are to stop.
+        octets: the bits so far.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class _Work:
             pure_python.fill(self.octets.data, old.size // granularity, bits, is_set=True)
 
     def run(self) -> None:
-        """Compares what nobody else has compared, until there is no more."""
+        """Compares pieces that no other thread has taken, until there are no more."""
         try:
             with self._old.reader() as old, self._new.reader() as new:
                 self._compare(old, new)
@@ -112,11 +113,11 @@ class _Work:
             for reader, buffer in zip((old, new), buffers, strict=True):
                 reader.read_into(start, memoryview(buffer)[:length])
                 buffer[length:] = bytes(PIECE_BYTES - length)
-            if buffers[0] != buffers[1]:  # which takes no time beside reading
+            if buffers[0] != buffers[1]:  # this takes no time compared with reading
                 self._set(start, *buffers)
 
     def _next(self, old: Reader, new: Reader) -> int:
-        """The start of the next piece in which one of the two can have data."""
+        """Takes the next piece in which one of the two can have data; returns its start."""
         start = self._done
         if start < self._common:
             first = min(old.next_data(start), new.next_data(start), self._common)

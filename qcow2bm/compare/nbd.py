@@ -1,4 +1,4 @@
-"""Reading from an NBD server, as far as qemu-nbd needs it.
+"""Reads from an NBD server: the part of the protocol that qemu-nbd needs.
 
 *Spec*: the NBD protocol: fixed newstyle handshake, structured replies, base:allocation.
 """
@@ -32,7 +32,7 @@ _DONE = 1
 _NONE, _OFFSET_DATA, _OFFSET_HOLE, _STATUS, _FAULT_BIT = 0, 1, 2, 5, 1 << 15
 _READS_ZERO = 2
 
-_MAX_STATUS_BYTES = 1 << 30  # asked about at once
+_MAX_STATUS_BYTES = 1 << 30  # in one request for extents
 _MAX_ANSWER_BYTES = 1 << 16
 
 
@@ -44,14 +44,14 @@ class NbdReader:
     """
 
     def __init__(self, path: str, name: str) -> None:
-        """Connects to the Unix socket at ``path``; messages speak of ``name``.
+        """Connects to the unix socket at ``path``; errors name the disk ``name``.
 
         Raises:
-            OSError: nobody listens there.
+            OSError: no server listens there.
             StorageError: the server does not answer as qemu-nbd does.
         """
         self._name = name
-        self._data: tuple[int, int] = 0, 0  # a range that is known to have data
+        self._data: tuple[int, int] = 0, 0  # start and end of a range that is known to have data
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.connect(path)
@@ -61,7 +61,7 @@ class NbdReader:
             raise
 
     def close(self) -> None:
-        """Hangs up."""
+        """Ends the connection."""
         self._socket.close()
 
     def _fail(self, reason: str, start: int = 0, length: int = 0) -> StorageError:
@@ -79,7 +79,7 @@ class NbdReader:
 
     def _take(self, length: int) -> bytes:
         if length > _MAX_ANSWER_BYTES:
-            raise self._fail("qemu-nbd sent not what was asked for")
+            raise self._fail("qemu-nbd sent an answer to another request")
         data = bytearray(length)
         self._receive(memoryview(data))
         return bytes(data)
@@ -95,7 +95,7 @@ class NbdReader:
     def _negotiate(self) -> int:
         magic, option_magic, flags = _GREETING.unpack(self._take(_GREETING.size))
         if (magic, option_magic) != (_MAGIC, _OPTION_MAGIC) or not flags & _FIXED_NEWSTYLE:
-            raise self._fail("what listens there is no qemu-nbd")
+            raise self._fail("the server is no qemu-nbd")
         self._send((_FIXED_NEWSTYLE | flags & _NO_ZEROES).to_bytes(4, "big"))
         self._option(_OPT_STRUCTURED_REPLY, b"")
         query = bytes(4) + struct.pack(">II", 1, len(_ALLOCATION)) + _ALLOCATION
@@ -103,17 +103,17 @@ class NbdReader:
         for kind, data in self._option(_OPT_GO, bytes(4) + bytes(2)):
             if kind == _INFO and data[:2] == _INFO_EXPORT.to_bytes(2, "big"):
                 return int.from_bytes(data[2:10], "big")
-        raise self._fail("qemu-nbd does not say how large the disk is")
+        raise self._fail("qemu-nbd does not tell the size of the disk")
 
     def _option(self, number: int, data: bytes) -> list[tuple[int, bytes]]:
-        """Asks for an option; what the server says, but for that it agrees."""
+        """Requests an option; returns the answers (type, data) before the final agreement."""
         self._send(_OPTION.pack(_OPTION_MAGIC, number, len(data)) + data)
         said: list[tuple[int, bytes]] = []
         while True:
             magic, option, kind, length = _ANSWER.unpack(self._take(_ANSWER.size))
             answer = self._take(length)
             if (magic, option) != (_OPTION_REPLY, number) or kind & _ERROR_BIT:
-                raise self._fail("qemu-nbd refuses what it takes to read")
+                raise self._fail("qemu-nbd refuses an option that is needed")
             if kind == _ACK:
                 return said
             said.append((kind, answer))
@@ -133,17 +133,17 @@ class NbdReader:
             elif kind == _NONE and not length:
                 continue
             else:
-                raise self._fail("qemu-nbd sent something else than data", start, len(buffer))
+                raise self._fail("qemu-nbd sent no data", start, len(buffer))
             part = buffer[done : done + length]
             if place != start + done or len(part) != length:
-                raise self._fail("qemu-nbd sent not what was asked for", start, len(buffer))
+                raise self._fail("qemu-nbd sent an answer to another request", start, len(buffer))
             if kind == _OFFSET_DATA:
                 self._receive(part)
             else:
                 part[:] = bytes(length)
             done += length
         if done < len(buffer):
-            raise self._fail("qemu-nbd sent less than was asked for", start, len(buffer))
+            raise self._fail("qemu-nbd sent too little data", start, len(buffer))
 
     def next_data(self, start: int) -> int:
         """See `qcow2bm.compare.content.Reader`."""
@@ -158,7 +158,7 @@ class NbdReader:
         return min(start, self.size)
 
     def _status(self, start: int) -> list[tuple[int, int]]:
-        """Lengths and flags of the extents from ``start`` on; one at least."""
+        """Returns (length, flags) of the extents from ``start`` on, at least one."""
         length = min(_MAX_STATUS_BYTES, self.size - start)
         self._ask(_BLOCK_STATUS, start, length)
         found: list[tuple[int, int]] = []
@@ -169,14 +169,14 @@ class NbdReader:
             if kind == _STATUS and len(data) % 8 == 4:
                 found += _EXTENT.iter_unpack(data[4:])
         if not found or not all(size for size, _ in found):
-            raise self._fail("qemu-nbd does not say what is zero", start, length)
+            raise self._fail("qemu-nbd does not tell the extents", start, length)
         return found
 
     def _ask(self, kind: int, start: int, length: int) -> None:
         self._send(_REQUEST.pack(_REQUEST_MAGIC, 0, kind, 0, start, length))
 
     def _reply(self, start: int, asked: int) -> tuple[int, int, bool]:
-        """The head of a part of a reply: its type and length, and whether it is the last one."""
+        """Reads the head of a part of a reply: its type, its length, and whether it is the last."""
         magic, flags, kind, _, length = _REPLY.unpack(self._take(_REPLY.size))
         if magic != _REPLY_MAGIC:
             raise self._fail("qemu-nbd sent no structured reply", start, asked)

@@ -23,17 +23,17 @@ from qcow2bm.storage.file import FileStorage
 from qcow2bm.units import escape
 
 _PROGRAM = "qemu-nbd"
-_LOOK_AGAIN_SECONDS = 0.01
-_END_SECONDS = 10  # which a qemu-nbd that hangs up has to end
+_RETRY_SECONDS = 0.01
+_END_SECONDS = 10  # after closing a connection, a qemu-nbd that fails ends within this time
 
 
 class ServedContent:
-    """What qemu-nbd serves, and the files it has opened for that.
+    """A content that qemu-nbd serves, and the files that qemu-nbd has opened for it.
 
     Attributes:
         name: the path.
         size: of the disk, in bytes.
-        identities: of all files, each as `qcow2bm.compare.content.identity` has it.
+        identities: of all files that qemu-nbd has opened, see `qcow2bm.compare.content.identity`.
     """
 
     def __init__(
@@ -44,7 +44,10 @@ class ServedContent:
         files: Sequence[RawContent],
         identities: set[Identity],
     ) -> None:
-        """There can be so many readers at a time. The caller holds the locks of the files."""
+        """Takes one connection for each thread that may read at a time.
+
+        The caller has locked the files, and ends process and connections afterwards.
+        """
         self.name = name
         self._process = process
         self.size = readers[0].size
@@ -77,22 +80,23 @@ class ServedContent:
 def served(
     path: str, connections: int, *, is_locked: bool = False, locking: bool = True, wait: float = 0
 ) -> Iterator[ServedContent]:
-    """The content of a qcow2 image, as long as the block runs.
+    """Serves the content of a qcow2 image for the duration of the block.
 
-    Everything that QEMU opens for it is locked as a reader locks it: QEMU itself lets others write
-    to a raw backing file or data file of what it exports.
+    Each file that qemu-nbd opens for the image gets the lock of a reader. qemu-nbd's own locks are
+    not enough: it lets other processes write to a raw backing file or data file.
 
     Args:
-        path: a regular file or a block device; what it names is opened, too, as QEMU does.
+        path: a regular file or a block device. qemu-nbd also opens the files
+            that the image names.
         connections: how many readers there can be at a time.
-        is_locked: whether the caller holds a lock of a writer on the image.
-        locking: False where there are no locks.
+        is_locked: whether the caller holds the lock of a writer on the image.
+        locking: False to take no locks.
         wait: how many seconds to wait for a lock.
 
     Raises:
-        UnsupportedError: there is no qemu-nbd.
-        ImageLockedError: somebody writes to one of the files.
-        StorageError: it cannot be served.
+        UnsupportedError: qemu-nbd is not installed.
+        ImageLockedError: another process may write to one of the files.
+        StorageError: qemu-nbd cannot serve the image.
     """
     with ExitStack() as opened:
         folder = tempfile.TemporaryDirectory(prefix="qcow2bm-")
@@ -102,12 +106,12 @@ def served(
         options = _options(path, is_locked=is_locked or not locking)
         process = _start(options, socket, connections, path, said)
         opened.callback(process.wait)
-        opened.callback(process.kill)  # it has nothing to save, and may not listen to less yet
+        opened.callback(process.kill)  # nothing is lost, and SIGTERM may be ignored at the start
         readers = [
-            opened.enter_context(closing(_connected(process, socket, path, said)))
+            opened.enter_context(closing(_connect(process, socket, path, said)))
             for _ in range(connections)
         ]
-        folder.cleanup()  # nobody else is to connect
+        folder.cleanup()  # so that no other process can connect
         own = identity(os.stat(path)) if is_locked else None
         contents, identities = [], set()
         for name, status in _opened_files(process.pid).items():
@@ -121,15 +125,15 @@ def served(
 
 
 def _opened_files(process_id: int) -> dict[str, os.stat_result]:
-    """The regular files and block devices that a process has open, by their paths."""
+    """Returns the regular files and block devices that a process has open, by their paths."""
     folder = f"/proc/{process_id}/fd"
     found = {}
     for number in os.listdir(folder):
-        with suppress(FileNotFoundError):  # it was closed meanwhile
+        with suppress(FileNotFoundError):  # closed since the folder was listed
             place = os.path.join(folder, number)
             status = os.stat(place)
             is_file = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
-            if is_file and status.st_nlink:  # our own temporary file has no name
+            if is_file and status.st_nlink:  # the temporary file for messages has no name
                 found[os.readlink(place)] = status
     return found
 
@@ -139,7 +143,7 @@ def _options(path: str, *, is_locked: bool) -> str:
         driver = "host_device" if stat.S_ISBLK(os.stat(path).st_mode) else "file"
     except OSError as error:
         raise StorageError.from_os(error, path, 0, 0) from error
-    name = path.replace(",", ",,")  # which is how a value has a comma
+    name = path.replace(",", ",,")  # QEMU's way to write a comma in a value
     options = f"driver=qcow2,file.driver={driver},file.filename={name}"
     return options + (",file.locking=off" if is_locked else "")
 
@@ -148,7 +152,7 @@ def _start(
     options: str, socket: str, connections: int, path: str, said: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     command = [_PROGRAM, "--read-only", "--socket", socket, "--shared", str(connections)]
-    if shutil.which("setpriv"):  # it ends when we are killed
+    if shutil.which("setpriv"):  # then qemu-nbd ends when this process is killed
         command = ["setpriv", "--pdeathsig", "KILL", *command]
     if not shutil.which(_PROGRAM):
         raise UnsupportedError(f"comparing a qcow2 image without {_PROGRAM} (Debian: qemu-utils)")
@@ -163,27 +167,27 @@ def _start(
         raise StorageError.from_os(error, path, 0, 0) from error
 
 
-def _connected(
+def _connect(
     process: subprocess.Popen[bytes], socket: str, path: str, said: IO[bytes]
 ) -> NbdReader:
-    """A connection, once there is somebody to connect to."""
+    """Waits until the process listens, and returns a connection."""
     while True:
         try:
             return NbdReader(socket, path)
         except (FileNotFoundError, ConnectionRefusedError):
             if process.poll() is not None:
-                raise _why_not(path, said) from None
-        except StorageError:  # it listens before it opens the image, and may fail then
+                raise _failure(path, said) from None
+        except StorageError:  # qemu-nbd listens before it opens the image, which can fail
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_END_SECONDS)
-                raise _why_not(path, said) from None
+                raise _failure(path, said) from None
             raise
-        except OSError as error:  # a path that is too long, say
+        except OSError as error:  # for instance, a path that is too long
             raise StorageError.from_os(error, socket, 0, 0) from error
-        time.sleep(_LOOK_AGAIN_SECONDS)
+        time.sleep(_RETRY_SECONDS)
 
 
-def _why_not(path: str, said: IO[bytes]) -> StorageError:
+def _failure(path: str, said: IO[bytes]) -> StorageError:
     said.seek(0)
     text = " ".join(said.read().decode("utf-8", "replace").split())
     reason = escape(text).removeprefix(f"{_PROGRAM}: ") or "no reason given"

@@ -1,4 +1,4 @@
-"""Sidecars: bitmaps in a file of their own, for hosts that share no storage. Bytes in, values out.
+"""Reads and writes sidecars: files that carry bitmaps without their disk. No I/O.
 
 *Spec*: spec/sidecar.md.
 """
@@ -22,9 +22,9 @@ from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.units import ceil_div, decode_name, encode_name
 
 MAX_BYTES = 4 << 30
-"""How many bytes of bits all bitmaps of a sidecar may have, unless the caller says otherwise."""
+"""The default limit: how many bytes of bits all bitmaps of a sidecar may have together."""
 
-_LEVEL = 1  # of compression: bits that compress at all do so at once
+_LEVEL = 1  # of compression: a higher level hardly makes bits smaller
 _PIECE = 1 << 20
 
 
@@ -32,10 +32,10 @@ class SavedBitmap(NamedTuple):
     """A bitmap that was saved outside of an image.
 
     Attributes:
-        name: bytes that are not UTF-8 are kept as surrogates (PEP 383).
+        name: of the bitmap. Bytes that are not UTF-8 are kept as surrogates (PEP 383).
         granularity: how many guest bytes one bit stands for.
-        enabled: whether it goes on recording writes.
-        disk_size: of the disk it belongs to, in bytes.
+        enabled: whether the bitmap goes on recording writes.
+        disk_size: of the disk that the bitmap belongs to, in bytes.
         octets: the packed bits, least significant bit first, ceil(bits / 8) bytes.
     """
 
@@ -51,18 +51,18 @@ class SavedBitmap(NamedTuple):
         return dirty_bytes(self.octets, self.granularity, self.disk_size)
 
     def sha256(self) -> str:
-        """What QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex."""
+        """Returns what QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex."""
         return sha256([self.octets], ceil_div(self.disk_size, self.granularity))
 
 
 class Sidecar(NamedTuple):
-    """What a sidecar holds.
+    """The content of a sidecar.
 
     Attributes:
-        disk_size: of the disk that all the bitmaps belong to, in bytes.
-        header: the header of the image they were saved from, with its extensions and the name of
-            its backing file; empty where that was not known.
-        bitmaps: sentinels among them, which prove nothing but that the disk is unchanged.
+        disk_size: of the disk that all bitmaps belong to, in bytes.
+        header: the header of the image that the bitmaps were saved from, with its extensions and
+            the name of its backing file; empty if the header is not known.
+        bitmaps: the bitmaps. Sentinels among them only serve to prove that the disk is unchanged.
     """
 
     disk_size: int
@@ -71,25 +71,29 @@ class Sidecar(NamedTuple):
 
     @property
     def generation(self) -> bytes | None:
-        """The token of the generation that the header records; None where it records none."""
+        """The generation token that the header records; None if it records none."""
         found = parse_saved_header(self.header).generation if self.header else None
         return found.token if found else None
 
 
 def parse_saved_header(header: bytes) -> ClusterFile:
-    """The header of an image that was saved without the image.
+    """Parses the header of an image that was saved without the image.
 
     Raises:
-        FormatError, UnsupportedError: it is none.
+        FormatError: it is no header of an image.
+        UnsupportedError: the header has a version or a feature that is not supported.
     """
     return ClusterFile(MemoryStorage(header), force_share=True)
 
 
 def write_sidecar(disk_size: int, header: bytes, bitmaps: Sequence[SavedBitmap]) -> Iterator[bytes]:
-    """The bytes of a sidecar, piece by piece; memory grows with one bitmap, compressed.
+    """Returns the bytes of a sidecar, piece by piece.
+
+    Memory grows with the largest compressed bitmap.
 
     Raises:
-        BitmapError: a name is there twice, or a bitmap is of another disk.
+        BitmapError: two bitmaps have the same name, or a bitmap is of a disk of another size.
+        LimitError: the bits or the header are too long.
         FormatError: a value does not fit its field.
     """
     names = Counter(bitmap.name for bitmap in bitmaps)
@@ -133,16 +137,16 @@ def _compressed(octets: bytes | bytearray | memoryview) -> list[bytes]:
 
 
 def read_sidecar(pieces: Iterable[bytes], limit_bytes: int = MAX_BYTES) -> Sidecar:
-    """What a sidecar holds, which comes in pieces of any size.
+    """Reads a sidecar.
 
     Args:
-        pieces: the whole file.
-        limit_bytes: how many bytes of bits all bitmaps may have.
+        pieces: the whole file, in pieces of any size.
+        limit_bytes: how many bytes of bits all bitmaps may have together.
 
     Raises:
-        FormatError: it is no sidecar, or damaged, or cut off; then none of it is to be used.
-        UnsupportedError: it, or the header in it, is of a version that is not known here.
-        LimitError: the bits are too many.
+        FormatError: it is no sidecar, or the file is damaged or cut off.
+        UnsupportedError: the sidecar, or the header in it, has a version that is not supported.
+        LimitError: there are too many bits.
     """
     source = _Source(pieces)
     head = sidecar.parse_head(source.take(sidecar.HEAD_BYTES))
@@ -173,7 +177,7 @@ def _read_bitmap(source: _Source, number: int, disk_size: int, limit_bytes: int)
         raise LimitError("the length of a bitmap in bytes", length, MAX_BITMAP_BYTES)
     if length > limit_bytes:
         raise LimitError("the length of the bits that are left in bytes", length, limit_bytes)
-    if record.data_size > length + length // 512 + 64:  # what zlib makes of noise
+    if record.data_size > length + length // 512 + 64:  # the most that zlib makes of random bits
         reason = f"is {record.data_size}, more than {length} bytes of bits can take"
         raise FormatError(structure, "data_size", place, reason)
     data_offset = source.offset
@@ -186,7 +190,10 @@ def _read_bitmap(source: _Source, number: int, disk_size: int, limit_bytes: int)
 
 
 def _decompressed(pieces: Iterable[bytes], length: int) -> bytearray | None:
-    """So many bytes, if that is what comes out; never more memory than that."""
+    """Returns ``length`` decompressed bytes; None if there are more or fewer, or on a fault.
+
+    Memory is bounded by ``length``, whatever the data are.
+    """
     decompressor, octets, end = zlib.decompressobj(), bytearray(length), 0
     try:
         for piece in pieces:
@@ -203,10 +210,10 @@ def _decompressed(pieces: Iterable[bytes], length: int) -> bytearray | None:
 
 
 class _Source:
-    """Bytes in order, and the digest of those that were taken.
+    """Takes bytes in order, and computes the digest of those that were taken.
 
     Attributes:
-        offset: how many were taken.
+        offset: how many bytes were taken.
     """
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
@@ -216,13 +223,13 @@ class _Source:
         self._digest = hashlib.sha256()
 
     def take(self, length: int) -> bytes:
-        """The next so many bytes."""
+        """Returns the next ``length`` bytes."""
         data = self._take(length)
         self._digest.update(data)
         return data
 
     def pieces(self, length: int) -> Iterator[bytes]:
-        """The next so many bytes, piece by piece; all have to be taken."""
+        """Yields the next ``length`` bytes, piece by piece; the caller has to take all."""
         while length:
             piece = self.take(min(length, _PIECE))
             length -= len(piece)
@@ -241,9 +248,9 @@ class _Source:
         return data
 
     def end(self) -> None:
-        """Takes the digest that stands at the end, and compares it."""
+        """Takes the digest at the end of the file, and compares it."""
         place, expected = self.offset, self._digest.digest()
         if self._take(sidecar.DIGEST_BYTES) != expected:
-            raise FormatError("sidecar", "sha256", place, "is another: the file is damaged")
+            raise FormatError("sidecar", "sha256", place, "does not match: the file is damaged")
         if self._waiting or any(self._pieces):
-            raise FormatError("sidecar", "", self.offset, "must end here, and goes on")
+            raise FormatError("sidecar", "", self.offset, "has bytes after its end")

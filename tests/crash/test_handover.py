@@ -12,11 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.crash_judge import BrokenStateError, Recorded, look, names, under_counted
-from support.crash_states import intervals
+from support.crash_judge import Findings, Recorded, look, names, reader
+from support.crash_states import (
+    BrokenStateError,
+    ObservedImage,
+    State,
+    judge_states,
+)
 from support.images import extension
 from support.layouts import FAMILIES, UNKNOWN, build, trackable
 from support.layouts import image as layout_image
+from support.plans import after
 from support.recording import RecordingStorage, cover, random_ranges, stored_bits
 
 import qcow2bm
@@ -102,7 +108,7 @@ class Look(NamedTuple):
     unknown_autoclear: int
 
 
-def look_at(data: bytes | bytearray) -> Look:
+def look_at(data: bytes | bytearray | ObservedImage) -> Look:
     facts = look(data)
     header, backing_file, kept = facts.fixed
     with qcow2bm.open(data) as image:
@@ -136,22 +142,19 @@ class Step(NamedTuple):
     bits: dict[str, int]
     commits: bool
 
-    def judge(self, data: bytes | bytearray, old: Look, new: Look) -> None:
+    def judge(self, findings: Findings[Look], state: State, old: Look, new: Look) -> None:
         """Raises unless a crash may leave this."""
-        try:
-            found = look_at(data)
-        except qcow2bm.Qcow2BmError as error:
-            raise BrokenStateError(f"it cannot be read: {error}") from error
+        found = findings.facts
         if found.fixed != old.fixed:
             raise BrokenStateError(f"the header has {found.fixed}, not {old.fixed}")
         if found.feature_names != old.feature_names:
             raise BrokenStateError(f"names of features: {found.feature_names}")
         if found.faults - old.faults:
             raise BrokenStateError(f"there are new faults: {set(found.faults)}")
-        if found.unknown_autoclear and data != self.image:
+        if found.unknown_autoclear and state.data != self.image:
             raise BrokenStateError("an unknown autoclear bit is still set after a change")
-        if wrong := under_counted(data):
-            raise BrokenStateError(f"refcounts are too low: {wrong}")
+        if findings.under_counted:
+            raise BrokenStateError(f"refcounts are too low: {findings.under_counted}")
         self._judge_bitmaps(found, old, new)
         self._judge_token(found, old, new)
 
@@ -200,25 +203,19 @@ class Step(NamedTuple):
             raise BrokenStateError("bitmaps have changed, and the token has not")
 
     def judge_all(self, random: Random, most: int | None = None) -> int:
-        """Judges the states this can leave, at most so many of an interval; how many."""
-        old, end, count = look_at(self.image), self.image, 0
-        parts = list(intervals(self.image, self.plan))
-        if parts:
-            end = parts[-1].after
-        new = look_at(end)
-        for interval in parts:
-            choices = interval.choices(random)
-            if most is not None and len(choices) > most:
-                choices = random.sample(choices, most)
-            for choice in choices:
-                try:
-                    self.judge(interval.image(choice), old, new)
-                except BrokenStateError as error:
-                    where = interval.describe(choice)
-                    raise BrokenStateError(f"{self.name}: {where}: {error}") from None
-            self.judge(interval.after, old, new)
-            count += len(choices) + 1
-        return count
+        """Judges the states that the call can leave; returns how many.
+
+        At most ``most`` states of an interval are judged.
+        """
+        old, new = look_at(self.image), look_at(after(self.image, self.plan.steps))
+
+        def judge(findings: Findings[Look], state: State) -> None:
+            self.judge(findings, state, old, new)
+
+        try:
+            return judge_states(self.image, self.plan, random, reader(look_at), judge, most)
+        except BrokenStateError as error:
+            raise BrokenStateError(f"{self.name}: {error}") from None
 
 
 def number(bits: np.ndarray[Any, np.dtype[np.uint8]]) -> int:

@@ -6,8 +6,8 @@ import struct
 from random import Random
 
 import pytest
-from support.crash_judge import BrokenStateError, Judge, look, under_counted
-from support.crash_states import intervals
+from support.crash_judge import Judge, look, read, under_counted
+from support.crash_states import BrokenStateError, ObservedImage, Views, intervals
 from support.edit_operations import named, planned
 from support.layouts import LAYOUTS, build, set_refcount
 
@@ -181,3 +181,25 @@ def test_samples_have_the_states_of_interest() -> None:
     assert {frozenset({n}) for n in everything} <= set(written)
     assert {everything - {n} for n in everything} <= set(written)
     assert {frozenset(range(n, sectors)) for n in everything} <= set(written)
+
+
+@pytest.mark.parametrize(("layout", "operation"), CASES)
+def test_a_state_is_seen_as_if_it_were_read_alone(layout: str, operation: str) -> None:
+    judge, plan = case(layout, operation)
+    random = Random(layout)
+    reads = 0
+
+    def counted(image: ObservedImage) -> object:
+        nonlocal reads
+        reads += 1
+        return read(image)
+
+    states = 0
+    for interval in intervals(judge.image, plan):
+        views = Views(interval, counted)
+        choices = interval.choices(random)
+        for choice in [*random.sample(choices, min(len(choices), 30)), interval.last]:
+            assert views[choice] == read(ObservedImage(interval.image(choice)))
+            states += 1
+        assert interval.image(interval.last) == interval.after
+    assert reads < states, "or nothing is gained by it"

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.crash_judge import BrokenStateError, look, under_counted
-from support.crash_states import intervals
+from support.crash_judge import Facts, Findings, look, read
+from support.crash_states import BrokenStateError, State, judge_states
 from support.images import ONES, ZEROES, Stored, build_image, extension
 from support.recording import RecordingStorage, cover, random_ranges, stored_bits
 
@@ -96,13 +96,13 @@ def session(layout: str, seed: int) -> Session:
     return Session(image, storage.since(0), begun, bits, valid_from)
 
 
-def judge(run: Session, data: bytes | bytearray, first_step: int) -> None:
+def judge(run: Session, before: Facts, found: Findings[Facts], first_step: int) -> None:
     """Raises unless a crash from that step on, and before the next barrier, may leave this."""
-    facts, before = look(data), look(run.image)
+    facts = found.facts
     if facts.fixed != before.fixed or facts.faults - before.faults:
         raise BrokenStateError(f"the image has {facts.fixed} and {facts.faults}")
-    if wrong := under_counted(data):
-        raise BrokenStateError(f"refcounts are too low: {wrong}")
+    if found.under_counted:
+        raise BrokenStateError(f"refcounts are too low: {found.under_counted}")
     old = {bitmap.name: bitmap for bitmap in before.bitmaps}
     names = {bitmap.name for bitmap in facts.bitmaps}
     if not old.keys() <= names:
@@ -120,19 +120,14 @@ def judge(run: Session, data: bytes | bytearray, first_step: int) -> None:
 
 
 def judge_all(run: Session, random: Random, most: int) -> int:
-    count = 0
-    for interval in intervals(run.image, run.plan):
-        choices = interval.choices(random)
-        if len(choices) > most:
-            choices = random.sample(choices, most)
-        for choice in choices:
-            try:
-                judge(run, interval.image(choice), interval.first_step)
-            except BrokenStateError as error:
-                raise BrokenStateError(f"{interval.describe(choice)}: {error}") from None
-        judge(run, interval.after, interval.stop_step + 1)
-        count += len(choices) + 1
-    return count
+    before = look(run.image)
+
+    def judge_state(found: Findings[Facts], state: State) -> None:
+        interval = state.interval
+        step = interval.stop_step + 1 if state.is_after else interval.first_step
+        judge(run, before, found, step)
+
+    return judge_states(run.image, run.plan, random, read, judge_state, most)
 
 
 @pytest.mark.spec("INV-SUPERSET")

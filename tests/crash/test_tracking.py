@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support.crash_judge import BrokenStateError, Facts, look, names, under_counted
-from support.crash_states import Interval, intervals
+from support.crash_judge import Facts, Findings, look, names, read
+from support.crash_states import BrokenStateError, Interval, State, intervals, judge_states
 from support.images import build_image
 from support.layouts import FAMILIES, LAYOUTS, build, trackable
 from support.recording import (
@@ -68,21 +68,18 @@ class Session(NamedTuple):
     marked: dict[str, int]
     lost: frozenset[str]
 
-    def judge(self, data: bytes | bytearray, interval: Interval, *, is_after: bool) -> None:
+    def judge(self, found: Findings[Facts], state: State) -> None:
         """Raises unless this is a state that a crash in the interval, or after it, may leave."""
-        try:
-            facts = look(data)
-            self._judge_bitmaps(facts, interval, is_after=is_after)
-        except qcow2bm.Qcow2BmError as error:
-            raise BrokenStateError(f"it cannot be read: {error}") from error
+        facts = found.facts
+        self._judge_bitmaps(facts, state.interval, is_after=state.is_after)
         if facts.fixed != self.old.fixed:
             raise BrokenStateError(f"the header has {facts.fixed}, not {self.old.fixed}")
         if facts.faults - self.old.faults:
             raise BrokenStateError(f"there are new faults: {set(facts.faults)}")
-        if facts.has_unknown_autoclear and (data != self.image):
+        if facts.has_unknown_autoclear and state.data != self.image:
             raise BrokenStateError("an unknown autoclear bit is still set after a change")
-        if wrong := under_counted(data):
-            raise BrokenStateError(f"refcounts are too low: {wrong}")
+        if found.under_counted:
+            raise BrokenStateError(f"refcounts are too low: {found.under_counted}")
 
     def _judge_bitmaps(self, facts: Facts, interval: Interval, *, is_after: bool) -> None:
         if len(facts.bitmaps) != len(self.old.bitmaps):
@@ -107,20 +104,11 @@ class Session(NamedTuple):
                 raise BrokenStateError(f"{old.name} may not be {names((found,))} {found.status}")
 
     def judge_all(self, random: Random, most: int | None = None) -> int:
-        """Judges the states the session can leave, at most so many of an interval; how many."""
-        count = 0
-        for interval in intervals(self.image, self.plan):
-            choices = interval.choices(random)
-            if most is not None and len(choices) > most:
-                choices = random.sample(choices, most)
-            for choice in choices:
-                try:
-                    self.judge(interval.image(choice), interval, is_after=False)
-                except BrokenStateError as error:
-                    raise BrokenStateError(f"{interval.describe(choice)}: {error}") from None
-            self.judge(interval.after, interval, is_after=True)
-            count += len(choices) + 1
-        return count
+        """Judges the states that the session can leave; returns how many.
+
+        At most ``most`` states of an interval are judged.
+        """
+        return judge_states(self.image, self.plan, random, read, self.judge, most)
 
 
 def track(image: bytes, random: Random, rounds: int, *, leaves_out: bool = False) -> Session:

@@ -1,18 +1,26 @@
-"""Whether a state of an image is one that an edit may leave behind.
+"""Judges whether a state of an image is one that an edit may leave behind.
 
-The bitmaps are judged by what this library reads, the refcounts by a count of one's own.
+The bitmaps are judged by what this library reads, the refcounts by a separate count.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from support.crash_states import Choice, Interval, intervals
+from support.crash_states import (
+    BrokenStateError,
+    Choice,
+    Interval,
+    ObservedImage,
+    State,
+    judge_states,
+)
+from support.plans import after
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan
@@ -20,12 +28,10 @@ from qcow2bm.format.extensions import BITMAPS, PADDING, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS, KNOWN_AUTOCLEAR
 from qcow2bm.format.header import Header
 
+Seen = TypeVar("Seen")
+
 Phase = Literal["old", "either", "new"]
 """Which bitmaps a state may have."""
-
-
-class BrokenStateError(AssertionError):
-    """A state that must not be."""
 
 
 class Recorded(NamedTuple):
@@ -50,8 +56,32 @@ class Facts(NamedTuple):
     has_unknown_autoclear: bool
 
 
-def look(data: bytes | bytearray) -> Facts:
-    """The facts about an image, told by this library."""
+class Findings(NamedTuple, Generic[Seen]):
+    """What a reader finds in a state, and which clusters have too low a refcount."""
+
+    facts: Seen
+    under_counted: list[str]
+
+
+def reader(look: Callable[[ObservedImage], Seen]) -> Callable[[ObservedImage], Findings[Seen]]:
+    """A reader of states that finds what ``look`` returns, and counts the references.
+
+    The reader raises `BrokenStateError` if it cannot read a state.
+    """
+
+    def read(image: ObservedImage) -> Findings[Seen]:
+        try:
+            return Findings(look(image), under_counted(image))
+        except qcow2bm.Qcow2BmError as error:
+            raise BrokenStateError(f"it cannot be read: {error}") from error
+        except (struct.error, ValueError) as error:
+            raise BrokenStateError(f"a table ends behind the end of the file: {error}") from error
+
+    return read
+
+
+def look(data: bytes | bytearray | ObservedImage) -> Facts:
+    """The facts about an image, as this library reads them."""
     with qcow2bm.open(data) as image:
         header = image.header
         # Without the autoclear bit a bitmaps extension is as good as none.
@@ -83,13 +113,14 @@ def _recorded(bitmap: qcow2bm.Bitmap) -> Recorded:
     return Recorded(bitmap.name, bitmap.entry.flags, bitmap.granularity, dirty, status)
 
 
-def under_counted(data: bytes | bytearray) -> list[str]:
+def under_counted(image: bytes | bytearray | ObservedImage) -> list[str]:
     """The clusters with a smaller refcount than references, and those beyond the file's end."""
-    (cluster_bits,) = struct.unpack_from(">I", data, 20)
-    table, table_clusters = struct.unpack_from(">QI", data, 48)
-    (order,) = struct.unpack_from(">I", data, 96)
+    data = image if isinstance(image, ObservedImage) else ObservedImage(image)
+    (cluster_bits,) = data.unpack(">I", 20)
+    table, table_clusters = data.unpack(">QI", 48)
+    (order,) = data.unpack(">I", 96)
     per_block = 8 << cluster_bits >> order
-    blocks = struct.unpack_from(f">{(table_clusters << cluster_bits) // 8}Q", data, table)
+    blocks = data.unpack(f">{(table_clusters << cluster_bits) // 8}Q", table)
     found = []
     references = Counter(_references(data))
     references.update(
@@ -103,36 +134,45 @@ def under_counted(data: bytes | bytearray) -> list[str]:
         refcount = _refcount(data, block, entry, order) if block else 0
         if refcount < count:
             found.append(f"cluster {cluster} has {count} references and refcount {refcount}")
-        if cluster << cluster_bits >= len(data):
+        if cluster << cluster_bits >= data.size():
             found.append(f"cluster {cluster} lies beyond the end of the file")
     return found
 
 
-def _refcount(data: bytes | bytearray, block: int, entry: int, order: int) -> int:
+def _refcount(image: ObservedImage, block: int, entry: int, order: int) -> int:
     width, bit = 1 << order, entry << order
     place = block + bit // 8
-    count = int.from_bytes(data[place : place + max(1, width // 8)], "big")
+    length = max(1, width // 8)
+    image.note(place, length)
+    count = int.from_bytes(image.data[place : place + length], "big")
     return count if width >= 8 else count >> bit % 8 & (1 << width) - 1
 
 
 _OFFSET = (1 << 56) - (1 << 9)  # in entries of L1, L2 and bitmap tables
 
 
-def _references(data: bytes | bytearray) -> Iterator[int]:
-    """The clusters that the header leads to, as often as it does; not refcount structures."""
-    (cluster_bits,) = struct.unpack_from(">I", data, 20)
-    l1_size, l1_offset = struct.unpack_from(">IQ", data, 36)
-    nb_snapshots, snapshots = struct.unpack_from(">IQ", data, 60)
-    incompatible, _, autoclear = struct.unpack_from(">QQQ", data, 72)
+def _references(data: ObservedImage) -> Iterator[int]:
+    """The clusters that the header leads to, each as often as it does, but those of refcounts.
+
+    Raises ValueError or struct.error if a table ends behind the end of the file.
+    """
+    (cluster_bits,) = data.unpack(">I", 20)
+    l1_size, l1_offset = data.unpack(">IQ", 36)
+    nb_snapshots, snapshots = data.unpack(">IQ", 60)
+    incompatible, _, autoclear = data.unpack(">QQQ", 72)
 
     def clusters(offset: int, length: int) -> range:
+        """The clusters of a table, or of another structure that lies in the file as a whole."""
+        if length and offset + length > data.size():
+            raise ValueError(f"a structure at {offset:#x} of {length} bytes is not in the file")
         return range(
             offset >> cluster_bits, (offset + length + (1 << cluster_bits) - 1) >> cluster_bits
         )
 
     def words(offset: int, count: int) -> list[int]:
         """The places a table leads to."""
-        entries = np.frombuffer(data, ">u8", count, offset) & np.uint64(_OFFSET)
+        data.note(offset, 8 * count)
+        entries = np.frombuffer(data.data, ">u8", count, offset) & np.uint64(_OFFSET)
         places: list[int] = entries[entries > 0].tolist()
         return places
 
@@ -140,8 +180,8 @@ def _references(data: bytes | bytearray) -> Iterator[int]:
     l1_tables = [(l1_offset, l1_size)]
     place = snapshots
     for _ in range(nb_snapshots):
-        offset, size, id_size, name_size = struct.unpack_from(">QIHH", data, place)
-        (extra_size,) = struct.unpack_from(">I", data, place + 36)
+        offset, size, id_size, name_size = data.unpack(">QIHH", place)
+        (extra_size,) = data.unpack(">I", place + 36)
         l1_tables.append((offset, size))
         place += 40 + (id_size + name_size + extra_size + 7) // 8 * 8
     yield from clusters(snapshots, place - snapshots)
@@ -156,23 +196,26 @@ def _references(data: bytes | bytearray) -> Iterator[int]:
     nb_bitmaps, directory_size, directory = _bitmaps_extension(data)
     yield from clusters(directory, directory_size)
     for _ in range(nb_bitmaps):
-        table, table_size = struct.unpack_from(">QI", data, directory)
-        name_size, extra_size = struct.unpack_from(">HI", data, directory + 18)
+        table, table_size = data.unpack(">QI", directory)
+        name_size, extra_size = data.unpack(">HI", directory + 18)
         yield from clusters(table, 8 * table_size)
         yield from (p >> cluster_bits for p in words(table, table_size))
         directory += 24 + (name_size + extra_size + 7) // 8 * 8
 
 
-def _bitmaps_extension(data: bytes | bytearray) -> tuple[int, int, int]:
-    (place,) = struct.unpack_from(">I", data, 100)
+def _bitmaps_extension(data: ObservedImage) -> tuple[int, int, int]:
+    (place,) = data.unpack(">I", 100)
     while True:
-        kind, length = struct.unpack_from(">II", data, place)
+        kind, length = data.unpack(">II", place)
         if kind == BITMAPS:
-            count, _, size, offset = struct.unpack_from(">IIQQ", data, place + 8)
+            count, _, size, offset = data.unpack(">IIQQ", place + 8)
             return count, size, offset
         if not kind:
             raise BrokenStateError("the bitmaps extension cannot be found")
         place += 8 + (length + 7) // 8 * 8
+
+
+read = reader(look)
 
 
 class Judge(NamedTuple):
@@ -184,10 +227,12 @@ class Judge(NamedTuple):
 
     def judge(self, data: bytes | bytearray, phase: Phase) -> Facts:
         """The facts about a state; raises `BrokenStateError` unless all is well."""
-        try:
-            facts = look(data)
-        except qcow2bm.Qcow2BmError as error:
-            raise BrokenStateError(f"it cannot be read: {error}") from error
+        found = read(ObservedImage(data))
+        self._judge(found, phase, lambda: data != self.image)
+        return found.facts
+
+    def _judge(self, found: Findings[Facts], phase: Phase, is_changed: Callable[[], bool]) -> None:
+        facts = found.facts
         if facts.fixed != self.old.fixed:
             raise BrokenStateError(f"the header has {facts.fixed}, not {self.old.fixed}")
         is_old, is_new = facts.bitmaps == self.old.bitmaps, facts.bitmaps == self.new
@@ -196,16 +241,11 @@ class Judge(NamedTuple):
         excused = any(bitmap.status == "broken" for bitmap in facts.bitmaps)
         if facts.faults and not (excused and facts.faults <= self.old.faults):
             raise BrokenStateError(f"there are new faults: {set(facts.faults)}")
-        # Whoever gave an unknown feature its bit must find all he knows, or the bit gone.
-        if facts.has_unknown_autoclear and data != self.image:
+        # A program that set an unknown bit must find all that it knows, or the bit cleared.
+        if facts.has_unknown_autoclear and is_changed():
             raise BrokenStateError("an unknown autoclear bit is still set after a change")
-        try:
-            wrong = under_counted(data)
-        except (struct.error, ValueError) as error:
-            raise BrokenStateError("a table ends behind the end of the file") from error
-        if wrong:
-            raise BrokenStateError(f"refcounts are too low: {wrong}")
-        return facts
+        if found.under_counted:
+            raise BrokenStateError(f"refcounts are too low: {found.under_counted}")
 
     def judge_state(self, interval: Interval, choice: Choice, plan: Plan) -> Facts:
         """The same for one state of an interval."""
@@ -216,18 +256,19 @@ class Judge(NamedTuple):
             raise BrokenStateError(f"{interval.describe(choice)} of {steps}: {error}") from None
 
     def judge_all(self, plan: Plan, random: Random, most: int | None = None) -> int:
-        """Judges the states a plan can leave, at most so many for an interval; how many."""
-        count, end = 0, self.image
-        for interval in intervals(self.image, plan):
-            choices = interval.choices(random)
-            if most is not None and len(choices) > most:
-                choices = random.sample(choices, most)
-            for choice in choices:
-                self.judge_state(interval, choice, plan)
-            self.judge(interval.after, phase(plan, interval, is_complete=True))
-            count, end = count + len(choices) + 1, interval.after
+        """Judges the states that a plan can leave; returns how many.
+
+        At most ``most`` states of an interval are judged.
+        """
+
+        def judge(found: Findings[Facts], state: State) -> None:
+            expected = phase(plan, state.interval, is_complete=state.is_after)
+            self._judge(found, expected, lambda: state.data != self.image)
+
+        count = judge_states(self.image, plan, random, read, judge, most)
+        end = after(self.image, plan.steps)
         facts = self.judge(end, "new")
-        # Ours is not to stay: no state but one in between has it.
+        # The padding extension of this library is in no state but one in between.
         with qcow2bm.open(end) as image:
             if any(extension.type == PADDING for _, extension in image.extensions):
                 raise BrokenStateError("the padding extension is still there")

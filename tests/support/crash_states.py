@@ -1,27 +1,40 @@
 """Every state a loss of power can leave an image in, from a plan of writes and barriers.
 
 A sector is on the disk whole or not at all. Of what is written between two barriers any choice of
-sectors may be there, each as any of the writes to it left it, and the file may end anywhere
-between its old length and its new one.
+sectors may be on the disk, each sector as any of the writes to it left it, and the file may end
+anywhere between its old length and its new one.
+
+`judge_states` goes through the states of a plan. Most of them differ only in sectors that no reader
+looks at, such as clusters that nothing refers to yet. A reader that reads the same bytes finds the
+same, so `Views` reads an image once for all states that agree in what the reader looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import prod
 from random import Random
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Write
+from qcow2bm.storage.memory import MemoryStorage
 
 MAX_SUBSETS = 1 << 10
-"""So many choices of sectors are all gone through; of more, there are samples."""
+"""Up to so many choices of sectors are all gone through; of more, there are samples."""
 
 SAMPLES = 1000
 
 Choice = tuple[tuple[int, ...], int]
 """Which of its contents each sector has, 0 the old one, and the length of the file."""
+
+Found = TypeVar("Found")
+"""What a reader finds in an image."""
+
+
+class BrokenStateError(AssertionError):
+    """A state that must not be."""
 
 
 class Interval(NamedTuple):
@@ -52,9 +65,19 @@ class Interval(NamedTuple):
         found = dict.fromkeys(map(self._distinct, self._choices(random)))
         return list(found)
 
+    @property
+    def last(self) -> Choice:
+        """The choice that is ``after``."""
+        versions = dict.fromkeys(self.contents, 0)
+        for sector, version, _ in self.order:
+            versions[sector] = version
+        return tuple(versions.values()), len(self.after)
+
     def _distinct(self, choice: Choice) -> Choice:
         """The same for all choices that differ only in what lies behind the end of the file."""
         versions, length = choice
+        if length >= len(self.after):
+            return choice
         kept = (
             v * (s * SECTOR_SIZE < length) for s, v in zip(self.contents, versions, strict=True)
         )
@@ -66,8 +89,11 @@ class Interval(NamedTuple):
         none, all_ = tuple(0 for _ in counts), tuple(count - 1 for count in counts)
 
         def anything() -> tuple[int, ...]:
-            density = random.random()
-            return tuple(random.randrange(1, n) * (random.random() < density) for n in counts)
+            density, chance = random.random(), random.random
+            return tuple(
+                (1 if n == 2 else random.randrange(1, n)) if chance() < density else 0
+                for n in counts
+            )
 
         if prod(counts) <= MAX_SUBSETS:
             yield from ((versions, end) for versions in product(*map(range, counts)))
@@ -107,8 +133,111 @@ class Interval(NamedTuple):
         return f"steps {self.first_step}-{self.stop_step}, sectors {chosen}, length {length}"
 
 
+class ObservedImage(MemoryStorage):
+    """A state of an image that notes which sectors are read."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        super().__init__(data, "<state>")
+        self.data = data
+        self.sectors: set[int] = set()
+
+    def note(self, offset: int, length: int) -> None:
+        """Notes that these bytes are read, as far as they are in the file."""
+        stop = min(offset + length, len(self.data))
+        self.sectors.update(range(offset // SECTOR_SIZE, -(-stop // SECTOR_SIZE)))
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        self.note(offset, len(buffer))
+        return super().read_into(offset, buffer)
+
+    def unpack(self, form: str, offset: int) -> tuple[Any, ...]:
+        """The numbers that stand at an offset, by the format of `struct`."""
+        self.note(offset, struct.calcsize(form))
+        return struct.unpack_from(form, self.data, offset)
+
+    def close(self) -> None:
+        """Stays open: a state is read several times."""
+
+
+class Views(Generic[Found]):
+    """What a reader finds in the states of an interval.
+
+    Two states are the same to the reader if the file has the same length and every sector that
+    was read in the one is the same in the other.
+    """
+
+    def __init__(self, interval: Interval, read: Callable[[ObservedImage], Found]) -> None:
+        self._interval, self._read = interval, read
+        self._known: dict[tuple[int, ...], dict[Choice, Found]] = {}
+
+    def __getitem__(self, choice: Choice) -> Found:
+        versions, length = choice
+        for places, found in self._known.items():
+            key = tuple(versions[place] for place in places), length
+            if key in found:
+                return found[key]
+        image = ObservedImage(self._interval.image(choice))
+        result = self._read(image)
+        sectors = enumerate(self._interval.contents)
+        places = tuple(place for place, sector in sectors if sector in image.sectors)
+        key = tuple(versions[place] for place in places), length
+        return self._known.setdefault(places, {}).setdefault(key, result)
+
+
+class State(NamedTuple):
+    """One state: a choice in an interval; ``is_after`` if the interval's barrier is done too."""
+
+    interval: Interval
+    choice: Choice
+    is_after: bool
+
+    @property
+    def data(self) -> bytes | bytearray:
+        """The bytes of the state."""
+        return self.interval.image(self.choice)
+
+
+def judge_states(
+    image: bytes,
+    plan: Plan,
+    random: Random,
+    read: Callable[[ObservedImage], Found],
+    judge: Callable[[Found, State], object],
+    most: int | None = None,
+) -> int:
+    """Judges the states that a plan can leave; returns how many there were.
+
+    Args:
+        image: the image before the plan.
+        plan: the writes and barriers.
+        random: chooses where there are too many states.
+        read: returns what a reader finds in a state; must depend on nothing but what is read.
+        judge: raises `BrokenStateError` unless this may be found in a state.
+        most: at most so many states of an interval, besides the one after its barrier.
+
+    Raises:
+        BrokenStateError: a state must not be; the message says which one.
+    """
+    count = 0
+    for interval in intervals(image, plan):
+        views = Views(interval, read)
+        choices = interval.choices(random)
+        if most is not None and len(choices) > most:
+            choices = random.sample(choices, most)
+        states = [State(interval, choice, is_after=False) for choice in choices]
+        for state in (*states, State(interval, interval.last, is_after=True)):
+            try:
+                judge(views[state.choice], state)
+            except BrokenStateError as error:
+                steps = [step.what for step in plan.steps[interval.first_step : interval.stop_step]]
+                where = f"{interval.describe(state.choice)} of {steps}"
+                raise BrokenStateError(f"{where}: {error}") from None
+        count += len(choices) + 1
+    return count
+
+
 def intervals(data: bytes, plan: Plan) -> Iterator[Interval]:
-    """The stretches between the barriers of a plan, each on top of all those before it."""
+    """The intervals between the barriers of a plan, each on top of all those before it."""
     first: int = 0
     for number, step in enumerate((*plan.steps, Barrier("the end"))):
         if isinstance(step, Barrier):
