@@ -62,7 +62,7 @@ class Problematic(MemoryStorage):
         super().barrier()
 
 
-# --- who can edit -----------------------------------------------------------------------------
+# --- which images can be edited ---------------------------------------------------------------
 
 
 def test_a_path_a_bytearray_and_a_storage_are_edited_alike(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_before_the_block_an_edit_is_not_begun(use: str) -> None:
             USES[use](edit)
 
 
-def test_an_edit_never_entered_is_in_nobody_s_way() -> None:
+def test_an_edit_never_entered_hinders_nothing() -> None:
     with qcow2bm.open(image_of().data, "r+") as image:
         forgotten, late = image.edit(), image.edit()
         with image.edit() as edit:
@@ -414,7 +414,7 @@ def test_a_plan_may_be_looked_at_between_operations() -> None:
     assert one.data == other.data
 
 
-def test_somebody_who_writes_meanwhile_is_noticed_before_anything_is_written() -> None:
+def test_another_writer_is_noticed_before_anything_is_written() -> None:
     image = image_of()
     with qcow2bm.open(image.data, "r+") as opened:
         with pytest.raises(qcow2bm.ChangedWhileReadingError), opened.edit() as edit:  # noqa: PT012
@@ -434,6 +434,13 @@ BITMAP_USES: dict[str, Callable[[qcow2bm.Bitmap], object]] = {
     "granularity": lambda bitmap: bitmap.granularity,
     "auto": lambda bitmap: bitmap.auto,
     "in_use": lambda bitmap: bitmap.in_use,
+    "disk_size": lambda bitmap: bitmap.disk_size,
+    "flags": lambda bitmap: bitmap.flags,
+    "unknown_flags": lambda bitmap: bitmap.unknown_flags,
+    "is_dirty_tracking": lambda bitmap: bitmap.is_dirty_tracking,
+    "has_legal_granularity": lambda bitmap: bitmap.has_legal_granularity,
+    "is_sentinel": lambda bitmap: bitmap.is_sentinel,
+    "require_valid": lambda bitmap: bitmap.require_valid(),
     "problems": lambda bitmap: bitmap.problems,
     "status": lambda bitmap: bitmap.status,
     "clusters": lambda bitmap: bitmap.clusters,
