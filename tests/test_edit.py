@@ -65,15 +65,12 @@ class Problematic(MemoryStorage):
 # --- which images can be edited ---------------------------------------------------------------
 
 
-def test_a_path_a_bytearray_and_a_storage_are_edited_alike(tmp_path: Path) -> None:
-    data = bytes(image_of().data)
-    path = tmp_path / "disk.qcow2"
-    path.write_bytes(data)
-    in_memory, behind = bytearray(data), bytearray(data)
-    for source in (str(path), in_memory, MemoryStorage(behind)):
-        with qcow2bm.open(source, "r+") as image, image.edit() as edit:
+def test_a_path_a_bytearray_and_a_storage_are_edited_alike(image: Path) -> None:
+    in_memory, behind = (bytearray(image.read_bytes()) for _ in range(2))
+    for source in (str(image), in_memory, MemoryStorage(behind)):
+        with qcow2bm.open(source, "r+") as opened, opened.edit() as edit:
             edit.invert("daily")
-    assert path.read_bytes() == bytes(in_memory) == bytes(behind)
+    assert image.read_bytes() == bytes(in_memory) == bytes(behind)
     audit = Audit(in_memory)
     audit.check()
     assert audit.dirty(audit.bitmaps[0]) == set(range(1, 4096))
@@ -117,13 +114,12 @@ def test_an_image_open_for_reading_is_not_edited() -> None:
     assert image.data == before
 
 
-def test_opening_for_editing_writes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "disk.qcow2"
-    path.write_bytes(before := bytes(image_of().data))
-    with qcow2bm.open(path, "r+") as image:
-        assert image.bitmaps["daily"].count() > 0
-        assert image.problems == ()
-    assert path.read_bytes() == before
+def test_opening_for_editing_writes_nothing(image: Path) -> None:
+    before = image.read_bytes()
+    with qcow2bm.open(image, "r+") as opened:
+        assert opened.bitmaps["daily"].count() > 0
+        assert opened.problems == ()
+    assert image.read_bytes() == before
 
 
 def test_strict_refuses_what_is_broken_before_an_edit() -> None:
