@@ -33,11 +33,12 @@ _OVERLAPS = {
 
 
 class Check(NamedTuple):
-    """What a check finds beyond what a reader finds.
+    """What a check finds.
 
     Attributes:
         problems: the problems, those of one id together. At most 16 of an id are listed, but all
-            that concern bitmaps.
+            that concern bitmaps. `Image.check` leaves out the problems in `Image.problems`;
+            `qcow2bm.check` begins with them.
         leaked_clusters: how many clusters have a refcount higher than the number of references.
         is_complete: whether every reference could be followed. If not, what looks like a leak
             may be none.

@@ -57,5 +57,4 @@ def _require_believable(findings: Findings) -> None:
     distrust = metadata.distrust or next(overlaps, None)
     for found in (distrust, *metadata.directory.problems):
         if found in faults and found and not found.kind.concerns_table_place:
-            what = ": stale bitmaps like that can only be removed (remove --all)"
-            raise as_error(found, what)
+            raise as_error(found, ", so that no bitmap can be salvaged", "remove-all")
