@@ -40,6 +40,7 @@ CHUNK_BYTES = 1 << 20
 """How many bytes of bits are read at a time."""
 
 _NUMPY_PAYS = 64 << 20  # bytes: to count fewer takes less time than to load numpy
+_FEW_BYTES = 8 << 20  # counted so fast that numpy is not worth loading in any case
 _STEP_BYTES = 64 << 10  # counted at a time: the fastest size for Python's integers
 _MANY_EXTENTS = 4096  # collected before they are returned, if there are so many
 _LONG_BYTES = 64 << 10  # stretches of one value that are at least so long are not spelled out
@@ -149,9 +150,13 @@ class BitReader:
                 yield finder.bits(data[start : start + WINDOW_BYTES])
         yield finder.finish()
 
-    def totals(self, *, with_extents: bool = True) -> Totals:
-        """Counts dirty bytes and extents; without ``with_extents``, the number of extents is 0."""
-        count_bits, count_edges = self._counters()
+    def totals(self, *, with_extents: bool = True, vectorize: bool = False) -> Totals:
+        """Counts dirty bytes and extents.
+
+        Without ``with_extents``, the number of extents is 0. With ``vectorize`` the caller says
+        that it needs numpy anyway, so that the time to load numpy does not count.
+        """
+        count_bits, count_edges = self._counters(vectorize=vectorize)
         bits = edges = carry = last_byte = 0
         for chunk in self.chunks():
             if chunk.data is None:
@@ -172,8 +177,8 @@ class BitReader:
             dirty -= self.bits * self._entry.granularity - self._file.virtual_size
         return Totals(dirty, (edges + 1) // 2 if with_extents else 0)
 
-    def _counters(self) -> tuple[_CountBits, _CountEdges]:
-        if self.length_bytes < _NUMPY_PAYS:
+    def _counters(self, *, vectorize: bool) -> tuple[_CountBits, _CountEdges]:
+        if self.length_bytes < (_FEW_BYTES if vectorize else _NUMPY_PAYS):
             return pure_python.count_bits, pure_python.count_edges
         from qcow2bm.bits import counting
 
