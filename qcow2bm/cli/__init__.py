@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from qcow2bm import CommitError, Qcow2BmError, StorageError
-from qcow2bm.cli.arguments import UsageError
 from qcow2bm.cli.commands import parse
 from qcow2bm.cli.messages import FAILED, CommandError, fail, say
+from qcow2bm.cli.parser import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

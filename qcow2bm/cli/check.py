@@ -11,7 +11,6 @@ from qcow2bm import Image, Problem, open
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,
-    Parser,
     ReadingArguments,
     add_image,
     add_output,
@@ -19,6 +18,7 @@ from qcow2bm.cli.arguments import (
 )
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, count, quoted
+from qcow2bm.cli.parser import Parser
 from qcow2bm.units import format_size
 
 ERRORS, LEAKS = 2, 3

@@ -1,4 +1,4 @@
-"""All commands: the one table that says which module has which command.
+"""The table of all commands, which says which module has which command.
 
 A module has two functions. ``define(parser)`` adds the arguments, and the epilog of the help. If
 the command has a second word, it adds the commands with their second words instead, each with a
@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from qcow2bm import __version__
-from qcow2bm.cli.arguments import Arguments, Parser
+from qcow2bm.cli.parser import Arguments, Parser
 
 
 class Row(NamedTuple):

@@ -48,7 +48,7 @@ def _output() -> io.TextIOWrapper:
 
 
 def _discard_output() -> None:
-    """Drops what could not be written: at its end the interpreter would try again, and fail."""
+    """Drops what could not be written; otherwise the interpreter would try again at its end."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -56,7 +56,7 @@ def _discard_output() -> None:
 
 
 def _end_by_signal(name: str) -> int:
-    """Ends as a program that does not handle the signal; on systems without signals: failed."""
+    """Ends the process by a signal; on systems without signals, returns the status of a failure."""
     import signal  # which takes time to load
 
     if os.name == "posix":

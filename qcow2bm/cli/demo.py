@@ -19,9 +19,9 @@ from threading import Event, Thread
 from typing import NamedTuple
 
 from qcow2bm import StateError, StorageError, Tracker, build_empty_image, open
-from qcow2bm.cli import arguments
-from qcow2bm.cli.arguments import Parser
+from qcow2bm.cli.arguments import seconds
 from qcow2bm.cli.messages import CommandError
+from qcow2bm.cli.parser import Arguments, Parser
 from qcow2bm.units import format_size
 
 _DISK_BYTES = 16 << 40
@@ -41,7 +41,7 @@ exit status: 0 done; 1 the command failed; 64 wrong usage
 """
 
 
-class Arguments(arguments.Arguments):
+class DemoArguments(Arguments):
     """The values of the arguments of ``demo``."""
 
     seconds: float
@@ -49,18 +49,18 @@ class Arguments(arguments.Arguments):
 
 def define(parser: Parser) -> None:
     """Adds the arguments."""
-    parser.namespace = Arguments
+    parser.namespace = DemoArguments
     parser.epilog = _EPILOG
     parser.add_argument(
         "--seconds",
         metavar="N",
-        type=arguments.seconds,
+        type=seconds,
         default=10,
         help="track writes for N seconds; 10 is the default",
     )
 
 
-def run(arguments: Arguments) -> int:
+def run(arguments: DemoArguments) -> int:
     """Makes an image in a temporary folder, and compares two kinds of stops; the exit status."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix="qcow2bm-demo-")
@@ -102,7 +102,7 @@ def _compare(tracked: _Stop, everything: _Stop) -> None:
 
 
 class _Stop(NamedTuple):
-    """What a stop wrote, and how long it took."""
+    """A stop: the bytes and barriers that it wrote, and how long it took."""
 
     bytes_written: int
     barriers: int

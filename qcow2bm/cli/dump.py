@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from qcow2bm import problems as structures
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,
-    Parser,
     ReadingArguments,
     add_image,
     add_output,
@@ -30,6 +28,7 @@ from qcow2bm.cli.dump_bitmap import (
 from qcow2bm.cli.images import find
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, count, json_text_or_null, quoted, size
+from qcow2bm.cli.parser import Parser
 from qcow2bm.units import escape, format_size
 
 _FEATURE_KINDS = ("incompatible", "compatible", "autoclear")
@@ -218,7 +217,7 @@ def _print_json(
     out = sys.stdout
     for key, value in _document(image).items():
         out.write("{" if key == "schema" else ",\n ")
-        out.write(f"{json.dumps(key)}: {json.dumps(value)}")
+        out.write(f"{output.as_json(key)}: {output.as_json(value)}")
     out.write(',\n "bitmaps": [')
     for number, (bitmap, text) in enumerate(zip(bitmaps, shown, strict=True)):
         out.write(",\n  " if number else "\n  ")
@@ -228,7 +227,7 @@ def _print_json(
     out.write('],\n "problems": [')
     for number, found in enumerate(problems):
         out.write(",\n  " if number else "\n  ")
-        out.write(json.dumps(output.problem_as_json(image, found)))
+        out.write(output.as_json(output.problem_as_json(image, found)))
     out.write("]}\n")
 
 

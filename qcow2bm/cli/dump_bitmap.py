@@ -1,11 +1,10 @@
-"""What ``dump`` shows of one bitmap: for people, or for programs.
+"""One bitmap in a dump: for people, and for programs.
 
 *Spec*: spec/json.md, "Bitmap".
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from qcow2bm import Bitmap, Image, Totals
 from qcow2bm.cli.output import (
     Document,
+    as_json,
     count,
     json_text_or_null,
     percent,
@@ -31,7 +31,7 @@ _MEANING_OF_STATUS = {
 
 
 class Selection(NamedTuple):
-    """What to read of the bits.
+    """Which bits to read, and for which purpose.
 
     Attributes:
         totals: how many bytes are dirty, of bitmaps that are valid.
@@ -125,7 +125,7 @@ def bitmap_as_json(bitmap: Bitmap, selection: Selection) -> str:
     }
     if selection.sha256:
         found["sha256"] = bitmap.sha256() if status == "valid" else None
-    return json.dumps(found).removesuffix("}" if selection.extents else "")
+    return as_json(found).removesuffix("}" if selection.extents else "")
 
 
 def write_extents_as_json(image: Image, bitmap: Bitmap) -> None:

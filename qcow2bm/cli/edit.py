@@ -10,18 +10,11 @@ from collections.abc import Callable
 from typing import get_args
 
 from qcow2bm import Edit, Image, Op, open
-from qcow2bm.cli.arguments import (
-    EditingArguments,
-    Parser,
-    UsageError,
-    add_editing,
-    add_image,
-    byte_range,
-    size,
-)
+from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image, byte_range, size
 from qcow2bm.cli.images import find, new_name, open_to_edit
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import print_dry_run
+from qcow2bm.cli.parser import Parser, UsageError
 
 _EPILOG = """\
 NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;

@@ -17,7 +17,7 @@ _PIECE_BYTES = 1 << 17
 
 
 def name_of(path: str) -> str:
-    """What messages call the file."""
+    """The name of the file in messages."""
     return "standard input" if path == STANDARD else path
 
 

@@ -1,4 +1,4 @@
-"""From the words IMAGE and NAME to an open image and a bitmap.
+"""Opening the image that IMAGE means, and finding the bitmap that NAME means.
 
 *Spec*: spec/cli.md, "Names".
 """

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from qcow2bm import Bitmap, open
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     OutputArguments,
-    Parser,
     ReadingArguments,
     add_image,
     add_output,
@@ -20,6 +18,7 @@ from qcow2bm.cli.arguments import (
 )
 from qcow2bm.cli.images import find
 from qcow2bm.cli.messages import about
+from qcow2bm.cli.parser import Parser
 
 DESCRIPTIONS = ("clean", "dirty")
 
@@ -75,7 +74,7 @@ def _print_totals(bitmap: Bitmap, virtual_size: int, arguments: Arguments) -> No
             continue
         if arguments.output == "json":
             row = {"size": size, "percent": percent, "type": kind, "description": description}
-            lines.append(json.dumps(row))
+            lines.append(output.as_json(row))
         else:
             lines.append(f"{size:10d} {percent:5.1f}% {kind:3d} {description}")
     if arguments.output == "json":

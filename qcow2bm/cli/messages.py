@@ -1,4 +1,4 @@
-"""What a command says on standard error: failures, warnings, and how far it is.
+"""The messages of a command on standard error: failures, warnings, and progress.
 
 *Spec*: spec/cli.md, "Exit status".
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from qcow2bm.cli.arguments import Arguments, Parser
+from qcow2bm.cli.parser import Arguments, Parser
 
 _EPILOG = """\
 The plugin serves the raw data file of an image that was made with data_file_raw=on and

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -122,27 +121,34 @@ def warn_of(name: str, problems: Iterable[Problem]) -> None:
 
 
 def head(subject: str, key: str = "filename", *, schema: int = SCHEMA) -> Document:
-    """What every document begins with: its schema, and the file or VM as it was given."""
+    """The first keys of every document: the schema, and the file or VM as it was given."""
     return {"schema": schema, key: json_text(subject)}
 
 
 def print_json(document: Document) -> None:
     """Prints a document."""
-    print(json.dumps(document, indent=1))
+    print(as_json(document, indent=1))
+
+
+def as_json(value: object, indent: int | None = None) -> str:
+    """A value as JSON."""
+    import json  # most uses of a command are for people
+
+    return json.dumps(value, indent=indent)
 
 
 def json_text(text: str) -> str:
-    """Text as JSON can hold it: with U+FFFD for all that is not Unicode."""
+    """A text with U+FFFD for all that is not Unicode, as JSON can hold it."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def json_text_or_null(text: str | None) -> str | None:
-    """The same, for text that may be missing."""
+    """The result of `json_text`, or None for None."""
     return None if text is None else json_text(text)
 
 
 def problem_as_json(image: Image, problem: Problem) -> Document:
-    """A problem of an image."""
+    """A problem of an image, as "Problem" in spec/json.md."""
     return {
         "id": problem.id,
         "severity": problem.severity,
@@ -156,7 +162,7 @@ def problem_as_json(image: Image, problem: Problem) -> Document:
 
 
 def plan_as_json(plan: Plan) -> Document:
-    """What is, or would be, written."""
+    """A plan, as "Plan" in spec/json.md."""
     steps = [
         {
             "type": "barrier" if plan.is_barrier(number) else "write",

@@ -11,10 +11,8 @@ from typing import Any
 from qcow2bm import rescue
 from qcow2bm.cli import rescue_output
 from qcow2bm.cli.arguments import (
-    Arguments,
     EditingArguments,
     OutputArguments,
-    Parser,
     add_editing,
     add_image,
     add_output,
@@ -22,6 +20,7 @@ from qcow2bm.cli.arguments import (
 from qcow2bm.cli.images import open_to_edit
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import PROBLEMS_FOUND, print_json
+from qcow2bm.cli.parser import Arguments, Parser
 
 _EPILOG = """\
 exit status: 0 fine; 1 the command failed; 2 done, but a bitmap is lost, in doubt, or was left as it

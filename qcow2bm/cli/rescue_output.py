@@ -1,4 +1,4 @@
-"""What the commands ``rescue`` print: for people, and for programs.
+"""The output of the commands ``rescue``: for people, and for programs.
 
 *Spec*: spec/rescue.md; spec/json.md, "rescue start", "rescue arm", "rescue verdict" and
 "rescue finish".
@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from qcow2bm import rescue
-from qcow2bm.cli.output import Document, count, head, json_text, quoted, size
+from qcow2bm.cli.output import Document, as_json, count, head, json_text, quoted, size
 from qcow2bm.units import escape, format_size
 
 
@@ -49,7 +48,7 @@ def print_start(done: rescue.RescueReport, *, dry_run: bool) -> None:
 
 
 def start_as_json(address: str, done: rescue.RescueReport, *, dry_run: bool) -> Document:
-    """What ``rescue start`` did, or would do."""
+    """The document that ``rescue start`` prints."""
     bitmaps = [
         {
             **_place(one.bitmap),
@@ -93,11 +92,11 @@ def print_arm(done: rescue.ArmReport) -> None:
             "arguments": {"block-bitmap-mapping": done.mapping},
         }
         print("not armed yet: send this to QEMU and repeat the command, or repeat it with --set")
-        print(json.dumps(command))
+        print(as_json(command))
 
 
 def arm_as_json(address: str, done: rescue.ArmReport) -> Document:
-    """What ``rescue arm`` did."""
+    """The document that ``rescue arm`` prints."""
     nodes = [
         {
             "node": node.node,
@@ -156,7 +155,7 @@ def print_no_verdict(*, is_unguarded: bool) -> None:
 
 
 def verdicts_as_json(address: str, migration: str, done: Sequence[rescue.Settlement]) -> Document:
-    """What ``rescue verdict`` found and did."""
+    """The document that ``rescue verdict`` prints."""
     nodes = [
         {
             "node": one.verdict.node.name,
@@ -188,7 +187,7 @@ def print_finish(done: Sequence[rescue.CopyRename], *, dry_run: bool) -> None:
 
 
 def finish_as_json(path: str, done: Sequence[rescue.CopyRename], *, dry_run: bool) -> Document:
-    """What became of the copies, or would become of them."""
+    """The document that ``rescue finish`` prints."""
     bitmaps = [
         {
             "copy": json_text(one.copy),

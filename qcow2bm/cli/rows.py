@@ -1,8 +1,8 @@
 """Printing millions of pairs of numbers as text, at the speed of numpy.
 
 All rows have the same length: numbers are padded with spaces on the left, which JSON allows
-between tokens. So the rows of a block are one array whose constant text stands there from the
-beginning, and only the digits change, four at a time from a table.
+between tokens. So the rows of a block are one array. The constant text is written into the array
+once, and only the digits change, four at a time from a table.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class RowPrinter:
         between += b" " * (-len(between) % _WORD)
         rows = b"".join(before + number + between + number + after for after in afters)
         self._length = len(rows) // len(afters)
-        count = BLOCK_ROWS + len(afters) - 1  # so many, because one may begin in mid-turn
+        count = BLOCK_ROWS + len(afters) - 1  # the first row may have any of ``afters``
         text = rows * -(-count // len(afters))
-        # The numbers stand on whole words only if the text begins so far off one.
+        # The text begins so far from a whole word that the numbers begin at whole words.
         shift = -len(before) % _WORD
         self._text = np.zeros(shift + len(text), np.uint8)[shift:]
         self._text[:] = np.frombuffer(text, np.uint8)

@@ -10,16 +10,11 @@ from typing import TYPE_CHECKING
 
 from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
-from qcow2bm.cli.arguments import (
-    EditingArguments,
-    Parser,
-    UsageError,
-    add_editing,
-    add_image,
-)
+from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
 from qcow2bm.cli.images import find, open_to_edit
 from qcow2bm.cli.messages import CommandError, about, progress, say
 from qcow2bm.cli.output import Document, json_text, quoted, size
+from qcow2bm.cli.parser import Parser, UsageError
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
@@ -115,7 +110,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _salvage(arguments: Arguments, image: Image, name: str) -> Plan | None:
-    """Does it; returns what would be written if it is a dry run."""
+    """Salvages the bitmap; in a dry run, returns what would be written instead."""
     if arguments.trust_stale:
         say(
             f"warning: writes since {quoted(name)} was last stored are missing from it, and so "

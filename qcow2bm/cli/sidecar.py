@@ -11,12 +11,9 @@ from typing import Any
 from qcow2bm import Image, new_file, open, sidecar
 from qcow2bm.cli import files, output
 from qcow2bm.cli.arguments import (
-    Arguments,
     OutputArguments,
-    Parser,
     ReadingArguments,
     RestoringArguments,
-    UsageError,
     add_output,
     add_reading,
     add_restoring,
@@ -24,6 +21,7 @@ from qcow2bm.cli.arguments import (
 from qcow2bm.cli.images import valid_bitmaps
 from qcow2bm.cli.messages import CommandError, about, say
 from qcow2bm.cli.output import Document, count, json_text, percent, quoted, size
+from qcow2bm.cli.parser import Arguments, Parser, UsageError
 from qcow2bm.cli.restoring import restore
 from qcow2bm.units import escape
 

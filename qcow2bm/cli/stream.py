@@ -8,15 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from qcow2bm import FormatError, Qcow2BmError, new_file, open, stream
-from qcow2bm.cli import files, output
+from qcow2bm import Qcow2BmError, new_file, open, stream
+from qcow2bm.cli import files, output, stream_output
 from qcow2bm.cli.arguments import (
-    Arguments,
     OutputArguments,
-    Parser,
     ReadingArguments,
     RestoringArguments,
     add_image,
@@ -26,7 +24,8 @@ from qcow2bm.cli.arguments import (
 )
 from qcow2bm.cli.images import find, valid_bitmaps
 from qcow2bm.cli.messages import CommandError, about, say
-from qcow2bm.cli.output import Document, count, json_text, percent, quoted, size
+from qcow2bm.cli.output import quoted
+from qcow2bm.cli.parser import Arguments, Parser
 from qcow2bm.cli.restoring import restore
 from qcow2bm.units import decode_name, escape
 
@@ -274,74 +273,10 @@ def _by_name(
 def _dump(arguments: DumpArguments) -> int:
     bitmaps = _read(arguments.file)
     if arguments.output == "json":
-        output.print_json(_document(bitmaps))
+        output.print_json(stream_output.stream_as_json(bitmaps))
     else:
-        _print(files.name_of(arguments.file), bitmaps)
+        stream_output.print_stream(files.name_of(arguments.file), bitmaps)
     return output.PROBLEMS_FOUND if bitmaps.fault else 0
-
-
-def _print(name: str, bitmaps: stream.StreamBitmaps) -> None:
-    output.print_facts(_facts(name, bitmaps))
-    for number, bitmap in enumerate(bitmaps.all):
-        print(f"\nbitmap {number}: {quoted(bitmap.bitmap_alias)}")
-        output.print_facts(_bitmap_facts(bitmap), indent="  ")
-    print()
-    if bitmaps.fault:
-        print(f"1 problem:\n  {bitmaps.fault}")
-        print(f"complete: {len(bitmaps.complete)} of {count(len(bitmaps.all), 'bitmap')}")
-    else:
-        print("no problems found (memory and devices of the VM were not checked)")
-
-
-def _facts(name: str, bitmaps: stream.StreamBitmaps) -> Iterator[tuple[str, str]]:
-    yield "stream", escape(name)
-    yield "bitmaps", str(len(bitmaps.all) or "none")
-    yield "complete", "yes" if bitmaps.is_complete else "NO (see the problem below)"
-
-
-def _bitmap_facts(bitmap: stream.StreamBitmap) -> Iterator[tuple[str, str]]:
-    is_complete = bitmap.is_complete
-    yield "node", quoted(bitmap.node_alias)
-    yield "status", "complete" if is_complete else "incomplete (bits are missing from it)"
-    yield "granularity", size(bitmap.granularity)
-    yield "enabled", "yes" if bitmap.enabled else "no"
-    yield "persistent", "yes" if bitmap.persistent else "no"
-    yield "disk" if is_complete else "came", size(bitmap.disk_size)
-    part = percent(bitmap.dirty_bytes, bitmap.disk_size)
-    label = "dirty" if is_complete else "dirty at least"
-    yield label, f"{size(bitmap.dirty_bytes)}, {part:.1f} % of that"
-    if is_complete:
-        yield "sha256", bitmap.sha256()
-
-
-def _document(bitmaps: stream.StreamBitmaps) -> Document:
-    return {
-        "schema": output.SCHEMA,
-        "complete": bitmaps.is_complete,
-        "bitmaps": [
-            {
-                "node-alias": json_text(bitmap.node_alias),
-                "bitmap-alias": json_text(bitmap.bitmap_alias),
-                "granularity": bitmap.granularity,
-                "enabled": bitmap.enabled,
-                "persistent": bitmap.persistent,
-                "complete": bitmap.is_complete,
-                "dirty-bytes": bitmap.dirty_bytes,
-                "sha256": bitmap.sha256() if bitmap.is_complete else None,
-            }
-            for bitmap in bitmaps.all
-        ],
-        "problems": [_problem(fault) for fault in (bitmaps.fault,) if fault],
-    }
-
-
-def _problem(fault: FormatError) -> Document:
-    return {
-        "structure": fault.structure,
-        "field": fault.field or None,
-        "offset": fault.offset,
-        "message": str(fault),
-    }
 
 
 _RUN: dict[str, Callable[[Any], int]] = {"dump": _dump, "write": _write, "restore": _restore}

@@ -47,11 +47,11 @@ class SavedBitmap(NamedTuple):
 
     @property
     def dirty_bytes(self) -> int:
-        """How many guest bytes are dirty, clipped to the disk."""
+        """The number of dirty guest bytes, clipped to the disk."""
         return dirty_bytes(self.octets, self.granularity, self.disk_size)
 
     def sha256(self) -> str:
-        """Returns what QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex."""
+        """Returns the digest of QEMU's x-debug-block-dirty-bitmap-sha256 for the bitmap, in hex."""
         return sha256([self.octets], ceil_div(self.disk_size, self.granularity))
 
 

@@ -52,7 +52,7 @@ class StreamBitmap:
 
     @property
     def bits(self) -> int:
-        """How many bits have come so far."""
+        """The number of bits that have come so far."""
         return ceil_div(self.disk_size, self.granularity)
 
     def add(self, event: BitmapChunk) -> None:
@@ -73,7 +73,7 @@ class StreamBitmap:
 
     @property
     def dirty_bytes(self) -> int:
-        """How many guest bytes are dirty so far, clipped to the disk."""
+        """The number of dirty guest bytes so far, clipped to the disk."""
         return dirty_bytes(self._octets, self.granularity, self.disk_size)
 
     def packed(self) -> NDArray[np.uint8]:
@@ -95,7 +95,7 @@ class StreamBitmap:
         return array
 
     def sha256(self) -> str:
-        """Returns what QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
+        """Returns the digest of QEMU's x-debug-block-dirty-bitmap-sha256 for the bitmap, in hex.
 
         Raises:
             StateError: the bitmap is not complete.

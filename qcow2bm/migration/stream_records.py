@@ -63,7 +63,7 @@ Event = BitmapStart | BitmapChunk | BitmapEnd | StreamEnd
 
 
 class _BitmapProgress:
-    """How much of a bitmap has come."""
+    """The state of a bitmap whose bits are coming."""
 
     def __init__(self, number: int, granularity: int) -> None:
         self.number = number

@@ -4,9 +4,11 @@ From the lowest module to the highest:
 
 * `client` sends a command; `answers` reads what QEMU returns for it.
 * `actions` and `names`: what can be sent in a transaction, and the names that are used there.
-* `machine` has the state of a running QEMU as values; `queries` asks QEMU for them.
+* `machine` has the state of a running QEMU as values; `queries` asks QEMU for the state, and
+  `aliases` adds the names that QEMU has for nodes in a migration stream.
 * `mapping` and `scratch`: the block-bitmap-mapping, and the block node that is added for a while.
-* `veto`, `arm`, `verdict`, `copies` and `save` each have the functions of one command.
+* `veto`, `arm`, `verdict` with `settlement`, `copies` and `save` have the functions of one command
+  each.
 
 *Spec*: spec/rescue.md.
 """

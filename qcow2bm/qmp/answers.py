@@ -1,4 +1,4 @@
-"""What QEMU returns for a command, read field by field into values of known types."""
+"""Reads the answers of QEMU field by field into values of known types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qcow2bm.units import escape
 
 
 class Answer:
-    """What QEMU returned for a command, or a field of it.
+    """The answer of QEMU to a command, or a field of that answer.
 
     *Guarantees*: each method returns a value of the type that it names, or raises `QmpError` with
     the command and the field. Fields that are not asked for are ignored.

@@ -1,4 +1,4 @@
-"""Adds, before a migration, a sentinel to each node, which tells afterwards who wrote.
+"""Adds a sentinel to each node before a migration, to tell afterwards if another machine wrote.
 
 The sentinel is stored when the machine gives its disks away, and every QEMU that opens the image
 keeps it. The sentinel's twin, with the same bits, is in no image and stays in memory here. What
@@ -47,7 +47,7 @@ class Obstacle(NamedTuple):
 
 
 class ArmReport(NamedTuple):
-    """What `arm` did.
+    """The result of `arm`.
 
     Attributes:
         nodes: the nodes that are armed.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CopyRename(NamedTuple):
-    """What became of one copy: it has the name of its original, or is left, and why."""
+    """The result for one copy: the copy has the name of its original, or is left, and why."""
 
     copy: str
     name: str

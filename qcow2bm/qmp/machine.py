@@ -51,7 +51,7 @@ class NodeBitmap(NamedTuple):
 
     @property
     def why_unusable(self) -> str:
-        """Why QEMU allows no changes to the bitmap; "" if it allows them."""
+        """The reason why QEMU allows no changes to the bitmap; "" if it allows them."""
         if self.is_inconsistent:
             return "inconsistent"
         return "busy: a job uses it" if self.is_busy else ""
@@ -95,7 +95,7 @@ class Node(NamedTuple):
 
     @property
     def evidence(self) -> list[str]:
-        """The names of the bitmaps that were added to find out who wrote."""
+        """The names of the bitmaps that were added to find out which machine wrote."""
         return [bitmap.name for bitmap in self.bitmaps if is_evidence(bitmap.name)]
 
     @property

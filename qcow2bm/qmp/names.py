@@ -38,6 +38,6 @@ def sentinel_of(name: str) -> str:
 def is_evidence(name: str) -> bool:
     """Returns whether it names a sentinel, a twin, or a copy of one of them.
 
-    Such a bitmap is there to find out who wrote to the disk: no backup goes by it.
+    Such a bitmap is there to find out whether another machine wrote: no backup goes by it.
     """
     return is_sentinel(name) or bool(sentinel_of(name)) or name in COMPARED

@@ -24,17 +24,14 @@ from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.copies import CopyRename, rename_copies
 from qcow2bm.qmp.machine import BitmapMapping, Node, NodeBitmap
 from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, Omission, save_sidecar
-from qcow2bm.qmp.verdict import (
+from qcow2bm.qmp.settlement import (
     BitmapSettlement,
     Remedy,
     Settlement,
     SettlementOutcome,
-    Verdict,
-    VerdictReport,
-    VerdictWord,
-    judge,
     settle,
 )
+from qcow2bm.qmp.verdict import Verdict, VerdictReport, VerdictWord, judge
 from qcow2bm.qmp.veto import BitmapRescue, Proof, RescueOutcome, RescueReport, lift_vetoes
 
 __all__ = [

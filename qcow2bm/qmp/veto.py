@@ -28,7 +28,7 @@ Proof = Literal["sha256", "count"]
 
 
 class BitmapRescue(NamedTuple):
-    """What became of one bitmap.
+    """The result for one bitmap.
 
     Attributes:
         bitmap: as it was before; with the outcome "lost", as it is now if it is still there.
@@ -52,7 +52,7 @@ class BitmapRescue(NamedTuple):
 
 
 class RescueReport(NamedTuple):
-    """What `lift_vetoes` did.
+    """The result of `lift_vetoes`.
 
     ``migration`` is the status of the last migration, as query-migrate has it; "" if there was
     none.

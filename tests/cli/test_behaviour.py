@@ -240,7 +240,7 @@ def test_odd_file_names_are_escaped(tmp_path: Path) -> None:
 
 
 def test_any_failing_read_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever read fails, a person gets one line, and a program no part of a document."""
+    """If any read fails, a person gets one line, and a program gets no part of a document."""
     from qcow2bm.storage import file
 
     arguments = ["dump", "--output=json", "--sha256", "vm.qcow2"]

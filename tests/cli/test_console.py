@@ -1,4 +1,4 @@
-"""Output is complete or the exit status says that it is not, whatever the streams are."""
+"""If output is incomplete, the exit status says so, whatever the streams are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMMANDS = (
 
 
 def many_rows() -> Built:
-    """Ranges that are more text than any buffer or pipe takes at once."""
+    """An image whose map is longer than any buffer or pipe takes at once."""
     return build_image(Stored(b"b", (b"\x55" * 512,) * 12), size=12 * 8 * 512 << 16)
 
 
@@ -52,8 +52,8 @@ def program(
     limit: int | None = None,
     **variables: str,
 ) -> subprocess.CompletedProcess[bytes]:
-    """One command, its streams redirected as a shell does, its files limited to a length."""
-    # A module of Python that is cut off by the limit would stay so for later runs.
+    """Runs a command with streams redirected by a shell, and files limited to a length."""
+    # If the limit cut off a .pyc file, later runs would read it.
     variables = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **variables}
     arguments = arguments.split() if isinstance(arguments, str) else arguments
     restrict: Callable[[], None] | None = None
@@ -78,7 +78,7 @@ def said(number: int) -> bytes:
 @pytest.mark.spec("CLI-11")
 @pytest.mark.parametrize("arguments", COMMANDS)
 def test_a_file_that_cannot_grow_is_a_failure(folder: Path, arguments: str) -> None:
-    """The system then writes a part, and only the next write fails."""
+    """The system writes a part of the output, and only the next write fails."""
     whole = program(arguments, folder).stdout
     for limit, status, message in (
         (len(whole), 0, b""),

@@ -1,4 +1,4 @@
-"""The demo: what it shows is so, and it leaves nothing behind."""
+"""The demo: what it shows is true, and it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, of this process and of others it starts."""
+    """The folder for temporary files of this process and of the processes it starts."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path
@@ -39,7 +39,7 @@ def _without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(limit: int = resource.RLIM_INFINITY) -> subprocess.Popen[bytes]:
-    """The demo as a process of its own, whose files can have so many bytes."""
+    """Starts the demo as a process whose files can have at most ``limit`` bytes."""
     restrict = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return subprocess.Popen(
         [sys.executable, "-m", "qcow2bm", "demo"],
@@ -157,7 +157,7 @@ def test_without_room_nothing_is_written(folder: Path, monkeypatch: pytest.Monke
 @pytest.mark.spec("CLI-21")
 @pytest.mark.parametrize("limit", [4096, 256 << 10, 16 * MIB])
 def test_a_file_that_cannot_grow_is_one_line_and_leaves_nothing(folder: Path, limit: int) -> None:
-    """As under a quota, of which the free room tells nothing."""
+    """A quota works like this limit: the free room does not show it."""
     process = start(limit)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1

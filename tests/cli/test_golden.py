@@ -1,4 +1,4 @@
-"""What the commands print, to the letter: tests/cli/golden has one file for each case.
+"""The exact output of the commands: tests/cli/golden has one file for each case.
 
 ``pytest --golden-update`` writes the files anew; read the difference before you keep it.
 """

@@ -1,4 +1,4 @@
-"""What arguments mean, where they look like something else."""
+"""The meaning of arguments that look like something else."""
 
 from __future__ import annotations
 
@@ -99,6 +99,6 @@ def test_an_error_names_the_file_once(folder: Path) -> None:
     assert run(["dump", "missing"], folder).err == "qcow2bm: missing: No such file or directory\n"
     assert run(["dump", "vm.qcow2: x"], folder).err.startswith("qcow2bm: vm.qcow2: x: is a dir")
     assert run(["dump", "bad"], folder).err.startswith("qcow2bm: bad: header")
-    # The file's name is no part of a message that happens to begin with the same letter.
+    # A message that begins with the same letter as the file name keeps its first letter.
     for command in (["map", "b", "nope"], ["dump", "b", "--bitmap=nope"]):
         assert run(command, folder).err.startswith('qcow2bm: b: bitmap "nope" not found; ')

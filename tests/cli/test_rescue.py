@@ -1,4 +1,4 @@
-"""The commands ``rescue``: what they print, and their exit statuses."""
+"""The commands ``rescue``: their output and exit statuses."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_arm_says_what_keeps_qemu_from_migrating(qemu: FakeQemu, tmp_path: Path)
 
 
 def armed(qemu: FakeQemu, folder: Path) -> FakeBitmap:
-    """The sentinel of a disk that is armed and went to another machine and back."""
+    """Returns the sentinel of a disk that was armed, and went to another VM and back."""
     assert rescue(folder, "ARM --set").status == 0
     qemu.migration = "completed"
     return next(bitmap for name, bitmap in qemu.bitmaps.items() if is_sentinel(name))
@@ -243,7 +243,7 @@ def test_wrong_usage(tmp_path: Path, arguments: str) -> None:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """With a copy that is valid, whose original is inconsistent, and one whose is not there."""
+    """Makes two valid copies: the original of one is inconsistent, that of the other is gone."""
     bitmaps = [
         Stored(copy_of("a").encode(), (b"\x01",)),
         Stored(b"a", flags=FLAG_AUTO | FLAG_IN_USE),

@@ -1,4 +1,4 @@
-"""The command ``salvage``, on images in which QEMU has no part; raw files are compared."""
+"""The command ``salvage``, without QEMU: the disks that are compared are raw files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(folder: Path, *bitmaps: Stored, autoclear: bool = True) -> bytes:
 
 
 def dirty(folder: Path) -> dict[str, list[int] | str]:
-    """The dirty granules of the valid bitmaps, and what the others are."""
+    """The dirty granules of the valid bitmaps, and the status of the others."""
     found: dict[str, list[int] | str] = {}
     with qcow2bm.open(folder / "vm.qcow2") as image:
         assert not [p for p in image.check().problems if p.severity != "leak"]
@@ -141,7 +141,7 @@ def test_stale_bitmaps_are_salvaged_one_after_the_other(tmp_path: Path) -> None:
 def test_of_stale_bitmaps_whose_clusters_are_not_counted_only_the_names_are_left(
     tmp_path: Path,
 ) -> None:
-    """`qemu-img check -r leaks` gave the clusters back."""
+    """`qemu-img check -r leaks` freed the clusters of the bitmaps."""
     data = bytearray(write(tmp_path, *STALE, autoclear=False))
     with qcow2bm.open(bytes(data)) as image:
         counts = [
@@ -189,7 +189,7 @@ def test_a_stale_directory_that_is_damaged_is_not_taken_up(what: str, tmp_path: 
 
 @pytest.mark.spec("SALVAGE-3")
 def test_a_stale_table_that_the_disk_has_overwritten(tmp_path: Path) -> None:
-    """The disk uses a cluster of one bitmap: the others are whole."""
+    """The disk uses a cluster of one bitmap; the other bitmaps are intact."""
     data = bytearray(write(tmp_path, *STALE, autoclear=False))
     with qcow2bm.open(bytes(data)) as image:
         table, l1 = image.directory[1].bitmap_table_offset, image.header.l1_table_offset
@@ -341,7 +341,7 @@ def test_one_that_uses_clusters_of_the_disk_is_not_salvaged(way: str, tmp_path: 
 def test_nothing_is_put_where_the_disk_may_have_data(
     what: str, is_stale: bool, tmp_path: Path
 ) -> None:
-    """Clusters that the disk uses are not counted, so they pass for free."""
+    """Clusters that the disk uses have refcount 0, so they look free."""
     data = bytearray(write(tmp_path, CRASHED, autoclear=not is_stale))
     with qcow2bm.open(bytes(data)) as image:
         l1 = image.header.l1_table_offset
@@ -363,7 +363,7 @@ def test_nothing_is_put_where_the_disk_may_have_data(
 
 
 def test_several_stale_bitmaps_are_salvaged_in_one_edit() -> None:
-    """One of them is not whole any more."""
+    """One bitmap is no longer intact."""
     data = bytearray(build_image(*STALE, size=SIZE, autoclear=False).data)
     with qcow2bm.open(bytes(data)) as image:
         data[image.directory[1].offset_of("bitmap_table_size") + 3] = 2
@@ -378,7 +378,7 @@ def test_several_stale_bitmaps_are_salvaged_in_one_edit() -> None:
 
 @pytest.mark.spec("SALVAGE-3")
 def test_a_stale_bitmap_that_could_not_be_as_large_is_said(tmp_path: Path) -> None:
-    """The disk was made much larger by a program without bitmaps."""
+    """A program without bitmap support made the disk much larger."""
     fine = Stored(b"fine", granularity_bits=9)
     data = bytearray(write(tmp_path, STALE[0], fine, autoclear=False))
     data[24:32] = (1 << 42).to_bytes(8, "big")
@@ -414,7 +414,7 @@ def test_what_is_stale_is_not_overwritten_before_the_new_directory_is_whole(
 
 
 @pytest.mark.spec("SALVAGE-6")
-def test_a_raw_disk_on_which_a_guest_wrote_a_header_is_raw_if_somebody_says_so(
+def test_a_raw_disk_on_which_a_guest_wrote_a_header_is_raw_if_the_caller_says_so(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, CRASHED)
@@ -425,7 +425,7 @@ def test_a_raw_disk_on_which_a_guest_wrote_a_header_is_raw_if_somebody_says_so(
 
 
 @pytest.mark.spec("SALVAGE-1")
-def test_nobody_else_gets_the_image_while_disks_are_compared(
+def test_no_other_process_gets_the_image_while_disks_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, CRASHED)

@@ -32,7 +32,7 @@ def done(folder: Path, *arguments: str) -> None:
 
 
 def digests(folder: Path) -> dict[str, tuple[str, bool]]:
-    """Of all bitmaps, which must be valid: their digests, and whether they record."""
+    """The digests of all bitmaps, which must be valid, and whether the bitmaps record writes."""
     with qcow2bm.open(folder / "vm.qcow2", strict=True) as image:
         return {name: (b.sha256(), b.auto) for name, b in image.bitmaps.items()}
 
@@ -45,7 +45,7 @@ def remove_all_but_sentinels(folder: Path) -> None:
 
 
 def refused(folder: Path, *arguments: str) -> str:
-    """The one line that is said of a command that changes nothing."""
+    """The one line on standard error of a command that fails and changes nothing."""
     before = (folder / "vm.qcow2").read_bytes()
     result = run([*LOAD, *arguments], folder)
     assert (result.status, result.out) == (1, "")
@@ -114,7 +114,7 @@ def test_what_is_no_evidence(folder: Path, commands: list[str], said: str) -> No
 
 @pytest.mark.spec("SIDECAR-4")
 def test_a_sentinel_that_was_touched_when_it_was_saved_proves_nothing(folder: Path) -> None:
-    """The image may have been rolled back to before, where the sentinel has no write."""
+    """The image may be an older state of the disk, in which the sentinel has no write."""
     done(folder, *SAVE, "--sentinel")
     before = (folder / "vm.qcow2").read_bytes()
     name = next(n for n in digests(folder) if is_sentinel(n) and not n.endswith("-canary"))

@@ -154,7 +154,7 @@ def test_names_from_a_stream_are_escaped(folder: Path) -> None:
 
 
 def test_a_pipe_is_read_to_its_end(folder: Path) -> None:
-    """The writer never fails, though the bitmaps are complete before it is done."""
+    """The writer does not fail, although the bitmaps are complete before it has finished."""
     content = (folder / "stream").read_bytes() + bytes(1 << 20)
     done = subprocess.run(
         [sys.executable, "-m", "qcow2bm", "stream", "dump", "-", "--output=json"],
@@ -182,7 +182,7 @@ def test_a_pipe_is_read_to_its_end_after_a_fault_too(folder: Path, content: byte
         assert process.stdin
         for _ in range(8):
             process.stdin.write(content + bytes(1 << 20))
-            process.stdin.flush()  # raises BrokenPipeError if nobody reads
+            process.stdin.flush()  # raises BrokenPipeError if the pipe is not read
         process.stdin.close()
         assert process.wait(60) in (1, 2)
 
@@ -230,7 +230,7 @@ def test_bitmaps_that_are_not_valid_are_left_out_or_an_error(folder: Path) -> No
     assert run([*WHOLE, "-o", "quiet", "-q"], folder) == (0, "", "")
     assert failed(run([*WHOLE, "-o", "other", "daily"], folder))
     assert failed(run([*WHOLE, "-o", "other", "base", "@7"], folder))
-    assert failed(run([*WHOLE, "-o", "out"], folder))  # and of what is left out is nothing said
+    assert failed(run([*WHOLE, "-o", "out"], folder))  # and no bitmap is said to be left out
     assert not (folder / "other").exists()
     (folder / "vm.qcow2").write_bytes(empty().data)
     assert failed(run([*WHOLE, "-o", "other"], folder))

@@ -1,4 +1,4 @@
-"""The command ``stream restore``: nothing is valid that is not proved, or asserted."""
+"""The command ``stream restore``: bitmaps need a proof, or the caller's assertion."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def content(folder: Path) -> bytes:
 
 
 def refused(folder: Path, *arguments: str, status: int = 1) -> str:
-    """The one line that a command says which changes nothing."""
+    """The one line on standard error of a command that fails and changes nothing."""
     before = content(folder)
     done: Result = run([*RESTORE, *arguments], folder)
     assert (done.status, done.out, content(folder)) == (status, "", before)
@@ -81,7 +81,7 @@ def test_all_dirty_instead(folder: Path) -> None:
 
 
 def give_away(folder: Path) -> str:
-    """Leaves a sentinel in the image, and a bitmap that a migration carried; its name.
+    """Leaves a sentinel in the image, and a bitmap that a migration carried; the sentinel's name.
 
     The stream gets the sentinel, too, and its canary.
     """
@@ -208,7 +208,7 @@ def test_another_name_and_a_dry_run(folder: Path) -> None:
 
 @pytest.mark.spec("CLI-26")
 def test_what_is_not_complete_is_left_out(folder: Path) -> None:
-    """Of a stream cut off at any place no bitmap is restored that did not come to its end."""
+    """If a stream is cut off anywhere, only the bitmaps that came whole are restored."""
     data = (folder / "stream").read_bytes()
     whole = truth(folder)
     end = data.rindex(b"g512-pers")  # where the last of that node is complete

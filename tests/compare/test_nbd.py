@@ -1,4 +1,4 @@
-"""A server that does not keep to the protocol is told, and nobody waits for it."""
+"""A server that breaks the protocol is an error, and does not make the reader wait."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DATA = (
 
 @contextmanager
 def server(path: Path, content: bytes) -> Iterator[str]:
-    """Says all of it to whoever connects, without listening, and hangs up."""
+    """Sends all of it to each client, without reading a request, and closes the connection."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()

@@ -218,7 +218,7 @@ def fuzz(seed: int, count: int) -> Counter[str]:
     ends: Counter[str] = Counter()
     for _ in range(count):
         mutant = mutate(data, rng)
-        if rng.random() < 0.9:  # by somebody who means harm, and can reckon
+        if rng.random() < 0.9:  # by an attacker, who makes the digest right again
             mutant = resealed(mutant + bytes(32)) if rng.random() < 0.1 else resealed(mutant)
         try:
             found = read_sidecar([mutant], 1 << 20)

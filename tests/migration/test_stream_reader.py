@@ -280,7 +280,7 @@ def test_flags_together_go_by_their_order() -> None:
 @pytest.mark.spec("STREAM-10", "STREAM-11")
 @pytest.mark.parametrize("form", FORMS)
 def test_every_beginning_of_a_stream(form: str) -> None:
-    """What is complete is right, and that it breaks off is always said."""
+    """Complete bitmaps are right, and a cut is always reported."""
     data = FORMS[form]([ONE, TWO])
     truth = [sent(ONE), sent(TWO)]
     last = len(data)

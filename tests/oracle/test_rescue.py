@@ -196,7 +196,7 @@ def test_a_copy_is_interrupted_after_each_command(
         assert main(["rescue", "finish", str(disk.path)]) == 0
         assert "nothing to finish" in capsys.readouterr().out
     if commands < 2 and way != "start":
-        del hashes["b"]  # nobody had come to it
+        del hashes["b"]  # no command had reached it
     assert stored(disk) == hashes
 
 
@@ -225,7 +225,7 @@ def test_arm_is_interrupted_after_each_command(commands: int, tmp_path: Path) ->
 @pytest.mark.spec("RESCUE-19")
 @pytest.mark.parametrize("commands", range(8))
 def test_a_verdict_is_interrupted_after_each_command(commands: int, tmp_path: Path) -> None:
-    """Somebody wrote: two bitmaps are made dirty all over, by way of the scratch node."""
+    """After a write by another machine, the scratch node makes two bitmaps all dirty."""
     with armed_and_touched(tmp_path) as (machine, address, disk):
 
         def work(monitor: Monitor) -> object:

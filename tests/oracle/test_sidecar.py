@@ -74,7 +74,7 @@ def test_a_sentinel_that_qemu_kept_tells_whether_the_guest_wrote(
     assert done.status == (1 if writes else 0), done.err
     if writes:
         assert "the sentinel has ranges that were written" in done.err
-        # Whoever asserts that this does no harm gets these ranges all the same.
+        # The operator asserts that this does no harm, and these ranges become dirty all the same.
         load = ["sidecar", "load", "saved", "disk.qcow2", "--assert-unchanged"]
         assert run(load, tmp_path) == (0, "", "")
     expected = [(MiB, 64 * KiB)] + ([(5 * MiB, 64 * KiB)] if writes else [])

@@ -1,4 +1,4 @@
-"""A machine that is not there, and the way to it."""
+"""A fake machine, and the address of its QMP server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.fakeqemu import FakeBitmap, FakeQemu
 
 @pytest.fixture
 def qemu() -> FakeQemu:
-    """Its disk has the bitmaps a and b, which a migration vetoed."""
+    """A machine whose disk has the bitmaps a and b, which a migration put a veto on."""
     fake = FakeQemu()
     fake.bitmaps["a"] = FakeBitmap(bits={1, 2, 3}, vetoed=True)
     fake.bitmaps["b"] = FakeBitmap(4096, {7}, recording=False, vetoed=True)

@@ -88,7 +88,9 @@ def test_the_mapping_is_that_of_qemu_without_one(qemu: FakeQemu, address: str) -
 
 
 @pytest.mark.spec("RESCUE-11")
-def test_whoever_sets_the_mapping_gets_a_sentinel(qemu: FakeQemu, address: str) -> None:
+def test_a_mapping_that_the_caller_set_is_enough_for_a_sentinel(
+    qemu: FakeQemu, address: str
+) -> None:
     qemu.mapping = armed(address, set_mapping=False).mapping
     (node,) = armed(address, set_mapping=False).nodes
     assert node.is_new
@@ -133,7 +135,7 @@ def test_the_last_verdict_comes_first(qemu: FakeQemu, address: str, state: str) 
 
 @pytest.mark.spec("RESCUE-12")
 def test_what_tells_of_a_death_is_judged_first(qemu: FakeQemu, address: str) -> None:
-    """Of bitmaps that look as they should beside it, nobody knows whether they miss writes."""
+    """The bitmaps beside an inconsistent sentinel may miss writes, though they look sound."""
     qemu.bitmaps[OLD] = FakeBitmap(inconsistent=True)
     with pytest.raises(StateError, match="judged by rescue verdict"):
         armed(address)
@@ -146,7 +148,7 @@ def test_what_tells_of_a_death_is_judged_first(qemu: FakeQemu, address: str) -> 
 
 @pytest.mark.spec("RESCUE-12")
 def test_a_mapping_that_lets_the_sentinel_travel(qemu: FakeQemu, address: str) -> None:
-    """Somebody set another one: nobody knows what became of the sentinel."""
+    """If the mapping was changed, the sentinel may have travelled."""
     (node,) = armed(address).nodes
     qemu.mapping = [mapped("a", "b", node.sentinel)]
     with pytest.raises(StateError, match="judged by rescue verdict"):
@@ -164,7 +166,7 @@ def test_what_is_written_between_twin_and_sentinel_is_in_both(qemu: FakeQemu, ad
 
 
 @pytest.mark.spec("RESCUE-12")
-def test_a_sentinel_with_a_canary_is_of_somebody_else(qemu: FakeQemu, address: str) -> None:
+def test_a_sentinel_with_a_canary_was_not_made_by_a_rescue(qemu: FakeQemu, address: str) -> None:
     qemu.bitmaps[OLD] = FakeBitmap(inconsistent=True)
     qemu.bitmaps[f"{OLD}-canary"] = FakeBitmap(inconsistent=True)
     (node,) = armed(address).nodes

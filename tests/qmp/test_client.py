@@ -1,4 +1,4 @@
-"""Connections: what can be wrong with them, and that nothing is loaded before it is needed."""
+"""Connections: their faults, the answers, and that no package is loaded before it is needed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_lost_connection_is_said_and_nothing_is_sent_again(qemu: FakeQemu, add
     assert qemu.changes() == ["transaction"]
 
 
-def test_a_path_where_nobody_listens(tmp_path: Path) -> None:
+def test_a_path_where_no_server_listens(tmp_path: Path) -> None:
     with pytest.raises(QmpError, match="connecting to QMP failed: No such file or directory"):
         Monitor(str(tmp_path / "none"))
     (tmp_path / "file").write_bytes(b"")

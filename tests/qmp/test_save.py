@@ -1,4 +1,4 @@
-"""The bitmaps of a running machine, and what comes of it when that is interrupted."""
+"""Saving the bitmaps of a running machine, also if that is interrupted."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_which_node(qemu: FakeQemu, address: str, tmp_path: Path) -> None:
 @pytest.mark.spec("SIDECAR-9")
 @pytest.mark.parametrize("how", ["refused", "hang-up"])
 def test_interrupted_at_every_command(qemu: FakeQemu, address: str, how: str) -> None:
-    """Then the same again does it all, and leaves nothing behind."""
+    """A second run then saves all bitmaps, and leaves nothing behind."""
     before = copy.deepcopy(qemu.nodes)
     saved(address)
     steps = qemu.changes()

@@ -1,4 +1,4 @@
-"""What the sentinel and its twin say, and what becomes of bitmaps by it."""
+"""The verdict by a sentinel and its twin, and what is done to the bitmaps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qcow2bm.migration.sentinel import PREFIX
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import COMPARED, SCRATCH_NODE, is_evidence, twin_of
-from qcow2bm.qmp.verdict import Remedy, Settlement
+from qcow2bm.qmp.settlement import Remedy, Settlement
 
 SENTINEL = PREFIX + "0f0e0d0c-0b0a-4908-8706-050403020100"
 TWIN = twin_of(SENTINEL)
@@ -125,13 +125,13 @@ def test_every_line_is_tried() -> None:
 
 
 @pytest.mark.spec("RESCUE-13")
-def test_without_a_migration_nobody_can_have_touched_it(armed: FakeQemu, address: str) -> None:
+def test_without_a_migration_no_machine_can_have_touched_it(armed: FakeQemu, address: str) -> None:
     armed.migration, armed.mapping = "", None
     assert one(address).verdict.word == "untouched"
 
 
 @pytest.mark.spec("RESCUE-13")
-def test_a_guest_that_writes_between_two_looks_is_not_somebody_else(
+def test_a_guest_that_writes_between_two_queries_is_no_other_machine(
     armed: FakeQemu, address: str
 ) -> None:
     def write(command: str) -> None:
@@ -283,7 +283,7 @@ def test_each_node_has_its_own_verdict(qemu: FakeQemu, address: str) -> None:
 
 
 @pytest.mark.spec("RESCUE-13")
-def test_looking_changes_nothing_even_if_it_is_interrupted(armed: FakeQemu, address: str) -> None:
+def test_judging_changes_nothing_even_if_it_is_interrupted(armed: FakeQemu, address: str) -> None:
     armed.bitmaps[SENTINEL].bits = {9}
     before = copy.deepcopy(armed.nodes)
     for number in (None, 0, 1):

@@ -1,4 +1,4 @@
-"""Lifting the veto, and what is done where QEMU does not do what it should."""
+"""Lifting vetoes, and what is done if QEMU refuses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_guest_that_writes_meanwhile_makes_more_dirty(qemu: FakeQemu, address:
 
     qemu.after = write
     assert outcomes(started(address))["a"] == ("rescued", "count")
-    qemu.status = "paused"  # then nobody writes
+    qemu.status = "paused"  # then the guest does not write
     assert outcomes(started(address))["a"] == ("lost", None)
 
 
@@ -176,7 +176,7 @@ def test_what_is_left_and_why(qemu: FakeQemu, address: str) -> None:
     qemu.nodes["armed"] = FakeNode({"y": FakeBitmap()})
     with Monitor(address) as monitor:
         arm(monitor, ["armed"], set_mapping=True)
-    assert "x" not in outcomes(started(address))  # unless it is asked for, nobody misses it
+    assert "x" not in outcomes(started(address))  # read-only nodes are not listed, unless asked for
     done = started(address, "disk", "fixed", "armed")
     found = {one.bitmap.name: (one.outcome, one.reason) for one in done.bitmaps}
     assert found.pop("both") == ("rescued", "")

@@ -62,7 +62,7 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
 
 
 def failed(done: Done) -> bool:
-    """Whether a command ended as one that could not do it must."""
+    """Whether a command ended as a command that failed must end."""
     (line,) = done.err.splitlines()
     return done.status == 1 and line.startswith("qcow2bm: ") and done.out == ""
 
@@ -215,7 +215,7 @@ def test_bitmap_limits_what_is_shown_and_not_the_status(cli: Cli) -> None:
 
 
 def verdict(done: Done) -> list[str]:
-    """The lines of a dump from the one on that says what is usable."""
+    """The lines of a dump from the line on that says what is usable for a backup."""
     lines = done.out.splitlines()
     return lines[
         next((n for n, text in enumerate(lines) if text.startswith("usable")), len(lines)) :
@@ -290,7 +290,7 @@ KEYS_OF_SCHEMA_1 = {
     "rescue finish": "schema filename dry-run bitmaps",
     "Finished bitmap": "copy name outcome reason",
 }
-"""Not to be changed: what a reader of schema 1 may rely on."""
+"""The keys that a reader of schema 1 may rely on; not to be changed."""
 
 
 @pytest.mark.spec("JSON-1")

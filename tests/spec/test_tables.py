@@ -13,7 +13,7 @@ from support.specreader import Table, page, pages
 
 from qcow2bm import problems
 from qcow2bm.bitmaps import status
-from qcow2bm.cli import arguments, check, commands, messages, output
+from qcow2bm.cli import check, commands, messages, output, parser
 from qcow2bm.format import (
     bitmap_table,
     directory,
@@ -254,7 +254,7 @@ def test_lock_bytes() -> None:
 
 def test_exit_statuses() -> None:
     stated = [int(text) for text in page("cli.md").table("Exit status").column("status")]
-    assert stated == [0, messages.FAILED, output.PROBLEMS_FOUND, check.LEAKS, arguments.USAGE]
+    assert stated == [0, messages.FAILED, output.PROBLEMS_FOUND, check.LEAKS, parser.USAGE]
     assert check.ERRORS == output.PROBLEMS_FOUND
 
 

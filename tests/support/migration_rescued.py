@@ -31,7 +31,7 @@ import qcow2bm
 from qcow2bm.qmp.arm import arm
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.names import is_evidence
-from qcow2bm.qmp.verdict import Remedy, Settlement
+from qcow2bm.qmp.settlement import Remedy, Settlement
 from qcow2bm.qmp.veto import lift_vetoes
 
 Way = Literal["alone", "start", "remove", "all-dirty"]
