@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from qcow2bm.bitmaps.tables import Clusters
     from qcow2bm.bits.operations import Op
     from qcow2bm.checking.check import Check
-    from qcow2bm.checking.repair import Lost, Repair
+    from qcow2bm.checking.directory_repair import LostBitmap
+    from qcow2bm.checking.repair import Repair
     from qcow2bm.clusters.empty_image import EmptyImage, build_empty_image
     from qcow2bm.clusters.plan import Barrier, Plan, Write
     from qcow2bm.errors import (
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
         CommitError,
         CommitOutcome,
         ComparisonError,
+        EvidenceError,
         FormatError,
+        Hint,
         ImageLockedError,
         LimitError,
         Qcow2BmError,
@@ -97,6 +100,7 @@ __all__ = [
     "DirectoryEntry",
     "Edit",
     "EmptyImage",
+    "EvidenceError",
     "Fate",
     "Feature",
     "FileStorage",
@@ -104,10 +108,11 @@ __all__ = [
     "FormatError",
     "Header",
     "HeaderExtension",
+    "Hint",
     "Image",
     "ImageLockedError",
     "LimitError",
-    "Lost",
+    "LostBitmap",
     "Op",
     "Pending",
     "Plan",
@@ -168,7 +173,8 @@ _NAMES_OF = {
     "qcow2bm.bitmaps.tables": ("Clusters",),
     "qcow2bm.bits.operations": ("Op",),
     "qcow2bm.checking.check": ("Check",),
-    "qcow2bm.checking.repair": ("Lost", "Repair"),
+    "qcow2bm.checking.directory_repair": ("LostBitmap",),
+    "qcow2bm.checking.repair": ("Repair",),
     "qcow2bm.clusters.empty_image": ("EmptyImage", "build_empty_image"),
     "qcow2bm.clusters.plan": ("Barrier", "Plan", "Write"),
     "qcow2bm.errors": (
@@ -182,7 +188,9 @@ _NAMES_OF = {
         "CommitError",
         "CommitOutcome",
         "ComparisonError",
+        "EvidenceError",
         "FormatError",
+        "Hint",
         "ImageLockedError",
         "LimitError",
         "Qcow2BmError",

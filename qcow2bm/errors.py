@@ -1,51 +1,99 @@
-"""Every error the library raises on purpose.
+"""Every error that the library raises on purpose.
 
-The axis is whose fault it is and what the caller may do next::
+The errors are divided by whose fault it is, and by what the caller may do next::
 
     Qcow2BmError
     ├─ FormatError               the file breaks the qcow2 specification
-    ├─ UnsupportedError          legal, but not something this library does
+    ├─ UnsupportedError          legal, but not supported by this library
     ├─ LimitError                legal, but beyond a limit of this library or of QEMU
     ├─ BitmapError               one bitmap cannot serve the request
     │  ├─ BitmapNotFoundError       (also KeyError) no usable bitmap of that name
     │  ├─ BitmapExistsError         the name is taken
     │  ├─ BitmapInconsistentError   in_use is set: writes may be missing from it
     │  ├─ BitmapStaleError          the autoclear bit is off: all bitmaps are outdated
-    │  └─ BitmapBrokenError         its metadata cannot be trusted
+    │  └─ BitmapBrokenError         the metadata of the bitmap cannot be trusted
     ├─ StateError                called at the wrong time
     │  └─ ReadOnlyImageError        the image was opened for reading only
     ├─ StorageError              (also OSError) the storage failed
     │  ├─ ShortReadError            fewer bytes than the file claimed to have
     │  ├─ ImageLockedError          another process uses the image
-    │  └─ ChangedWhileReadingError  the image was modified under the reader
+    │  └─ ChangedWhileReadingError  another process modified the image during reading
     ├─ ComparisonError           a disk is not the one that is to be compared
+    ├─ EvidenceError             nothing proves that saved bitmaps are still true of the disk
     ├─ CommitError               a commit failed; says whether the edit took effect
     └─ QmpError                  a running QEMU could not be asked
-       └─ QmpRefusedError           it answered that it will not do it
+       └─ QmpRefusedError           QEMU refused the command
 
-Plain ``ValueError`` and ``TypeError`` are raised for bad arguments. Every error is built
-from typed attributes, survives pickle, and its message is one printable line.
+Plain ``ValueError`` and ``TypeError`` are raised for bad arguments. Every error is built from
+typed attributes, survives pickle, and has a message of one printable line.
+
+If there is something the caller can do, the message ends with a hint. The hint is also a value,
+`Hint`. The message words it with arguments and methods of this library. A program that has other
+words, such as the options of the command line, passes its own words to `Qcow2BmError.explain`.
 """
 
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Mapping
 from typing import Literal
 
 from qcow2bm.units import escape
 
+Hint = Literal[
+    "assert-unchanged",
+    "force-share",
+    "lock-timeout",
+    "remove-all",
+    "salvage-or-remove-all",
+    "unlocked",
+    "unlocked-write",
+]
+"""What the caller can do about an error.
+
+``assert-unchanged``: assert that nothing wrote to the disk, or make the bitmaps dirty everywhere.
+``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
+other process. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
+has no locks. ``remove-all``: remove all bitmaps at once. ``salvage-or-remove-all``: salvage the
+bitmaps, or remove all bitmaps at once.
+"""
+
+_HINTS: dict[Hint, str] = {
+    "assert-unchanged": "pass is_asserted=True if you know that it was not, or is_all_dirty=True",
+    "force-share": "read it anyway with force_share=True",
+    "lock-timeout": "stop that process, or wait for it with lock_timeout",
+    "remove-all": "remove all bitmaps with Edit.remove_all",
+    "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with Edit.remove_all",
+    "unlocked": "read it without locks with force_share=True",
+    "unlocked-write": "if no other process uses it, write without locks with locking=False",
+}
+
 
 class Qcow2BmError(Exception):
-    """The base of every error this library raises on purpose.
+    """The base of every error that the library raises on purpose.
 
-    Attributes are the constructor's arguments, by name; ``str()`` is one printable line.
+    ``str()`` is one printable line: the facts, and the hint in the words of this library.
+
+    Attributes:
+        facts: the message without the hint.
+        hint: what the caller can do about the error; None if there is no hint.
+
+    Further attributes are the arguments of the constructor, by name.
     """
 
-    def __init__(self, message: str, *arguments: object) -> None:
+    def __init__(self, facts: str, *arguments: object, hint: Hint | None = None) -> None:
         """Keeps the message and, for pickle, the arguments of the subclass's constructor."""
-        super().__init__(message)
-        self._message = message
-        self._arguments = arguments or (message,)
+        self.facts, self.hint = facts, hint
+        self._message = self.explain(_HINTS)
+        self._arguments = arguments or (facts,)
+        super().__init__(self._message)
+
+    def explain(self, words: Mapping[Hint, str]) -> str:
+        """Returns the message with the hint in the words of another program."""
+        if not self.hint:
+            return self.facts
+        separator = " " if self.facts.endswith("?") else "; "
+        return self.facts + separator + words[self.hint]
 
     def __str__(self) -> str:
         return self._message
@@ -57,14 +105,17 @@ class Qcow2BmError(Exception):
 class FormatError(Qcow2BmError):
     """The file breaks the specification: ``structure``, ``field``, host ``offset``, ``reason``."""
 
-    def __init__(self, structure: str, field: str, offset: int, reason: str) -> None:
+    def __init__(
+        self, structure: str, field: str, offset: int, reason: str, hint: Hint | None = None
+    ) -> None:
         self.structure, self.field, self.offset, self.reason = structure, field, offset, reason
         where = f"{structure}: {field}" if field else structure
-        super().__init__(f"{where} at {offset:#x} {reason}", structure, field, offset, reason)
+        facts = f"{where} at {offset:#x} {reason}"
+        super().__init__(facts, structure, field, offset, reason, hint, hint=hint)
 
 
 class UnsupportedError(Qcow2BmError):
-    """The image or platform is legal, but needs a ``feature`` this library does not have."""
+    """The image or the platform needs a ``feature`` that this library does not have."""
 
     def __init__(self, feature: str) -> None:
         self.feature = feature
@@ -72,7 +123,7 @@ class UnsupportedError(Qcow2BmError):
 
 
 class LimitError(Qcow2BmError):
-    """A value is legal, but beyond a limit of this library or of QEMU."""
+    """A value, ``what``, is legal, but beyond a limit of this library or of QEMU."""
 
     def __init__(self, what: str, value: int, limit: int) -> None:
         self.what, self.value, self.limit = what, value, limit
@@ -80,13 +131,14 @@ class LimitError(Qcow2BmError):
 
 
 class BitmapError(Qcow2BmError):
-    """One bitmap, called ``name``, cannot serve the request, for the ``reason`` given."""
+    """The bitmap ``name`` cannot serve the request, for the ``reason`` given."""
 
     default_reason = "cannot be used"
 
-    def __init__(self, name: str, reason: str = "") -> None:
+    def __init__(self, name: str, reason: str = "", hint: Hint | None = None) -> None:
         self.name, self.reason = name, reason or self.default_reason
-        super().__init__(f'bitmap "{escape(name)}" {self.reason}', name, self.reason)
+        facts = f'bitmap "{escape(name)}" {self.reason}'
+        super().__init__(facts, name, self.reason, hint, hint=hint)
 
 
 class BitmapNotFoundError(BitmapError, KeyError):
@@ -96,37 +148,37 @@ class BitmapNotFoundError(BitmapError, KeyError):
 
 
 class BitmapExistsError(BitmapError):
-    """The image has a bitmap of that name already."""
+    """The image already has a bitmap of that name."""
 
     default_reason = "already exists"
 
 
 class BitmapInconsistentError(BitmapError):
-    """The bitmap is in_use: whoever wrote the image never stored it, so bits may be missing."""
+    """The bitmap is in_use: a program that recorded writes has not stored it, or not yet."""
 
     default_reason = (
-        "is in use (inconsistent), so writes may be missing from it: if a VM is running, stop it "
-        "properly and look again; if it crashed, take a full backup"
+        "is in use (inconsistent), so writes may be missing from it: if a VM is running, stop the "
+        "VM properly and look again; if the VM crashed, salvage the bitmap, or take a full backup"
     )
 
 
 class BitmapStaleError(BitmapError):
-    """The autoclear bit is off: the image was written by a program that ignores bitmaps."""
+    """The autoclear bit is off: a program without bitmap support wrote to the image."""
 
     default_reason = (
         "is stale, so writes are missing from it: a program without bitmap support modified the "
-        "image; take a full backup"
+        "image; salvage the bitmap, or take a full backup"
     )
 
 
 class BitmapBrokenError(BitmapError):
-    """The metadata of the bitmap cannot be trusted; ``reason`` names the first fault."""
+    """The metadata of the bitmap cannot be trusted; ``reason`` names the first problem."""
 
     default_reason = "is broken"
 
 
 class StateError(Qcow2BmError):
-    """Called at the wrong time: ``subject`` is in ``state`` where ``required`` is needed."""
+    """The call came at the wrong time: ``subject`` is in ``state``, but must be ``required``."""
 
     def __init__(self, state: str, required: str, subject: str = "the image") -> None:
         self.state, self.required, self.subject = state, required, subject
@@ -135,7 +187,7 @@ class StateError(Qcow2BmError):
 
 
 class ReadOnlyImageError(StateError):
-    """The image was opened for reading, and an edit needs ``open(path, "r+")``."""
+    """The image was opened for reading only, but an edit needs ``open(path, "r+")``."""
 
     def __init__(self) -> None:
         super().__init__("open for reading only", 'opened for writing (mode "r+")')
@@ -143,10 +195,11 @@ class ReadOnlyImageError(StateError):
 
 
 class StorageError(Qcow2BmError, OSError):
-    """The storage failed at ``path``, byte ``offset``, over ``length`` bytes.
+    """The storage ``path`` failed over ``length`` bytes from byte ``offset`` on.
 
-    ``action`` is what was being done, "reading" or "writing"; ``errno`` the system's error
-    number, or None where the system reported none.
+    Attributes:
+        action: the operation that failed, "reading" or "writing".
+        errno: the error number of the system; None if the system reported none.
     """
 
     def __init__(
@@ -157,10 +210,11 @@ class StorageError(Qcow2BmError, OSError):
         reason: str,
         errno: int | None = None,
         action: str = "reading",
+        hint: Hint | None = None,
     ) -> None:
         where = f" ({action} {length} bytes at {offset:#x})" if length else ""
-        message = f"{escape(path)}: {reason}{where}"
-        super().__init__(message, path, offset, length, reason, errno, action)
+        facts = f"{escape(path)}: {reason}{where}"
+        super().__init__(facts, path, offset, length, reason, errno, action, hint, hint=hint)
         self.path, self.offset, self.length, self.reason = path, offset, length, reason
         self.errno, self.action = errno, action
 
@@ -168,13 +222,13 @@ class StorageError(Qcow2BmError, OSError):
     def from_os(
         cls, error: OSError, path: str, offset: int, length: int, action: str = "reading"
     ) -> StorageError:
-        """The same failure in this library's words; the caller chains it with ``from``."""
+        """Returns a failure of the system as an error of this library, to be raised ``from`` it."""
         reason = escape(error.strerror or str(error))
         return cls(path, offset, length, reason, error.errno, action)
 
 
 class ShortReadError(StorageError):
-    """The storage ended earlier than its own size promised."""
+    """The storage ended before the size that it had reported."""
 
     def __init__(self, path: str, offset: int, length: int) -> None:
         super().__init__(path, offset, length, "the file ended too early", _errno.EIO)
@@ -182,25 +236,27 @@ class ShortReadError(StorageError):
 
 
 class ImageLockedError(StorageError):
-    """Another process holds a lock that forbids this use; ``held`` says which.
+    """Another process holds a lock that forbids this use.
 
-    ``action`` is what was wanted, "reading" or "writing".
+    Attributes:
+        held: what the other process does, such as "is writing to it (lock byte 101)".
+        action: what was wanted, "reading" or "writing".
+        lock_byte: the byte of QEMU's protocol that the other process has locked; None where the
+            storage has locks of another kind.
     """
 
-    def __init__(self, path: str, held: str, action: str = "reading") -> None:
-        self.held = held
-        advice = (
-            "stop it, or wait for it with --wait SECONDS (lock_timeout)"
-            if action == "writing"
-            else "read it anyway with -U (force_share=True)"
-        )
-        reason = f"in use by another process, which {held}; is a VM running on it? {advice}"
-        super().__init__(path, 0, 0, reason, _errno.EAGAIN, action)
-        self._arguments = path, held, action
+    def __init__(
+        self, path: str, held: str, action: str = "reading", lock_byte: int | None = None
+    ) -> None:
+        self.held, self.lock_byte = held, lock_byte
+        reason = f"in use by another process, which {held}; is a VM running on it?"
+        hint: Hint = "lock-timeout" if action == "writing" else "force-share"
+        super().__init__(path, 0, 0, reason, _errno.EAGAIN, action, hint)
+        self._arguments = path, held, action, lock_byte
 
 
 class ChangedWhileReadingError(StorageError):
-    """The image was modified while it was read; what was read is discarded."""
+    """The image was modified during reading; the data that were read are discarded."""
 
     def __init__(self, path: str, structure: str) -> None:
         self.structure = structure
@@ -229,23 +285,39 @@ class ComparisonError(Qcow2BmError):
         super().__init__(f"{escape(path)}: {reason}", path, reason, fault, container)
 
 
+class EvidenceError(Qcow2BmError):
+    """Nothing proves that a disk is unchanged since bitmaps of it were saved.
+
+    ``reason`` says what the proof lacks.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        facts = f"the disk may have been written to since the bitmaps were saved: {reason}"
+        super().__init__(facts, reason, hint="assert-unchanged")
+
+
 CommitOutcome = Literal["old", "new", "unknown"]
 
 _OUTCOMES: dict[CommitOutcome, str] = {
     "old": "the edit did not take effect, all bitmaps are as before",
     "new": "the edit took effect, but some clusters may have leaked: qemu-img check -r leaks",
     "unknown": "whether the edit took effect is unknown: make sure that the storage works again, "
-    "then look with qcow2bm dump; each bitmap is as before or as after the edit, none in between",
+    "then look at the bitmaps; each is as before or as after the edit, none in between",
 }
 
 
 class CommitError(Qcow2BmError):
     """Writing an edit to ``path`` failed at ``step``, for the ``reason`` given.
 
-    ``outcome`` says what the image then has: "old", all bitmaps as before; "new", all as after;
-    "unknown", one of the two, which only reading the storage itself can tell. In no case is a
-    bitmap anything else (INV-ATOMIC), and nothing was undone or tried again. ``consequence`` is
-    what the message says of that, where it was no edit that failed.
+    Each bitmap is as before the edit or as after the edit (INV-ATOMIC). Nothing was undone, and
+    nothing was tried again.
+
+    Attributes:
+        outcome: "old", if all bitmaps are as before; "new", if all bitmaps are as after; "unknown",
+            if only reading the storage itself can tell which of the two it is.
+        consequence: what the message says of the outcome; it has its own words if the failure was
+            not that of an edit.
     """
 
     def __init__(
@@ -258,9 +330,9 @@ class CommitError(Qcow2BmError):
 
 
 class QmpError(Qcow2BmError):
-    """A QMP ``command`` failed for the ``reason`` given; without a command, connecting did.
+    """A QMP ``command`` failed for the ``reason`` given; "" stands for connecting to QEMU.
 
-    Whether QEMU has done it is unknown, unless it says so: `QmpRefusedError`.
+    Whether QEMU executed the command is unknown, except for a `QmpRefusedError`.
     """
 
     def __init__(self, command: str, reason: str) -> None:
@@ -270,4 +342,4 @@ class QmpError(Qcow2BmError):
 
 
 class QmpRefusedError(QmpError):
-    """QEMU refused the ``command``, and did nothing; ``reason`` is what it said."""
+    """QEMU refused the ``command``, and did nothing; ``reason`` is the answer of QEMU."""

@@ -1,12 +1,16 @@
-"""Options and settings of the whole test suite."""
+"""Options, settings and the common fixtures of the whole test suite."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.images import small_image
+
+from qcow2bm.storage.memory import MemoryStorage
 
 # The same examples in every run, and no clock: a failure is never due to a slow machine.
 settings.register_profile("qcow2bm", derandomize=True, deadline=None, database=None)
@@ -33,3 +37,17 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"QCOW2BM_REQUIRE_QEMU is set, but the test was skipped: {reason}"
     return report
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """The path of a small sound image: see `support.images.small_image`."""
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(small_image().data)
+    return path
+
+
+@pytest.fixture
+def storage() -> MemoryStorage:
+    """The same image in memory; it can be edited."""
+    return MemoryStorage(small_image().data)

@@ -62,18 +62,15 @@ class Problematic(MemoryStorage):
         super().barrier()
 
 
-# --- who can edit -----------------------------------------------------------------------------
+# --- which images can be edited ---------------------------------------------------------------
 
 
-def test_a_path_a_bytearray_and_a_storage_are_edited_alike(tmp_path: Path) -> None:
-    data = bytes(image_of().data)
-    path = tmp_path / "disk.qcow2"
-    path.write_bytes(data)
-    in_memory, behind = bytearray(data), bytearray(data)
-    for source in (str(path), in_memory, MemoryStorage(behind)):
-        with qcow2bm.open(source, "r+") as image, image.edit() as edit:
+def test_a_path_a_bytearray_and_a_storage_are_edited_alike(image: Path) -> None:
+    in_memory, behind = (bytearray(image.read_bytes()) for _ in range(2))
+    for source in (str(image), in_memory, MemoryStorage(behind)):
+        with qcow2bm.open(source, "r+") as opened, opened.edit() as edit:
             edit.invert("daily")
-    assert path.read_bytes() == bytes(in_memory) == bytes(behind)
+    assert image.read_bytes() == bytes(in_memory) == bytes(behind)
     audit = Audit(in_memory)
     audit.check()
     assert audit.dirty(audit.bitmaps[0]) == set(range(1, 4096))
@@ -117,13 +114,12 @@ def test_an_image_open_for_reading_is_not_edited() -> None:
     assert image.data == before
 
 
-def test_opening_for_editing_writes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "disk.qcow2"
-    path.write_bytes(before := bytes(image_of().data))
-    with qcow2bm.open(path, "r+") as image:
-        assert image.bitmaps["daily"].count() > 0
-        assert image.problems == ()
-    assert path.read_bytes() == before
+def test_opening_for_editing_writes_nothing(image: Path) -> None:
+    before = image.read_bytes()
+    with qcow2bm.open(image, "r+") as opened:
+        assert opened.bitmaps["daily"].count() > 0
+        assert opened.problems == ()
+    assert image.read_bytes() == before
 
 
 def test_strict_refuses_what_is_broken_before_an_edit() -> None:
@@ -291,7 +287,7 @@ def test_before_the_block_an_edit_is_not_begun(use: str) -> None:
             USES[use](edit)
 
 
-def test_an_edit_never_entered_is_in_nobody_s_way() -> None:
+def test_an_edit_never_entered_hinders_nothing() -> None:
     with qcow2bm.open(image_of().data, "r+") as image:
         forgotten, late = image.edit(), image.edit()
         with image.edit() as edit:
@@ -414,7 +410,7 @@ def test_a_plan_may_be_looked_at_between_operations() -> None:
     assert one.data == other.data
 
 
-def test_somebody_who_writes_meanwhile_is_noticed_before_anything_is_written() -> None:
+def test_another_writer_is_noticed_before_anything_is_written() -> None:
     image = image_of()
     with qcow2bm.open(image.data, "r+") as opened:
         with pytest.raises(qcow2bm.ChangedWhileReadingError), opened.edit() as edit:  # noqa: PT012
@@ -434,6 +430,13 @@ BITMAP_USES: dict[str, Callable[[qcow2bm.Bitmap], object]] = {
     "granularity": lambda bitmap: bitmap.granularity,
     "auto": lambda bitmap: bitmap.auto,
     "in_use": lambda bitmap: bitmap.in_use,
+    "disk_size": lambda bitmap: bitmap.disk_size,
+    "flags": lambda bitmap: bitmap.flags,
+    "unknown_flags": lambda bitmap: bitmap.unknown_flags,
+    "is_dirty_tracking": lambda bitmap: bitmap.is_dirty_tracking,
+    "has_legal_granularity": lambda bitmap: bitmap.has_legal_granularity,
+    "is_sentinel": lambda bitmap: bitmap.is_sentinel,
+    "require_valid": lambda bitmap: bitmap.require_valid(),
     "problems": lambda bitmap: bitmap.problems,
     "status": lambda bitmap: bitmap.status,
     "clusters": lambda bitmap: bitmap.clusters,

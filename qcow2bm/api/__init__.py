@@ -1,4 +1,4 @@
-"""The library's front: open an image, look at its bitmaps, edit them. No rules of its own."""
+"""The public classes and functions for images. The rules they follow are in lower folders."""
 
 from qcow2bm.api.bitmap import Bitmap
 from qcow2bm.api.edit import Edit

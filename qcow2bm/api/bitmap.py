@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
-from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT
+from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT, why_not_found
 from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, Status
 from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
 from qcow2bm.errors import (
     BitmapBrokenError,
     BitmapInconsistentError,
+    BitmapNotFoundError,
     BitmapStaleError,
     StateError,
 )
@@ -28,43 +31,42 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.api.image import Image
-
 
 class Bitmap:
     """One bitmap of an image.
 
-    What it records is read only when asked for: `count`, `extents`, `packed` and `sha256` read
-    it, and raise unless `status` is "valid", so that a backup cannot go by a bitmap that misses
-    writes. `stale_bits` is the one way to see the bits of any other.
+    The bits are read only on demand, by `count`, `extents`, `packed` and `sha256`. These raise an
+    error unless `status` is "valid", so that no backup relies on a bitmap that misses writes. Only
+    `stale_bits` and `stale_totals` read the bits of other bitmaps.
     """
 
-    def __init__(self, image: Image, entry: DirectoryEntry, revision: int) -> None:
-        """Made by `Image.bitmaps` and `Image.bitmap`."""
-        self._owner = image
+    def __init__(self, opened: OpenImage, entry: DirectoryEntry, revision: int) -> None:
+        """See `Image.bitmaps` and `Image.bitmap`, which make it."""
+        self._opened = opened
         self._entry = entry
         self._revision = revision
 
     def __repr__(self) -> str:
         entry = self._entry
-        return f"<qcow2bm.Bitmap {entry.index} {entry.name!r} of {self._owner.name!r}>"
+        return f"<qcow2bm.Bitmap {entry.index} {entry.name!r} of {self._opened.name!r}>"
 
     @property
-    def _image(self) -> Image:
-        if self._revision != self._owner._revision:
+    def _image(self) -> OpenImage:
+        """The image, if nothing has outdated this Bitmap; raises `StateError` otherwise."""
+        if self._revision != self._opened.revision:
             subject = f'the Bitmap "{escape(self._entry.name or "")}"'
             raise StateError("outdated by a commit", "looked up again", subject)
-        return self._owner
+        return self._opened
 
     @property
     def entry(self) -> DirectoryEntry:
-        """Its directory entry; this and all else raises `StateError` after a commit."""
+        """The directory entry. After a commit this and everything else raises `StateError`."""
         self._image  # noqa: B018  # raises
         return self._entry
 
     @property
     def index(self) -> int:
-        """The number of its directory entry."""
+        """The number of the directory entry, from 0."""
         return self.entry.index
 
     @property
@@ -79,18 +81,18 @@ class Bitmap:
 
     @property
     def auto(self) -> bool:
-        """Whether it is to record all writes to the disk (QEMU: enabled)."""
+        """Whether the bitmap is to record all writes to the disk, which QEMU calls enabled."""
         return self.entry.auto
 
     @property
     def in_use(self) -> bool:
-        """Whether writes may be missing from what is stored."""
+        """Whether writes may be missing from the stored bits."""
         return self.entry.in_use
 
     @property
     def disk_size(self) -> int:
         """The size of the disk in bytes."""
-        return self._image.virtual_size
+        return self._image.file.virtual_size
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -122,104 +124,106 @@ class Bitmap:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """The problems of this bitmap alone; raises as `Image.problems` does."""
-        return self._image._problems_of(self.index)
+        image = self._image
+        image.survey()  # asks the storage whether the image has changed
+        return image.metadata.problems_of(self.index)
 
     @property
     def status(self) -> Status:
-        """What the bitmap is good for; raises as `Image.problems` does.
+        """Whether a backup can rely on the bitmap; raises as `Image.problems` does.
 
-        "stale" if the autoclear bit is off, else "broken" if its metadata cannot be trusted,
-        else "inconsistent" if it is in_use, else "valid".
+        "stale" if the autoclear bit is off; else "broken" if the metadata of the bitmap cannot be
+        trusted; else "inconsistent" if the bitmap is in_use; else "valid".
         """
         return self._judge()[0]
 
     @property
     def clusters(self) -> Clusters | None:
-        """How many table entries of each kind there are; None where the table is unreadable."""
+        """How many table entries there are of each kind; None if the table is unreadable."""
         table = self._table()
         return table.clusters if table else None
 
     def count(self) -> int:
-        """How many guest bytes are dirty, clipped to the disk.
+        """Returns how many guest bytes are dirty, clipped to the disk.
 
         Raises:
-            BitmapInconsistentError, BitmapStaleError, BitmapBrokenError: it is not "valid".
-            ImageLockedError: somebody writes to the image.
+            BitmapInconsistentError, BitmapStaleError, BitmapBrokenError: the status is not "valid".
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
         return self.totals(with_extents=False).dirty_bytes
 
     def totals(self, *, with_extents: bool = True) -> Totals:
-        """Dirty guest bytes and number of extents, in one pass; raises as `count` does."""
+        """Returns dirty guest bytes and number of extents, in one pass; raises as `count` does."""
         return self._bits().totals(with_extents=with_extents)
 
     def extents(self) -> Iterator[NDArray[np.int64]]:
-        """The dirty ranges of the disk: arrays int64[n, 2] of (start, length) in guest bytes.
+        """Yields the dirty ranges of the disk: int64[n, 2] of (start, length) in guest bytes.
 
-        *Guarantees*: ascending, merged, clipped to the disk; an extent is never split, not even
-        over two arrays; memory does not grow with the bitmap. The locks of a reader are held
-        only while bits are read, not while the caller works on an array.
+        *Guarantees*: the extents are ascending, merged, and clipped to the disk. An extent is
+        never split, not even over two arrays. Memory does not grow with the bitmap. The locks of a
+        reader are held only while bits are read, not while the caller works on an array.
 
         Raises:
-            As `count` does, on the first use for the status, at any array for reading.
+            As `count` does: before the first array because of the status, before any array because
+            reading failed.
         """
         return self._bits().extents()
 
     def packed(self) -> NDArray[np.uint8]:
-        """All bits, uint8[ceil(bits / 8)], least significant bit first, zero past the disk.
+        """Returns all bits: uint8[ceil(bits / 8)], least significant first, zero past the disk.
 
         Raises as `count` does.
         """
         return self._bits().packed()
 
     def sha256(self) -> str:
-        """What QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
+        """Returns what QEMU's x-debug-block-dirty-bitmap-sha256 gives for the bitmap, in hex.
 
         Raises as `count` does.
         """
         return self._bits().sha256()
 
     def stale_bits(self) -> NDArray[np.uint8]:
-        """The bits as they are stored, uint8[ceil(bits / 8)], whatever the status.
+        """Returns the bits as they are stored: uint8[ceil(bits / 8)], whatever the status.
 
-        *Guarantees*: none for a backup: writes may be missing. What cannot be read is dirty
-        (INV-COARSE).
+        *Guarantees*: none for a backup, since writes may be missing. Bits that cannot be read are
+        dirty (INV-COARSE).
 
         Raises:
-            BitmapBrokenError: there is no table to read.
+            BitmapBrokenError: there is no readable table.
             LimitError: the disk would need more bits than QEMU allows, 512 MiB.
-            ImageLockedError: somebody writes to the image.
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
         return self._stale().packed()
 
     def stale_totals(self) -> Totals:
-        """What `stale_bits` amount to; raises as it does."""
+        """Returns dirty guest bytes and number of extents of `stale_bits`; raises as it does."""
         return self._stale().totals()
 
     @property
     def has_stale_bits(self) -> bool:
-        """Whether `stale_bits` has a table to read."""
-        self._image._require_open()
-        return has_readable_table(self.entry, self._image._file)
+        """Whether the bitmap has a table that `stale_bits` can read."""
+        return has_readable_table(self.entry, self._image.file)
 
     @property
     def _label(self) -> str:
-        """The name for messages; the number where the name cannot be read."""
+        """The name for messages, or the number if the name cannot be read."""
         return f"@{self.index}" if self.entry.name is None else self.entry.name
 
     def _table(self) -> Table | None:
-        return self._image._tables().tables[self.index]
+        return self._image.survey().tables[self.index]
 
     def _judge(self) -> tuple[Status, str]:
         image = self._image
-        image._tables()  # asks whether the image is still what it was
-        image._verify(self.entry)
-        return image._metadata.status_of(self.entry)
+        image.survey()  # asks the storage whether the image has changed
+        image.verify(self.entry)
+        return image.metadata.status_of(self.entry)
 
-    def _require_valid(self) -> None:
+    def require_valid(self) -> None:
         """Returns if `status` is "valid"; raises as `count` does."""
         self._bits()
 
@@ -233,10 +237,51 @@ class Bitmap:
         table = self._table()
         if status == BROKEN or not table:
             raise BitmapBrokenError(name, f"is broken: {reason}")
-        return BitReader(self._image._file, self.entry, table.fingerprint)
+        return BitReader(self._image.file, self.entry, table.fingerprint)
 
     def _stale(self) -> BitReader:
-        file = self._image._file
+        file = self._image.file
         if not self.has_stale_bits:
             raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
         return BitReader(file, self.entry, None, dirty_where_unknown=True)
+
+
+class BitmapMapping(Mapping[str, Bitmap]):
+    """The bitmaps of an image by name, in the order of the directory.
+
+    Entries that share a name, or whose name cannot be read, are only in `Image.directory`.
+    """
+
+    def __init__(self, opened: OpenImage) -> None:
+        """Takes the entries that were read last."""
+        self._opened = opened
+        metadata, self._revision = opened.loaded
+        entries = metadata.directory.entries
+        names = Counter(entry.name for entry in entries)
+        self._entries = {
+            entry.name: entry
+            for entry in entries
+            if entry.name is not None and names[entry.name] == 1
+        }
+
+    def __getitem__(self, name: str) -> Bitmap:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BitmapNotFoundError(str(name), self._why_not(name))
+        return Bitmap(self._opened, entry, self._revision)
+
+    def _why_not(self, name: object) -> str:
+        entries = self._opened.metadata.directory.entries
+        same = [f"@{entry.index}" for entry in entries if entry.name == name]
+        if same:
+            return f"is the name of several entries: {', '.join(same)}"
+        return why_not_found(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bitmaps of <qcow2bm.Image {self._opened.name!r}>>"

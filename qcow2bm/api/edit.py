@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.api.bitmap import Bitmap, BitmapMapping
+from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bits.operations import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
-from qcow2bm.errors import BitmapError, Qcow2BmError, StateError
+from qcow2bm.errors import BitmapError, StateError
 from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import ceil_div, escape
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.api.image import Image
     from qcow2bm.bitmaps.draft import Draft, Ranges
     from qcow2bm.bitmaps.draft_bits import PackedSource
 
@@ -24,30 +24,31 @@ if TYPE_CHECKING:
 class Edit:
     """Changes to the bitmaps of an image, written together when the ``with`` block ends.
 
-    Made by `Image.edit`. Every operation sees the effect of those before it, and raises before
-    anything is written. Sizes and ranges are in guest bytes.
+    `Image.edit` makes it. Every operation sees the effect of the operations before it, and raises
+    before anything is written. An operation that raises changes nothing in the edit. Sizes and
+    ranges are in guest bytes.
     """
 
-    def __init__(self, image: Image, *, dry_run: bool) -> None:
+    def __init__(self, opened: OpenImage, *, dry_run: bool) -> None:
         """See `Image.edit`."""
         from qcow2bm.bitmaps.draft import Draft
         from qcow2bm.bitmaps.editable import require_editable
 
-        self._image = image
+        self._opened = opened
         self._dry_run = dry_run
-        require_editable(image._metadata)
-        self._open_draft = Draft(image._metadata)
-        self._revision = image._revision
+        require_editable(opened.metadata)
+        self._open_draft = Draft(opened.metadata)
+        self._revision = opened.revision
         self._state = "not begun"
         self._intact_bitmaps: frozenset[int] | None = None
 
     def __enter__(self) -> Edit:
         if self._state != "not begun":
             raise StateError(self._state, "begun anew with Image.edit", "the edit")
-        self._image._require_idle()
-        if self._revision != self._image._revision:
+        self._opened.require_idle()
+        if self._revision != self._opened.revision:
             raise StateError("edited since", "asked for an edit afterwards")
-        self._image._edit = self
+        self._opened.begin("being edited")
         self._state = "going on"
         return self
 
@@ -61,55 +62,51 @@ class Edit:
             if kind is None and not self._dry_run:
                 self._commit(self.plan())
         finally:
-            self._image._edit = None
+            self._opened.end()
             self._state = "finished"
 
     @property
     def _draft(self) -> Draft:
         if self._state != "going on":
             raise StateError(self._state, "inside its with block", "the edit")
-        self._image._require_open()
+        self._opened.require_open()
         return self._open_draft
 
     def _commit(self, plan: Plan) -> None:
-        image, storage = self._image, self._image._writable
-        if not plan.steps or not storage:
+        opened = self._opened
+        if not plan.steps or not opened.guard:
             return
         try:
-            execute(plan, storage, image.file_size)
+            execute(plan, opened.guard, opened.file.file_size)
         except BaseException:
-            image._leave("in doubt after a failed commit", "opened again")
+            opened.leave("in doubt after a failed commit", "opened again")
             raise
-        image._file.close()
-        image._revision += 1
-        try:
-            image._load()
-        except Qcow2BmError:  # what was to be done is done
-            image._leave("unreadable after a commit", "opened again")
+        opened.reload("unreadable after a commit")
 
     def plan(self) -> Plan:
-        """What a commit would do now: every write and every barrier, in order.
+        """Returns what a commit would do now: every write and every barrier, in order.
 
         Raises:
             FormatError: the refcounts are damaged.
             LimitError: a structure would grow too large.
-            ChangedWhileReadingError: somebody wrote to the image, locks or not.
+            ChangedWhileReadingError: another process wrote to the image, in spite of the locks.
             StorageError: there is no room, or reading failed.
-            UnsupportedError: the header is laid out in a way that cannot be changed safely.
+            UnsupportedError: the layout of the header cannot be changed safely.
         """
         from qcow2bm.bitmaps.commit import plan_commit
 
-        image, storage = self._image, self._image._storage
+        opened, storage = self._opened, self._opened.storage
         capacity = storage.capacity() if isinstance(storage, WritableStorage) else None
         try:
-            return plan_commit(image._metadata, self._draft, capacity)
-        finally:  # what another process changed meanwhile must not pass for damage
-            with image._file.lock():
-                image._metadata.verify()
+            draft = self._draft
+            return plan_commit(opened.metadata, draft, capacity)
+        finally:  # a change by another process must not be reported as damage
+            with opened.lock():
+                opened.metadata.verify()
 
     @property
     def names(self) -> list[str]:
-        """The names of all bitmaps as they are now in the edit, in the order of the directory."""
+        """The names of all bitmaps at this point of the edit, in the order of the directory."""
         return self._draft.names
 
     def add(self, name: str, granularity: int | None = None, enabled: bool = True) -> None:
@@ -117,32 +114,36 @@ class Edit:
 
         Args:
             name: of 1 to 1023 bytes.
-            granularity: a power of two from 512 to 2 GiB; by default that of QEMU, the cluster
-                size within 4 KiB to 64 KiB.
-            enabled: whether it is to record writes.
+            granularity: a power of two from 512 to 2 GiB; by default, as in QEMU, the cluster size,
+                but at least 4 KiB and at most 64 KiB.
+            enabled: whether the bitmap is to record writes.
 
         Raises:
-            BitmapExistsError: the image has one of that name.
-            BitmapStaleError: the image has outdated bitmaps; `remove_all` drops them.
-            LimitError: there would be too many, or it would be larger than QEMU allows.
+            BitmapExistsError: the image has a bitmap of that name.
+            BitmapStaleError: the bitmaps of the image are stale; `remove_all` removes them.
+            LimitError: there would be too many bitmaps, or this one would be larger than QEMU
+                allows.
             ValueError: QEMU could not use such a name or granularity.
         """
         self._draft.add(name, granularity, enabled=enabled)
 
     def remove(self, name: str) -> None:
-        """Removes a bitmap; with one that is in_use only that, `salvage` and `load` are possible.
+        """Removes a bitmap.
+
+        With a bitmap that is in_use only `remove`, `salvage` and `load` are possible (EDIT-7).
 
         Raises:
-            BitmapNotFoundError, BitmapStaleError.
+            BitmapNotFoundError: there is no bitmap of that name.
+            BitmapStaleError: the bitmaps of the image are stale.
         """
         self._draft.remove(name)
 
     def remove_all(self) -> None:
-        """Removes all bitmaps, stale ones too; the clusters of those leak."""
+        """Removes all bitmaps. The clusters of stale bitmaps leak."""
         self._draft.remove_all()
 
     def clear(self, name: str) -> None:
-        """Makes a bitmap clean. Like all that follows, it raises what `disable` does."""
+        """Makes everything in a bitmap clean; raises as `disable` does."""
         self._draft.clear(name)
 
     def enable(self, name: str) -> None:
@@ -153,15 +154,16 @@ class Edit:
         """Makes a bitmap record no more writes.
 
         Raises:
-            BitmapNotFoundError: there is none of that name.
-            BitmapInconsistentError: it is in_use.
-            BitmapStaleError: the bitmaps of this image are outdated.
-            BitmapBrokenError: its table does not fit the disk (not here, nor in `rename`).
+            BitmapNotFoundError: there is no bitmap of that name.
+            BitmapInconsistentError: the bitmap is in_use.
+            BitmapStaleError: the bitmaps of the image are stale.
+            BitmapBrokenError: the table of the bitmap does not fit the disk. `enable`, `disable`
+                and `rename` do not raise this.
         """
         self._draft.enable(name, enabled=False)
 
     def rename(self, name: str, new_name: str) -> None:
-        """Gives a bitmap another name; it keeps its place in the directory.
+        """Gives a bitmap another name. The bitmap keeps its place in the directory.
 
         Raises:
             As `disable` does.
@@ -177,10 +179,14 @@ class Edit:
         granularity: int | None = None,
         enabled: bool | None = None,
     ) -> None:
-        """Adds a bitmap with what another has, also at another granularity.
+        """Adds a bitmap with the bits of another one.
 
-        A coarser copy is dirty wherever anything it covers is dirty. It records writes from now
-        on if the other does, unless ``enabled`` says otherwise.
+        Args:
+            name: the bitmap to copy.
+            new_name: the name of the copy.
+            granularity: of the copy; by default that of the other. A granule of a coarser copy is
+                dirty if anything in the granule is dirty.
+            enabled: whether the copy is to record writes; by default as the other.
 
         Raises:
             As `disable` and `add` do.
@@ -201,33 +207,33 @@ class Edit:
         self._draft.fill(name, [(start, length)], is_set=False)
 
     def set_many(self, name: str, ranges: Ranges) -> None:
-        """As `set`, for int64[n, 2] of (start, length) or pairs of int; all of them or none."""
+        """Makes ranges dirty as `set` does: int64[n, 2] of (start, length), or pairs of int."""
         self._draft.fill(name, ranges, is_set=True)
 
     def reset_many(self, name: str, ranges: Ranges) -> None:
-        """As `reset`, for int64[n, 2] of (start, length) or pairs of int; all of them or none."""
+        """Makes ranges clean as `reset` does: int64[n, 2] of (start, length), or pairs of int."""
         self._draft.fill(name, ranges, is_set=False)
 
     def invert(self, name: str) -> None:
-        """Makes the dirty parts of the disk clean and the clean ones dirty; raises as `disable`."""
+        """Makes each dirty granule clean and each clean one dirty; raises as `disable` does."""
         self._draft.invert(name)
 
     def merge(self, target: str, source: str | Bitmap, op: Op = "or") -> None:
-        """Combines what ``target`` records with what ``source`` records.
+        """Combines the bits of ``target`` with the bits of ``source``.
 
-        The operation is done at the finer granularity of the two. If that is the source's, a
-        granule of the target is dirty if anything in it is.
+        The operation is done at the finer of the two granularities. If the source is the finer
+        one, a granule of the target becomes dirty if anything in the result is dirty there.
 
         Args:
             target: the bitmap that changes.
-            source: the name of another bitmap in this edit; or a Bitmap, of any image whose disk
-                has the same size, as it is stored.
-            op: "or", "and", "xor", or "subtract" (what the source has, the target loses).
+            source: the name of another bitmap in this edit; or a `Bitmap`, as it is stored, of any
+                image whose disk has the same size.
+            op: "or", "and", "xor", or "subtract", which makes clean what is dirty in the source.
 
         Raises:
-            As `disable` does, for either.
+            As `disable` does, for either bitmap.
             BitmapError: the disks differ in size.
-            LimitError: the granularities are further apart than QEMU's can be.
+            LimitError: the granularities differ by more than they can in QEMU.
         """
         if op not in OPS:
             raise ValueError(f'op is {op!r}, must be "or", "and", "xor" or "subtract"')
@@ -238,7 +244,7 @@ class Edit:
             raise TypeError(f"source is a name or a Bitmap, not {type(source).__name__}")
         from qcow2bm.bitmaps.draft_bits import PackedSource
 
-        size, own_size = source._image.virtual_size, self._image.virtual_size
+        size, own_size = source.disk_size, self._opened.file.virtual_size
         if size != own_size:
             reason = f"belongs to a disk of {size} bytes, but this one has {own_size}"
             raise BitmapError(source.name, reason)
@@ -255,20 +261,19 @@ class Edit:
     ) -> None:
         """Adds a bitmap with bits that were saved elsewhere.
 
-        One of that name that is in_use is replaced: its own bits are of no use any more. Whether
-        the disk was written to since the bits were saved, only the caller can know.
+        A bitmap of that name that is in_use is replaced. Only the caller can know whether the disk
+        was written to since the bits were saved; `qcow2bm.sidecar` keeps evidence of that.
 
         Args:
             name: as in `add`.
             granularity: as in `add`.
-            enabled: whether it is to record writes.
-            packed: uint8[ceil(bits / 8)], least significant bit first, as `Bitmap.packed` gives it,
-                or so many bytes.
+            packed: the bits: uint8[ceil(bits / 8)], least significant bit first, as
+                `Bitmap.packed` returns them, or as many bytes.
+            enabled: whether the bitmap is to record writes.
 
         Raises:
             As `add` does.
-            ValueError: ``packed`` has another length than such a bitmap of this disk. Then, as
-                after every other error, the edit is as it was.
+            ValueError: ``packed`` does not have the length of such a bitmap of this disk.
         """
         self._draft.require_granularity(granularity)
         source = self._source(name, granularity, packed)
@@ -282,54 +287,55 @@ class Edit:
         *,
         trust_stored: bool = False,
     ) -> None:
-        """Makes a bitmap valid that is in_use or stale; it keeps name, granularity and flags.
+        """Makes a bitmap valid that is in_use or stale, with its name, granularity and flags.
 
-        Without further arguments everything in it is dirty, so that the next incremental backup
-        saves all of the disk.
+        By default everything in the bitmap becomes dirty, so that the next incremental backup
+        saves the whole disk.
 
-        If the bitmaps are stale, the others are inconsistent (in_use) afterwards, and can be
-        salvaged, too. Those whose clusters were given to others have nothing but a name then.
+        If the bitmaps of the image are stale, the other bitmaps become inconsistent (in_use), and
+        can be salvaged in turn. A stale bitmap whose clusters now belong to something else has
+        lost its stored bits.
 
         Args:
             name: the bitmap.
-            packed: bits it is to have instead, one for each granule: what differs from the last
-                backup. uint8[ceil(bits / 8)], least significant bit first.
-            trust_stored: the bits that are stored. What was written since they were stored is
-                missing from them, and from every backup that relies on them.
+            packed: the bits the bitmap is to have instead, one for each granule that differs from
+                the last backup: uint8[ceil(bits / 8)], least significant bit first.
+            trust_stored: keep the stored bits. Writes since the bits were stored are then missing
+                from the bitmap, and from every backup that relies on the bitmap.
 
         Raises:
-            BitmapNotFoundError: there is none of that name.
-            BitmapError: it is valid, or QEMU could not use it. Or it shares clusters with somebody,
-                or has lost them, where its stored bits are to be trusted, or it is in_use.
+            BitmapNotFoundError: there is no bitmap of that name.
+            BitmapError: the bitmap is valid; or QEMU could not use the bitmap; or clusters of the
+                bitmap are lost or shared, and the bitmap is in_use or ``trust_stored`` is given.
             FormatError: the image, or the directory of stale bitmaps, is damaged.
             StorageError: reading failed.
-            ValueError: ``packed`` has another length than such a bitmap of this disk, or there
-                is ``trust_stored`` as well. Then, as after every error, the edit is as it was.
+            ValueError: ``packed`` does not have the length of such a bitmap of this disk, or is
+                given together with ``trust_stored``.
         """
         if packed is not None and trust_stored:
             raise ValueError("packed and trust_stored exclude each other")
         granularity = self._draft.salvageable(name)
         source = None if packed is None else self._source(name, granularity, packed)
         intact = self._intact()
-        is_intact = self._image.bitmaps[name].index in intact
+        is_intact = BitmapMapping(self._opened)[name].index in intact
         if not is_intact and (trust_stored or not self._draft.is_stale):
-            reason = "shares clusters with others by now, or has lost them, or its table is damaged"
-            raise BitmapError(name, f"{reason}: see what check says of it")
+            reason = "has a damaged table, or clusters that are lost or belong to something else"
+            raise BitmapError(name, f"{reason}: check says which")
         if self._draft.is_stale:
-            self._draft.revive(intact)  # after which each has a table that is its own
-            self._intact_bitmaps = frozenset(range(len(self._image.directory)))
+            self._draft.revive(intact)  # each bitmap then has a table that is its own
+            self._intact_bitmaps = frozenset(range(len(self._opened.metadata.directory.entries)))
         self._draft.salvage(name, trusts_stored=trust_stored)
         if source:
             self._draft.clear(name)
             self._draft.merge(name, source, "or")
 
     def _intact(self) -> frozenset[int]:
-        """The bitmaps whose clusters are theirs alone, by the indexes of their entries."""
+        """Returns the indexes of the bitmaps whose clusters belong to nothing else."""
         if self._intact_bitmaps is None:
             from qcow2bm.checking.salvage import intact_bitmaps
 
-            with self._image._file.lock():
-                self._intact_bitmaps = intact_bitmaps(self._image._storage)
+            with self._opened.lock():
+                self._intact_bitmaps = intact_bitmaps(self._opened.storage)
         return self._intact_bitmaps
 
     def _source(
@@ -338,12 +344,12 @@ class Edit:
         granularity: int,
         packed: NDArray[np.uint8] | bytes | bytearray | memoryview,
     ) -> PackedSource:
-        """Bits somebody has in memory; raises `ValueError` if they are not those of this disk."""
+        """Returns bits in memory as a source; raises `ValueError` if their length is wrong."""
         import numpy as np
 
         from qcow2bm.bitmaps.draft_bits import PackedSource
 
-        size, octets = self._image.virtual_size, np.frombuffer(packed, np.uint8)
+        size, octets = self._opened.file.virtual_size, np.frombuffer(packed, np.uint8)
         length = ceil_div(ceil_div(size, granularity), 8)
         if len(octets) != length:
             reason = f"has {len(octets)} bytes of bits, must have {length} for a disk of {size}"
@@ -351,10 +357,11 @@ class Edit:
         return PackedSource(octets, granularity, size)
 
     def fit(self, name: str) -> None:
-        """Makes a bitmap fit the disk after a resize by a program that left it as it was.
+        """Makes a bitmap fit the disk after a program resized the disk without its bitmaps.
 
-        What lies past the disk is dropped. What the bitmap did not cover is dirty, and with it all
-        that the last cluster of its data covers: where in that the disk ended is not known.
+        Bits past the end of the disk are dropped. The part of the disk that the bitmap did not
+        cover becomes dirty, and so does everything that the last cluster of the bitmap data covers,
+        since the old end of the disk is not stored.
 
         Raises:
             As `disable` does.

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from qcow2bm.api.bitmap import Bitmap
+from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
-from qcow2bm.bitmaps.directory import verify_directory, verify_entry
-from qcow2bm.bitmaps.entries import why_not_found
-from qcow2bm.bitmaps.metadata import Metadata
+from qcow2bm.api.open_image import Loaded, OpenImage
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.bitmaps.tables import Survey
-from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError, StateError
+from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.extensions import DATA_FILE, BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
-from qcow2bm.storage.interface import Storage, WritableStorage
 from qcow2bm.storage.sources import open_source, open_writable
-from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.units import decode_name
 
 if TYPE_CHECKING:
@@ -41,29 +34,30 @@ def open(
     lock_timeout: float = 0,
     locking: bool = True,
 ) -> Image:
-    """Opens a qcow2 image for looking at its bitmaps, or for editing them.
+    """Opens a qcow2 image to read its bitmaps, or to edit them.
 
     Args:
         source: a path, a bytes-like object, a seekable binary file (which stays open), or any
-            `Storage`. Only regular files and block devices are opened by path, and no file
-            that an image names is ever touched (INV-NOPATH).
+            `Storage`. A path must lead to a regular file or a block device. Files that the image
+            names are never opened (INV-NOPATH).
         mode: "r" to read, "r+" to edit as well. For editing, ``source`` is a path, a bytearray or
-            a `WritableStorage`, and nobody else can use the image while it is open.
-        strict: raise on the first fault for which QEMU would refuse the image or a bitmap
-            cannot be used, instead of listing it in `Image.problems`. A bitmap in use is no
-            fault.
-        force_share: read even while another process writes, without taking locks. What is
-            then read is still checked for not having changed meanwhile. Not for editing.
-        lock_timeout: how many seconds to wait for the locks while somebody else uses the image.
-            For reading, of a path only.
-        locking: False to edit without QEMU's locks, where the file system has none. Then
-            nothing keeps a VM from using the image meanwhile, which would destroy it.
+            a `WritableStorage`, and no other process can use the image while it is open.
+        strict: raise the first problem for which QEMU would refuse the image, or for which a
+            bitmap cannot be used, instead of listing it in `Image.problems`. A bitmap that is
+            in_use is no such problem.
+        force_share: read without locks, even while another process writes to the image. An image
+            that changes while it is read raises `ChangedWhileReadingError` all the same. Not for
+            editing.
+        lock_timeout: how many seconds to wait for the locks while another process uses the image.
+            For reading, only a path is waited for.
+        locking: False to edit without QEMU's locks, where the file system has none. Then nothing
+            keeps a VM from using the image meanwhile, which would destroy the image.
 
     Raises:
-        FormatError: not a qcow2 image, or with ``strict`` any such fault.
-        UnsupportedError: a version of qcow2 other than 2 and 3; or ``source`` cannot be edited.
-        ImageLockedError: somebody writes to the image, or for editing: uses it.
-        StorageError: it cannot be opened, read, or locked.
+        FormatError: the file is no qcow2 image, or, with ``strict``, has a problem.
+        UnsupportedError: the version of qcow2 is neither 2 nor 3, or ``source`` cannot be edited.
+        ImageLockedError: another process writes to the image, or, for editing, uses the image.
+        StorageError: the file cannot be opened, read, or locked.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f"mode is {mode!r}, must be 'r' or 'r+'")
@@ -73,10 +67,14 @@ def open(
         raise ValueError("locking is for mode 'r+'; to read without locks use force_share")
     if mode == "r":
         storage = open_source(source, lock_timeout)
-        image = Image(storage, storage is not source, force_share)
+        opened = OpenImage(storage, is_owner=storage is not source, force_share=force_share)
     else:
         writable = open_writable(source, locking=locking)
-        image = Image(writable, writable is not source, False, writable, lock_timeout)
+        is_owner = writable is not source
+        opened = OpenImage(
+            writable, is_owner=is_owner, writable=writable, lock_timeout=lock_timeout
+        )
+    image = Image(opened)
     if strict:
         try:
             image.raise_first_problem()
@@ -86,65 +84,34 @@ def open(
     return image
 
 
-class _Gone:
-    """Stands in for what an Image no longer has."""
-
-    def __init__(self, state: str, required: str) -> None:
-        self._error = state, required
-
-    def close(self) -> None:
-        """May be called twice."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise StateError(*self._error)
-
-
 class Image:
     """A qcow2 image: what its header says, and its bitmaps.
 
-    Made by `open`; a context manager; belongs to one thread. Open for reading it holds locks
-    only while something is read, open for editing all the time.
+    `open` makes it. It is a context manager, and belongs to one thread. An image that is open for
+    reading holds locks only while it reads; an image that is open for editing holds locks until it
+    is closed.
 
     Attributes:
         name: the path, or what else the storage calls itself.
-        bitmaps: the bitmaps by name; made anew by every commit, after which a `Bitmap` from
-            before raises `StateError`.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        is_owner: bool,
-        force_share: bool = False,
-        writable: WritableStorage | None = None,
-        lock_timeout: float = 0,
-    ) -> None:
-        """See `open`; ``writable`` is the storage once more if it is to be edited."""
-        self.name = storage.name
-        self._writable = WriteGuard(writable) if writable else None
-        self._storage: Storage = self._writable or storage
-        self._force_share = force_share
-        self._edit: Edit | None = None
-        self._tracker: Tracker | None = None
-        self._revision = 0
-        self._opened = ExitStack()
-        if is_owner:
-            self._opened.callback(storage.close)
-        try:
-            if self._writable:
-                self._opened.callback(self._writable.release)
-                self._writable.acquire(lock_timeout)
-            self._load()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, opened: OpenImage) -> None:
+        """See `open`."""
+        self.name = opened.name
+        self._opened = opened
+        self._bitmaps: tuple[Loaded, BitmapMapping] | None = None
 
-    def _load(self) -> None:
-        """Reads header and directory, and makes `bitmaps`."""
-        self._metadata = Metadata.load(self._storage, force_share=self._force_share)
-        self._file = self._metadata.file
-        self._directory = self._metadata.directory
-        self.bitmaps: Mapping[str, Bitmap] = _Bitmaps(self)
+    @property
+    def bitmaps(self) -> Mapping[str, Bitmap]:
+        """The bitmaps by name, in the order of the directory.
+
+        Bitmaps that share a name, or whose name cannot be read, are only in `directory`. Every
+        commit makes the mapping anew; a `Bitmap` from before raises `StateError`.
+        """
+        loaded = self._opened.loaded
+        if not self._bitmaps or self._bitmaps[0] is not loaded:
+            self._bitmaps = loaded, BitmapMapping(self._opened)
+        return self._bitmaps[1]
 
     def __enter__(self) -> Image:
         return self
@@ -164,153 +131,140 @@ class Image:
         return f"<qcow2bm.Image {self.name!r}>"
 
     def close(self) -> None:
-        """Closes what `open` opened. May be called twice."""
-        if self._tracker:
-            self._tracker.abandon()  # without the locks nothing may be written
-        self._leave("closed", "open")
+        """Closes what `open` opened; abandons tracking that goes on. May be called twice."""
         self._opened.close()
-
-    def _leave(self, state: str, required: str) -> None:
-        """Lets nothing read the image as it was."""
-        if hasattr(self, "_file"):
-            self._file.close()
-        self._file = _Gone(state, required)  # type: ignore[assignment]
 
     @property
     def header(self) -> Header:
         """The fixed header, fields under their names in the specification."""
-        return self._file.header
+        return self._opened.file.header
 
     @property
     def version(self) -> int:
         """The version of qcow2, 2 or 3."""
-        return self._file.header.version
+        return self._opened.file.header.version
 
     @property
     def virtual_size(self) -> int:
         """The size of the disk in bytes, whole sectors as QEMU counts it."""
-        return self._file.virtual_size
+        return self._opened.file.virtual_size
 
     @property
     def cluster_size(self) -> int:
         """The size of a cluster in bytes."""
-        return self._file.cluster_size
+        return self._opened.file.cluster_size
 
     @property
     def file_size(self) -> int:
         """The size of the image file in bytes, when it was opened."""
-        return self._file.file_size
+        return self._opened.file.file_size
 
     @property
     def refcount_bits(self) -> int | None:
-        """The width of a refcount in bits; None where the header says nonsense."""
-        header = self._file.header
+        """The width of a refcount in bits; None if the header has an impossible width."""
+        header = self._opened.file.header
         return header.refcount_bits if header.refcount_order <= MAX_REFCOUNT_ORDER else None
 
     @property
     def backing_file(self) -> str | None:
         """The name of the backing file as the header has it; never opened."""
-        return self._file.backing_file
+        return self._opened.file.backing_file
 
     @property
     def used_header(self) -> bytes:
         """The bytes of the header, its extensions and the name of the backing file, as read."""
-        return self._file.used_header
+        return self._opened.file.used_header
 
     @property
     def data_file(self) -> str | None:
         """The name of the data file as the header has it; never opened."""
-        found = self._file.find(DATA_FILE)
+        found = self._opened.file.find(DATA_FILE)
         return decode_name(found.data) if found else None
 
     @property
     def has_data_file(self) -> bool:
-        """Whether guest data are in a file of their own, which is never opened here."""
-        return bool(self._file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
+        """Whether the guest data are in a file of their own, which is never opened here."""
+        return bool(self._opened.file.header.incompatible_features & INCOMPATIBLE_DATA_FILE)
 
     @property
     def has_raw_data_file(self) -> bool:
-        """Whether they are there as on a raw disk."""
-        autoclear = self._file.header.autoclear_features
+        """Whether the guest data lie in the data file as on a raw disk."""
+        autoclear = self._opened.file.header.autoclear_features
         return self.has_data_file and bool(autoclear & AUTOCLEAR_RAW_DATA_FILE)
 
     def features(self, kind: str) -> tuple[Feature, ...]:
         """The feature bits that are set; ``kind``: "incompatible", "compatible", "autoclear"."""
-        return self._file.features(kind)
+        return self._opened.file.features(kind)
 
     @property
     def extensions(self) -> tuple[tuple[int, HeaderExtension], ...]:
         """The header extensions in order, each with the host offset of its head."""
-        area = self._file.area
-        offsets = area.offsets(self._file.extensions_offset)
+        area = self._opened.file.area
+        offsets = area.offsets(self._opened.file.extensions_offset)
         return tuple(zip(offsets, area.extensions, strict=True))
 
     @property
     def bitmaps_extension(self) -> BitmapsExtension | None:
-        """The bitmaps extension; None where there is none, or one of the wrong length."""
-        self._require_open()
-        return self._directory.extension
+        """The bitmaps extension; None if there is none, or if its length is wrong."""
+        return self._opened.metadata.directory.extension
 
     @property
     def is_consistent(self) -> bool:
-        """Whether the autoclear bit of the bitmaps is set: without it they are outdated."""
-        self._require_open()
-        return self._directory.is_consistent
+        """Whether the autoclear bit of the bitmaps is set. If not, all bitmaps are stale."""
+        return self._opened.metadata.directory.is_consistent
 
     @property
     def directory(self) -> tuple[DirectoryEntry, ...]:
         """All bitmap directory entries in order, broken ones included."""
-        self._require_open()
-        return self._directory.entries
+        return self._opened.metadata.directory.entries
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything that is wrong with header, extensions, directory and tables.
 
-        The first use reads all bitmap tables; with ``force_share``, and where the storage does
-        not tell of writes, later ones know no more.
+        The first use reads all bitmap tables. Later uses return the same problems. They raise
+        `ChangedWhileReadingError` if the storage can tell that the image has changed since, and
+        the image was not opened with ``force_share``.
 
         Raises:
-            ImageLockedError: somebody writes to the image.
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
-        self._tables()
-        return self._metadata.problems
+        self._opened.survey()  # asks the storage whether the image has changed
+        return self._opened.metadata.problems
 
     def check(self) -> Check:
-        """Follows every reference in the image, and compares them with the refcounts.
+        """Follows every reference in the image, and compares the references with the refcounts.
 
-        What it finds is not among `problems`, which need no more than headers and tables.
+        The problems found here are not among `problems`, for which headers and tables are enough.
+        `qcow2bm.check` returns both.
 
         Raises:
-            ImageLockedError: somebody writes to the image.
+            ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
         from qcow2bm.checking.check import check
 
-        self._tables()
-        with self._file.lock():
-            checked = check(self._file, self._directory)
-            verify_directory(self._file, self._directory)
-        return checked
+        self._opened.survey()  # asks the storage whether the image has changed
+        return check(self._opened.metadata)
 
     def bitmap(self, index: int) -> Bitmap:
-        """The bitmap of a directory entry by its number, whatever its name.
+        """Returns the bitmap of a directory entry by its number; the name does not matter.
 
         Raises:
             BitmapNotFoundError: there is no entry of that number.
         """
         if not 0 <= index < len(self.directory):
             raise BitmapNotFoundError(f"@{index}")
-        return Bitmap(self, self.directory[index], self._revision)
+        return Bitmap(self._opened, self.directory[index], self._opened.revision)
 
     def raise_first_problem(self) -> None:
-        """Does nothing if the image has no problem but remarks; what ``strict`` reading does.
+        """Raises the first serious problem of the image, if there is one, as ``strict`` does.
 
         Raises:
-            FormatError: the first problem that is refused, unusable or leak.
+            FormatError: the first problem of severity "refused", "unusable" or "leak".
         """
         for found in self.problems:
             if found.is_serious:
@@ -319,28 +273,24 @@ class Image:
     def edit(self, *, dry_run: bool = False) -> Edit:
         """Begins an edit: ``with image.edit() as edit:``.
 
-        All its operations are committed together when the block ends; if it ends by an
-        exception, nothing is written. With ``dry_run`` nothing is ever written, and an image open
-        for reading will do.
+        All operations of the edit are committed together when the block ends. If the block ends
+        by an exception, nothing is written. With ``dry_run`` nothing is ever written, and the
+        image may be open for reading only.
 
         Raises:
             ReadOnlyImageError: the image is open for reading only.
-            StateError: it is closed, or an edit is going on.
-            FormatError: the image has a fault on which an edit must not build.
-            UnsupportedError: it is of version 2.
-            ImageLockedError, ChangedWhileReadingError: somebody else uses it, in a dry run.
+            StateError: the image is closed, being edited, or being tracked.
+            FormatError: the image has a problem that an edit could make worse.
+            UnsupportedError: the version of qcow2 is 2.
+            ImageLockedError, ChangedWhileReadingError: in a dry run, another process uses the
+                image.
             StorageError: reading failed.
         """
-        self._require_open()
-        if not self._writable and not dry_run:
+        self._opened.require_open()
+        if not self._opened.guard and not dry_run:
             raise ReadOnlyImageError()
-        self._require_idle()
-        return Edit(self, dry_run=dry_run)
-
-    def _require_idle(self) -> None:
-        if self._edit or self._tracker:
-            state = "being edited" if self._edit else "being tracked"
-            raise StateError(state, "left alone until that is done")
+        self._opened.require_idle()
+        return Edit(self._opened, dry_run=dry_run)
 
     def track(
         self,
@@ -352,88 +302,55 @@ class Image:
     ) -> Tracker:
         """Begins to record writes to the disk in bitmaps, which are in_use when this returns.
 
-        Whoever writes to the disk from now on calls `Tracker.mark` for each write, until
-        `Tracker.stop` stores the bitmaps. Meanwhile nothing else can be done with the Image.
+        From now on the program calls `Tracker.mark` for each write to the disk, until
+        `Tracker.stop` stores the bitmaps. Meanwhile the Image can be neither edited nor tracked
+        again.
 
         Args:
-            names: the bitmaps; by default all that are to record writes (`auto`) and are valid.
-            others: what to do with other `auto` bitmaps that are valid, which will miss writes:
-                refuse to begin, or mark them in_use. That loses them, and makes QEMU refuse to
-                resize the image and to migrate its bitmaps until they are removed.
-            reserve: store all clusters of the bitmaps from the beginning, also those that are all
-                zeros, so that no stop ever needs a third barrier for new ones.
-            generation: True to record in the header, from now on, who wrote to the image last,
-                which tells more after a migration; False to end that. It uses an autoclear bit
-                that is not registered with the format, see spec/lifecycle.md.
+            names: the bitmaps; by default all bitmaps that are enabled (`auto`) and valid.
+            others: what to do with other bitmaps that are enabled and valid, since they will miss
+                writes. "refuse": raise `BitmapError`. "mark-in-use": mark them in_use. That loses
+                these bitmaps, and until they are removed QEMU refuses to resize the image and to
+                migrate its bitmaps.
+            reserve: allocate all clusters of the bitmaps at the beginning, all-zeroes clusters
+                included. Then `Tracker.stop` never needs a third barrier, for new clusters.
+            generation: True to keep a generation token in the header from now on, which proves
+                more after a migration; False to remove the token; None to leave that as it is.
+                The token uses an autoclear bit that is not registered with the format, see
+                spec/lifecycle.md.
 
         Raises:
             ReadOnlyImageError: the image is open for reading only.
-            StateError: it is closed, being edited or tracked.
-            BitmapError: a bitmap is not there, not valid, disabled, or would be left out.
+            StateError: the image is closed, being edited, or being tracked.
+            BitmapError: a bitmap is missing, not valid, or disabled, or would be left out.
             CommitError: a write or barrier failed.
-            FormatError, UnsupportedError, LimitError, StorageError: as `edit` and a commit do.
+            FormatError, UnsupportedError, LimitError, StorageError: as for an edit.
         """
-        from qcow2bm.api.track import begin
+        from qcow2bm.api.track import begin  # loads numpy
 
-        self._require_open()
-        if not self._writable:
+        self._opened.require_open()
+        if not self._opened.guard:
             raise ReadOnlyImageError()
-        self._require_idle()
-        return begin(self, names, others, reserve=reserve, generation=generation)
+        self._opened.require_idle()
+        return begin(self._opened, names, others, reserve=reserve, generation=generation)
 
-    def _problems_of(self, index: int) -> tuple[Problem, ...]:
-        self._tables()  # asks whether the image is still what it was
-        return self._metadata.problems_of(index)
+    def bitmaps_to_track(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        others: Literal["refuse", "mark-in-use"] = "refuse",
+    ) -> list[Bitmap]:
+        """Returns the bitmaps that `track` would track with these arguments; nothing is written.
 
-    def _verify(self, entry: DirectoryEntry) -> None:
-        """Looks at a stored entry again where the storage does not tell of writes."""
-        if not self._file.is_watched and entry.name_bytes is not None:
-            with self._file.lock():
-                verify_entry(self._file, entry)
+        An image open for reading will do.
 
-    def _require_open(self) -> None:
-        self._file.header  # noqa: B018  # raises StateError where the image is closed
+        Raises:
+            BitmapError: as `track` does.
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        from qcow2bm.api.track import choose  # loads numpy
 
-    def _tables(self) -> Survey:
-        self._require_open()
-        found = self._metadata.survey
-        self._file.verify_untouched()
-        return found
-
-
-class _Bitmaps(Mapping[str, "Bitmap"]):
-    """The bitmaps that can be told by name, in the order of the directory.
-
-    Entries that share a name, or whose name cannot be read, are only in `Image.directory`.
-    """
-
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        self._revision = image._revision
-        names = Counter(entry.name for entry in image.directory)
-        self._entries = {
-            entry.name: entry
-            for entry in image.directory
-            if entry.name is not None and names[entry.name] == 1
-        }
-
-    def __getitem__(self, name: str) -> Bitmap:
-        entry = self._entries.get(name)
-        if entry is None:
-            raise BitmapNotFoundError(str(name), self._why_not(name))
-        return Bitmap(self._image, entry, self._revision)
-
-    def _why_not(self, name: object) -> str:
-        same = [f"@{entry.index}" for entry in self._image.directory if entry.name == name]
-        if same:
-            return f"is the name of several entries: {', '.join(same)}"
-        return why_not_found(self)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} bitmaps of {self._image!r}>"
+        chosen, _ = choose(self._opened, names, others)
+        return chosen

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qcow2bm.bitmaps.status import BROKEN, VALID
-from qcow2bm.errors import BitmapError
+from qcow2bm.errors import BitmapError, EvidenceError
 from qcow2bm.migration.evidence import Definition, Departure, Facts, Witness, judge
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, Sentinel, is_sentinel
 from qcow2bm.migration.sidecar import (
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qcow2bm.api.bitmap import Bitmap
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image
+    from qcow2bm.clusters.plan import Plan
 
 
 __all__ = [
@@ -140,7 +141,7 @@ def reason_for_doubt(image: Image, saved: Collection[SavedBitmap], header: bytes
         file = parse_saved_header(header)
         before = found._replace(definition=Definition.of(file), token=file.token)
     elif found.definition.backing_file is not None:
-        return "of the backing file nothing is known"
+        return "nothing is known of the backing file"
     reason = "no sentinel was saved with the bitmaps"
     for bitmap in saved:
         if is_sentinel(bitmap.name) and not bitmap.name.endswith(CANARY_SUFFIX):
@@ -174,24 +175,51 @@ def _bits(image: Image, name: str) -> NDArray[np.uint8] | None:
 
 
 def restore(
-    image: Image, edit: Edit, saved: Iterable[SavedBitmap], *, is_all_dirty: bool = False
-) -> None:
-    """Adds saved bitmaps to an image in an edit, and removes all sentinels from the image.
+    image: Image,
+    saved: Collection[SavedBitmap],
+    header: bytes = b"",
+    *,
+    is_asserted: bool = False,
+    is_all_dirty: bool = False,
+    dry_run: bool = False,
+) -> Plan | None:
+    """Adds saved bitmaps to an image in one edit, and removes all sentinels from the image.
+
+    The bitmaps must still be true of the disk: a sentinel has to prove that (`reason_for_doubt`),
+    or the caller asserts it, or every bit becomes dirty.
 
     A bitmap of the same name that is in_use is replaced. A sentinel in the image has recorded
     the writes since it was added: each restored bitmap that is enabled gets them, too, since a
     bit too many is never wrong.
 
     Args:
-        image: the image.
-        edit: an edit of that image that is going on.
-        saved: the bitmaps; sentinels among them are not added.
+        image: the image; it is open for editing, or for reading in a dry run.
+        saved: the bitmaps; sentinels among them are evidence, and are not added.
+        header: the header of the image they were saved from, if it is known; see `Sidecar`.
+        is_asserted: True if the caller asserts that nothing was written to the disk since the
+            bitmaps were saved.
         is_all_dirty: make every bit of every bitmap dirty.
+        dry_run: write nothing.
+
+    Returns:
+        In a dry run, what would be written; else None.
 
     Raises:
+        EvidenceError: nothing proves that the disk is unchanged.
         BitmapError: a bitmap of that name is there, or belongs to a disk of another size.
         ValueError: QEMU could not use such a name or granularity.
+        Qcow2BmError: as `reason_for_doubt`, `Image.edit` and a commit do.
     """
+    if not (is_asserted or is_all_dirty):
+        reason = reason_for_doubt(image, saved, header)
+        if reason:
+            raise EvidenceError(reason)
+    with image.edit(dry_run=dry_run) as edit:
+        _add(image, edit, saved, is_all_dirty=is_all_dirty)
+        return edit.plan() if dry_run else None
+
+
+def _add(image: Image, edit: Edit, saved: Iterable[SavedBitmap], *, is_all_dirty: bool) -> None:
     size = image.virtual_size
     sentinels = [name for name in image.bitmaps if is_sentinel(name)]
     recorded = [n for n in sentinels if image.bitmaps[n].auto and image.bitmaps[n].status == VALID]

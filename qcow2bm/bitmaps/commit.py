@@ -14,7 +14,8 @@ from qcow2bm.bitmaps.draft import Draft, DraftBitmap
 from qcow2bm.bitmaps.draft_bits import ZEROES, Content, DraftBits
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.tables import read_words, used_by_bitmaps
-from qcow2bm.clusters.allocator import Allocator, Run
+from qcow2bm.clusters.allocator import Allocator
+from qcow2bm.clusters.cluster_runs import Run
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, coalesce

@@ -64,10 +64,9 @@ def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> Bit
         StorageError: reading failed.
     """
     is_consistent = bool(file.header.autoclear_features & features.AUTOCLEAR_BITMAPS)
-    found = file.find(BITMAPS)
-    if not found or len(found.data) != BITMAPS_LENGTH:
+    found, place = file.find(BITMAPS), file.payload_offset(BITMAPS)
+    if not found or place is None or len(found.data) != BITMAPS_LENGTH:
         return BitmapDirectory(None, is_consistent, (), (), None, 0, hash(b""))
-    place = _payload_offset(file)
     extension = parse_bitmaps_extension(found.data, place)
     problems = list(_place_problems(extension, place, file))
     distrust = _uninterpretable(header_problems) or next(iter(problems), None)
@@ -153,11 +152,6 @@ def _parse(data: bytes, offset: int, file: ClusterFile) -> Directory:
 def _uninterpretable(header_problems: Iterable[Problem]) -> Problem | None:
     """The fault of the header, if any, for which nothing in the image can be believed."""
     return next((p for p in header_problems if p.kind.distrusts_all), None)
-
-
-def _payload_offset(file: ClusterFile) -> int:
-    places = zip(file.area.extensions, file.area.offsets(file.extensions_offset), strict=True)
-    return [place for found, place in places if found.type == BITMAPS][-1] + HEAD_LENGTH
 
 
 def _place_problems(

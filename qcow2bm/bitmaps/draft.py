@@ -133,8 +133,8 @@ class Draft:
         if self._is_stale:
             raise BitmapStaleError(
                 name,
-                "is stale, so writes are missing from it: salvage it, or drop all bitmaps: "
-                "remove --all (Edit.remove_all)",
+                "is stale, so writes are missing from it",
+                "salvage-or-remove-all",
             )
         found = self.bitmaps.get(encode_name(name))
         if not found:
@@ -229,7 +229,8 @@ class Draft:
             raise BitmapStaleError(
                 name,
                 "cannot be added: the image has stale bitmaps, which a program without bitmap "
-                "support left behind; salvage them, or drop them: remove --all (Edit.remove_all)",
+                "support left behind",
+                "salvage-or-remove-all",
             )
         known = self.bitmaps.get(key)
         if known and known.is_in_use:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Final, Literal
 
 from qcow2bm.bitmaps.directory import BitmapDirectory
-from qcow2bm.errors import FormatError
+from qcow2bm.errors import FormatError, Hint
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.problems import Problem
 
@@ -44,7 +44,7 @@ def judge(
     return (INCONSISTENT, "") if entry.in_use else (VALID, "")
 
 
-def as_error(found: Problem, consequence: str = "") -> FormatError:
+def as_error(found: Problem, consequence: str = "", hint: Hint | None = None) -> FormatError:
     """Returns a problem as the error to raise for it, its reason followed by ``consequence``."""
     field = found.numbered_field
-    return FormatError(found.place, field, found.offset, found.reason + consequence)
+    return FormatError(found.place, field, found.offset, found.reason + consequence, hint)

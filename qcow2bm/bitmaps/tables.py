@@ -191,13 +191,17 @@ def has_readable_table(entry: DirectoryEntry, file: ClusterFile) -> bool:
     )
 
 
-class Used(NamedTuple):
-    """Host bytes that a bitmap uses, or the directory, which has no ``bitmap_index``."""
+class UsedRange(NamedTuple):
+    """Host bytes that a bitmap uses, or that the directory uses: then ``bitmap_index`` is None."""
 
     structure: str
     offset: int
     length: int
     bitmap_index: int | None
+
+    def clusters(self, cluster_size: int) -> tuple[int, int]:
+        """The numbers of the clusters in which the bytes lie: the first, and behind the last."""
+        return self.offset // cluster_size, ceil_div(self.offset + self.length, cluster_size)
 
 
 def readable_tables(
@@ -212,7 +216,7 @@ def readable_tables(
             yield entry, read_words(file, entry)
 
 
-def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[Used]:
+def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[UsedRange]:
     """All that bitmaps use within the file, sound or not, in use or stale.
 
     Raises:
@@ -221,18 +225,18 @@ def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[U
     if not directory.extension or directory.distrust:
         return
     size = file.cluster_size
-    yield Used(DIRECTORY, directory.extension.bitmap_directory_offset, directory.size, None)
+    yield UsedRange(DIRECTORY, directory.extension.bitmap_directory_offset, directory.size, None)
     for entry in directory.entries:
         start, length = entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size
         is_cut = 0 < start + length - file.file_size < size  # in the midst of its last cluster
         is_possible = entry.bitmap_table_size * size <= MAX_BITMAP_BYTES
         if (is_cut and is_possible) or has_readable_table(entry, file):
-            yield Used(TABLE, start, length, entry.index)
+            yield UsedRange(TABLE, start, length, entry.index)
     for entry, words in readable_tables(file, directory):
         for run in table_runs(words, size):
             inside = min(run.entries, ceil_div(file.file_size - run.offset, size))
             if run.kind == ALLOCATED and inside > 0:
-                yield Used(DATA, run.offset, inside * size, entry.index)
+                yield UsedRange(DATA, run.offset, inside * size, entry.index)
 
 
 def _entry_faults(

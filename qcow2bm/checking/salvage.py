@@ -1,4 +1,4 @@
-"""Which of the bitmaps that miss writes still have their clusters to themselves.
+"""Finding the bitmaps that can be salvaged: those whose clusters nothing else uses.
 
 *Spec*: spec/repair.md, "Salvage".
 """
@@ -6,55 +6,55 @@
 from __future__ import annotations
 
 from qcow2bm.bitmaps.status import as_error
-from qcow2bm.checking.check import undercounted_bitmaps
-from qcow2bm.checking.view import View
-from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.checking.findings import Findings
+from qcow2bm.checking.refcount_repair import undercounted_bitmaps
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS
-from qcow2bm.problems import DIRECTORY, Problem
+from qcow2bm.problems import DIRECTORY
 from qcow2bm.storage.dry_run import DryRunStorage
 from qcow2bm.storage.interface import Storage
 
 
 def intact_bitmaps(storage: Storage) -> frozenset[int]:
-    """The bitmaps whose clusters are theirs alone, by the indexes of their entries.
+    """Returns the indexes of the bitmaps whose clusters nothing else uses, also of stale ones.
 
-    So it is found for stale bitmaps, too. The caller holds a lock.
+    The caller holds the locks.
 
     Raises:
-        FormatError: the directory is not what it was, so no bitmap can be believed; or the disk, or
-            refcounts, are damaged, so that nothing new can be put anywhere.
+        FormatError: no stale bitmap can be believed, since the directory is damaged; or nothing
+            can be written, since the disk or the refcounts are damaged.
         StorageError: reading failed.
     """
-    stored = View.of(storage)
-    view = stored if stored.directory.is_consistent else _as_if_consistent(storage)
-    serious = _serious(view)
-    if view is not stored:
-        of_all = view.directory.distrust or view.survey.distrust
-        of_all = of_all or next((p for p in serious if _is_overlap(p)), None)
-        for found in (of_all, *view.directory.problems):
-            if found in serious and found and not found.kind.concerns_table_place:
-                what = ": stale bitmaps like that can only be removed (remove --all)"
-                raise as_error(found, what)
-    for found in _serious(stored):
+    stored = Findings.load(storage)
+    findings = stored
+    if not stored.metadata.directory.is_consistent:
+        findings = _as_if_consistent(stored)
+        _require_believable(findings)
+    for found in stored.faults:
         if found.bitmap_index is None:
-            raise as_error(found, ": mend that first; check says how")
-    broken = {p.bitmap_index for p in serious} | undercounted_bitmaps(view.file, view.directory)
-    return frozenset(e.index for e in view.directory.entries if e.index not in broken)
+            raise as_error(found, ": repair that first; check says how")
+    broken = {found.bitmap_index for found in findings.faults}
+    broken |= undercounted_bitmaps(findings.metadata)
+    entries = findings.metadata.directory.entries
+    return frozenset(entry.index for entry in entries if entry.index not in broken)
 
 
-def _as_if_consistent(storage: Storage) -> View:
-    """The image as it would be if its bitmaps were not stale."""
-    overlay = DryRunStorage(storage)
-    header = ClusterFile(overlay, force_share=True).header
-    autoclear = header.autoclear_features | AUTOCLEAR_BITMAPS
-    overlay.write(FIELD_OFFSETS["autoclear_features"], (autoclear.to_bytes(8, "big"),))
-    return View.of(overlay)
+def _as_if_consistent(stored: Findings) -> Findings:
+    """Returns what would be found in the image if its bitmaps were not stale."""
+    trial = DryRunStorage(stored.metadata.file.storage)
+    autoclear = stored.metadata.file.header.autoclear_features | AUTOCLEAR_BITMAPS
+    trial.write(FIELD_OFFSETS["autoclear_features"], (autoclear.to_bytes(8, "big"),))
+    return Findings.load(trial)
 
 
-def _serious(view: View) -> list[Problem]:
-    return [found for found in view.problems if found.is_fault]
+def _require_believable(findings: Findings) -> None:
+    """Raises FormatError if the directory or an entry of it cannot be believed.
 
-
-def _is_overlap(found: Problem) -> bool:
-    return found.kind.is_overlap and found.structure == DIRECTORY
+    A fault of the place or size of a bitmap table is no reason: the bitmap gets a new table.
+    """
+    metadata, faults = findings.metadata, findings.faults
+    overlaps = (each for each in faults if each.kind.is_overlap and each.structure == DIRECTORY)
+    distrust = metadata.distrust or next(overlaps, None)
+    for found in (distrust, *metadata.directory.problems):
+        if found in faults and found and not found.kind.concerns_table_place:
+            raise as_error(found, ", so that no bitmap can be salvaged", "remove-all")

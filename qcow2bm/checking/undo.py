@@ -1,4 +1,4 @@
-"""Undoing a repair: what it needs, and how it goes.
+"""Undoing a repair: what has to be kept for that, and the plan.
 
 *Spec*: spec/repair.md, "Undo".
 """
@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from qcow2bm.bitmaps.directory import load_directory
+from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.tables import has_readable_table
-from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import fixed_parts
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write
-from qcow2bm.clusters.problems import header_problems
 from qcow2bm.errors import StateError
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE
@@ -23,44 +21,47 @@ from qcow2bm.storage.interface import Storage
 
 
 def undo_of(storage: Storage, plan: Plan) -> UndoLog:
-    """What it takes to undo a plan that was made for this storage, and is not done yet.
+    """Returns what has to be kept to undo a plan later; the plan is not done yet.
 
     Raises:
         StorageError: reading failed.
     """
-    overlay = DryRunStorage(storage)
+    trial = DryRunStorage(storage)
     steps = []
     for step in plan.steps:
         if isinstance(step, Barrier):
             steps.append(BARRIER_STEP)
             continue
         new = b"".join(step.parts)
-        steps.append(UndoStep(step.offset, _read(overlay, step.offset, len(new)), new))
-        overlay.write(step.offset, [new])
-    return UndoLog(storage.size(), _state(overlay), tuple(steps))
+        steps.append(UndoStep(step.offset, _read(trial, step.offset, len(new)), new))
+        trial.write(step.offset, [new])
+    return UndoLog(storage.size(), _state(trial), tuple(steps))
 
 
 def plan_undo(storage: Storage, undo: UndoLog, *, is_asserted: bool = False) -> Plan:
-    """The way back, interval by interval; afterwards the storage is cut to its old length.
+    """Returns the steps that undo a repair, in the opposite order of its steps.
 
-    *Guarantees*: an undoing that was interrupted can be done again, if it is asserted.
+    When the steps are done, the caller cuts the storage to its old length.
+
+    *Guarantees*: an interrupted undo can be done again, with ``is_asserted``.
 
     Args:
         storage: the image.
-        undo: what the repair left.
-        is_asserted: somebody says that nobody wrote to the disk since. A guest that writes to
-            clusters it has leaves no trace in metadata, only in the time of the last write, which
-            block devices have not, and which an undoing that was interrupted changed.
+        undo: what was kept of the repair.
+        is_asserted: the caller asserts that no program wrote to the disk since the repair. A
+            guest that writes to clusters that it already has changes no metadata, but only the
+            time of the last write. Block devices have no such time, and an interrupted undo has
+            changed it.
 
     Raises:
-        StateError: the image is not as the repair left it, or as undoing leaves it on the way.
+        StateError: the image is neither as the repair left it, nor as an interrupted undo left it.
         StorageError: reading failed.
     """
     if _is_undone(storage, undo):
         return Plan()
     _require_unchanged(storage, undo)
     if not is_asserted:
-        header = ClusterFile(storage, force_share=True).header
+        header = Metadata.load(storage, force_share=True).file.header
         if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
             raise _changed("its guest data are in another file, which may have been written to")
         token = storage.change_token()
@@ -80,7 +81,7 @@ def plan_undo(storage: Storage, undo: UndoLog, *, is_asserted: bool = False) -> 
 
 
 def _is_undone(storage: Storage, undo: UndoLog) -> bool:
-    """Whether everything is as it was before the repair."""
+    """Whether every sector that the repair wrote is as it was before."""
     return storage.size() == undo.file_size and all(
         _read(storage, place, SECTOR_SIZE) == contents[0]
         for place, contents in _sectors(storage, undo).items()
@@ -88,15 +89,18 @@ def _is_undone(storage: Storage, undo: UndoLog) -> bool:
 
 
 def _require_unchanged(storage: Storage, undo: UndoLog) -> None:
-    """Whoever wrote to the image since may need what would be taken back."""
+    """Raises StateError if another program changed what the repair wrote, or other metadata.
+
+    That program may need what an undo would take back.
+    """
     for place, contents in _sectors(storage, undo).items():
         if _read(storage, place, SECTOR_SIZE) not in contents:
             raise _changed(f"at {place:#x} stands what neither the repair nor undoing it wrote")
-    overlay = DryRunStorage(storage)
+    trial = DryRunStorage(storage)
     for step in undo.steps:
         if not step.is_barrier:
-            overlay.write(step.offset, [step.new])
-    if _state(overlay) != undo.state:
+            trial.write(step.offset, [step.new])
+    if _state(trial) != undo.state:
         raise _changed("other metadata changed since the repair")
 
 
@@ -105,12 +109,12 @@ def _changed(reason: str) -> StateError:
 
 
 def _sectors(storage: Storage, undo: UndoLog) -> dict[int, list[bytes]]:
-    """All that each sector held that the repair wrote to: before, and after each step.
+    """Returns the contents of each sector that the repair wrote: before, and after each step.
 
-    Where no step wrote, in the same sector, it is what stands there now.
+    The bytes of a sector that no step wrote are those that are stored now.
     """
     content: dict[int, bytearray] = {}
-    for step in reversed(undo.steps):  # so that what was there first counts
+    for step in reversed(undo.steps):  # so that the first content wins
         for place, inside, part in _parts(step.offset, step.old):
             if place not in content:
                 content[place] = bytearray(_read(storage, place, SECTOR_SIZE))
@@ -124,7 +128,7 @@ def _sectors(storage: Storage, undo: UndoLog) -> dict[int, list[bytes]]:
 
 
 def _parts(offset: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """The bytes by sectors: where the sector begins, and from which byte of it on they stand."""
+    """Yields the bytes by sectors: start of the sector, first byte within the sector, bytes."""
     done = 0
     while done < len(data):
         inside = (offset + done) % SECTOR_SIZE
@@ -134,7 +138,7 @@ def _parts(offset: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _read(storage: Storage, offset: int, length: int) -> bytes:
-    """So many bytes; behind the end of the file stand zeros."""
+    """Returns ``length`` bytes; bytes behind the end of the file are zeros."""
     buffer = bytearray(length)
     if offset < storage.size():
         storage.read_into(offset, memoryview(buffer))
@@ -142,12 +146,11 @@ def _read(storage: Storage, offset: int, length: int) -> bytes:
 
 
 def _state(storage: Storage) -> bytes:
-    """A digest of all metadata of an image: whoever allocates or frees a cluster changes it."""
+    """Returns a digest of all metadata: a program that allocates or frees a cluster changes it."""
     digest = hashlib.sha256(storage.size().to_bytes(8, "big"))
-    file = ClusterFile(storage, force_share=True)
-    header = header_problems(file)
-    directory = load_directory(file, header)
-    places = [(part.offset, part.length) for part in fixed_parts(file, header)]
+    metadata = Metadata.load(storage, force_share=True)
+    file, directory = metadata.file, metadata.directory
+    places = [(part.offset, part.length) for part in fixed_parts(file, metadata.header_problems)]
     if directory.extension and directory.is_consistent:
         places.append((directory.extension.bitmap_directory_offset, directory.size))
         places += [

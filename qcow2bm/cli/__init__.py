@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from qcow2bm import CommitError, Qcow2BmError, StorageError
 from qcow2bm.cli.commands import parse
+from qcow2bm.cli.hints import explain
 from qcow2bm.cli.messages import FAILED, CommandError, fail, say
 from qcow2bm.cli.parser import UsageError
 
@@ -34,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as failure:
         return fail(failure.subject, failure.reason)
     except (StorageError, CommitError) as error:  # the message names the file
-        say(str(error))
+        say(explain(error, call.parser.has_option))
         return FAILED
     except Qcow2BmError as error:
-        return fail(call.parser.path[-1], str(error))
+        return fail(call.parser.path[-1], explain(error))
     except MemoryError:
         return fail(call.parser.path[-1], "not enough memory")

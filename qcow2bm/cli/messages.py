@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from qcow2bm import CommitError, Qcow2BmError, StorageError
+from qcow2bm.cli.hints import explain
 from qcow2bm.units import escape
 
 FAILED = 1
@@ -41,7 +42,7 @@ def about(subject: str, *more_errors: type[Exception]) -> Iterator[None]:
     except (StorageError, CommitError):
         raise
     except Qcow2BmError as error:
-        raise CommandError(subject, str(error)) from error
+        raise CommandError(subject, explain(error)) from error
     except more_errors as error:
         raise CommandError(subject, str(error)) from error
     except MemoryError as error:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from qcow2bm import (
-    Lost,
+    LostBitmap,
     Repair,
     StateError,
     UndoFile,
@@ -140,7 +140,7 @@ def _repair(arguments: Arguments) -> int:
 def _document(arguments: Arguments, done: Repair) -> Document:
     repaired, left = (
         [{"id": found.id, "message": json_text(found.message)} for found in problems]
-        for problems in (done.mended, done.left)
+        for problems in (done.repaired, done.left)
     )
     return {
         **output.head(arguments.image, schema=SCHEMA),
@@ -165,10 +165,10 @@ def _print(arguments: Arguments, done: Repair) -> None:
     for old, new in done.renamed:
         print(f"renamed: {quoted(old)} to {quoted(new)}")
     what = "to repair" if arguments.dry_run else "repaired"
-    for found in done.mended[:_MOST_LISTED]:
+    for found in done.repaired[:_MOST_LISTED]:
         print(f"{what}: {found.message} ({found.id})")
-    if len(done.mended) > _MOST_LISTED:
-        print(f"{what}: {count(len(done.mended) - _MOST_LISTED, 'more problem')}")
+    if len(done.repaired) > _MOST_LISTED:
+        print(f"{what}: {count(len(done.repaired) - _MOST_LISTED, 'more problem')}")
     for found in done.left:
         print(f"left: {found.message} ({found.id})")
     if not done.plan.steps:
@@ -183,7 +183,7 @@ def _print(arguments: Arguments, done: Repair) -> None:
             print(f"to take it back: qcow2bm undo {words}")
 
 
-def _name(lost: Lost) -> str:
+def _name(lost: LostBitmap) -> str:
     return "bitmaps of unknown name" if lost.name is None else quoted(lost.name)
 
 

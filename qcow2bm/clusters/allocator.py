@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from qcow2bm.clusters.cluster_runs import Run, join_runs, place_runs
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.plan import Barrier, Step, Write
 from qcow2bm.clusters.problems import MAX_REFCOUNT_TABLE_BYTES
@@ -22,9 +23,6 @@ from qcow2bm.errors import LimitError, StorageError
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.format.refcounts import ENTRY_LENGTH
 from qcow2bm.units import ceil_div, format_size
-
-Run = tuple[int, int]
-"""A run of clusters by their numbers: (first, stop)."""
 
 _WINDOW_BYTES = 256 << 10, 4 << 20
 """How many bytes of refcount blocks the first and the second search read before the image grows."""
@@ -76,7 +74,7 @@ class Allocator:
         self._cluster_size = file.cluster_size
         self._name = file.storage.name
         self.refcounts = Refcounts(file)
-        self._taken = _merged(taken)
+        self._taken = join_runs(taken)
         self._near = near // self.refcounts.per_block
         self._limit = (capacity or _MAX_CLUSTER_END) // file.cluster_size
         self._fresh: list[Run] = []
@@ -111,7 +109,7 @@ class Allocator:
     def _search(
         self, runs: Sequence[int], loose: int
     ) -> tuple[list[Run | None], list[Run], int, int]:
-        """Searches more and more blocks; returns as `_place`, and where missing clusters begin.
+        """Searches more and more blocks; returns as `place_runs`, and where missing clusters begin.
 
         The missing clusters lie behind all clusters that are in use.
         """
@@ -126,7 +124,7 @@ class Allocator:
         blocks = blocks[near:] + blocks[:near]
         for number, window in enumerate((*_WINDOW_BYTES, self._cluster_size * len(blocks))):
             free = self._free(blocks[: window // self._cluster_size or 1])
-            placed, pieces, left = self._place(free, runs, loose)
+            placed, pieces, left = place_runs(free, runs, loose)
             if not left:
                 return placed, pieces, 0, 0
             start = self._extend(left, (*placed, *pieces)) if number else None
@@ -137,38 +135,6 @@ class Allocator:
     def _count(self, runs: Iterable[Run], before: int, after: int) -> None:
         for first, stop in runs:
             self.refcounts.change(first, stop - first, before, after)
-
-    def _place(
-        self, free: list[Run], runs: Sequence[int], loose: int
-    ) -> tuple[list[Run | None], list[Run], int]:
-        """Places runs and loose clusters in the free clusters, as far as they fit.
-
-        Returns:
-            The place of each run, None if it does not fit; the places of loose clusters; and the
-            number of clusters that are missing.
-        """
-        placed: list[Run | None] = []
-        left = 0
-        fits: dict[int, int] = {}  # by length: the first free run that may be long enough
-        for length in runs:
-            number = fits.get(length, 0)
-            while number < len(free) and free[number][1] - free[number][0] < length:
-                number += 1
-            fits[length] = number
-            if number == len(free):
-                placed.append(None)
-                left += length
-                continue
-            first, stop = free[number]
-            placed.append((first, first + length))
-            free[number] = first + length, stop
-        pieces = []
-        for first, stop in free:
-            count = min(loose, stop - first)
-            if count:
-                pieces.append((first, first + count))
-                loose -= count
-        return placed, pieces, left + loose
 
     def _free(self, blocks: Iterable[int]) -> list[Run]:
         """The free clusters that these blocks count, in the order of the blocks, as long runs."""
@@ -310,14 +276,3 @@ class Allocator:
             switch,
             Barrier("use of the larger refcount table"),
         ]
-
-
-def _merged(runs: Iterable[Run]) -> list[Run]:
-    """Sorts runs, and joins runs that touch or overlap."""
-    merged: list[Run] = []
-    for first, stop in sorted(run for run in runs if run[0] < run[1]):
-        if merged and first <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(merged[-1][1], stop)
-        else:
-            merged.append((first, stop))
-    return merged

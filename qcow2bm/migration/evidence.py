@@ -1,4 +1,4 @@
-"""Whether a disk that comes back is the one that was given away: pure judgement of facts.
+"""Judging from facts whether a disk that comes back is as it was given away; no I/O.
 
 *Spec*: spec/lifecycle.md, "Evidence" and "What becomes of the bitmaps".
 """
@@ -25,7 +25,7 @@ Kind = Literal["kept", "reloaded", "dropped"]
 
 
 class Definition(NamedTuple):
-    """What the header says of the disk itself; somebody who changes that changes the disk."""
+    """What the header says of the disk itself: any change of it is a change of the disk."""
 
     version: int
     cluster_bits: int
@@ -42,7 +42,7 @@ class Definition(NamedTuple):
 
     @classmethod
     def of(cls, file: ClusterFile) -> Definition:
-        """That of an image."""
+        """The definition that an image has."""
         header = file.header
         found = (file.find(type) for type in _DEFINING_EXTENSIONS)
         return cls(
@@ -59,7 +59,7 @@ class Definition(NamedTuple):
         )
 
     def difference(self, other: Definition) -> str:
-        """The name of the first field in which they differ; nothing if they do not."""
+        """The name of the first field in which two definitions differ; empty if none does."""
         pairs = zip(self._fields, self, other, strict=True)
         return next((field for field, mine, its in pairs if mine != its), "")
 
@@ -68,14 +68,15 @@ _DEFINING_EXTENSIONS = extensions.BACKING_FORMAT, extensions.CRYPTO, extensions.
 
 
 class Facts(NamedTuple):
-    """What an image is at one time, as far as it matters here.
+    """An image at one time, as far as it matters here.
 
     Attributes:
-        token: that of the generation; None where none is recorded.
-        data_file: the identity of the external data file whose path the caller gave.
+        definition: what the header says of the disk.
+        token: the token of the generation; None where none is recorded.
+        data_file: the identity of the external data file; None if the caller gave no path of it.
         is_consistent: whether the autoclear bit of the bitmaps is set.
-        entries: of all bitmaps, by name.
-        broken: the names of those that cannot be used.
+        entries: the directory entries of all bitmaps, by name.
+        broken: the names of the bitmaps that do not fit the disk, or cannot be read.
     """
 
     definition: Definition
@@ -87,17 +88,25 @@ class Facts(NamedTuple):
 
 
 class Departure(NamedTuple):
-    """How an image was when it was given away; ``facts`` has the entries of ours only."""
+    """An image as it was given away.
+
+    Attributes:
+        facts: of that time, with the entries of our own bitmaps only.
+        sentinel: the sentinel that was added before; None if there was none.
+    """
 
     facts: Facts
     sentinel: Sentinel | None
 
 
 class Judgement(NamedTuple):
-    """Whether the disk was written to, and why that is the answer.
+    """The answer to whether the disk was written to.
 
-    ``changed`` is what was written, int64[n, 2] of (start, length) in guest bytes, or None if
-    that is not known.
+    Attributes:
+        outcome: the answer.
+        reason: the evidence for it.
+        changed: what was written, int64[n, 2] of (start, length) in guest bytes; None if that is
+            not known.
     """
 
     outcome: DiskOutcome
@@ -106,41 +115,47 @@ class Judgement(NamedTuple):
 
 
 class Fate(NamedTuple):
-    """What became of a bitmap at activation, and why."""
+    """What became of a bitmap at activation.
+
+    Attributes:
+        kind: "kept" with what it has in memory, "reloaded" with what the image has, or "dropped":
+            tracked no more.
+        reason: why.
+    """
 
     kind: Kind
     reason: str
 
 
 class Witness(NamedTuple):
-    """The bits of sentinel and canary, uint8[n]; None for one that is not there, or broken."""
+    """The bits of sentinel and canary, uint8[n]; None for a bitmap that is gone or broken."""
 
     sentinel: NDArray[np.uint8] | None = None
     canary: NDArray[np.uint8] | None = None
 
 
-def judge(left: Departure, found: Facts, witness: Witness) -> Judgement:
-    """Whether the disk is as it was."""
-    before = left.facts
+def judge(departure: Departure, found: Facts, witness: Witness) -> Judgement:
+    """Judges whether the disk is as it was: the first evidence that is found decides."""
+    before, sentinel = departure.facts, departure.sentinel
     if field := before.definition.difference(found.definition):
         return Judgement("changed", f"the header has another {field}")
     if before.is_consistent and not found.is_consistent:
-        return Judgement("changed", "a program wrote that does not know bitmaps: autoclear is off")
+        return Judgement("changed", "a program that does not know bitmaps wrote: autoclear is off")
     if found.data_file != before.data_file:
         return Judgement("changed", "the external data file was written to")
-    if left.sentinel is None:
+    if sentinel is None:
         reason = "no sentinel was made, so nothing tells whether the disk was written to"
         is_renewed = before.token is not None and before.token != found.token
         return Judgement("changed", _OTHER_TOKEN) if is_renewed else Judgement("unknown", reason)
-    names = left.sentinel.name, left.sentinel.canary_name
-    lack = left.sentinel.why_no_evidence(*map(found.entries.get, names))
+    names = sentinel.name, sentinel.canary_name
+    lack = sentinel.why_no_evidence(*map(found.entries.get, names))
     if lack:
         return Judgement("changed", lack)
     if witness.sentinel is None or witness.canary is None:
         return Judgement("changed", "the sentinel is broken")
-    if not left.sentinel.is_alive(witness.canary):
+    if not sentinel.is_alive(witness.canary):
         return Judgement("changed", "bitmaps were cleared, the canary too, or the disk was shrunk")
-    written = left.sentinel.written(witness.sentinel)
+    written = sentinel.written(witness.sentinel)
     if len(written):
         return Judgement("changed", "the sentinel has ranges that were written", written)
     if before.token is not None and before.token != found.token:
@@ -158,20 +173,22 @@ def _has_data_file(facts: Facts) -> bool:
     return bool(facts.definition.incompatible_features & INCOMPATIBLE_DATA_FILE)
 
 
-def decide(left: Departure, found: Facts, verdict: Judgement, policy: Policy) -> dict[str, Fate]:
-    """What becomes of each bitmap: of ours, and of those that record writes in the image now.
+def decide(
+    departure: Departure, found: Facts, judgement: Judgement, policy: Policy
+) -> dict[str, Fate]:
+    """Decides what becomes of each bitmap that we tracked, or that records writes in the image now.
 
-    "kept" are ours with what they have in memory, "reloaded" what the image has, "dropped" what
-    is tracked no more.
+    Returns:
+        A fate for each of these bitmaps, by name.
     """
-    ours = left.facts.entries
+    ours = departure.facts.entries
     may_merge = (
         policy == "merge"
-        and verdict.changed is not None
+        and judgement.changed is not None
         and all(_is_same(entry, found.entries.get(name)) for name, entry in ours.items())
     )
     fates = {
-        name: _fate_of_ours(entry, found, verdict, may_merge=may_merge)
+        name: _fate_of_ours(entry, found, judgement, may_merge=may_merge)
         for name, entry in ours.items()
     }
     for name, entry in found.entries.items():
@@ -182,21 +199,22 @@ def decide(left: Departure, found: Facts, verdict: Judgement, policy: Policy) ->
 
 
 def _fate_of_ours(
-    before: DirectoryEntry, found: Facts, verdict: Judgement, *, may_merge: bool
+    before: DirectoryEntry, found: Facts, judgement: Judgement, *, may_merge: bool
 ) -> Fate:
     name = before.name or ""
     now = found.entries.get(name)
     if not found.is_consistent:
-        return Fate("dropped", "is stale: a program wrote that does not know bitmaps")
+        return Fate("dropped", "is stale: a program that does not know bitmaps wrote")
     if now is None:
         return Fate("dropped", "is not in the image any more")
     if name in found.broken:
         return Fate("dropped", "is broken in the image")
     if not now.auto:
         return Fate("dropped", "was disabled")
-    # If it is in_use, but another one, somebody took it over, and may have added to it.
+    # If another bitmap of that name is in_use, another writer took ours over, and may have added
+    # to it.
     is_as_left = not now.in_use or _is_same(before, now)
-    if verdict.outcome == "unchanged" and is_as_left and now.granularity == before.granularity:
+    if judgement.outcome == "unchanged" and is_as_left and now.granularity == before.granularity:
         return Fate("kept", "the disk is unchanged")
     if not now.in_use:
         return Fate("reloaded", "the image has what was recorded there")
@@ -211,7 +229,7 @@ def _is_sound(name: str, found: Facts) -> bool:
 
 
 def _is_same(before: DirectoryEntry, now: DirectoryEntry | None) -> bool:
-    """Whether an entry is as it was, wherever in the directory."""
+    """Whether an entry is as it was, wherever in the directory it stands now."""
     return now is not None and now._replace(number=0, offset=0) == before._replace(
         number=0, offset=0
     )

@@ -1,4 +1,4 @@
-"""What may happen to a tracker when, and what it is afterwards.
+"""The states of a tracker, the events allowed in each, and where they lead.
 
 *Spec*: spec/lifecycle.md, "States".
 """
@@ -53,18 +53,18 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
     "abandoned": {"abandon": "abandoned"},
     "failed": {"abandon": "failed"},
 }
-"""By state the events that are allowed there, and the state each leads to if all goes well.
+"""By state the events that are allowed in it, and the state that each leads to if it succeeds.
 
-`flush` stands for all that stores or looks at what is to be stored, `edit` for what changes the
-set of bitmaps. `fail` is a write or a barrier that failed.
+`flush` stands for everything that stores what is pending or looks at it, `edit` for everything
+that changes the set of bitmaps. `fail` is a write or a barrier that failed.
 """
 
 
 def after(state: State, event: Event) -> State:
-    """The state an event leads to.
+    """The state that an event leads to.
 
     Raises:
-        StateError: it is not allowed in this state.
+        StateError: the event is not allowed in this state.
     """
     if event not in TRANSITIONS[state]:
         allowed = " or ".join(other for other, events in TRANSITIONS.items() if event in events)

@@ -1,7 +1,7 @@
-"""Bitmaps that tell whether anybody wrote to the disk while it was in other hands.
+"""Bitmaps that tell whether the disk was written to while it was given away.
 
-Every program that keeps bitmaps keeps these, too. So what the sentinel has when the disk comes
-back is what was written by then.
+Every program that keeps bitmaps keeps these, too. So what the sentinel records when the disk
+comes back is what was written meanwhile.
 
 *Spec*: spec/lifecycle.md, "Sentinel".
 """
@@ -30,10 +30,10 @@ _MIN_GRANULARITY, _MAX_GRANULARITY = 512, 2 << 30
 class Sentinel(NamedTuple):
     """The sentinel of one hand-over, and its canary.
 
-    The sentinel records writes, and begins with nothing. The canary is disabled, and its first and
-    last bits are set: no write to the disk ever changes it, so if one of them is clear, or the
-    canary gone, somebody cleared or removed bitmaps, or made the disk shorter for a while, and the
-    sentinel tells nothing.
+    The sentinel records writes, and begins clean. The canary is disabled, and its first and last
+    bits are set: no write to the disk ever changes the canary. If one of these bits is clear, or
+    the canary is gone, then bitmaps were cleared or removed, or the disk was shorter for a while,
+    and the sentinel proves nothing.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Sentinel(NamedTuple):
 
     @classmethod
     def fresh(cls, virtual_size: int, cluster_size: int) -> Sentinel:
-        """One whose name was never used: of the finest granularity that fits in a cluster."""
+        """A sentinel with a new name, of the finest granularity at which it fits in a cluster."""
         most_bits = 8 * min(cluster_size, _MAX_BYTES)
         granularity = _MIN_GRANULARITY
         while granularity < _MAX_GRANULARITY and ceil_div(virtual_size, granularity) > most_bits:
@@ -56,21 +56,21 @@ class Sentinel(NamedTuple):
 
     @property
     def canary_ranges(self) -> list[tuple[int, int]]:
-        """What is dirty in the canary: (start, length) in guest bytes."""
+        """The dirty ranges of the canary: (start, length) in guest bytes."""
         return [(0, 1), (self.virtual_size - 1, 1)]
 
     def is_alive(self, canary: NDArray[np.uint8]) -> bool:
-        """Whether the canary, by its bits, is as it was made."""
+        """Whether the bits of the canary are as they were made."""
         last = ceil_div(self.virtual_size, self.granularity) - 1
         return bool(canary[0] & 1 and canary[last // 8] >> last % 8 & 1)
 
     def why_no_evidence(self, entry: DirectoryEntry | None, canary: DirectoryEntry | None) -> str:
-        """What keeps it from telling which ranges were written; nothing if it can."""
+        """The reason why the sentinel proves nothing; empty if it does prove what was written."""
         for what, found, is_enabled in (("sentinel", entry, True), ("canary", canary, False)):
             if found is None:
                 return f"the {what} is gone"
             if found.in_use:
-                return f"the {what} is in_use: somebody opened the image to write and did not end"
+                return f"the {what} is in_use: a program that wrote to the image did not close it"
             if found.auto != is_enabled:
                 return f"the {what} was {'enabled' if found.auto else 'disabled'}"
             if found.granularity != self.granularity:
@@ -78,7 +78,7 @@ class Sentinel(NamedTuple):
         return ""
 
     def written(self, octets: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """What its bits say was written: int64[n, 2] of (start, length) in guest bytes."""
+        """The ranges that the bits record: int64[n, 2] of (start, length) in guest bytes."""
         import numpy as np
 
         from qcow2bm.bits.extents import ExtentFinder
@@ -90,5 +90,5 @@ class Sentinel(NamedTuple):
 
 
 def is_sentinel(name: str | None) -> bool:
-    """Whether a bitmap of that name is a sentinel or a canary, of whatever hand-over."""
+    """Whether a bitmap of that name is the sentinel or the canary of some hand-over."""
     return name is not None and _NAME.fullmatch(name) is not None

@@ -1,1 +1,1 @@
-"""Serving a disk to others while its bitmaps are tracked."""
+"""Serving a disk to clients while its bitmaps are tracked."""

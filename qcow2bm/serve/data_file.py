@@ -1,4 +1,4 @@
-"""The raw data file of a disk: what a block server does with it beyond reading and writing."""
+"""The raw data file of a disk, with what a block server needs beyond reading and writing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 from threading import Lock
 
 from qcow2bm.errors import StorageError, UnsupportedError
+from qcow2bm.log import logger
 from qcow2bm.storage.file import FileStorage
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
-# EINVAL is what a block device says to a range that is not of whole blocks.
+# A block device answers EINVAL for a range that does not consist of whole blocks.
 _CANNOT = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL}
 _ZEROES = bytes(1 << 20)
 
@@ -30,8 +31,11 @@ class DataFile(FileStorage):
     def barrier(self) -> None:
         """Returns once everything written so far is on the disk.
 
-        Once one has failed all others do: the system reports it once, and then no longer knows
-        what it has lost.
+        After a barrier has failed, every later barrier fails: the system reports a failure once,
+        and then no longer knows which data it lost.
+
+        Raises:
+            StorageError: this barrier failed, or an earlier one.
         """
         with self._barriers:
             if self._failure:
@@ -43,23 +47,24 @@ class DataFile(FileStorage):
                 super().barrier()
             except StorageError as error:
                 self._failure = error
+                logger.error("%s; writes may be lost, and no later flush will succeed", error)
                 raise
 
     def trim(self, start: int, length: int) -> None:
-        """Gives back the room of a range, where the file system can."""
+        """Frees the space of a range, if the file system can."""
         self._allocate(_PUNCH_HOLE, start, length)
 
     def zero(self, start: int, length: int, *, may_trim: bool, is_fast: bool) -> None:
         """Makes a range read as zeros.
 
         Args:
-            start: in bytes.
-            length: in bytes.
-            may_trim: give back its room, where the file system can.
-            is_fast: do not fall back on writing zeros.
+            start: the first byte of the range.
+            length: the length of the range in bytes.
+            may_trim: free the space of the range, if the file system can.
+            is_fast: raise an error instead of writing zeros.
 
         Raises:
-            UnsupportedError: ``is_fast``, and the file system can only have them written.
+            UnsupportedError: ``is_fast`` is set, and the file system can only write zeros.
             StorageError: writing failed.
         """
         if may_trim and self._allocate(_PUNCH_HOLE, start, length):
@@ -73,7 +78,7 @@ class DataFile(FileStorage):
             self.write(offset, [_ZEROES[: end - offset]])
 
     def _allocate(self, mode: int, start: int, length: int) -> bool:
-        """Whether the file system could do it, at once."""
+        """Calls fallocate; returns False if the file system does not have the operation."""
         descriptor = self._own_descriptor()
         while length and self._fallocate(descriptor, mode | _KEEP_SIZE, start, length):
             number = ctypes.get_errno()

@@ -1,4 +1,4 @@
-"""A disk that is served: its data file, and the image whose bitmaps record what is written."""
+"""A disk that is served: its data file, and the image whose bitmaps record the writes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from qcow2bm.api import open as open_image
-from qcow2bm.api.track import choose
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.identity_map import require_identity_map
 from qcow2bm.errors import StorageError, UnsupportedError
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE
+from qcow2bm.log import logger
 from qcow2bm.serve.data_file import DataFile
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.interface import Storage, read_exactly
-from qcow2bm.units import align_up
+from qcow2bm.units import align_up, escape
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -29,9 +29,10 @@ Others = Literal["refuse", "mark-in-use"]
 def check(
     image: Path, data: Path, names: Iterable[str] | None = None, *, others: Others = "refuse"
 ) -> None:
-    """Returns if `Disk` would take these; opens both for reading, and lets go of them.
+    """Returns if `Disk` could serve an image with a data file; opens both only for reading.
 
-    Raises as `Disk` does, as far as that can be told without writing.
+    Raises:
+        As `Disk` does, as far as that can be found out without writing.
     """
     with ExitStack() as opened:
         storage = FileStorage(image)
@@ -40,17 +41,18 @@ def check(
         opened.callback(data_file.close)
         with data_file.read_lock(), storage.read_lock():
             require_servable(storage, data_file)
-        choose(opened.enter_context(open_image(storage)), names, others)
+        opened.enter_context(open_image(storage)).bitmaps_to_track(names, others=others)
 
 
 def require_servable(image: Storage, data: Storage) -> int:
-    """The length of the disk in bytes, if QEMU sees what is written to its data file.
+    """Returns the size of the disk in bytes, if QEMU sees what is written to the data file.
 
-    The caller holds the locks of both.
+    The caller holds the locks of both files.
 
     Raises:
-        UnsupportedError: the image has no raw data file, or not every cluster stands in it.
-        StorageError: the length of ``data`` is not that of the disk; or reading failed.
+        UnsupportedError: the image has no raw data file, or the data file does not hold every
+            cluster at its guest offset.
+        StorageError: the length of ``data`` is not the size of the disk; or reading failed.
         FormatError: the image is damaged.
     """
     file = ClusterFile(image, force_share=False)
@@ -70,7 +72,7 @@ def require_servable(image: Storage, data: Storage) -> int:
         if is_there:
             raise UnsupportedError(f"serving an image with {what}")
     size, disk = data.size(), file.virtual_size
-    # QEMU makes the data file as long as whole clusters, and a block device may be of any length.
+    # QEMU rounds the data file up to whole clusters, and a block device may have any length.
     is_fitting = size >= disk and (
         size <= align_up(disk, file.cluster_size)
         or (isinstance(data, FileStorage) and data.capacity() is not None)
@@ -84,14 +86,15 @@ def require_servable(image: Storage, data: Storage) -> int:
 class Disk:
     """A disk whose writes are recorded in the bitmaps of its image.
 
-    Thread-safe. A context manager: at the end the bitmaps are stored and valid, after an
-    exception they stay in_use.
+    A Disk is thread-safe, and a context manager: at the end of the block the bitmaps are stored
+    and valid; after an exception they stay in_use.
 
-    *Guarantees*: a range is in the bitmaps before it changes in the data file, so a bitmap that
-    is valid on disk has it (INV-SUPERSET); where storing the bitmaps has failed, writes do.
+    *Guarantees*: a range is dirty in the bitmaps before it changes in the data file, so every
+    bitmap that is valid on disk contains the range (INV-SUPERSET). Once storing the bitmaps has
+    failed, every write fails.
 
     Attributes:
-        size: in bytes.
+        size: the size of the disk in bytes.
     """
 
     def __init__(
@@ -107,18 +110,21 @@ class Disk:
 
         Args:
             image: the qcow2 image.
-            data: its data file; what the image says of it is not looked at (INV-NOPATH).
-            names: the bitmaps to track, and ``others``: see `qcow2bm.Image.track`.
-            others: what to do with other enabled bitmaps.
-            flush_interval: after how many seconds to store what has changed; 0 for never.
+            data: the data file of the image. The name of a data file in the image is not used
+                (INV-NOPATH).
+            names: the bitmaps to track, see `qcow2bm.Image.track`.
+            others: what to do with other enabled bitmaps, see `qcow2bm.Image.track`.
+            flush_interval: the seconds between two flushes of what has changed in the bitmaps; 0
+                for no flush before the end.
 
         Raises:
-            ImageLockedError: somebody uses one of the two.
-            And as `require_servable` and `qcow2bm.Image.track` do.
+            ImageLockedError: another process uses the image or the data file.
+            Qcow2BmError: as `require_servable` and `qcow2bm.Image.track` do.
         """
         with ExitStack() as opened:
             storage = FileStorage(image, writable=True)
             opened.callback(storage.close)
+            self._name = escape(storage.name)
             self._data = DataFile(data)
             opened.callback(self._data.close)
             tracked = opened.enter_context(open_image(storage, "r+"))
@@ -130,14 +136,16 @@ class Disk:
             if flush_interval:
                 opened.enter_context(self._tracker.background(flush_interval))
             self._opened = opened.pop_all()
+        logger.info("%s: tracking %s", self._name, [escape(name) for name in self._tracker.names])
 
     def _end_tracking(
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
         if kind is not None:
+            logger.warning("%s: the bitmaps stay in use: %s", self._name, error)
             self._tracker.abandon()
         elif self._tracker.state != "stopped":
-            self._tracker.stop()  # which says so where tracking has failed before
+            self.stop()  # which raises if tracking has failed before
 
     def __enter__(self) -> Disk:
         return self
@@ -151,29 +159,30 @@ class Disk:
         self._opened.__exit__(kind, error, traceback)
 
     def stop(self) -> None:
-        """Takes no more writes, and stores the bitmaps; it can still be read.
+        """Waits for the writes in flight, refuses further writes, and stores the bitmaps.
 
-        Waits for writes that go on. Raises as `qcow2bm.Tracker.stop` does.
+        The disk can still be read. Raises as `qcow2bm.Tracker.stop` does.
         """
         self._tracker.stop()
+        logger.info("%s: the bitmaps are stored and valid", self._name)
 
     def close(self) -> None:
-        """Stores the bitmaps, makes all data durable and closes. May be called twice.
+        """Stores the bitmaps, makes all data durable, and closes both files. May be called twice.
 
         Raises:
-            CommitError, StateError: storing the bitmaps failed, now or before.
+            CommitError, StateError: storing the bitmaps failed, now or earlier.
             StorageError: making the data durable failed.
         """
         self._opened.close()
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` from byte ``start`` on; raises `StorageError`."""
+        """Fills ``buffer`` from byte ``start`` on; raises `StorageError` if reading fails."""
         read_exactly(self._data, start, buffer)
 
     def write(self, start: int, data: Buffer, *, fua: bool = False) -> None:
-        """Writes ``data`` from byte ``start`` on; durable when it returns if ``fua``.
+        """Writes ``data`` from byte ``start`` on; with ``fua`` the data are durable on return.
 
-        Raises, as all that follow:
+        Raises, as `zero`, `trim` and `flush` do:
             StorageError: writing failed.
             StateError: storing the bitmaps has failed, or the disk is closed.
         """
@@ -198,12 +207,16 @@ class Disk:
             self.flush()
 
     def trim(self, start: int, length: int, *, fua: bool = False) -> None:
-        """Gives up what stands in a range, which then reads as anything."""
+        """Discards the data of a range; the range then reads as anything."""
         with self._tracker.writing(start, length):
             self._data.trim(start, length)
         if fua:
             self.flush()
 
     def flush(self) -> None:
-        """Returns once all that was written is durable; raises `StorageError`, then for ever."""
+        """Returns once all data written so far are durable.
+
+        Raises:
+            StorageError: making the data durable failed, now or earlier.
+        """
         self._data.barrier()

@@ -8,16 +8,19 @@ Parameters::
     data=PATH             its data file
     bitmaps=NAME,NAME...  the bitmaps to track; by default all that are enabled and valid
     bitmap=NAME           one more of them, also one with a comma in its name
-    others=mark-in-use    let enabled bitmaps that are left out be lost, instead of refusing
-    flush-interval=5      after how many seconds to store what has changed; 0 for at the end only
+    others=mark-in-use    mark enabled bitmaps that are left out in_use, which loses them, instead
+                          of refusing to begin
+    flush-interval=5      the seconds between two flushes of the bitmaps; 0 for no flush before the
+                          end
 
-This file is a script for the Python inside nbdkit, nothing to import: nbdkit finds the functions
-by their names. What they do is in `qcow2bm.serve.disk`.
+This file is a script for the Python inside nbdkit, and is not imported: nbdkit finds the functions
+by their names. `qcow2bm.serve.disk` does the work. ``nbdkit -v`` shows what the library logs.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
@@ -26,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
-# Starting threads before nbdkit forks would lose them; numpy's are of no use here.
+# nbdkit forks after it has loaded this file, which would lose the threads that numpy starts.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 FOLDER = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
@@ -43,9 +46,10 @@ if _installed_for and _installed_for[1] != PYTHON:
 sys.path.insert(0, FOLDER)
 try:
     import nbdkit  # type: ignore[import-not-found]
-    import numpy  # noqa: F401  # needed later, when this could not be said as well
+    import numpy  # noqa: F401  # needed later, when an error could not be reported as well
 
     from qcow2bm.errors import Qcow2BmError, StateError, StorageError, UnsupportedError
+    from qcow2bm.log import logger
     from qcow2bm.serve import disk as served
     from qcow2bm.serve.signals import EndSignals
 except ImportError as error:
@@ -54,7 +58,7 @@ except ImportError as error:
 
 API_VERSION = 2
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # all else is EIO to a client
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a client gets EIO for all other errors
 
 _paths: dict[str, str] = {}
 _names: list[str] = []
@@ -65,28 +69,42 @@ _signals: EndSignals | None = None
 
 
 class UsageError(Exception):
-    """The parameters are wrong; the message says it all."""
+    """The parameters are wrong; the message says which and why."""
 
 
 _format_any = traceback.format_exception
 
 
 def _format_exception(kind: Any, error: Any, trace: Any) -> list[str]:  # noqa: ANN401
-    """What nbdkit prints of an exception: one line where that says it all."""
+    """Returns what nbdkit prints of an exception: one line for an error of this library.
+
+    The hint of such an error names arguments of the library, which nbdkit does not have.
+    """
     if not isinstance(error, Qcow2BmError | UsageError):
         return list(_format_any(kind, error, trace))
-    cause = error.__cause__
-    return [f"{error}: {cause}" if isinstance(error, StateError) and cause else str(error)]
+    text, cause = error.facts if isinstance(error, Qcow2BmError) else str(error), error.__cause__
+    return [f"{text}: {cause}" if isinstance(error, StateError) and cause else text]
 
 
 traceback.format_exception = _format_exception  # type: ignore[assignment]
+
+
+class _DebugHandler(logging.Handler):
+    """Passes what the library logs to nbdkit, which prints it with ``-v``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        nbdkit.debug(f"qcow2bm: {self.format(record)}")
+
+
+logger.addHandler(_DebugHandler())
+logger.setLevel(logging.INFO)
 
 
 def config(key: str, value: str) -> None:
     """Takes a parameter."""
     global _others, _flush_interval
     if key in ("image", "data"):
-        _paths[key] = os.path.abspath(value)  # in the background nbdkit is in another folder
+        _paths[key] = os.path.abspath(value)  # nbdkit changes its folder before it serves
     elif key == "bitmaps":
         _names.extend(value.split(","))
     elif key == "bitmap":
@@ -112,24 +130,24 @@ def _seconds(text: str) -> float:
 
 
 def config_complete() -> None:
-    """Has got all parameters."""
+    """Checks that no parameter is missing."""
     for key in ("image", "data"):
         if key not in _paths:
             raise UsageError(f"the parameter {key}=PATH is missing")
 
 
 def thread_model() -> int:
-    """Requests come from any number of threads."""
+    """Returns that requests may come from any number of threads at a time."""
     return int(nbdkit.THREAD_MODEL_PARALLEL)
 
 
 def get_ready() -> None:
-    """Says what is wrong while somebody can read it; nothing stays open over the fork."""
+    """Checks the files while nbdkit still has a terminal; nothing stays open over the fork."""
     served.check(_paths["image"], _paths["data"], _names or None, others=_others)
 
 
 def after_fork() -> None:
-    """Opens the disk: locks and threads belong to the process that serves."""
+    """Opens the disk, since locks and threads must belong to the process that serves."""
     global _disk, _signals
     _disk = served.Disk(
         _paths["image"],
@@ -142,15 +160,15 @@ def after_fork() -> None:
 
 
 def _stop() -> None:
-    """Stores the bitmaps when nbdkit is to end, which waits until all clients have left."""
+    """Stores the bitmaps when nbdkit is asked to end; nbdkit waits until all clients have left."""
     nbdkit.shutdown()
     if _disk:
-        with suppress(Qcow2BmError):  # cleanup says it
+        with suppress(Qcow2BmError):  # `cleanup` raises it
             _disk.stop()
 
 
 def cleanup() -> None:
-    """Stores the bitmaps if that is not done, and lets go of everything."""
+    """Stores the bitmaps unless they are stored, and closes everything."""
     if _signals:
         _signals.close()
     if _disk:
@@ -158,33 +176,33 @@ def cleanup() -> None:
 
 
 def open(readonly: bool) -> served.Disk | None:
-    """What the other functions get: the disk."""
+    """Returns the disk, which nbdkit passes to the other functions."""
     return _disk
 
 
 def get_size(disk: served.Disk) -> int:
-    """The length of the disk in bytes."""
+    """Returns the size of the disk in bytes."""
     return disk.size
 
 
 def can_multi_conn(disk: served.Disk) -> bool:
-    """A flush on one connection is a flush on all: there is one descriptor."""
+    """Returns that a flush on one connection is a flush on all: there is one descriptor."""
     return True
 
 
 def can_fua(disk: served.Disk) -> int:
-    """Single writes can be made durable."""
+    """Returns that single writes can be made durable."""
     return int(nbdkit.FUA_NATIVE)
 
 
 def can_fast_zero(disk: served.Disk) -> bool:
-    """Zeroing says so if it could not be fast."""
+    """Returns that zeroing fails at once if it cannot be fast."""
     return True
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Tells the client which error it was, where it can make a difference."""
+    """Tells the client the kind of an error: no space, not supported, or any other."""
     try:
         yield
     except UnsupportedError:
@@ -196,25 +214,25 @@ def _errors() -> Iterator[None]:
 
 
 def pread(disk: served.Disk, buffer: bytearray, offset: int, flags: int) -> None:
-    """Reads."""
+    """Reads a range."""
     with _errors():
         disk.read_into(offset, memoryview(buffer))
 
 
 def pwrite(disk: served.Disk, buffer: bytes, offset: int, flags: int) -> None:
-    """Writes."""
+    """Writes a range."""
     with _errors():
         disk.write(offset, buffer, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
 def trim(disk: served.Disk, count: int, offset: int, flags: int) -> None:
-    """Gives up what stands in a range."""
+    """Discards the data of a range."""
     with _errors():
         disk.trim(offset, count, fua=bool(flags & nbdkit.FLAG_FUA))
 
 
 def zero(disk: served.Disk, count: int, offset: int, flags: int) -> None:
-    """Writes zeros."""
+    """Makes a range read as zeros."""
     with _errors():
         disk.zero(
             offset,
@@ -226,6 +244,6 @@ def zero(disk: served.Disk, count: int, offset: int, flags: int) -> None:
 
 
 def flush(disk: served.Disk, flags: int) -> None:
-    """Makes durable what was written."""
+    """Makes everything written so far durable."""
     with _errors():
         disk.flush()

@@ -1,4 +1,4 @@
-"""Hearing that the process is to end, in a program that handles signals itself."""
+"""Noticing that the process is asked to end, in a program with signal handlers of its own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 class EndSignals:
     """Calls a function once, in a thread of its own, when the process is asked to end.
 
-    Python runs its handlers of signals in the main thread, which may be waiting inside the
-    program that embeds it. So a thread waits for the byte that the handler in C writes.
+    Python runs signal handlers in the main thread, and the program that embeds Python may keep
+    the main thread waiting. So a thread waits for the byte that Python's C handler writes.
     """
 
     def __init__(self, call: Callable[[], None]) -> None:
-        """Replaces what handled the signals; only in the main thread."""
+        """Replaces the handlers of the signals; only the main thread may call this."""
         self._call = call
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -34,10 +34,10 @@ class EndSignals:
                 return
 
     def close(self) -> None:
-        """Waits for a call that goes on; after that there is none. Only in the main thread.
+        """Waits for a call in progress, and prevents further calls.
 
-        Where the program's own handlers were not Python's they cannot be put back; the signals
-        do nothing then.
+        Only the main thread may call this. Handlers that were not Python's cannot be restored;
+        these signals then do nothing.
         """
         signal.set_wakeup_fd(self._old_descriptor)
         for number, handler in self._old.items():
@@ -49,4 +49,4 @@ class EndSignals:
 
 
 def _nothing(*_: object) -> None:
-    """Does what is to be done in the thread instead."""
+    """Does nothing: the thread does the work."""

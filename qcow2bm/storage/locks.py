@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from qcow2bm.errors import ImageLockedError, StorageError
+from qcow2bm.errors import Hint, ImageLockedError, StorageError
 from qcow2bm.log import logger
 from qcow2bm.units import escape
 
@@ -42,13 +42,13 @@ class Role(NamedTuple):
         action: its name in messages.
         locks: the bytes to hold.
         probes: the bytes that no other process may hold, and for each what its holder does.
-        advice: what a user can do if the file system has no locks.
+        unlocked: the hint for a user if the file system has no locks.
     """
 
     action: str
     locks: tuple[int, ...]
     probes: Mapping[int, str]
-    advice: str
+    unlocked: Hint
 
 
 _WRITES = {
@@ -60,7 +60,7 @@ READER = Role(
     "reading",
     (HELD + CONSISTENT_READ, NOT_SHARED + WRITE, NOT_SHARED + RESIZE),
     {NOT_SHARED + CONSISTENT_READ: "does not let others read it (lock byte 200)", **_WRITES},
-    "read it without a lock: -U (force_share=True)",
+    "unlocked",
 )
 """A reader reads consistent data, and lets others neither write nor resize."""
 
@@ -73,7 +73,7 @@ WRITER = Role(
         NOT_SHARED + WRITE: "reads it and does not let others write (lock byte 201)",
         NOT_SHARED + RESIZE: "uses it and does not let others resize it (lock byte 203)",
     },
-    "if no other process uses it, write without locks: --no-lock (locking=False)",
+    "unlocked-write",
 )
 """A writer reads, writes and resizes, and lets others only read, as QEMU does."""
 
@@ -132,7 +132,7 @@ def _take_locks(descriptor: int, path: str, role: Role) -> None:
         _lock(descriptor, path, byte, role)
     for byte, reason in role.probes.items():
         if _is_held_by_others(descriptor, path, byte, role):
-            raise ImageLockedError(path, reason, role.action)
+            raise ImageLockedError(path, reason, role.action, byte)
 
 
 def _release(file: io.FileIO, role: Role, owner: int) -> None:
@@ -148,7 +148,7 @@ def _lock(descriptor: int, path: str, byte: int, role: Role) -> None:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             held = f"holds an exclusive lock on it (lock byte {byte})"
-            raise ImageLockedError(path, held, role.action) from error
+            raise ImageLockedError(path, held, role.action, byte) from error
         raise _no_locks(path, error, role) from error
 
 
@@ -170,5 +170,5 @@ def _is_held_by_others(descriptor: int, path: str, byte: int, role: Role) -> boo
 
 
 def _no_locks(path: str, error: OSError, role: Role) -> StorageError:
-    reason = f"cannot be locked ({error.strerror}); {role.advice}"
-    return StorageError(path, 0, 0, reason, error.errno, role.action)
+    reason = f"cannot be locked ({error.strerror})"
+    return StorageError(path, 0, 0, reason, error.errno, role.action, role.unlocked)

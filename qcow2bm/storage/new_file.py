@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from qcow2bm.errors import StorageError
 
@@ -74,14 +75,31 @@ def _write_through(path: str, pieces: Iterable[bytes]) -> None:
 
 
 def _write_whole(path: str, pieces: Iterable[bytes]) -> None:
+    with new_file(path) as part, open(part, "wb") as file:
+        file.writelines(pieces)
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[str]:
+    """Yields the path of an empty file in the same folder, to be filled inside the block.
+
+    When the block ends, the content is made durable, and the file gets the name ``path``. If the
+    block raises, no file is left. If the process is killed, a file with ``.part`` in its name may
+    be left.
+
+    Raises:
+        FileExistsError: ``path`` exists by now; it is not overwritten.
+        OSError: the system could not do it.
+    """
     folder, name = os.path.split(path)
     descriptor, part = tempfile.mkstemp(".part", f".{name[:100]}.", folder or ".")
     try:
-        with open(descriptor, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
+        try:
+            yield part
             os.fchmod(descriptor, 0o666 & ~_umask())
             os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.link(part, path)  # a rename could replace another file
     finally:
         os.unlink(part)

@@ -25,7 +25,7 @@ from qcow2bm.tracker.recorder import Recorder
 from qcow2bm.tracker.reports import Activation, StopReport
 
 _LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
-_UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look with qcow2bm dump"
+_UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look at the bitmaps"
 
 
 class Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +88,22 @@ def test_the_rules_have_teeth(source: str) -> None:
 )
 def test_the_rules_let_the_rest_pass(source: str) -> None:
     assert list(faults(source)) == []
+
+
+def test_the_examples_in_the_readme_are_parts_of_tests() -> None:
+    blocks = re.findall(
+        r"```python\n# tests/(\S+)\n(.*?)```", (TESTS / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    assert len(blocks) == 4
+    for place, code in blocks:
+        assert code in (TESTS / place).read_text("utf-8"), place
+
+
+def test_the_readme_names_every_folder_and_every_helper_it_names_is_there() -> None:
+    text = (TESTS / "README.md").read_text("utf-8")
+    folders = {f for f in FOLDERS - {"support"} if not f.startswith((".", "__"))}
+    assert folders - set(re.findall(r"`(\w+)`", text)) == set()
+    table = text.partition("## Helpers")[2].partition("## One example")[0]
+    named = set(re.findall(r"`(\w+)(?:\.\w+)*(?:\(\w+\))?`", table.partition("|---|---|")[2]))
+    helpers = {path.stem for path in (TESTS / "support").glob("*.py")}
+    assert named - helpers == {"image", "storage", "Built"}

@@ -38,7 +38,8 @@ from support.spec_image import (
 )
 
 import qcow2bm
-from qcow2bm.checking.check import MAX_LISTED, Check
+from qcow2bm.checking.check import Check
+from qcow2bm.checking.listing import MAX_LISTED
 from qcow2bm.checking.references import CHUNK, References
 from qcow2bm.checking.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile

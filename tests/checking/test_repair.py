@@ -1,4 +1,4 @@
-"""Repairing: what is sound stays, what can be proved is mended, and all of it can be taken back."""
+"""Repairing: sound bitmaps stay, what can be proved is repaired, and an undo restores all."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_nothing_is_put_where_something_leads_that_was_cut_off(what: str) -> Non
 
 def test_a_stray_entry_does_not_make_the_file_endless() -> None:
     data = with_disk(*in_entry(0, type=9), (L2 + 8, word(1 << 63 | 1 << 45)))
-    with pytest.raises(FormatError, match=r"L2 table: entry 1 at 0x3008 .* mend that first"):
+    with pytest.raises(FormatError, match=r"L2 table: entry 1 at 0x3008 .* repair that first"):
         planned(data)
 
 

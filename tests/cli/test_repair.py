@@ -16,7 +16,7 @@ from support.spec_image import image
 REPAIR = ["repair", "vm.qcow2"]
 UNDO = ["undo", "vm.qcow2", "way back"]
 LOST = "directory-entry.type.unknown"
-MENDED = "bitmaps-extension.nb_bitmaps.less"
+REPAIRED = "bitmaps-extension.nb_bitmaps.less"
 
 
 def written(folder: Path, id: str) -> bytes:
@@ -78,7 +78,7 @@ def test_lossless(tmp_path: Path) -> None:
     assert (done.status, done.err) == (2, "")
     assert done.out.endswith("(directory-entry.type.unknown)\nnothing was changed\n")
     assert content(tmp_path) == before
-    written(tmp_path, MENDED)
+    written(tmp_path, REPAIRED)
     dry = run([*REPAIR, "--dry-run", "--lossless"], tmp_path)
     done = run([*REPAIR, "--no-undo", "--lossless"], tmp_path)
     problem = "bitmaps extension: nb_bitmaps at 0x78 is 2, but the directory holds 3"

@@ -136,7 +136,7 @@ def test_without_a_header_nothing_is_known_of_a_backing_file(folder: Path) -> No
     remove_all_but_sentinels(folder)
     found = read_sidecar([(folder / "saved").read_bytes()])
     (folder / "saved").write_bytes(b"".join(write_sidecar(*found._replace(header=b""))))
-    assert "of the backing file nothing is known" in refused(folder)
+    assert "nothing is known of the backing file" in refused(folder)
     (folder / "saved").write_bytes(b"".join(write_sidecar(*found)))
     done(folder, *LOAD)
 

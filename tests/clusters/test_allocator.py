@@ -14,7 +14,8 @@ from support.audit import Audit
 from support.images import Built, build_image
 from support.plans import after, opened
 
-from qcow2bm.clusters.allocator import Allocation, Allocator, Run
+from qcow2bm.clusters.allocator import Allocation, Allocator
+from qcow2bm.clusters.cluster_runs import Run
 from qcow2bm.clusters.plan import Barrier, Step
 from qcow2bm.errors import FormatError, LimitError, StorageError
 

@@ -6,7 +6,7 @@ Each step of a hand-over is looked at alone, on top of what was durable before i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ def look_at(data: bytes | bytearray | ObservedImage) -> Look:
     header, backing_file, kept = facts.fixed
     with qcow2bm.open(data) as image:
         bits = image.header.autoclear_features
-        generation = image._file.generation
+        generation = image._opened.file.generation
         known = KNOWN_AUTOCLEAR | (AUTOCLEAR_GENERATION if generation else 0)
     others = tuple(e for e in kept if e.type not in (GENERATION, FEATURE_NAMES))
     names = b"".join(e.data for e in kept if e.type == FEATURE_NAMES)
@@ -280,9 +280,9 @@ def hand_over(
     with qcow2bm.open(run.storage, "r+") as opened:
         recording = [b.name for b in opened.bitmaps.values() if b.auto and b.status == "valid"]
         run.tracked = recording
-        run.do("track", lambda: opened.track(recording, generation=generation))
-        tracker = opened._tracker
-        assert tracker
+        begun: list[Tracker] = []
+        run.do("track", lambda: begun.append(opened.track(recording, generation=generation)))
+        (tracker,) = begun
         run.learn(tracker)
         carried = tracker.names if meanwhile == "merge" else tracker.names[: int(carries)]
         run.mark(tracker)
@@ -404,14 +404,17 @@ def test_beginning_and_ending_the_generation(name: str, generation: bool) -> Non
         with qcow2bm.open(run.storage, "r+") as opened:
             run.tracked = ["b00", "b02"]
             before = bytes(run.storage.data)
+            begun: list[Tracker] = []
+            track = partial(opened.track, generation=wanted)
             try:
-                run.do("track", lambda opened=opened, on=wanted: opened.track(generation=on))  # type: ignore[misc]
+                run.do("track", lambda begun=begun, track=track: begun.append(track()))  # type: ignore[misc]
             except (LimitError, UnsupportedError):
                 assert run.storage.data == before  # nothing was begun
                 assert "small" in name
                 continue
-            run.learn(opened._tracker)  # type: ignore[arg-type]
-            run.do("stop", opened._tracker.stop)  # type: ignore[union-attr]
+            (tracker,) = begun
+            run.learn(tracker)
+            run.do("stop", tracker.stop)
         assert sum(step.judge_all(random, 10) for step in run.steps)
         found = look_at(run.storage.data)
         assert (found.token is not None) == wanted

@@ -20,7 +20,7 @@ PARTS = 8
 @pytest.mark.spec("REPAIR-1", "REPAIR-7")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_qemu_opens_what_was_repaired(part: int, tmp_path: Path) -> None:
-    mended = 0
+    repaired = 0
     for what, data in IMAGES[part::PARTS]:
         path = tmp_path / "vm.qcow2"
         path.write_bytes(data)
@@ -28,7 +28,7 @@ def test_qemu_opens_what_was_repaired(part: int, tmp_path: Path) -> None:
         assert done.status in (0, 1, 2), what
         if done.status:
             continue
-        mended += 1
+        repaired += 1
         assert run_tool("qemu-img", "info", path).returncode == 0, what
         checked = run_tool("qemu-img", "check", path)
         # What a stale extension names, or one that is gone named, is not given back; nor what the
@@ -39,7 +39,7 @@ def test_qemu_opens_what_was_repaired(part: int, tmp_path: Path) -> None:
             names = [name for name, b in image.bitmaps.items() if b.status == "valid"]
         listed = [b["name"] for b in Disk(path).listed() if "in-use" not in b["flags"]]
         assert len(listed) == len(names), what
-    assert mended > len(IMAGES) // PARTS * 2 // 3
+    assert repaired > len(IMAGES) // PARTS * 2 // 3
 
 
 @pytest.mark.spec("REPAIR-6")

@@ -259,9 +259,9 @@ def test_without_qemu_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.spec("SALVAGE-3")
-@pytest.mark.parametrize("were_leaks_mended", [False, True])
+@pytest.mark.parametrize("were_leaks_repaired", [False, True])
 def test_after_a_program_without_bitmaps_the_names_are_valid_again(
-    were_leaks_mended: bool, tmp_path: Path
+    were_leaks_repaired: bool, tmp_path: Path
 ) -> None:
     path = make(tmp_path)
     for name in ("a", "b", "c"):
@@ -270,12 +270,12 @@ def test_after_a_program_without_bitmaps_the_names_are_valid_again(
     with path.open("r+b") as file:  # what any such program does
         file.seek(AUTOCLEAR)
         file.write(bytes(8))
-    if were_leaks_mended:
+    if were_leaks_repaired:
         tool("qemu-img", "check", "-r", "leaks", path)
         write(path, "write -P 2 20M 1M")
     done = run(["salvage", "vm.qcow2", "a", "--all-dirty"], tmp_path)
     if done.status:  # QEMU took the extension away, or gave its clusters to others
-        assert were_leaks_mended, done.err
+        assert were_leaks_repaired, done.err
         return
     flags = {b["name"]: b["flags"] for b in Disk(path).listed()}
     assert flags == {"a": ["auto"], "b": ["in-use", "auto"], "c": ["in-use", "auto"]}

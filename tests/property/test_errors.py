@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,8 @@ names = st.one_of(
 words = st.sampled_from(("header", "l1_size", "is cut off", ""))
 numbers = st.integers(0, (1 << 64) - 1)
 actions = st.sampled_from(("reading", "writing"))
-bitmap = (names, words)
+hints = st.none() | st.sampled_from(get_args(errors.Hint))
+bitmap = (names, words, hints)
 
 OUTCOMES: tuple[errors.CommitOutcome, ...] = ("old", "new", "unknown")
 
@@ -35,7 +36,7 @@ FAULTS = ("not-current", "same-disk", "wrong-size", "container")
 
 ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.Qcow2BmError: (words,),
-    errors.FormatError: (words, words, numbers, words),
+    errors.FormatError: (words, words, numbers, words, hints),
     errors.UnsupportedError: (words,),
     errors.LimitError: (words, numbers, numbers),
     errors.BitmapError: bitmap,
@@ -48,13 +49,14 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.ReadOnlyImageError: (),
     errors.StorageError: (
         *(names, numbers, numbers, words),
-        *(st.none() | st.integers(1, 133), actions),
+        *(st.none() | st.integers(1, 133), actions, hints),
     ),
     errors.ShortReadError: (names, numbers, numbers),
-    errors.ImageLockedError: (names, words, actions),
+    errors.ImageLockedError: (names, words, actions, st.none() | st.integers(100, 203)),
     errors.ChangedWhileReadingError: (names, words),
     errors.CommitError: (names, words, st.sampled_from(OUTCOMES), words),
     errors.ComparisonError: (names, words, st.sampled_from(FAULTS), words),
+    errors.EvidenceError: (words,),
     errors.QmpError: (words, words),
     errors.QmpRefusedError: (words, words),
 }
@@ -187,14 +189,38 @@ def test_what_an_error_says(error: Qcow2BmError, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "advice"), [("reading", "force_share=True"), ("writing", "lock_timeout")]
+    ("action", "hint", "advice"),
+    [("reading", "force-share", "force_share=True"), ("writing", "lock-timeout", "lock_timeout")],
 )
-def test_a_lock_comes_with_the_advice_for_what_was_wanted(action: str, advice: str) -> None:
-    error = errors.ImageLockedError("disk", "is writing to it", action)
+def test_a_lock_comes_with_the_advice_for_what_was_wanted(
+    action: str, hint: errors.Hint, advice: str
+) -> None:
+    error = errors.ImageLockedError("disk", "is writing to it", action, 101)
     assert "in use by another process, which is writing to it" in str(error)
     assert [way for way in ("force_share", "lock_timeout") if way in str(error)] == [
         advice.partition("=")[0]
     ]
+    assert (error.hint, error.held, error.lock_byte) == (hint, "is writing to it", 101)
+
+
+@given(some_error)
+def test_an_error_is_its_facts_and_a_hint_in_the_words_of_the_program_that_shows_it(
+    error: Qcow2BmError,
+) -> None:
+    words = {hint: f"do {hint}" for hint in get_args(errors.Hint)}
+    assert str(error).startswith(error.facts)
+    assert error.explain(words).startswith(error.facts)
+    if error.hint is None:
+        assert str(error) == error.facts == error.explain(words)
+    else:
+        assert error.explain(words).endswith(f" do {error.hint}")
+        assert len(str(error)) > len(error.facts) + 2
+
+
+def test_no_error_of_the_library_names_an_option_of_the_command_line() -> None:
+    for hint in get_args(errors.Hint):
+        text = str(errors.StorageError("disk", 0, 0, "failed", hint=hint))
+        assert not re.search(r"(^| )--?[A-Za-z]", text)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def test_what_the_system_says_is_raised(
     assert raised.value.errno == number
 
 
-def test_after_a_failed_barrier_none_succeeds(
-    file: DataFile, monkeypatch: pytest.MonkeyPatch
+def test_after_a_failed_barrier_none_succeeds_and_the_first_is_logged(
+    file: DataFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -110,7 +110,11 @@ def test_after_a_failed_barrier_none_succeeds(
         patched.setattr(os, "fdatasync", fail)
         with pytest.raises(StorageError):
             file.barrier()
-    for _ in range(2):  # to the system all is well again, and what was written is gone
+    for _ in range(2):  # the system reports success again, although the data are lost
         with pytest.raises(StorageError, match="could not be made durable") as raised:
             file.barrier()
         assert raised.value.errno == errno.EIO
+    (record,) = caplog.records
+    assert record.name == "qcow2bm"
+    assert record.levelname == "ERROR"
+    assert file.name in record.getMessage()

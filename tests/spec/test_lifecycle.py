@@ -9,7 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -88,7 +88,7 @@ def canary_in(data: Data | bytes) -> str:
 
 def generation(data: Data | bytes) -> Generation | None:
     with qcow2bm.open(bytes(data)) as opened:
-        return opened._file.generation
+        return opened._opened.file.generation
 
 
 @contextmanager
@@ -689,7 +689,7 @@ def test_nothing_is_written_while_it_is_in_other_hands() -> None:
     tracker = opened.track()
     tracker.mark(5 * GRANULE, 1)
     tracker.inactivate()
-    held, store = opened._writable, tracker._session.store
+    held, store = opened._opened.guard, tracker._session.store
     assert held
     before, steps, first = bytes(data), len(storage.steps), len(storage.log)
 
@@ -1452,8 +1452,10 @@ def test_every_writer_draws_a_new_token() -> None:
         step(lambda work=work: edited(work)(data))  # type: ignore[misc]
     for options in ({}, {"generation": None}, {"generation": True}):
         with qcow2bm.open(data, "r+") as opened:
-            step(lambda opened=opened, options=options: opened.track(**options))  # type: ignore[misc]
-            tracker = opened._tracker  # type: ignore[assignment]
+            begun: list[Tracker] = []
+            track = partial(opened.track, **options)
+            step(lambda begun=begun, track=track: begun.append(track()))  # type: ignore[misc]
+            (tracker,) = begun
             step(tracker.begin_migration)
             step(tracker.inactivate)
             step(tracker.activate)
@@ -1532,7 +1534,7 @@ def test_where_there_is_no_room_for_it_any_more_the_image_comes_back_all_the_sam
         tracker.inactivate()
         autoclear(data, 1 << 63)
         with qcow2bm.open(bytes(data)) as opened:
-            end = opened._file.extensions_end
+            end = opened._opened.file.extensions_end
         # Somebody rewrote the header, and left the rest of the cluster to an extension of his.
         length = 4096 - end - 16
         data[end : end + 8] = struct.pack(">II", 0x12345678, length)

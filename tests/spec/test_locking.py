@@ -202,7 +202,7 @@ def test_nothing_is_locked_where_the_system_is_not_linux(
 def test_a_writer_is_refused_by_every_other_user_of_the_image(path: Path, byte: int) -> None:
     with another(path) as other:
         lock(other, byte)
-        with pytest.raises(ImageLockedError, match=f"lock byte {byte}.*--wait"):
+        with pytest.raises(ImageLockedError, match=f"lock byte {byte}.*lock_timeout"):
             qcow2bm.open(path, "r+")
         assert held(other) == []
 
@@ -259,7 +259,7 @@ def test_without_locks_an_image_is_edited_only_on_demand(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "fcntl", no_locks)
-    with pytest.raises(qcow2bm.StorageError, match="--no-lock"):
+    with pytest.raises(qcow2bm.StorageError, match="locking=False"):
         qcow2bm.open(path, "r+")
     with qcow2bm.open(path, "r+", locking=False) as opened, opened.edit() as edit:
         edit.disable("daily")

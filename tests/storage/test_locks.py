@@ -107,7 +107,7 @@ def test_a_reader_is_refused(storage: FileStorage, other: Other, byte: int, reas
     assert caught.value.held == reason
     assert (caught.value.path, caught.value.errno) == (storage.name, errno.EAGAIN)
     assert f"{storage.name}: in use by another process, which {reason}" in str(caught.value)
-    assert "-U" in str(caught.value)
+    assert "force_share=True" in str(caught.value)
     assert other.sees() == set()
 
 
@@ -225,7 +225,7 @@ def test_a_reader_is_refused_if_the_file_system_has_no_locks(
     assert (caught.value.errno, caught.value.path) == (number, storage.name)
     assert str(caught.value) == (
         f"{storage.name}: cannot be locked ({os.strerror(number)}); "
-        "read it without a lock: -U (force_share=True)"
+        "read it without locks with force_share=True"
     )
     assert isinstance(caught.value.__cause__, OSError)
     assert other.sees() == set()
@@ -297,8 +297,9 @@ def test_a_writer_is_refused(writable: FileStorage, other: Other, byte: int, rea
     error = caught.value
     assert (error.held, error.action, error.errno) == (reason, "writing", errno.EAGAIN)
     assert f"{writable.name}: in use by another process, which {reason}" in str(error)
-    assert "--wait SECONDS (lock_timeout)" in str(error)
-    assert "-U" not in str(error)
+    assert (error.hint, error.lock_byte) == ("lock-timeout", byte)
+    assert "wait for it with lock_timeout" in str(error)
+    assert "force_share" not in str(error)
     assert other.sees() == set()
 
 
@@ -396,7 +397,7 @@ def test_a_writer_is_refused_if_the_file_system_has_no_locks(
     assert caught.value.action == "writing"
     assert str(caught.value) == (
         f"{writable.name}: cannot be locked ({os.strerror(number)}); "
-        "if no other process uses it, write without locks: --no-lock (locking=False)"
+        "if no other process uses it, write without locks with locking=False"
     )
     assert other.sees() == set()
 

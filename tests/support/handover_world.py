@@ -587,7 +587,7 @@ def _track(host: Host, generation: bool | None) -> Tracker | None:
     try:
         tracker = image.track(generation=generation)
     except qcow2bm.BitmapError:
-        image._opened.pop_all()
+        image._opened._resources.pop_all()
         return None
     tracker._session._on_end = _nothing  # the Image stays behind
     return tracker

@@ -285,6 +285,17 @@ def build_image(
     return Built(data, cluster_size, starts, clusters, tuple(entries))
 
 
+def small_image() -> Built:
+    """A sound image with a disk of 512 MiB and two bitmaps of two clusters each, enabled both.
+
+    Of "daily" the first granule (64 KiB) and all of the second half are dirty, of "weekly" the
+    second granule of the second half.
+    """
+    daily = Stored(b"daily", [b"\x01", ONES])
+    weekly = Stored(b"weekly", [ZEROES, b"\x02"])
+    return build_image(daily, weekly, size=2 * 8 * 512 << 16)
+
+
 def _entry(number: int, bitmap: Stored) -> DirectoryEntry:
     tail = len(bitmap.extra_data) + len(bitmap.name)
     return DirectoryEntry(

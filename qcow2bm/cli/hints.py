@@ -1,0 +1,48 @@
+"""The hints that errors of the library end with, in the words of the command line.
+
+*Spec*: spec/cli.md, "Exit status".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qcow2bm import Hint, Qcow2BmError
+
+_WAIT = "--wait", "stop that process, or wait for it with --wait SECONDS"
+
+# For each hint the options that help, the best first, and what to say of them.
+_WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
+    "assert-unchanged": (
+        (
+            "",
+            "give --assert-unchanged if you know that it was not, or --as-dirty-ranges-unknown",
+        ),
+    ),
+    "force-share": (("-U", "read it anyway with -U"), _WAIT),
+    "lock-timeout": (_WAIT,),
+    "remove-all": (("", "remove all bitmaps with remove --all"),),
+    "salvage-or-remove-all": (
+        ("", "salvage the bitmaps, or remove all of them with remove --all"),
+    ),
+    "unlocked": (("-U", "read it without locks with -U"),),
+    "unlocked-write": (
+        ("--no-lock", "if no other process uses it, write without locks with --no-lock"),
+    ),
+}
+
+
+def explain(error: Exception, has_option: Callable[[str], bool] = lambda option: False) -> str:
+    """Returns the message of an error; a hint in it names options instead of arguments.
+
+    Args:
+        error: any error.
+        has_option: whether the command has an option. A hint that needs an option which the
+            command does not have is left out.
+    """
+    if not isinstance(error, Qcow2BmError):
+        return str(error)
+    for option, text in _WORDS[error.hint] if error.hint else ():
+        if not option or has_option(option):
+            return error.explain({error.hint: text}) if error.hint else error.facts
+    return error.facts
