@@ -5,16 +5,24 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.bitmaps.directory import verify_entry
 from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
-from qcow2bm.bitmaps.tables import fingerprint, read_words, table_runs
+from qcow2bm.bitmaps.stored_bits import (
+    ONE_BYTES,
+    ZERO_BYTES,
+    Piece,
+    clear_tail,
+    fill,
+    pieces,
+    read_bits,
+)
+from qcow2bm.bitmaps.tables import fingerprint, read_words
 from qcow2bm.bits import pure_python
-from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID
+from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import ChangedWhileReadingError, LimitError
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH, build_bitmap_table
@@ -31,13 +39,10 @@ _CountEdges = Callable[[memoryview, int], int]
 CHUNK_BYTES = 1 << 20
 """How many bytes of bits are read at once."""
 
-_NUMPY_PAYS = 64 << 20  # bytes to count: below, counting takes less time than loading numpy
+_NUMPY_PAYS = 64 << 20  # bytes: to count fewer takes less time than to load numpy
 _STEP_BYTES = 64 << 10  # counted at once: the fastest size for Python's integers
 _MANY_EXTENTS = 4096  # collected before they are handed out, where there are so many
 _LONG_BYTES = 64 << 10  # from this length on, bytes of one value are not spelled out
-
-_ZEROES = bytes(64 << 10)
-_ONES = b"\xff" * len(_ZEROES)
 
 
 class Chunk(NamedTuple):
@@ -50,19 +55,6 @@ class Chunk(NamedTuple):
     kind: int
     length_bytes: int
     data: memoryview | None
-
-
-class _Piece(NamedTuple):
-    """Bytes ``start`` to ``end`` of the bits: of one value, or stored from ``offset`` on."""
-
-    kind: int
-    start: int
-    end: int
-    offset: int
-
-    def cut(self, start: int) -> _Piece:
-        """What is left of it from byte ``start`` on."""
-        return self._replace(start=start, offset=self.offset + start - self.start)
 
 
 class Totals(NamedTuple):
@@ -113,11 +105,15 @@ class BitReader:
         out = np.zeros(self.length_bytes, np.uint8)
         with self._file.lock():
             words = self._read_table()
-            stored = (piece for piece in self._pieces(words) if piece.kind != ALL_ZEROES)
-            self._fill(stored, out.data, 0)
+            read_bits(
+                self._file,
+                words,
+                self.bits,
+                out.data,
+                dirty_where_unknown=self._dirty_where_unknown,
+                vectorize=True,
+            )
             self._require_unchanged(words, 0, len(words))
-        if self.bits % 8:
-            out[-1] &= (1 << self.bits % 8) - 1
         return out
 
     def extents(self) -> Iterator[NDArray[np.int64]]:
@@ -143,7 +139,7 @@ class BitReader:
         from qcow2bm.bits.extents import WINDOW_BYTES, ExtentFinder
 
         finder = ExtentFinder(self._entry.granularity, self._file.virtual_size)
-        for chunk in self.chunks():
+        for chunk in self.chunks(vectorize=True):
             if chunk.data is None:
                 yield finder.constant(chunk.kind == ALL_ONES, chunk.length_bytes)
                 continue
@@ -176,7 +172,7 @@ class BitReader:
         return Totals(dirty, (edges + 1) // 2 if with_extents else 0)
 
     def _counters(self) -> tuple[_CountBits, _CountEdges]:
-        if self.length_bytes < _NUMPY_PAYS and "numpy" not in sys.modules:
+        if self.length_bytes < _NUMPY_PAYS:
             return pure_python.count_bits, pure_python.count_edges
         from qcow2bm.bits import counting
 
@@ -194,19 +190,29 @@ class BitReader:
             if chunk.data is not None:
                 yield chunk.data[: chunk.length_bytes]
                 continue
-            constant = _ONES if chunk.kind == ALL_ONES else _ZEROES
+            constant = ONE_BYTES if chunk.kind == ALL_ONES else ZERO_BYTES
             for start in range(0, chunk.length_bytes, len(constant)):
                 yield constant[: chunk.length_bytes - start]
 
-    def chunks(self) -> Iterator[Chunk]:
-        """The bits from first to last; what is of one value over a long way comes as one chunk."""
+    def chunks(self, *, vectorize: bool = False) -> Iterator[Chunk]:
+        """Yields the bits from first to last; a long stretch of one value comes as one chunk.
+
+        For ``vectorize`` see `table_runs`.
+        """
         with self._file.lock():
             words = self._read_table()
             self._require_unchanged(words, 0, 0)
         buffer = memoryview(bytearray(min(CHUNK_BYTES, align_up(self.length_bytes, 8))))
-        batch: list[_Piece] = []
+        batch: list[Piece] = []
         used = 0
-        for piece in self._pieces(words):
+        found = pieces(
+            self._file,
+            words,
+            self.length_bytes,
+            dirty_where_unknown=self._dirty_where_unknown,
+            vectorize=vectorize,
+        )
+        for piece in found:
             if piece.kind != ALLOCATED and piece.end - piece.start >= _LONG_BYTES:
                 if used:
                     yield self._read_batch(batch, words, buffer)
@@ -230,61 +236,22 @@ class BitReader:
         with self._file.lock():
             self._require_unchanged(words, 0, len(words))
 
-    def _read_batch(self, batch: list[_Piece], words: array[int], buffer: memoryview) -> Chunk:
+    def _read_batch(self, batch: list[Piece], words: array[int], buffer: memoryview) -> Chunk:
         start, end = batch[0].start, batch[-1].end
         if any(piece.kind == ALLOCATED for piece in batch):
             cluster_size = self._file.cluster_size
             entries = words, start // cluster_size, ceil_div(end, cluster_size)
             with self._file.lock():
                 self._require_unchanged(*entries)
-                self._fill(batch, buffer, start)
+                fill(self._file, batch, buffer, start)
                 self._require_unchanged(*entries)
         else:
-            self._fill(batch, buffer, start)
+            fill(self._file, batch, buffer, start)
         length = end - start
+        data = buffer[: align_up(length, 8)]
         if end == self.length_bytes:
-            buffer[length : align_up(length, 8)] = bytes(-length % 8)
-            if self.bits % 8:
-                buffer[length - 1] &= (1 << self.bits % 8) - 1
-        return Chunk(ALLOCATED, length, buffer[: align_up(length, 8)])
-
-    def _fill(self, pieces: Iterable[_Piece], buffer: memoryview, origin: int) -> None:
-        """Puts pieces into ``buffer``, which begins with byte ``origin`` of the bits."""
-        for piece in pieces:
-            part = buffer[piece.start - origin : piece.end - origin]
-            if piece.kind == ALLOCATED:
-                self._file.read_into(piece.offset, part)
-                continue
-            constant = _ONES if piece.kind == ALL_ONES else _ZEROES
-            for start in range(0, len(part), len(constant)):
-                rest = part[start : start + len(constant)]
-                rest[:] = constant[: len(rest)]
-
-    def _pieces(self, words: array[int]) -> Iterator[_Piece]:
-        """The runs of the table as byte ranges of the bitmap's bits, from 0 to length_bytes."""
-        cluster_size, limit = self._file.cluster_size, self.length_bytes
-        end = 0
-        for run in table_runs(words, cluster_size):
-            start = run.first * cluster_size
-            if start >= limit:
-                break
-            end = min(start + run.entries * cluster_size, limit)
-            piece = _Piece(run.kind, start, end, run.offset)
-            if not self._dirty_where_unknown:
-                yield piece
-            elif run.kind == INVALID:
-                yield piece._replace(kind=ALL_ONES)
-            elif run.kind == ALLOCATED:
-                known = max(0, min(end - start, self._file.file_size - run.offset))
-                known = known // cluster_size * cluster_size if known < end - start else known
-                if known:
-                    yield piece._replace(end=start + known)
-                if start + known < end:
-                    yield _Piece(ALL_ONES, start + known, end, 0)
-            else:
-                yield piece
-        if end < limit:
-            yield _Piece(ALL_ONES, end, limit, 0)
+            clear_tail(data, self.bits - 8 * start)
+        return Chunk(ALLOCATED, length, data)
 
     def _read_table(self) -> array[int]:
         words = read_words(self._file, self._entry)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
+from qcow2bm.bitmaps.stored_bits import clear_tail
 from qcow2bm.bits import pure_python
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import LimitError
@@ -111,7 +112,7 @@ class DraftBits:
         """The bytes of a stored cluster, bits past the disk cleared (INV-TAIL)."""
         data = bytearray(self._cluster_size)
         self._file.read_into(self._word(number), memoryview(data))
-        pure_python.fill(data, self._bits_in(number), 8 * self._cluster_size, is_set=False)
+        clear_tail(data, self._bits_in(number))
         return data
 
     def _bits_in(self, number: int) -> int:
@@ -289,7 +290,9 @@ class DraftBits:
             origin = (start + place) * finer
             bits = source.octets(origin, len(old[part]) * finer)
             clean = ~bits
-            _cut_tail(clean, source.bits - 8 * origin)  # where there is no disk nothing is clean
+            clear_tail(
+                clean.data, source.bits - 8 * origin
+            )  # where there is no disk nothing is clean
             new[part] = combine(op, old[part], coarsen(bits, finer), coarsen(clean, finer))
         return new
 
@@ -347,7 +350,7 @@ class DraftBits:
                 self._read(run, loaded)
                 run = place, content, size
         self._read(run, loaded)
-        _cut_tail(loaded, self.bits - 8 * first * size)
+        clear_tail(loaded.data, self.bits - 8 * first * size)
         return loaded
 
     def _read(self, run: tuple[int, int, int] | None, loaded: Octets) -> None:
@@ -357,7 +360,7 @@ class DraftBits:
 
     def _store(self, first: int, old: Octets, new: Octets) -> None:
         """Gives clusters from ``first`` on new content; ``old`` is what they had."""
-        _cut_tail(new, self.bits - 8 * first * self._cluster_size)
+        clear_tail(new.data, self.bits - 8 * first * self._cluster_size)
         shape = -1, self._cluster_size
         rows = new.reshape(shape)
         lowest, highest = rows.min(axis=1).tolist(), rows.max(axis=1).tolist()
@@ -369,8 +372,3 @@ class DraftBits:
                 self._put(number, rows[row].tobytes())
             else:
                 self.changed[number] = rows[row].tobytes()
-
-
-def _cut_tail(octets: Octets, bits: int) -> None:
-    """Clears all but the first ``bits`` bits, which may be more or fewer than there are."""
-    pure_python.fill(octets.data, max(0, bits), 8 * len(octets), is_set=False)

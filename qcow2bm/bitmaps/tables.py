@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -33,7 +32,8 @@ MAX_RANGES = 4_000_000
 
 _BATCH_BYTES = 1 << 20
 
-_NUMPY_PAYS = 4096  # entries
+_NUMPY_PAYS = 1 << 19  # entries: to classify fewer takes less time than to load numpy
+_FEW_ENTRIES = 4096  # below this, numpy is no faster even if it is loaded
 
 
 class Clusters(NamedTuple):
@@ -83,12 +83,13 @@ def read_words(file: ClusterFile, entry: DirectoryEntry) -> array[int]:
     return parse_bitmap_table(file.read(entry.bitmap_table_offset, size))
 
 
-def table_runs(words: array[int], cluster_size: int) -> Iterable[Run]:
-    """The entries as runs in order, by the cheaper of the two implementations.
+def table_runs(words: array[int], cluster_size: int, *, vectorize: bool = False) -> Iterable[Run]:
+    """Returns the entries as runs in order, found by the faster of the two implementations.
 
-    numpy is used only where the program has loaded it anyway.
+    With ``vectorize`` the caller says that it needs numpy anyway, so that the time to load numpy
+    does not count.
     """
-    if len(words) < _NUMPY_PAYS or "numpy" not in sys.modules:
+    if len(words) < (_FEW_ENTRIES if vectorize else _NUMPY_PAYS):
         return pure_python.table_runs(words, MASKS.offset, cluster_size)
     from qcow2bm.bits import table_runs
 

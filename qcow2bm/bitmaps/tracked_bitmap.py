@@ -9,9 +9,8 @@ from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2bm.bitmaps.tables import read_words, table_runs
-from qcow2bm.bits import pure_python
-from qcow2bm.bits.runs import ALL_ONES, ALLOCATED
+from qcow2bm.bitmaps.stored_bits import read_bits
+from qcow2bm.bitmaps.tables import read_words
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format.directory import (
     FLAG_AUTO,
@@ -74,17 +73,9 @@ class TrackedBitmap:
             StorageError: reading failed.
         """
         words = read_words(file, entry)
-        size = file.cluster_size
-        octets = bytearray(len(words) * size)
-        view = memoryview(octets)
-        for run in table_runs(words, size):
-            part = view[run.first * size : (run.first + run.entries) * size]
-            if run.kind == ALLOCATED:
-                file.read_into(run.offset, part)
-            elif run.kind == ALL_ONES:
-                pure_python.fill(part, 0, 8 * len(part), is_set=True)
+        octets = bytearray(len(words) * file.cluster_size)
         count = ceil_div(file.virtual_size, entry.granularity)
-        pure_python.fill(octets, count, 8 * len(octets), is_set=False)  # INV-TAIL
+        read_bits(file, words, count, memoryview(octets))
         return cls(entry, words, octets)
 
     @classmethod
