@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qcow2bm import compare, problems, units
     from qcow2bm.api import sidecar, stream
+    from qcow2bm.api.attach import attach
     from qcow2bm.api.bitmap import Bitmap
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
@@ -142,6 +143,7 @@ __all__ = [
     "WritableStorage",
     "Write",
     "__version__",
+    "attach",
     "build_empty_image",
     "build_seal",
     "build_undo",
@@ -163,6 +165,7 @@ __all__ = [
 ]
 
 _NAMES_OF = {
+    "qcow2bm.api.attach": ("attach",),
     "qcow2bm.api.bitmap": ("Bitmap",),
     "qcow2bm.api.edit": ("Edit",),
     "qcow2bm.api.image": ("Image", "open"),

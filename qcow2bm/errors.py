@@ -41,6 +41,7 @@ from typing import Literal
 from qcow2bm.units import escape
 
 Hint = Literal[
+    "assert-raw",
     "assert-unchanged",
     "force-share",
     "lock-timeout",
@@ -51,6 +52,7 @@ Hint = Literal[
 ]
 """What the caller can do about an error.
 
+``assert-raw``: assert that a disk is raw although it begins like another format.
 ``assert-unchanged``: assert that nothing wrote to the disk, or make the bitmaps dirty everywhere.
 ``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
 other process. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
@@ -59,6 +61,7 @@ bitmaps, or remove all bitmaps at once.
 """
 
 _HINTS: dict[Hint, str] = {
+    "assert-raw": "pass is_raw=True if you know that it is raw",
     "assert-unchanged": "pass is_asserted=True if you know that it was not, or is_all_dirty=True",
     "force-share": "read it anyway with force_share=True",
     "lock-timeout": "stop that process, or wait for it with lock_timeout",

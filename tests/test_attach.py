@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import qcow2bm
-from qcow2bm.api.attach import attach
 from qcow2bm.clusters.container import ContainerLayout, default_cluster_size
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.identity_map import require_identity_map
@@ -82,7 +81,7 @@ def test_what_qemu_could_not_open_is_not_made() -> None:
 def test_the_disk_stays_and_the_bitmaps_are_there(disk: Path, tmp_path: Path) -> None:
     before, times = disk.read_bytes(), disk.stat().st_mtime_ns
     path = tmp_path / "vm.qcow2"
-    attach(disk, path, ["daily", "weekly"], granularity=4096)
+    qcow2bm.attach(disk, path, ["daily", "weekly"], granularity=4096)
     assert (disk.read_bytes(), disk.stat().st_mtime_ns) == (before, times)
     with qcow2bm.open(path) as image:
         assert image.virtual_size == len(before)
@@ -97,7 +96,7 @@ def test_the_disk_stays_and_the_bitmaps_are_there(disk: Path, tmp_path: Path) ->
 
 
 def test_without_bitmaps_there_is_no_extension(disk: Path, tmp_path: Path) -> None:
-    attach(disk, tmp_path / "vm.qcow2")
+    qcow2bm.attach(disk, tmp_path / "vm.qcow2")
     with qcow2bm.open(tmp_path / "vm.qcow2") as image:
         assert image.bitmaps_extension is None
 
@@ -106,7 +105,7 @@ def test_the_name_in_the_header_is_absolute(
     disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    attach("disk.raw", "vm.qcow2")
+    qcow2bm.attach("disk.raw", "vm.qcow2")
     assert os.fsencode(disk) in (tmp_path / "vm.qcow2").read_bytes()[:65536]
 
 
@@ -114,9 +113,9 @@ def test_no_file_is_overwritten(disk: Path, tmp_path: Path) -> None:
     path = tmp_path / "vm.qcow2"
     path.write_bytes(b"mine")
     with pytest.raises(qcow2bm.StorageError, match="exists already"):
-        attach(disk, path)
+        qcow2bm.attach(disk, path)
     with pytest.raises(qcow2bm.StorageError, match="exists already"):
-        attach(disk, disk)
+        qcow2bm.attach(disk, disk)
     assert path.read_bytes() == b"mine"
 
 
@@ -132,22 +131,22 @@ def test_a_disk_that_is_none_is_refused(tmp_path: Path, content: bytes, match: s
     disk = tmp_path / "disk.raw"
     disk.write_bytes(content)
     with pytest.raises(qcow2bm.Qcow2BmError, match=match):
-        attach(disk, tmp_path / "vm.qcow2", ["daily"])
+        qcow2bm.attach(disk, tmp_path / "vm.qcow2", ["daily"])
     assert list(tmp_path.iterdir()) == [disk]
 
 
 def test_the_caller_may_know_that_a_disk_is_raw(tmp_path: Path) -> None:
     disk = tmp_path / "disk.raw"
     disk.write_bytes(b"QFI\xfb" + bytes(508))
-    attach(disk, tmp_path / "vm.qcow2", is_raw=True)
+    qcow2bm.attach(disk, tmp_path / "vm.qcow2", is_raw=True)
     assert (tmp_path / "vm.qcow2").exists()
 
 
 def test_after_an_error_no_file_is_left(disk: Path, tmp_path: Path) -> None:
     with pytest.raises(qcow2bm.BitmapExistsError):
-        attach(disk, tmp_path / "vm.qcow2", ["a", "a"])
+        qcow2bm.attach(disk, tmp_path / "vm.qcow2", ["a", "a"])
     with pytest.raises(ValueError, match="granularity"):
-        attach(disk, tmp_path / "vm.qcow2", ["a"], granularity=1000)
+        qcow2bm.attach(disk, tmp_path / "vm.qcow2", ["a"], granularity=1000)
     assert list(tmp_path.iterdir()) == [disk]
 
 
@@ -155,7 +154,7 @@ def test_a_disk_that_is_written_to_is_refused(disk: Path, tmp_path: Path) -> Non
     writer = FileStorage(disk, writable=True)
     try:
         with writer.write_lock(0), pytest.raises(qcow2bm.ImageLockedError):
-            attach(disk, tmp_path / "vm.qcow2")
+            qcow2bm.attach(disk, tmp_path / "vm.qcow2")
     finally:
         writer.close()
     assert list(tmp_path.iterdir()) == [disk]

@@ -71,7 +71,7 @@ def attach(
             start = read_bytes(disk, 0, len(MAGIC))
             if start == MAGIC and not is_raw:
                 reason = "begins like a qcow2 image, which keeps bitmaps itself"
-                raise FormatError("raw disk", "", 0, reason)
+                raise FormatError("raw disk", "", 0, reason, "assert-raw")
             layout = ContainerLayout(
                 size,
                 default_cluster_size(size) if cluster_size is None else cluster_size,

@@ -78,6 +78,8 @@ def choose(
 ) -> tuple[list[Bitmap], list[Bitmap]]:
     """Returns the bitmaps to track, and those that will miss writes; see `Image.track`.
 
+    *Guarantees*: each bitmap that should record writes is in one of the two lists (INV-AUTO).
+
     Raises:
         BitmapError: a bitmap does not exist, is not valid, is disabled, or must not be left out.
         ValueError: there are no names, or ``others`` is not one of its two values.

@@ -94,6 +94,8 @@ class TrackedStore:
     ) -> None:
         """Loads bitmaps with all their bits, and sets in_use of these and of ``others``.
 
+        *Guarantees*: in_use is durable when `begin` returns (INV-INUSE).
+
         Args:
             entries: the bitmaps to be loaded.
             others: more bitmaps that become in_use, and are not loaded.

@@ -47,6 +47,7 @@ COMMANDS = {
     "invert": Row("edit", "make clean ranges dirty, and dirty ranges clean"),
     "fit": Row("edit", "fit bitmaps to a disk that another program resized without them"),
     "merge": Row("edit", "combine bitmaps, of any granularity"),
+    "attach": Row("attach", "make the image that keeps the bitmaps of an existing raw disk"),
     "stream": Row("stream", "read or write the bitmaps of a migration stream of QEMU"),
     "sidecar": Row("sidecar", "carry the bitmaps of a disk in a separate file"),
     "rescue": Row("rescue", "keep the bitmaps of a running VM through a migration that fails"),

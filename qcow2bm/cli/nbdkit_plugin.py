@@ -8,9 +8,10 @@ from pathlib import Path
 from qcow2bm.cli.parser import Arguments, Parser
 
 _EPILOG = """\
-The plugin serves the raw data file of an image that was made with data_file_raw=on and
-preallocation=metadata:
+The plugin serves the raw data file of an image in which every cluster is allocated at its own
+offset, as "qcow2bm attach" makes it:
 
+  qcow2bm attach vm.raw vm.qcow2 --bitmap daily
   nbdkit python "$(qcow2bm nbdkit-plugin)" image=vm.qcow2 data=vm.raw
 
 Further parameters: bitmaps=NAME,NAME...  bitmap=NAME  others=mark-in-use  flush-interval=SECONDS

@@ -88,7 +88,10 @@ class HeaderDraft:
                 self._cluster.put(step.offset, b"".join(step.parts))
 
     def clear_unknown_autoclear(self) -> list[Step]:
-        """Clears the autoclear bits of unknown features, which a change would make untrue."""
+        """Clears the autoclear bits of unknown features, which a change would make untrue.
+
+        These steps come before every other write to the image (INV-UNKNOWN).
+        """
         cluster = self._cluster
         if not cluster.autoclear & ~self._known_autoclear:
             return []

@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from qcow2bm.errors import Hint, ImageLockedError, StorageError
-from qcow2bm.log import logger
 from qcow2bm.units import escape
 
 if sys.platform == "linux":
@@ -121,6 +120,8 @@ def _wait_for_locks(descriptor: int, path: str, role: Role, timeout: float) -> N
                 raise
             _unlock(descriptor, role)
             if not is_logged:
+                from qcow2bm.log import logger  # waits are rare, and logging takes time to load
+
                 what = escape(path), timeout, role.action, error.held
                 logger.info("%s: waiting up to %g s for the lock for %s: another process %s", *what)
                 is_logged = True

@@ -96,7 +96,7 @@ def test_begin_sets_in_use_and_nothing_else() -> None:
 
 @pytest.mark.spec("INV-UNKNOWN")
 def test_an_unknown_autoclear_bit_is_cleared_before_anything_else() -> None:
-    """Durably: whoever it belongs to has to notice (INV-UNKNOWN)."""
+    """Durably: the program that the bit belongs to has to notice (INV-UNKNOWN)."""
     built = build_image(Stored(), size=SIZE, header={"autoclear_features": 1 | 1 << 40})
     first, second = intervals_of(Live(built, "daily").begun)
     assert [offset < 512 for offset, _ in first] == [True]

@@ -120,7 +120,7 @@ def look_at(data: bytes | bytearray | ObservedImage) -> Look:
     entries = [names[at : at + 48] for at in range(0, len(names), 48)]
     return Look(
         (header, backing_file, others),
-        # Whoever has the bit, it is named after this library once it is used for that.
+        # Whichever program had the bit, it is named after this library once it is used for this.
         tuple(entry for entry in entries if entry[:2] != b"\2\x3f"),
         {bitmap.name: bitmap for bitmap in facts.bitmaps},
         facts.faults,

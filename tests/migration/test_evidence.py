@@ -269,7 +269,7 @@ def test_another_generation_is_a_writer_and_the_same_proves_nothing(
     assert same == ("unchanged" if has_sentinel else "unknown")
 
 
-def test_a_generation_that_somebody_else_began_is_no_sign() -> None:
+def test_a_generation_that_another_writer_began_is_no_sign() -> None:
     """It was not recorded when the image was given away; the sentinel has to tell."""
     left = Departure(facts(), SENTINEL)
     assert judge(left, facts(SOUND, CANARY, token=TOKEN), UNTOUCHED).outcome == "unchanged"
@@ -383,7 +383,7 @@ def test_others_are_tracked_too_if_they_are_sound_and_record(outcome: str, polic
         entry("off", 0),
         entry("broken"),
         SOUND,
-        CANARY._replace(flags=FLAG_AUTO),  # a canary that somebody enabled is none of ours either
+        CANARY._replace(flags=FLAG_AUTO),  # a canary that was enabled is none of ours either
         broken={"broken"},
     )
     fates = decide(Departure(facts(entry("a")), SENTINEL), now, VERDICTS[outcome], policy)

@@ -241,7 +241,7 @@ def test_a_policy_that_is_none() -> None:
 
 
 def test_there_and_back_many_times() -> None:
-    """Nothing is left behind by it: neither sentinels nor clusters that nobody uses."""
+    """Nothing is left behind: neither sentinels nor leaked clusters."""
     storage = FaultyStorage(data())
     with qcow2bm.open(storage, "r+") as image:
         tracker = image.track()
@@ -394,7 +394,7 @@ def can_be_interrupted(frame: FrameType) -> bool:
 
     It does so when functions begin and calls return, but not at a `try:`, before the end of a
     `with` is called, or before an assignment that a `finally` begins with. What is raised there
-    would leave a lock held, and nobody could help that.
+    would leave a lock held, and no code could prevent that.
     """
     code, number = frame.f_code, frame.f_lineno
     line = linecache.getline(code.co_filename, number).strip()
@@ -545,7 +545,7 @@ def interrupt(name: str, afterwards: str, at: int, modules: tuple[str, ...]) -> 
         on.attempt(step)
     on.image.close()
     on.require_sound()
-    if on.storage.is_locked:  # whoever was interrupted while he let it go still knows of it
+    if on.storage.is_locked:  # an interrupt while it was let go left the storage held
         assert on.state == "failed"
         del on.tracker, on.image
         gc.collect()
@@ -613,7 +613,7 @@ class Full(MemoryStorage):
         super().write(offset, parts)
 
     def take(self, keep: int = 0) -> None:
-        """Somebody takes all free clusters but so many."""
+        """Another writer takes all free clusters but so many."""
         for cluster in self.free_clusters()[keep:]:
             set_refcount(self.data, cluster, 1)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from support.qemu import StorageDaemon, run_ok
+from support.specreader import page
 
 import qcow2bm
-from qcow2bm.api.attach import attach
 
 pytestmark = pytest.mark.qemu
 
@@ -42,7 +43,7 @@ def digest(path: Path) -> str:
 def test_qemu_sees_the_disk_as_it_is(tmp_path: Path, size: int, cluster_size: int | None) -> None:
     disk, image = tmp_path / "disk.raw", tmp_path / "vm.qcow2"
     before = raw_disk(disk, size)
-    attach(disk, image, ["daily"], granularity=4096, cluster_size=cluster_size)
+    qcow2bm.attach(disk, image, ["daily"], granularity=4096, cluster_size=cluster_size)
     assert digest(disk) == before
     run_ok("qemu-img", "check", str(image))
     run_ok("qemu-img", "compare", "-f", "qcow2", "-F", "raw", str(image), str(disk))
@@ -52,7 +53,7 @@ def test_qemu_sees_the_disk_as_it_is(tmp_path: Path, size: int, cluster_size: in
 def test_a_write_of_a_guest_reaches_disk_and_bitmap(tmp_path: Path) -> None:
     disk, image = tmp_path / "disk.raw", tmp_path / "vm.qcow2"
     raw_disk(disk, 64 * MiB)
-    attach(disk, image, ["daily"], granularity=64 * KiB)
+    qcow2bm.attach(disk, image, ["daily"], granularity=64 * KiB)
     run_ok("qemu-io", "-f", "qcow2", "-c", "write -P 7 5M 100k", str(image))
     run_ok("qemu-img", "check", str(image))
     with disk.open("rb") as file:
@@ -67,7 +68,7 @@ def test_a_disk_of_a_terabyte_takes_a_moment(tmp_path: Path) -> None:
     disk, image = tmp_path / "disk.raw", tmp_path / "vm.qcow2"
     with disk.open("wb") as file:
         file.truncate(1 << 40)
-    attach(disk, image, ["daily"])
+    qcow2bm.attach(disk, image, ["daily"])
     assert image.stat().st_size < 48 * MiB
     run_ok("qemu-img", "check", str(image))
     run_ok("qemu-io", "-f", "qcow2", "-c", f"write -P 7 {(1 << 40) - 512} 512", str(image))
@@ -85,6 +86,20 @@ def test_a_disk_that_qemu_writes_to_is_refused(tmp_path: Path) -> None:
         export = {"type": "nbd", "id": "x", "node-name": "n", "writable": True}
         daemon.execute("block-export-add", export)
         with pytest.raises(qcow2bm.ImageLockedError):
-            attach(disk, image)
+            qcow2bm.attach(disk, image)
         assert not image.exists()
-    attach(disk, image)
+    qcow2bm.attach(disk, image)
+
+
+def test_the_path_of_a_disk_that_was_moved_is_stored_again(tmp_path: Path) -> None:
+    """Runs the command of spec/image.md."""
+    disk, image, moved = tmp_path / "disk.raw", tmp_path / "vm.qcow2", tmp_path / "moved.raw"
+    raw_disk(disk, MiB)
+    qcow2bm.attach(disk, image, ["daily"])
+    disk.rename(moved)
+    (block,) = (block for block in page("image.md").blocks if block.info == "sh")
+    command = block.text.replace("/new/disk.raw", str(moved)).replace("vm.qcow2", str(image))
+    subprocess.run(["bash", "-ec", command], check=True)
+    run_ok("qemu-img", "compare", "-f", "qcow2", "-F", "raw", str(image), str(moved))
+    with qcow2bm.open(image) as found:
+        assert found.bitmaps["daily"].status == "valid"

@@ -120,17 +120,21 @@ def under_counted(image: bytes | bytearray | ObservedImage) -> list[str]:
     table, table_clusters = data.unpack(">QI", 48)
     (order,) = data.unpack(">I", 96)
     per_block = 8 << cluster_bits >> order
-    blocks = data.unpack(f">{(table_clusters << cluster_bits) // 8}Q", table)
+    data.note(table, table_clusters << cluster_bits)
+    blocks = np.frombuffer(data.data, ">u8", (table_clusters << cluster_bits) // 8, table)
     found = []
     references = Counter(_references(data))
     references.update(
         cluster
-        for start, length in [(table, table_clusters), *((b, 1) for b in blocks if b)]
+        for start, length in [
+            (table, table_clusters),
+            *((b, 1) for b in blocks[blocks > 0].tolist()),
+        ]
         for cluster in range(start >> cluster_bits, (start >> cluster_bits) + length)
     )
     for cluster, count in references.items():
         index, entry = divmod(cluster, per_block)
-        block = blocks[index] if index < len(blocks) else 0
+        block = int(blocks[index]) if index < len(blocks) else 0
         refcount = _refcount(data, block, entry, order) if block else 0
         if refcount < count:
             found.append(f"cluster {cluster} has {count} references and refcount {refcount}")

@@ -72,7 +72,17 @@ class Host:
         self.is_watched = is_watched
         self.cache: dict[int, bytes] = {}
         self.unsynced: list[Step] = []
-        self.log: list[Step] = []  # since somebody emptied it
+        self.log: list[Step] = []  # since another part of the test emptied it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        """A copy that shares the steps and the cached sectors, which never change."""
+        new = Host.__new__(Host)
+        memo[id(self)] = new
+        new.__dict__.update(self.__dict__)
+        new.disk = deepcopy(self.disk, memo)
+        new.cache = dict(self.cache)
+        new.unsynced, new.log = list(self.unsynced), list(self.log)
+        return new
 
     def size(self) -> int:
         ends = [s.offset + s.length for s in self.unsynced if isinstance(s, Write)]
@@ -329,15 +339,15 @@ class World:
     def _snapshot(self) -> Snapshot:
         return bytes(self.disk.data), dict(self.written)
 
-    def copy(self) -> World:
-        """The same once more, independent of this one."""
+    def copy(self, without: str = "") -> World:
+        """The same once more, independent of this one; ``without`` the program of a host."""
         memo: dict[int, Any] = {}
         new = World.__new__(World)
         new.__dict__.update(self.__dict__)
         new.disk = deepcopy(self.disk, memo)
         new.a_host, new.b_host = deepcopy(self.a_host, memo), deepcopy(self.b_host, memo)
-        new.a = _copy_of(self.a, memo) if self.a else None
-        b = self.b
+        new.a = _copy_of(self.a, memo) if self.a and without != "A" else None
+        b = self.b if without != "B" else None
         new.b = _copy_of(b, memo) if isinstance(b, Tracker) else deepcopy(b, memo)
         new.written = dict(self.written)
         return new
@@ -566,16 +576,15 @@ class World:
 
     def after_power_loss(self, host: str, data: bytes | bytearray) -> World:
         """The world when that host has lost power, and this is what is on the disk then."""
-        new = self.copy()
+        new = self.copy(without=host)
         new.disk.data[:] = data
         new.disk.user = None
         new.path += (f"{host} loses power",)
         new.disk.writes += 1
         if host == "A":
-            new.a, new.since = None, frozenset()
+            new.since = frozenset()
             new.a_host = Host("A", new.disk, is_watched=new.options.is_watched)
         else:
-            new.b = None
             new.b_host = Host("B", new.disk, is_watched=new.options.is_watched)
             new._note("died")
         return new

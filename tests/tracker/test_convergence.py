@@ -33,7 +33,7 @@ def image() -> bytearray:
 
 
 class Disk:
-    """A storage that takes as long as its bytes do on a disk, by a clock that nobody waits for."""
+    """A storage that takes as long as a disk does, by a clock of its own that runs at once."""
 
     def __init__(self, data: bytearray, bytes_per_second: float, barrier: float) -> None:
         self.storage = FaultyStorage(data)

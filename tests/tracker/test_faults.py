@@ -257,8 +257,8 @@ def test_pieces_of_a_flush_that_failed_count_as_changed_again() -> None:
     assert failures["barrier"] == 2
 
 
-def test_whoever_is_inside_a_write_when_it_fails_is_not_hindered() -> None:
-    """The write goes on; but nobody will believe the bitmap."""
+def test_a_write_in_flight_when_tracking_fails_is_not_hindered() -> None:
+    """The write goes on, but the bitmap stays in_use."""
     storage = FaultyStorage(image())
     with qcow2bm.open(storage, "r+") as opened:
         tracker = opened.track()

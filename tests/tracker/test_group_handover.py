@@ -77,7 +77,7 @@ class Shared(FaultyStorage):
 
 
 class Lockable(FaultyStorage):
-    """Its lock can be somebody else's."""
+    """A storage whose lock another process can hold."""
 
     is_locked = False
 
@@ -108,7 +108,7 @@ class Disks:
         return self.storages[disk].data
 
     def lock(self, *disks: str) -> None:
-        """Somebody else has the locks of these, and of no other."""
+        """Another process has the locks of these disks, and of no other."""
         for disk, storage in self.storages.items():
             assert isinstance(storage, Lockable)
             storage.is_locked = disk in disks
@@ -245,7 +245,7 @@ def test_a_changed_disk_stays_in_the_result_of_every_retry(locked: tuple[str, ..
 
 
 def test_what_was_found_is_forgotten_when_they_are_given_away_again() -> None:
-    """Even if that fails: nobody took this one back since."""
+    """Even if that fails: this disk was not taken back since."""
     disks = Disks()
     disks.group.inactivate()
     write_elsewhere(disks.data("vdb"), 100)

@@ -217,7 +217,7 @@ def edit_again(tracker: Tracker) -> None:
 
 
 def interrupted(tracker: Tracker, call: Callable[[], object]) -> None:
-    """Ctrl-C came in the middle; whoever goes on and stops must not get valid bitmaps."""
+    """Ctrl-C came in the middle: if the program goes on and stops, no bitmap becomes valid."""
     with pytest.raises(KeyboardInterrupt):
         call()
     if tracker.state == "tracking":

@@ -341,7 +341,7 @@ def test_a_tracker_is_not_pickled() -> None:
 @pytest.mark.spec("INV-INUSE")
 @pytest.mark.spec("TRACK-1")
 def test_closing_the_image_leaves_in_use() -> None:
-    """Nobody stopped: so the bitmaps are not to be believed, and nothing can be written."""
+    """Without a stop the bitmaps stay in_use, and nothing can be written."""
     data = image(DAILY)
     with qcow2bm.open(data, "r+") as opened:
         tracker = opened.track()

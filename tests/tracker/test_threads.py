@@ -282,7 +282,7 @@ def test_an_exception_inside_a_write_lets_others_go_on() -> None:
             raise ZeroDivisionError
         with pytest.raises(ValueError, match="does not lie on the disk"), tracker.writing(SIZE, 1):
             raise AssertionError("this must not be reached")
-        tracker.stop()  # waits for nobody
+        tracker.stop()  # no write is in flight that it would wait for
         assert opened.bitmaps["b0"].count() == 512
 
 
