@@ -576,7 +576,7 @@ def test_the_longest_name(length: int, id: str | None) -> None:
 
 
 def test_a_stale_directory_has_only_remarks() -> None:
-    """Nobody looks at it; its faults must alarm nobody."""
+    """QEMU does not read a stale directory, so its faults are only notes."""
     image = sound(autoclear=False)
     image.plant(9, "directory-entry", 1, "type")
     image.plant(0, "bitmaps-extension", 0, "nb_bitmaps")

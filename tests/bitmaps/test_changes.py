@@ -1,7 +1,7 @@
 """An image that changes or fails under the reader: at every single read, an honest answer.
 
 Whoever frees the clusters of a bitmap may punch holes into them, so that every change here
-also zeros the bitmap data: who mixes old metadata with new data then reads "clean" from it.
+also zeros the bitmap data: a reader that mixes old metadata with new data then reads "clean".
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def outcome(use: Use, image: qcow2bm.Image) -> Any:
 
 
 def fresh_outcome(use: Use, image: Built) -> Any:
-    """The same for an image that nobody touches."""
+    """The same for an image that no process writes to."""
     try:
         opened = qcow2bm.open(bytes(image.data))
     except qcow2bm.Qcow2BmError as error:

@@ -125,7 +125,7 @@ def test_after_dropping_stale_bitmaps_new_ones_can_be_made() -> None:
         work(edit)
     audit = Audit(image.data)
     assert [(b.name, audit.dirty(b)) for b in audit.bitmaps] == [(b"daily", {0})]
-    # What the stale ones had may be somebody's by now: nothing of it is freed or used.
+    # Other structures may use the clusters of stale bitmaps: none is freed or used.
     assert (
         audit.refcounts - before == audit.refcounts - Audit(image_of(DAILY, WEEKLY).data).refcounts
     )

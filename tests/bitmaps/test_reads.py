@@ -108,7 +108,7 @@ def test_nothing_is_read_of_a_bitmap_that_cannot_be_used(flags: int) -> None:
 
 
 def test_nothing_is_read_past_a_table_or_past_the_bits() -> None:
-    """What stands there belongs to nobody, or to somebody else."""
+    """The bytes there belong to nothing, or to another structure."""
     image = build_image(Stored(table=[b"\x01"], after_table=b"\xff" * 24), size=3 << 16)
     storage = ScriptedStorage(image.data)
     assert qcow2bm.open(storage).bitmaps["daily"].count() == 1 << 16

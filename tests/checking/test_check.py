@@ -150,7 +150,7 @@ def test_bits_behind_the_disk(bit: int) -> None:
     octets[bit // 8] |= 1 << bit % 8
     data = build_image(Stored(b"b", [bytes(octets)]), size=160 * 65536, cluster_bits=9).data
     (problem,) = checked(data).problems
-    # QEMU leaves bits in the last word of 64, and nobody does behind that.
+    # QEMU leaves bits set in the last word of 64, and no program does behind it.
     assert problem.id == ("bitmap-data.tail" if bit < 192 else "bitmap-data.beyond")
     assert problem.bitmap_index == 0
     octets[bit // 8] = 0

@@ -77,7 +77,7 @@ def require_repaired(data: bytes) -> Repair:
     left = [p for p in serious if p.severity != "leak"]
     assert [p.id for p in left] == [p.id for p in done.left]
     again = planned(bytes(repaired))
-    # What leaks then, because nobody knew whose it was, is given back the next time.
+    # Clusters that leak because their bitmap was not known are freed by the next repair.
     assert {step.what for step in again.plan.steps} <= {"refcounts", "refcounts and tails"}
     if not again.leaked_clusters < done.leaked_clusters:
         assert again.plan.steps == ()

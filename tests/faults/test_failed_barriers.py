@@ -100,7 +100,7 @@ def test_an_unknown_outcome_can_be_either() -> None:
 
 
 def test_reopened_after_the_failure_the_image_is_edited_again() -> None:
-    """On a storage that has lost pages without anybody being told again."""
+    """On a storage that lost pages and reports the loss only once."""
     name = "several"
     barriers = [number for number, call in enumerate(calls(name)) if call == "barrier"]
     for number in barriers:
