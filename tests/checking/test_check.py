@@ -305,8 +305,9 @@ def test_a_sound_image(tmp_path: Path) -> None:
 TEXT = """\
 leak: cluster at 0x3600 has refcount 1, and 0 references
     QEMU says "Leaked cluster"
-    The cluster is counted but nothing uses it: space is lost, nothing else; qemu-img check -r leaks
-    gives it back. If there are stale bitmaps it may be theirs: salvage them first.
+    The cluster has a refcount, but nothing uses it. Space is lost, and nothing else. If the image
+    has stale bitmaps, the cluster may be theirs: salvage them first. To free the cluster, run
+    qemu-img check -r leaks.
     (cluster.refcount.leak; repair --only refcounts)
 
 1 cluster leaked: 512 bytes
