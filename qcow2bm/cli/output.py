@@ -44,7 +44,7 @@ def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
 
 
 def print_wrapped(text: str, indent: str) -> None:
-    """Prints a text in lines of at most `WIDTH` characters; a command such as qemu-img stays whole."""
+    """Prints a text in lines of at most `WIDTH` characters; no word is split at a hyphen."""
     from textwrap import wrap  # most commands do not need it
 
     for line in wrap(text, WIDTH - len(indent), break_on_hyphens=False):
