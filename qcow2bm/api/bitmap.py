@@ -152,7 +152,8 @@ class Bitmap:
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
-        return self.totals(with_extents=False).dirty_bytes
+        # Programs that call this mostly use numpy; the command line calls `totals`.
+        return self._bits().totals(with_extents=False, vectorize=True).dirty_bytes
 
     def totals(self, *, with_extents: bool = True) -> Totals:
         """Returns dirty guest bytes and number of extents, in one pass; raises as `count` does."""

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qcow2bm.bitmaps.draft import Draft, Ranges
+    from qcow2bm.bitmaps.draft import Draft
     from qcow2bm.bitmaps.draft_bits import PackedSource
+    from qcow2bm.bitmaps.granules import Ranges
 
 
 class Edit:

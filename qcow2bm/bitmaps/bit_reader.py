@@ -1,4 +1,4 @@
-"""Reading the bits of one bitmap: lazily, in chunks, and never across a change of the image.
+"""Reading the bits of one bitmap: lazily, in chunks, and always of one state of the image.
 
 *Spec*: spec/bitmaps.md, "Bitmap data", and spec/locking.md, "Readers".
 """
@@ -37,19 +37,20 @@ _CountBits = Callable[[memoryview], int]
 _CountEdges = Callable[[memoryview, int], int]
 
 CHUNK_BYTES = 1 << 20
-"""How many bytes of bits are read at once."""
+"""How many bytes of bits are read at a time."""
 
 _NUMPY_PAYS = 64 << 20  # bytes: to count fewer takes less time than to load numpy
-_STEP_BYTES = 64 << 10  # counted at once: the fastest size for Python's integers
-_MANY_EXTENTS = 4096  # collected before they are handed out, where there are so many
-_LONG_BYTES = 64 << 10  # from this length on, bytes of one value are not spelled out
+_FEW_BYTES = 8 << 20  # counted so fast that numpy is not worth loading in any case
+_STEP_BYTES = 64 << 10  # counted at a time: the fastest size for Python's integers
+_MANY_EXTENTS = 4096  # collected before they are returned, if there are so many
+_LONG_BYTES = 64 << 10  # stretches of one value that are at least so long are not spelled out
 
 
 class Chunk(NamedTuple):
-    """The next ``length_bytes`` of a bitmap's bits, all of one value or given as ``data``.
+    """The next ``length_bytes`` of the bits of a bitmap.
 
-    ``data`` is valid until the next chunk is asked for, and followed by zeros up to a multiple
-    of 8 bytes.
+    ``data`` is None if all of them have one value. Otherwise ``data`` is valid until the next
+    chunk is requested, and is followed by zeros up to a multiple of 8 bytes.
     """
 
     kind: int
@@ -58,7 +59,7 @@ class Chunk(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What a bitmap amounts to: dirty guest bytes, clipped to the disk, and extents."""
+    """How much is dirty: guest bytes, clipped to the disk, and the number of extents."""
 
     dirty_bytes: int
     extents: int
@@ -67,12 +68,13 @@ class Totals(NamedTuple):
 class BitReader:
     """The stored bits of one bitmap.
 
-    Every read is made under the reader's locks (unless sharing is forced), and header,
-    directory entry and the part of the table it went by are compared before and after.
-    Bits past the end of the disk are zero in all that is returned (INV-TAIL).
+    Every read holds the locks of a reader (unless sharing is forced). Before and after the read,
+    the header, the directory entry and the table entries that lead to the bits are compared with
+    what was read first. Bits behind the end of the disk are zero in everything that is returned
+    (INV-TAIL).
 
-    With ``dirty_where_unknown``, bits that cannot be read are set (INV-COARSE): where a table
-    entry is invalid or leads out of the file, and where the table ends too early. Without it
+    With ``dirty_where_unknown``, bits that cannot be read are set (INV-COARSE): bits whose table
+    entry is invalid or leads out of the file, and bits that the table does not cover. Without it,
     the caller vouches that the table is sound.
     """
 
@@ -84,7 +86,7 @@ class BitReader:
         *,
         dirty_where_unknown: bool = False,
     ) -> None:
-        """``expected`` is the table's fingerprint when it was found sound, if it was."""
+        """``expected`` is the fingerprint of the table when it was found sound; None if unknown."""
         self._file = file
         self._entry = entry
         self._expected = expected
@@ -93,10 +95,10 @@ class BitReader:
         self.length_bytes = ceil_div(self.bits, 8)
 
     def packed(self) -> NDArray[np.uint8]:
-        """All bits, uint8[ceil(bits / 8)], least significant bit first.
+        """Returns all bits, uint8[ceil(bits / 8)], least significant bit first.
 
         Raises:
-            LimitError: they are more than QEMU allows a bitmap to have, 512 MiB.
+            LimitError: there are more bits than QEMU allows a bitmap to have, 512 MiB.
         """
         if self.length_bytes > MAX_BITMAP_BYTES:
             raise LimitError("the length of the bits", self.length_bytes, MAX_BITMAP_BYTES)
@@ -117,10 +119,10 @@ class BitReader:
         return out
 
     def extents(self) -> Iterator[NDArray[np.int64]]:
-        """The dirty extents, chunk by chunk: int64[n, 2] of (start, length) in guest bytes."""
+        """Yields the dirty extents: arrays int64[n, 2] of (start, length) in guest bytes."""
         import numpy as np
 
-        # Working on an array costs something for each array: sparse bitmaps come in fewer.
+        # Each array costs the caller some time, so the extents of sparse bitmaps are collected.
         waiting: list[NDArray[np.int64]] = []
         count = 0
         for found in self._found_extents():
@@ -148,9 +150,13 @@ class BitReader:
                 yield finder.bits(data[start : start + WINDOW_BYTES])
         yield finder.finish()
 
-    def totals(self, *, with_extents: bool = True) -> Totals:
-        """How much is dirty and in how many extents (0 unless ``with_extents``)."""
-        count_bits, count_edges = self._counters()
+    def totals(self, *, with_extents: bool = True, vectorize: bool = False) -> Totals:
+        """Counts dirty bytes and extents.
+
+        Without ``with_extents``, the number of extents is 0. With ``vectorize`` the caller says
+        that it needs numpy anyway, so that the time to load numpy does not count.
+        """
+        count_bits, count_edges = self._counters(vectorize=vectorize)
         bits = edges = carry = last_byte = 0
         for chunk in self.chunks():
             if chunk.data is None:
@@ -171,21 +177,21 @@ class BitReader:
             dirty -= self.bits * self._entry.granularity - self._file.virtual_size
         return Totals(dirty, (edges + 1) // 2 if with_extents else 0)
 
-    def _counters(self) -> tuple[_CountBits, _CountEdges]:
-        if self.length_bytes < _NUMPY_PAYS:
+    def _counters(self, *, vectorize: bool) -> tuple[_CountBits, _CountEdges]:
+        if self.length_bytes < (_FEW_BYTES if vectorize else _NUMPY_PAYS):
             return pure_python.count_bits, pure_python.count_edges
         from qcow2bm.bits import counting
 
         return counting.count_bits, counting.count_edges
 
     def sha256(self) -> str:
-        """SHA-256 of the bits as 64-bit little-endian words, at least one word, in hex."""
+        """Returns the SHA-256 of the bits as 64-bit little-endian words, at least one, in hex."""
         from qcow2bm.bits.digest import sha256
 
         return sha256(self._contents(), self.bits)
 
     def _contents(self) -> Iterator[memoryview | bytes]:
-        """The packed bits in pieces."""
+        """Yields the packed bits in pieces."""
         for chunk in self.chunks():
             if chunk.data is not None:
                 yield chunk.data[: chunk.length_bytes]
@@ -218,7 +224,7 @@ class BitReader:
                     yield self._read_batch(batch, words, buffer)
                     batch, used = [], 0
                 stop = piece.end
-                if stop == self.length_bytes:  # its tail may have to be cleared (INV-TAIL)
+                if stop == self.length_bytes:  # the tail may have to be cleared (INV-TAIL)
                     stop = (stop - 1) // 8 * 8
                 yield Chunk(piece.kind, stop - piece.start, None)
                 piece = piece.cut(stop)
@@ -232,7 +238,7 @@ class BitReader:
                     batch, used = [], 0
         if used:
             yield self._read_batch(batch, words, buffer)
-        # Each chunk was compared with its own part of the table; together they must be one state.
+        # Each chunk was compared with its own part of the table. All of them must be one state.
         with self._file.lock():
             self._require_unchanged(words, 0, len(words))
 
@@ -260,7 +266,7 @@ class BitReader:
         return words
 
     def _require_unchanged(self, words: array[int], first: int, stop: int) -> None:
-        """Compares header, directory entry, and the table's entries from first to stop."""
+        """Raises if header, directory entry or table entries ``first`` to ``stop`` changed."""
         file, entry = self._file, self._entry
         verify_entry(file, entry)
         offset = entry.bitmap_table_offset + ENTRY_LENGTH * first

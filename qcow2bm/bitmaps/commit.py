@@ -1,4 +1,4 @@
-"""From what an edit leaves in memory to a plan of writes and barriers.
+"""Turning a draft into a plan of writes and barriers.
 
 *Spec*: spec/edit.md, "Commit order".
 """
@@ -36,15 +36,16 @@ if TYPE_CHECKING:
 def plan_commit(
     metadata: Metadata, draft: Draft, capacity: int | None, token: bytes | None = None
 ) -> Plan:
-    """How the bitmaps of an image become those of the draft; nothing is written.
+    """Returns the plan that makes the bitmaps of an image those of the draft.
 
-    ``token`` is the next one of the generation, where that is recorded; by default a fresh one.
+    Nothing is written. ``token`` is the next generation token, if the image records one; by
+    default the token is random.
 
-    *Guarantees*: after a loss of power at any point of it each bitmap is as before or as after,
-    all of them alike, and clusters can only leak (INV-ATOMIC, INV-HEADER, INV-REFCOUNT).
+    *Guarantees*: after a loss of power at any point of the plan, either all bitmaps are as before
+    or all are as after, and clusters can only leak (INV-ATOMIC, INV-HEADER, INV-REFCOUNT).
 
     Raises:
-        FormatError: a cluster to be freed has not the refcount 1.
+        FormatError: a cluster to be freed has another refcount than 1.
         LimitError: the directory, the header area or the refcount table would be too large.
         StorageError: there is no room, or reading failed.
         UnsupportedError: the header is laid out in a way that cannot be changed safely.
@@ -60,7 +61,7 @@ def plan_commit(
     extension = directory.extension
     is_revived = bool(extension and not directory.is_consistent and not draft.drops_extension)
     allocator = allocator_of(metadata, capacity)
-    if is_revived:  # what is stale is the last trace of its bitmaps, counted or not
+    if is_revived:  # clusters of stale bitmaps are not allocated, whatever their refcounts
         uses = used_by_bitmaps(file, directory)
         ends = [used.offset + used.length for used in uses]
         end = max(ends, default=0) if capacity else max([*ends, file.file_size])
@@ -70,9 +71,8 @@ def plan_commit(
     prepared = header.clear_unknown_autoclear()
     if draft.bitmaps and extension and (directory.is_consistent or is_revived):
         prepared += header.straighten()
-    renewed = header.renew_generation(
-        token
-    )  # where it is now: nothing moves before this is written
+    # The token is written where it is now: nothing moves before.
+    renewed = header.renew_generation(token)
     fresh: tuple[Write, ...] = ()
     if draft.bitmaps:
         new = _place(file, draft, tables, allocator)
@@ -99,7 +99,7 @@ def plan_commit(
 
 
 def allocator_of(metadata: Metadata, capacity: int | None) -> Allocator:
-    """What finds free clusters in an image, near the bitmap directory and clear of what is used."""
+    """Returns an allocator that looks near the bitmap directory, and spares all that is used."""
     file, directory = metadata.file, metadata.directory
     size = file.cluster_size
     taken = [(start // size, end // size) for start, end in metadata.survey.ranges]
@@ -132,7 +132,7 @@ def _has_new_table(bitmap: DraftBitmap) -> bool:
 def ordered(
     prepared: Sequence[Step], written: Sequence[Write], switch: Switch, lowered: Sequence[Write]
 ) -> Plan:
-    """The commit order of all that writes bitmaps: see spec/edit.md."""
+    """Returns the steps of a commit in order: see spec/edit.md, "Commit order"."""
     steps: list[Step] = [*prepared]
     if written:
         steps += [*coalesce(written), Barrier("new bitmap data, tables and directory")]
@@ -152,7 +152,7 @@ class _NewTable(NamedTuple):
 
     @property
     def words(self) -> array[int]:
-        """The new table, with 0 where new data are to be placed."""
+        """The new table, uint64[n], with 0 where new data are to be placed."""
         words = self.bits.words[: self.bits.clusters]
         words.extend([ZEROES] * (self.bits.clusters - len(words)))
         for number, content in self.changed.items():
@@ -167,7 +167,7 @@ class _NewTable(NamedTuple):
 
     @property
     def gone(self) -> array[int]:
-        """The old table's entries that nothing leads to any more."""
+        """The entries of the old table that the new table does not have."""
         words, clusters = self.bits.words, self.bits.clusters
         return array("Q", (words[n] for n in self.changed if n < len(words))) + words[clusters:]
 
@@ -183,9 +183,9 @@ class _Placed(NamedTuple):
 def _place(
     file: ClusterFile, draft: Draft, tables: list[_NewTable], allocator: Allocator
 ) -> _Placed:
-    """Finds clusters for data, tables and directory; always whole clusters are written."""
+    """Allocates clusters for data, tables and directory; only whole clusters are written."""
     size = file.cluster_size
-    zeroes: dict[int, bytes] = {}  # by length: there can be 65,535 tables, mostly alike
+    zeroes: dict[int, bytes] = {}  # padding by length, shared by up to 65,535 tables
 
     def write(cluster: int, content: Buffer, what: str) -> Write:
         rest = -memoryview(content).nbytes % size
@@ -250,9 +250,9 @@ def _entry(number: int, bitmap: DraftBitmap, table_offset: int | None) -> Direct
 def _freed(
     file: ClusterFile, directory: BitmapDirectory, draft: Draft, tables: list[_NewTable]
 ) -> Iterator[Run]:
-    """The clusters nothing leads to once the draft is the state."""
+    """Yields the clusters that nothing leads to once the draft is the stored state."""
     if not directory.is_consistent:
-        return  # what a stale extension leads to may be anybody's by now
+        return  # other structures may use the clusters of stale bitmaps by now
     size = file.cluster_size
     if directory.extension:
         yield _run(directory.extension.bitmap_directory_offset, directory.size, size)

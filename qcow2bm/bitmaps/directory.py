@@ -1,4 +1,4 @@
-"""Loading the bitmap directory: every entry, and everything that is wrong with it.
+"""Loading the bitmap directory: every entry, and every problem of it.
 
 *Spec*: spec/bitmaps.md; the ids are in spec/problems.md.
 """
@@ -39,11 +39,14 @@ MAX_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
 class BitmapDirectory(NamedTuple):
     """The bitmap directory of an image.
 
-    ``extension`` is None where the image has none, or one of the wrong length. ``is_consistent``
-    is the autoclear bit: without it, everything the extension leads to is outdated.
-    ``distrust`` is the problem for which no entry can be believed, None in most images.
-    ``problems`` are those of extension, directory and entries. ``size`` is how many bytes of it
-    the file has, and ``fingerprint`` tells them from others, within this process.
+    Attributes:
+        extension: the bitmaps extension; None if the image has none, or one of a wrong length.
+        is_consistent: whether the autoclear bit is set. If not, the bitmaps are stale.
+        entries: all entries that can be read.
+        problems: the problems of extension, directory and entries.
+        distrust: the problem because of which no entry can be believed; None in most images.
+        size: how many bytes of the directory the file has.
+        fingerprint: a number that tells these bytes from others, within this process.
     """
 
     extension: BitmapsExtension | None
@@ -56,9 +59,9 @@ class BitmapDirectory(NamedTuple):
 
 
 def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> BitmapDirectory:
-    """The bitmap directory, sound or not; ``header_problems`` are those of the header.
+    """Returns the bitmap directory, sound or not; ``header_problems`` are those of the header.
 
-    Nothing larger than QEMU's limits or the file itself is read.
+    No more is read than QEMU's limits allow, or the file has.
 
     Raises:
         StorageError: reading failed.
@@ -94,7 +97,7 @@ def load_directory(file: ClusterFile, header_problems: Iterable[Problem]) -> Bit
         else "is stale: version 2 of qcow2 has no bitmaps, so those of an earlier version 3 are "
         "outdated and their clusters leaked",
     )
-    # QEMU does not look at a stale directory; neither must its faults alarm anybody.
+    # QEMU does not read a stale directory, so its faults are only remarks.
     remarks = (p._replace(severity=NOTE) for p in problems)
     return BitmapDirectory(
         extension, False, directory.entries, (stale, *remarks), distrust, len(data), hash(data)
@@ -105,7 +108,7 @@ def verify_directory(file: ClusterFile, directory: BitmapDirectory) -> None:
     """Reads header area and directory again.
 
     Raises:
-        ChangedWhileReadingError: they are no longer what they were.
+        ChangedWhileReadingError: they changed since they were read.
         StorageError: reading failed.
     """
     file.verify()
@@ -115,10 +118,10 @@ def verify_directory(file: ClusterFile, directory: BitmapDirectory) -> None:
 
 
 def verify_entry(file: ClusterFile, entry: DirectoryEntry) -> None:
-    """Reads header area and one directory entry again, but for extra data, which may be much.
+    """Reads header area and one directory entry again, except extra data, which may be long.
 
     Raises:
-        ChangedWhileReadingError: they are no longer what they were.
+        ChangedWhileReadingError: they changed since they were read.
         StorageError: reading failed.
     """
     file.verify()
@@ -129,9 +132,9 @@ def verify_entry(file: ClusterFile, entry: DirectoryEntry) -> None:
 
 
 def _read(file: ClusterFile, extension: BitmapsExtension) -> bytes:
-    """The stored directory, as much of it as the limits and the file allow.
+    """Returns the stored directory, as much of it as the limits and the file allow.
 
-    The file may end before the padding of the last entry does.
+    If the file ends within the padding of the last entry, the padding is filled up.
     """
     start = extension.bitmap_directory_offset
     if not 0 < start < file.file_size:
@@ -150,14 +153,14 @@ def _parse(data: bytes, offset: int, file: ClusterFile) -> Directory:
 
 
 def _uninterpretable(header_problems: Iterable[Problem]) -> Problem | None:
-    """The fault of the header, if any, for which nothing in the image can be believed."""
+    """Returns the fault of the header because of which no entry can be believed, if any."""
     return next((p for p in header_problems if p.kind.distrusts_all), None)
 
 
 def _place_problems(
     extension: BitmapsExtension, place: int, file: ClusterFile
 ) -> Iterator[Problem]:
-    """Faults that leave in doubt where the directory is: then no entry can be believed."""
+    """Yields faults of the directory's place, because of which no entry can be believed."""
     start, offset = extension.bitmap_directory_offset, place + 16
     if start % file.cluster_size:
         yield problem(
@@ -179,12 +182,12 @@ def _place_problems(
 def _end_problems(
     extension: BitmapsExtension, directory: Directory, place: int, file: ClusterFile
 ) -> Iterator[Problem]:
-    """What stands, or is missing, between the last entry and where the directory should end."""
+    """Yields faults between the last entry and the place where the directory should end."""
     start = extension.bitmap_directory_offset
     end = start + min(extension.bitmap_directory_size, MAX_DIRECTORY_SIZE)
     last = directory.entries[-1] if directory.entries else None
     rest = last.offset + last.size if last else start
-    # The file may end before the padding of the last entry does, which is zero anyway.
+    # If the file ends within the padding of the last entry, nothing is missing.
     is_complete = rest == end and (not last or last.offset_of("padding") <= file.file_size)
     if not 0 < start < file.file_size or rest > end or is_complete:
         return
@@ -194,7 +197,7 @@ def _end_problems(
             place + 8,
             f"is {extension.bitmap_directory_size}: the directory would end at {end:#x}, but the "
             f"file ends at {file.file_size:#x}",
-            # QEMU reads zeros there, which it accepts only in the middle of the last name.
+            # QEMU reads zeros there, and accepts them only in the middle of the last name.
             severity=REFUSED if any(directory.rest) else None,
         )
     if rest == end:

@@ -1,28 +1,24 @@
-"""What an edit does to the bitmaps of an image, in memory, and the rules it keeps.
+"""The bitmaps of an image as an edit leaves them, in memory, and the operations on them.
 
 *Spec*: spec/edit.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from operator import index
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from qcow2bm.bitmaps.directory import MAX_BITMAPS, MAX_DIRECTORY_SIZE
-from qcow2bm.bitmaps.draft_bits import MANY_RANGES, DraftBits, Source
+from qcow2bm.bitmaps.draft_bits import DraftBits, Source
 from qcow2bm.bitmaps.entries import (
-    MAX_BITMAP_BYTES,
-    MAX_GRANULARITY_BITS,
-    MAX_NAME_SIZE,
-    MIN_GRANULARITY_BITS,
     required_table_size,
     why_not_found,
 )
+from qcow2bm.bitmaps.granules import Granules
 from qcow2bm.bitmaps.metadata import Metadata
+from qcow2bm.bitmaps.rules import default_granularity, require_granularity, require_name
 from qcow2bm.bitmaps.tables import read_words
-from qcow2bm.bits.ranges import checked, outside
 from qcow2bm.errors import (
     BitmapBrokenError,
     BitmapError,
@@ -31,39 +27,43 @@ from qcow2bm.errors import (
     BitmapNotFoundError,
     BitmapStaleError,
     LimitError,
-    UnsupportedError,
 )
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE, HEAD_LENGTH, DirectoryEntry
-from qcow2bm.units import align_up, ceil_div, decode_name, encode_name
+from qcow2bm.units import align_up, decode_name, encode_name
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from qcow2bm.bitmaps.granules import Ranges
     from qcow2bm.bits.operations import Op
-
-    Ranges = NDArray[np.int64] | Iterable[tuple[int, int]]
-    """Guest bytes: (start, length), as int64[n, 2] where there are many."""
-
-MIN_DEFAULT_GRANULARITY, MAX_DEFAULT_GRANULARITY = 4 << 10, 64 << 10
 
 
 @dataclass
 class DraftBitmap:
-    """One bitmap as the edit leaves it; ``entry`` is the stored one, None if it is new."""
+    """One bitmap as the edit leaves it.
+
+    Attributes:
+        name_bytes: the stored form of the name.
+        flags: the flags of the directory entry.
+        granularity_bits: the base-2 logarithm of the granularity.
+        extra_data: the extra data of the directory entry.
+        entry: the stored entry; None if the bitmap is new, or gets a new table in any case.
+        place: a number by which the bitmaps are ordered in the directory.
+        bits: the bits; None until an operation needs them.
+        is_in_use: whether another program set in_use. Such a bitmap can only be removed or
+            salvaged.
+    """
 
     name_bytes: bytes
     flags: int
     granularity_bits: int
     extra_data: bytes
     entry: DirectoryEntry | None
-    place: int  # bitmaps stand in the directory in the order of these
-    bits: DraftBits | None = None  # None as long as nobody looks at them
-    is_in_use: bool = False  # by whoever wrote it, so it is removed or salvaged, and nothing else
+    place: int
+    bits: DraftBits | None = None
+    is_in_use: bool = False
 
     @property
     def size(self) -> int:
-        """The length of its directory entry in bytes."""
+        """The length of the directory entry in bytes."""
         return HEAD_LENGTH + align_up(len(self.extra_data) + len(self.name_bytes), 8)
 
 
@@ -71,15 +71,15 @@ class Draft:
     """The bitmaps of an image as an edit leaves them; nothing is written here.
 
     Attributes:
-        bitmaps: by name, in no order.
-        removed: the stored entries that go.
-        drops_extension: whether a stale bitmaps extension goes as well.
+        bitmaps: the bitmaps by the stored form of their names, in no order.
+        removed: the stored entries of the bitmaps that are removed.
+        drops_extension: whether a stale bitmaps extension is removed.
     """
 
     def __init__(self, metadata: Metadata, owned: Collection[str] = ()) -> None:
         """Begins with the stored bitmaps, which `require_editable` has found sound.
 
-        Those of the names ``owned`` are in_use by whoever makes this edit.
+        The bitmaps with the names ``owned`` are in_use by the caller, and can be used like others.
         """
         directory = metadata.directory
         self._file = metadata.file
@@ -113,12 +113,12 @@ class Draft:
         self._next_place = len(entries)
 
     def find(self, name: str) -> DraftBitmap:
-        """The bitmap of that name, for any use but removing it.
+        """Returns the bitmap of this name, for any use except removing it.
 
         Raises:
-            BitmapNotFoundError: there is none.
-            BitmapStaleError: the bitmaps of this image are outdated.
-            BitmapInconsistentError: it is in_use.
+            BitmapNotFoundError: there is no bitmap of this name.
+            BitmapStaleError: the bitmaps of this image are stale.
+            BitmapInconsistentError: the bitmap is in_use, and not by the caller.
         """
         found = self._known(name)
         if found.is_in_use and name not in self._owned:
@@ -152,10 +152,11 @@ class Draft:
         return sorted(self.bitmaps.values(), key=lambda bitmap: bitmap.place)
 
     def bits(self, name: str) -> DraftBits:
-        """The bits of a bitmap; raises as `find` does.
+        """Returns the bits of a bitmap.
 
         Raises:
-            BitmapBrokenError: its table does not fit the disk.
+            As `find` does.
+            BitmapBrokenError: the table of the bitmap does not fit the disk.
         """
         found = self.find(name)
         if found.bits is None:
@@ -172,17 +173,17 @@ class Draft:
         return required_table_size(granularity, self._file.virtual_size, self._file.cluster_size)
 
     def add(self, name: str, granularity: int | None, *, enabled: bool) -> None:
-        """A new bitmap with nothing dirty; by default of QEMU's default granularity.
+        """Adds a clean bitmap; without a granularity, of QEMU's default granularity.
 
         Raises:
-            BitmapExistsError: there is one of that name.
-            BitmapStaleError: the image has outdated bitmaps, which have to be dropped first.
-            LimitError: there are as many as can be, or it would be too large.
+            BitmapExistsError: there is a bitmap of this name.
+            BitmapStaleError: the image has stale bitmaps, which have to be salvaged or removed.
+            LimitError: the image has 65,535 bitmaps, or the bitmap would be too large.
+            UnsupportedError: the disk has 0 bytes.
             ValueError: QEMU could not use such a name or granularity.
         """
         if granularity is None:
-            limits = MIN_DEFAULT_GRANULARITY, MAX_DEFAULT_GRANULARITY
-            granularity = max(limits[0], min(self._file.cluster_size, limits[1]))
+            granularity = default_granularity(self._file.cluster_size)
         self.require_granularity(granularity)
         self.require_free(name)
         if len(self.bitmaps) >= MAX_BITMAPS:
@@ -195,42 +196,32 @@ class Draft:
         self.bitmaps[key] = DraftBitmap(key, flags, granularity_bits, b"", None, place, bits)
 
     def replace(self, name: str, granularity: int, *, enabled: bool) -> None:
-        """`add`, instead of one of that name that is in_use and not ours, if there is one."""
+        """Does what `add` does, and removes a bitmap of this name first if another has it in_use.
+
+        Raises:
+            As `add` does.
+        """
         old = self.bitmaps.get(encode_name(name))
         if old and old.is_in_use and name not in self._owned:
-            self.require_granularity(granularity)  # before anything is taken away
+            self.require_granularity(granularity)  # before anything is removed
             self.remove(name)
         self.add(name, granularity, enabled=enabled)
 
     def require_granularity(self, granularity: int) -> None:
-        """Raises what `add` does for a granularity that QEMU could not use."""
-        low, high = 1 << MIN_GRANULARITY_BITS, 1 << MAX_GRANULARITY_BITS
-        granularity = index(granularity)
-        if granularity & (granularity - 1) or not low <= granularity <= high:
-            raise ValueError(
-                f"granularity is {granularity}, must be a power of two from {low} to {high}"
-            )
-        size = self._file.virtual_size
-        if not size:
-            raise UnsupportedError("a bitmap of a disk of 0 bytes")
-        length = ceil_div(ceil_div(size, granularity), 8)
-        if length > MAX_BITMAP_BYTES:
-            what = f"the size of a bitmap of granularity {granularity} in bytes"
-            raise LimitError(what, length, MAX_BITMAP_BYTES)
+        """Returns if the image can have a bitmap of this granularity; raises as `add` does."""
+        require_granularity(granularity, self._file.virtual_size)
 
     def require_free(self, name: str) -> None:
-        """Raises what `add` does if QEMU, to which a NUL byte ends a name, finds one like it."""
-        key = encode_name(name)
-        if not 0 < len(key) <= MAX_NAME_SIZE:
-            raise ValueError(f"a name has 1 to {MAX_NAME_SIZE} bytes, not {len(key)}")
-        if b"\0" in key:
-            raise ValueError("a name has no NUL character")
+        """Returns if a bitmap of this name can be added; raises as `add` does.
+
+        A name ends at a NUL byte for QEMU: a name is taken if QEMU would find a bitmap with it.
+        """
+        key = require_name(name)
         if self._is_stale:
             raise BitmapStaleError(
                 name,
                 "cannot be added: the image has stale bitmaps, which a program without bitmap "
-                "support left behind",
-                "salvage-or-remove-all",
+                "support left behind; salvage them, or drop them: remove --all (Edit.remove_all)",
             )
         known = self.bitmaps.get(key)
         if known and known.is_in_use:
@@ -239,16 +230,16 @@ class Draft:
             raise BitmapExistsError(name)
 
     def remove(self, name: str) -> None:
-        """Takes a bitmap away, also one that is in_use.
+        """Removes a bitmap, also one that is in_use.
 
         Raises:
-            BitmapNotFoundError: there is none of that name.
-            BitmapStaleError: the bitmaps of this image are outdated.
+            BitmapNotFoundError: there is no bitmap of this name.
+            BitmapStaleError: the bitmaps of this image are stale.
         """
         self._drop(self._known(name))
 
     def remove_all(self) -> None:
-        """Takes all bitmaps away; stale ones too, whose clusters stay leaked."""
+        """Removes all bitmaps, also stale ones; the clusters of stale bitmaps stay leaked."""
         for found in list(self.bitmaps.values()):
             self._drop(found)
         self.drops_extension |= self._is_stale
@@ -260,12 +251,12 @@ class Draft:
             self.removed.append(found.entry)
 
     def enable(self, name: str, *, enabled: bool) -> None:
-        """Whether the bitmap is to record writes from now on; raises as `find` does."""
+        """Sets or clears the flag `auto`; raises as `find` does."""
         found = self.find(name)
         found.flags = found.flags & ~FLAG_AUTO | (FLAG_AUTO if enabled else 0)
 
     def rename(self, name: str, new_name: str) -> None:
-        """Gives a bitmap another name, in the same place of the directory.
+        """Gives a bitmap another name; its place in the directory stays.
 
         Raises:
             As `find` does.
@@ -283,10 +274,10 @@ class Draft:
     def copy(
         self, name: str, new_name: str, granularity: int | None, *, enabled: bool | None
     ) -> None:
-        """A new bitmap with what another one has, if need be of another granularity.
+        """Adds a bitmap with the bits of another one, perhaps of another granularity.
 
-        A coarser one has a bit set wherever anything it covers is dirty (INV-COARSE). It records
-        writes if the other does, unless ``enabled`` says otherwise.
+        If the new granularity is coarser, a bit is set if anything that it covers is dirty
+        (INV-COARSE). The flag `auto` is that of the other bitmap, unless ``enabled`` is given.
 
         Raises:
             As `bits` and `add` do.
@@ -303,7 +294,7 @@ class Draft:
             raise
 
     def clear(self, name: str) -> None:
-        """Makes everything clean; raises as `bits` does."""
+        """Makes the whole disk clean; raises as `bits` does."""
         bits = self.bits(name)
         with bits.all_or_nothing():
             bits.fill(0, bits.bits, is_set=False)
@@ -319,7 +310,7 @@ class Draft:
 
         Raises:
             As `bits` does.
-            LimitError: the granularities are further apart than QEMU's can be.
+            LimitError: one granularity is more than 2^22 times the other.
         """
         bits = self.bits(target)
         other = self.bits(source) if isinstance(source, str) else source
@@ -329,54 +320,29 @@ class Draft:
     def fill(self, name: str, ranges: Ranges, *, is_set: bool) -> None:
         """Makes ranges dirty or clean.
 
-        What is set is widened to whole granules, and what is reset narrowed to them: a dirty byte
-        outside the ranges is never lost.
+        Ranges are widened to whole granules if they are set, and narrowed if they are reset, so
+        that a dirty byte outside the ranges never becomes clean.
 
         Raises:
             As `bits` does.
             ValueError: a range reaches beyond the disk. Nothing is changed then.
         """
         bits, size = self.bits(name), self._file.virtual_size
-        granularity = min(bits.granularity, 1 << 62)  # which is more than any disk
-        if hasattr(ranges, "dtype"):
-            import numpy as np
-
-            pairs = checked(cast("NDArray[np.int64]", ranges), size)
-            starts, lengths = pairs.T
-            ends = starts + lengths
-            rounded = np.empty(pairs.shape, np.int64)
-            if is_set:
-                rounded[:, 0] = starts // granularity
-                rounded[:, 1] = np.where(lengths > 0, -(-ends // granularity), 0)
-            else:
-                rounded[:, 0] = -(-starts // granularity)
-                rounded[:, 1] = np.where(ends == size, bits.bits, ends // granularity)
-            with bits.all_or_nothing():
-                bits.fill_many(rounded, is_set=is_set)
-            return
-        listed = [(index(start), index(length)) for start, length in ranges]
-        for start, length in listed:
-            if not 0 <= start <= start + length <= size:
-                raise outside(start, length, size)
-        if len(listed) >= MANY_RANGES:
-            import numpy as np
-
-            self.fill(name, np.array(listed, np.int64), is_set=is_set)
-            return
+        granules = Granules(min(bits.granularity, 1 << 62), bits.bits, size)
+        rounded = granules.of(ranges, is_set=is_set)
         with bits.all_or_nothing():
-            for start, length in listed:
-                end = start + length
-                if is_set and length:
-                    bits.fill(start // granularity, ceil_div(end, granularity), is_set=True)
-                elif length:
-                    stop = bits.bits if end == size else end // granularity
-                    bits.fill(ceil_div(start, granularity), stop, is_set=False)
+            if isinstance(rounded, list):
+                for first, stop in rounded:
+                    bits.fill(first, stop, is_set=is_set)
+            else:
+                bits.fill_many(rounded, is_set=is_set)
 
     def fit(self, name: str) -> None:
         """Makes a table that is too long or too short fit the disk as it is now.
 
-        Bits past the disk are dropped. What the table does not cover is dirty, and so is all that
-        its last cluster covers: where in it the disk ended is not stored anywhere (INV-COARSE).
+        Bits behind the disk are dropped. What the table does not cover becomes dirty. Everything
+        that the last cluster of the table covers becomes dirty as well: the disk ended somewhere
+        there, but nothing says where (INV-COARSE).
 
         Raises:
             As `find` does.
@@ -394,15 +360,15 @@ class Draft:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the bitmaps are outdated, and nobody has taken them up again."""
+        """Whether the bitmaps are stale, and `revive` was not called."""
         return self._is_stale
 
     def salvageable(self, name: str) -> int:
-        """The granularity of a bitmap that is in_use or stale.
+        """Returns the granularity of a bitmap that can be salvaged.
 
         Raises:
-            BitmapNotFoundError: there is none of that name.
-            BitmapError: it is neither.
+            BitmapNotFoundError: there is no bitmap of this name.
+            BitmapError: the bitmap is neither in_use nor stale.
         """
         if self._is_stale:
             entries = {entry.name: entry for entry in self._directory.entries}
@@ -418,8 +384,8 @@ class Draft:
     def revive(self, intact: Collection[int]) -> None:
         """Takes up stale bitmaps again, all of them in_use.
 
-        Those that are not ``intact``, by the indexes of their entries, get a table of their own
-        in which everything is dirty: what theirs leads to is somebody else's by now.
+        ``intact`` are the indexes of the bitmaps whose clusters nothing else uses. The other
+        bitmaps get a new table in which everything is dirty.
 
         Raises:
             BitmapError: such a table would be larger than QEMU allows.
@@ -446,11 +412,11 @@ class Draft:
         return bits
 
     def salvage(self, name: str, *, trusts_stored: bool) -> None:
-        """Makes a bitmap that is in_use valid: all dirty, or with the bits that are stored.
+        """Makes a bitmap that is in_use valid: all dirty, or with the stored bits.
 
         Raises:
             As `salvageable` does.
-            BitmapError: QEMU could not use it.
+            BitmapError: QEMU could not use the bitmap.
         """
         granularity = self.salvageable(name)
         self._require_usable(name, granularity)
@@ -471,7 +437,7 @@ class Draft:
         """The length of the directory in bytes.
 
         Raises:
-            LimitError: it would be longer than QEMU takes.
+            LimitError: the directory would be longer than QEMU allows.
         """
         size = sum(bitmap.size for bitmap in self.bitmaps.values())
         if size > MAX_DIRECTORY_SIZE:

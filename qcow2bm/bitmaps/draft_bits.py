@@ -1,4 +1,4 @@
-"""The bits of a bitmap while it is being edited: what is stored, and the clusters that change.
+"""The bits of a bitmap while it is edited: the stored clusters, and those that change.
 
 *Spec*: spec/edit.md.
 """
@@ -25,38 +25,38 @@ if TYPE_CHECKING:
     from qcow2bm.bits.operations import Op
 
 ZEROES, ONES = 0, 1
-"""The contents of clusters that are not stored, which are also their table entries."""
+"""The two contents of clusters that are not stored; the table entries have the same values."""
 
 Content = int | bytes | bytearray
-"""Of one cluster of bitmap data: `ZEROES`, `ONES`, or its bytes."""
+"""The content of one cluster of bitmap data: `ZEROES`, `ONES`, or its bytes."""
 
 _CHUNK_BYTES = 1 << 20  # of bits worked on at once
-_DENSE_RANGES = 4096  # in one cluster: from so many on, a mask is the cheaper way
+_DENSE_RANGES = 4096  # in one cluster: for so many or more, a mask is faster
 
 MAX_FACTOR = 1 << 22
-"""Between QEMU's finest granularity and its coarsest."""
-
-MANY_RANGES = 64
-"""From so many on, loading numpy is the cheaper way."""
+"""QEMU's coarsest granularity divided by its finest."""
 
 
 class Source(Protocol):
-    """Bits of a disk of the same size, to be combined with others."""
+    """The bits of a bitmap of a disk of the same size, to be combined with others."""
 
     granularity: int
     bits: int
 
     def octets(self, first_byte: int, length: int) -> Octets:
-        """Packed bits from a byte on, uint8[length], zero past the disk; not to be changed."""
+        """Returns bytes of packed bits, uint8[length]; bits behind the disk are zero.
+
+        The caller must not change them.
+        """
         ...
 
     def constant(self, first_byte: int, length: int) -> int | None:
-        """`ZEROES` or `ONES` where all these bytes are known to be that, without a look."""
+        """Returns `ZEROES` or `ONES` if all these bytes are known to be that without reading."""
         ...
 
 
 class PackedSource:
-    """Bits somebody has in memory."""
+    """Bits that the caller has in memory."""
 
     def __init__(self, octets: Octets, granularity: int, virtual_size: int) -> None:
         """``octets`` as `qcow2bm.Bitmap.packed` returns them, the rest in guest bytes."""
@@ -77,19 +77,19 @@ class PackedSource:
 
 
 class DraftBits:
-    """The bits of one bitmap, to be changed in memory; a `Source` for others, too.
+    """The bits of one bitmap, changed in memory; also a `Source` for other bitmaps.
 
-    Only the clusters that change are held in memory.
+    Only the clusters that change are kept in memory.
 
     Attributes:
         granularity: in guest bytes.
-        bits: how many there are.
+        bits: how many bits the bitmap has.
         words: the table as it is stored, uint64[n], empty for a new bitmap.
         changed: the clusters whose content differs from what is stored, by number.
     """
 
     def __init__(self, file: ClusterFile, granularity: int, words: array[int] | None) -> None:
-        """``words`` are the stored table, None for a new bitmap, which is clean."""
+        """Begins with the stored table ``words``, or with a clean bitmap if ``words`` is None."""
         self._file = file
         self._cluster_size = file.cluster_size
         self.granularity = granularity
@@ -102,14 +102,14 @@ class DraftBits:
         return self.words[number] if number < len(self.words) else ZEROES
 
     def _content(self, number: int) -> Content:
-        """The content of a cluster as it is now; bytes are not to be changed."""
+        """Returns the present content of a cluster; the caller must not change the bytes."""
         if number in self.changed:
             return self.changed[number]
         word = self._word(number)
         return word if word in (ZEROES, ONES) else self._stored(number)
 
     def _stored(self, number: int) -> bytearray:
-        """The bytes of a stored cluster, bits past the disk cleared (INV-TAIL)."""
+        """Reads the bytes of a stored cluster, and clears the bits behind the disk (INV-TAIL)."""
         data = bytearray(self._cluster_size)
         self._file.read_into(self._word(number), memoryview(data))
         clear_tail(data, self._bits_in(number))
@@ -121,7 +121,7 @@ class DraftBits:
         return max(0, min(per_cluster, self.bits - number * per_cluster))
 
     def _bytes_of(self, number: int) -> bytearray:
-        """The content of a cluster as bytes of one's own."""
+        """Returns the present content of a cluster as bytes that the caller may change."""
         content = self._content(number)
         if not isinstance(content, int):
             return bytearray(content)
@@ -131,7 +131,7 @@ class DraftBits:
         return data
 
     def _put(self, number: int, data: bytes | bytearray) -> None:
-        """Gives a cluster new bytes, which the caller leaves alone from now on."""
+        """Gives a cluster new bytes; the caller must not change them afterwards."""
         per_cluster = self._cluster_size
         raw = bytes(data)
         if raw.count(0) == per_cluster:
@@ -156,7 +156,7 @@ class DraftBits:
             self.changed[number] = value
 
     def fill(self, first: int, stop: int, *, is_set: bool) -> None:
-        """Sets or clears the bits from ``first`` up to ``stop``, not included."""
+        """Sets or clears the bits from ``first`` up to, but not including, ``stop``."""
         per_cluster = 8 * self._cluster_size
         value = ONES if is_set else ZEROES
         while first < stop:
@@ -171,10 +171,11 @@ class DraftBits:
             first += end - inside
 
     def fit(self) -> None:
-        """Makes a stored table of another length than the disk needs fit it.
+        """Makes a stored table fit the disk if it is too long or too short.
 
-        Bits past the disk go. What the table does not cover is set, and with it all that its last
-        cluster covers, since where in it the disk ended is not known (INV-COARSE).
+        Bits behind the disk are dropped. Bits that the table does not cover are set. All bits in
+        the last cluster of the table are set as well: the disk ended somewhere there, but
+        nothing says where (INV-COARSE).
         """
         if len(self.words) < self.clusters:
             first = (len(self.words) - 1) * 8 * self._cluster_size
@@ -183,9 +184,10 @@ class DraftBits:
         self.changed = self.final()
 
     def final(self) -> dict[int, Content]:
-        """What is different from what is stored once the bitmap gets a new table.
+        """Returns the clusters that differ from the stored ones once the bitmap has a new table.
 
-        That is `changed`, and a last cluster in which others left bits past the disk (INV-TAIL).
+        They are those in `changed`, and the last cluster if other programs left bits behind the
+        disk in it (INV-TAIL).
         """
         last = self.clusters - 1
         word = self._word(last)
@@ -200,7 +202,7 @@ class DraftBits:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Takes back what was changed inside if that ends by an exception."""
+        """Undoes all changes made inside the block if the block ends by an exception."""
         before = self.changed.copy()  # contents are replaced, never changed
         try:
             yield
@@ -209,7 +211,7 @@ class DraftBits:
             raise
 
     def fill_many(self, ranges: NDArray[np.int64], *, is_set: bool) -> None:
-        """As `fill`, for many ranges of bits, int64[n, 2] of (first, stop)."""
+        """Does what `fill` does for many ranges of bits, int64[n, 2] of (first, stop)."""
         import numpy as np
 
         from qcow2bm.bits.algebra import mask_of, merged
@@ -239,7 +241,7 @@ class DraftBits:
             self._put(number, data)
 
     def invert(self) -> None:
-        """Makes every bit on the disk what it was not."""
+        """Inverts every bit that lies on the disk."""
         for first, count in self._chunks(1):
             value = self.constant(first * self._cluster_size, count * self._cluster_size)
             if value is None:
@@ -250,13 +252,13 @@ class DraftBits:
                     self._put_constant(number, ONES - value)
 
     def combine(self, op: Op, source: Source) -> None:
-        """The bits after an operation with others, which may be of any granularity.
+        """Combines the bits with those of a source, which may have any granularity.
 
-        The operation is done at the finer granularity of the two; where that is the source's,
-        a bit is set if anything it covers is (INV-COARSE).
+        The operation is done at the finer granularity of the two. If the source has the finer one,
+        a bit is set if any bit that it covers is set (INV-COARSE).
 
         Raises:
-            LimitError: the granularities are further apart than QEMU's are.
+            LimitError: one granularity is more than `MAX_FACTOR` times the other.
         """
         coarser = max(1, source.granularity // self.granularity)
         finer = max(1, self.granularity // source.granularity)
@@ -275,7 +277,7 @@ class DraftBits:
     def _combined(
         self, op: Op, old: Octets, source: Source, start: int, coarser: int, finer: int
     ) -> Octets:
-        """What becomes of the bytes from ``start`` on, ``old``, in an operation with a source."""
+        """Returns what the bytes ``old``, from ``start`` on, become when combined with a source."""
         import numpy as np
 
         from qcow2bm.bits.algebra import coarsen, combine, refine
@@ -297,9 +299,9 @@ class DraftBits:
         return new
 
     def _chunks(self, multiple: int) -> Iterator[tuple[int, int]]:
-        """All clusters, some at a time: the first, and how many.
+        """Yields all clusters in chunks: the number of the first, and how many.
 
-        Each begins at a multiple of ``multiple`` bytes, a power of two.
+        Each chunk begins at a multiple of ``multiple`` bytes, which is a power of two.
         """
         step = max(1, max(_CHUNK_BYTES, multiple) // self._cluster_size)
         for first in range(0, self.clusters, step):
@@ -330,12 +332,12 @@ class DraftBits:
         return np.concatenate((found, np.zeros(length - len(found), np.uint8)))
 
     def _load(self, first: int, count: int) -> Octets:
-        """The content of these clusters, uint8[count * cluster size]."""
+        """Returns the present content of clusters, uint8[count * cluster size]."""
         import numpy as np
 
         size = self._cluster_size
         loaded = np.zeros(count * size, np.uint8)
-        run: tuple[int, int, int] | None = None  # place, offset and length of what is to be read
+        run: tuple[int, int, int] | None = None  # place, offset and length of the bytes to read
         for number in range(first, first + count):
             place = (number - first) * size
             content = self.changed.get(number, self._word(number))
@@ -359,7 +361,7 @@ class DraftBits:
             self._file.read_into(offset, loaded.data[place : place + length])
 
     def _store(self, first: int, old: Octets, new: Octets) -> None:
-        """Gives clusters from ``first`` on new content; ``old`` is what they had."""
+        """Gives clusters from ``first`` on new content; ``old`` is their present content."""
         clear_tail(new.data, self.bits - 8 * first * self._cluster_size)
         shape = -1, self._cluster_size
         rows = new.reshape(shape)

@@ -1,4 +1,4 @@
-"""Whether an image is sound enough to be edited.
+"""Deciding whether an image is sound enough to be edited.
 
 *Spec*: spec/edit.md, "What can be edited".
 """
@@ -15,11 +15,11 @@ from qcow2bm.format.header import FIELD_OFFSETS
 
 
 def require_editable(metadata: Metadata) -> None:
-    """Returns if the image is sound enough that a change cannot make anything worse.
+    """Returns if the image is so sound that a change cannot make anything worse.
 
     Raises:
-        FormatError: it is marked dirty or corrupt, or has a fault that an edit must not build on.
-        UnsupportedError: it is of version 2.
+        FormatError: the image is marked dirty or corrupt, or has a fault that forbids an edit.
+        UnsupportedError: the image is of version 2.
         ImageLockedError, ChangedWhileReadingError, StorageError: reading the tables failed.
     """
     file = metadata.file

@@ -1,4 +1,4 @@
-"""What is wrong with bitmap directory entries, each by itself and among each other.
+"""The problems of bitmap directory entries, each by itself and compared with the others.
 
 *Spec*: spec/bitmaps.md, "Bitmap directory"; the ids are in spec/problems.md.
 """
@@ -30,7 +30,7 @@ MAX_NAME_SIZE = 1023
 
 
 def required_table_size(granularity: int, virtual_size: int, cluster_size: int) -> int:
-    """How many table entries a bitmap of that granularity needs for the whole disk."""
+    """Returns how many table entries a bitmap of this granularity needs for the whole disk."""
     return ceil_div(virtual_size, 8 * cluster_size * granularity)
 
 
@@ -41,7 +41,7 @@ class _Add(Protocol):
 
 
 def entry_problems(entry: DirectoryEntry, end: int, file: ClusterFile) -> list[Problem]:
-    """Everything that is wrong with one entry by itself; the directory should reach to ``end``."""
+    """Returns the problems of one entry by itself; the directory should end at ``end``."""
     found: list[Problem] = []
 
     def add(id: str, reason: str, *, field: str = "", severity: Severity | None = None) -> None:
@@ -161,19 +161,19 @@ def _name_problems(entry: DirectoryEntry, add: _Add) -> None:
 
 
 def qemu_name(entry: DirectoryEntry) -> bytes | None:
-    """The name as QEMU sees it: up to a NUL byte."""
+    """Returns the name as QEMU sees it: up to a NUL byte."""
     return None if entry.name_bytes is None else entry.name_bytes.partition(b"\0")[0]
 
 
 def surplus(entries: tuple[DirectoryEntry, ...], nb_bitmaps: int) -> Iterator[Problem]:
-    """Entries nobody counts may be left over from an older directory."""
+    """Yields a problem for each entry beyond ``nb_bitmaps``: an older directory may have had it."""
     for entry in entries[nb_bitmaps:]:
         reason = f"is one more than nb_bitmaps, which is {nb_bitmaps}"
         yield problem("directory-entry.surplus", entry.offset, reason, entry.index)
 
 
 def duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:
-    """Entries that QEMU takes to have one name."""
+    """Yields a problem for each entry whose name another entry has, as QEMU compares names."""
     names = Counter(map(qemu_name, entries))
     del names[None]
     if len(names) == sum(names.values()):
@@ -182,7 +182,7 @@ def duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:
     seen: set[bytes | None] = set()
     for entry in entries:
         name = qemu_name(entry)
-        # QEMU does not take in what is in_use, and so does not see the name a second time.
+        # QEMU does not load a bitmap that is in_use, and so does not see its name.
         if name in seen and not entry.in_use:
             refused.add(name)
         seen.add(name)
@@ -199,7 +199,7 @@ def duplicates(entries: tuple[DirectoryEntry, ...]) -> Iterator[Problem]:
 
 
 def why_not_found(names: Iterable[str]) -> str:
-    """What to say of a name that no bitmap has, when these are the names there are."""
+    """Returns the reason for an error about a name that is not among ``names``."""
     shown = list(islice(names, 6))
     known = ", ".join(f'"{escape(name)}"' for name in shown[:5])
     more = ", ..." if len(shown) > 5 else ""

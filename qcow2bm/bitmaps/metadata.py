@@ -43,14 +43,14 @@ class Metadata:
     def load(cls, storage: Storage, *, force_share: bool = False) -> Metadata:
         """Reads header, extensions and directory under the locks of a reader.
 
-        With ``force_share`` no locks are taken, now and later: the caller holds them, or goes
-        without.
+        With ``force_share`` no locks are taken, neither now nor later: the caller holds them, or
+        does without locks.
 
         Raises:
-            FormatError: the header cannot be read, or its cluster size leaves nothing to go by.
+            FormatError: the header cannot be read, or its cluster size is impossible.
             UnsupportedError: the version of qcow2 is neither 2 nor 3.
             ImageLockedError: another process writes to the image.
-            ChangedWhileReadingError: the image changed meanwhile.
+            ChangedWhileReadingError: the image changed while it was read.
             StorageError: reading failed.
         """
         with nullcontext() if force_share else storage.read_lock():
@@ -62,7 +62,7 @@ class Metadata:
 
     @cached_property
     def survey(self) -> Survey:
-        """What the bitmap tables have, and what is wrong with them.
+        """The bitmap tables, read at the first use, and their problems.
 
         Raises:
             ImageLockedError: another process writes to the image.

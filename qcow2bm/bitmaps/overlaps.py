@@ -1,4 +1,4 @@
-"""Which bytes of the file are used for more than one thing.
+"""Finding host bytes that more than one structure uses.
 
 *Spec*: spec/bitmaps.md, "Bitmap table"; the ids are in spec/problems.md.
 """
@@ -13,11 +13,11 @@ from qcow2bm.problem_kinds import problem
 from qcow2bm.problems import DIRECTORY, Problem
 from qcow2bm.units import align_up
 
-_LAST = (1 << 64) - 1  # which an offset and a length together may exceed
+_LAST = (1 << 64) - 1  # the sum of an offset and a length may exceed it
 
 
 class _Use(NamedTuple):
-    """What ranges are used for; ``owner`` is the number of the directory entry, if a bitmap's."""
+    """A structure that uses ranges; ``owner`` is the number of the directory entry, if any."""
 
     name: str
     owner: int | None
@@ -27,7 +27,7 @@ class _Use(NamedTuple):
 class Overlaps:
     """Collects ranges of host bytes, and finds those that overlap.
 
-    There can be a range for every cluster of bitmap data, so they are kept as bare numbers.
+    There can be a range for every cluster of bitmap data, so ranges are kept as bare numbers.
     """
 
     def __init__(self, cluster_size: int) -> None:
@@ -37,7 +37,7 @@ class Overlaps:
         self._ranges: list[tuple[int, int, int]] = []  # start, end, number of the use
 
     def use(self, name: str, owner: int | None = None, *, is_table: bool = False) -> int:
-        """Announces a use, as messages call it; the number is for `add`."""
+        """Announces a structure by the name that messages use; returns a number for `add`."""
         self._uses.append(_Use(name, owner, is_table))
         return len(self._uses) - 1
 
@@ -45,7 +45,7 @@ class Overlaps:
         return len(self._ranges)
 
     def add(self, use: int, offset: int, length: int) -> None:
-        """A range that is used for that."""
+        """Adds a range of the structure that `use` returned this number for."""
         if length:
             self._ranges.append((offset, offset + align_up(length, self._cluster_size), use))
 
@@ -57,12 +57,12 @@ class Overlaps:
         )
 
     def problems(self) -> Iterator[Problem]:
-        """One for each bitmap and each thing it shares bytes with.
+        """Yields one problem for each bitmap and each structure that it shares bytes with.
 
-        Two things that are no bitmap's are not this module's business, except the directory.
+        Two structures that belong to no bitmap are not reported, except the directory.
         """
         seen: set[tuple[int, int]] = set()
-        reach, last = 0, -1  # of the ranges before, the end of the one that ends last, its use
+        reach, last = 0, -1  # the highest end of the ranges before, and the use of that range
         for start, end, use in sorted(self._ranges):
             if start < reach:
                 for mine, other in ((use, last), (last, use)):

@@ -1,4 +1,4 @@
-"""The one place that decides what a bitmap is good for.
+"""The one place that decides the status of a bitmap.
 
 *Spec*: spec/bitmaps.md, "Status".
 """
@@ -26,9 +26,9 @@ def judge(
     distrust: Problem | None,
     problems: Iterable[Problem],
 ) -> tuple[Status, str]:
-    """The status of a bitmap with these problems, and for a broken one what breaks it.
+    """Returns the status of a bitmap with these problems, and for a broken one the reason.
 
-    ``distrust`` is what the survey of all tables found against the directory as a whole.
+    ``distrust`` is the problem of the directory as a whole that the survey of tables found.
 
     "stale" if the autoclear bit is off, else "broken" if its metadata cannot be trusted, else
     "inconsistent" if it is in_use, else "valid".

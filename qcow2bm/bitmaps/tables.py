@@ -1,4 +1,4 @@
-"""Reading the bitmap tables: what kind of clusters each bitmap has, and whose they are.
+"""Reading the bitmap tables: the kinds of clusters that bitmaps have, and the host bytes used.
 
 *Spec*: spec/bitmaps.md, "Bitmap table"; the ids are in spec/problems.md.
 """
@@ -23,10 +23,10 @@ from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem, Severity
 from qcow2bm.units import ceil_div
 
 MAX_FAULTS_LISTED = 16
-"""So many bad entries of a table are listed one by one; then one Problem counts the rest."""
+"""How many bad entries of a table are listed; one more Problem stands for the others."""
 
 MAX_TABLES_BYTES = 256 << 20
-"""How much of tables is looked at in one image: far more than any image needs."""
+"""How many bytes of tables are read in one image: far more than any image needs."""
 MAX_RANGES = 4_000_000
 """How many separate ranges of bitmap data are remembered."""
 
@@ -45,19 +45,23 @@ class Clusters(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What is kept of a bitmap table after it was looked at: its counts, and a fingerprint."""
+    """What is kept of a bitmap table after it was read: its counts, and a fingerprint."""
 
     clusters: Clusters
     fingerprint: int
 
 
 class Survey(NamedTuple):
-    """All tables of an image: one Table for each directory entry, None where none can be read.
+    """What was found in all bitmap tables of an image.
 
-    ``distrust`` is the problem for which no entry can be believed: the directory lies where
-    something else is. ``starts`` and ``ends`` are those of all host byte ranges known to be used,
-    in whole clusters, in no order; guest data and L2 tables are not among them. There can be
-    millions, so they are kept as bare numbers.
+    Attributes:
+        tables: one Table for each directory entry, None if the table cannot be read.
+        problems: the problems of the tables, and those between structures that share clusters.
+        distrust: the problem because of which no entry can be believed: the directory shares a
+            cluster with something else. None in most images.
+        starts: the starts of all host byte ranges known to be used, in whole clusters, in no
+            order. Guest data and L2 tables are not among them.
+        ends: the ends of the same ranges. There can be millions, so both are bare numbers.
     """
 
     tables: tuple[Table | None, ...]
@@ -73,10 +77,10 @@ class Survey(NamedTuple):
 
 
 def read_words(file: ClusterFile, entry: DirectoryEntry) -> array[int]:
-    """The table of an entry, uint64[bitmap_table_size].
+    """Reads the table of an entry, uint64[bitmap_table_size].
 
     Raises:
-        LimitError: it lies outside the file.
+        LimitError: the table lies outside the file.
         StorageError: reading failed.
     """
     size = ENTRY_LENGTH * entry.bitmap_table_size
@@ -100,13 +104,13 @@ def table_runs(words: array[int], cluster_size: int, *, vectorize: bool = False)
 def survey(
     file: ClusterFile, directory: BitmapDirectory, header_problems: Iterable[Problem]
 ) -> Survey:
-    """Reads all tables that can be read, and finds what is wrong with them and between them.
+    """Reads all tables that can be read, and finds the problems in them and between them.
 
-    The reader's locks are taken for a few tables at a time; the caller has to verify afterwards
+    The locks of a reader are taken for a few tables at a time. The caller has to verify afterwards
     that the directory is still the same.
 
     Raises:
-        ImageLockedError: somebody writes to the image.
+        ImageLockedError: another process writes to the image.
         StorageError: reading failed.
     """
     tables: list[Table | None] = [None] * len(directory.entries)
@@ -135,7 +139,7 @@ def survey(
             use = overlaps.use(f"data of entry {entry.index}", entry.index)
             for run in table_runs(words, file.cluster_size):
                 counts[run.kind] += run.entries
-                # What a table says that was overwritten is no reason to distrust other bitmaps.
+                # A table that was overwritten is no reason to distrust other bitmaps.
                 if run.kind == ALLOCATED and entry.index not in overlapping:
                     overlaps.add(use, run.offset, run.entries * file.cluster_size)
             problems += _entry_faults(file, entry, words, counts[INVALID])
@@ -148,7 +152,7 @@ def survey(
 def _batches(
     entries: Iterable[DirectoryEntry], overlaps: Overlaps, problems: list[Problem]
 ) -> Iterator[list[DirectoryEntry]]:
-    """The entries whose tables are to be read, as many at once as have tables of 1 MiB."""
+    """Yields the entries whose tables are to be read, in batches with about 1 MiB of tables."""
     batch: list[DirectoryEntry] = []
     used = total = 0
     for entry in entries:
@@ -173,7 +177,7 @@ def _batches(
 
 
 def fingerprint(words: array[int]) -> int:
-    """Tells a table from another one, within this process."""
+    """Returns a number that tells a table from other tables, within this process."""
     return hash(words.tobytes())
 
 
@@ -208,7 +212,7 @@ class UsedRange(NamedTuple):
 def readable_tables(
     file: ClusterFile, directory: BitmapDirectory
 ) -> Iterator[tuple[DirectoryEntry, array[int]]]:
-    """The entries that lead to a table, with it, as long as all tables are not too much."""
+    """Yields the entries with their tables, as far as tables can be read, up to the limit."""
     left = MAX_TABLES_BYTES
     for entry in () if directory.distrust else directory.entries:
         length = ENTRY_LENGTH * entry.bitmap_table_size
@@ -218,7 +222,7 @@ def readable_tables(
 
 
 def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[UsedRange]:
-    """All that bitmaps use within the file, sound or not, in use or stale.
+    """Yields every range within the file that a bitmap uses, also a broken, used or stale one.
 
     Raises:
         StorageError: reading failed.
@@ -229,7 +233,9 @@ def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[U
     yield UsedRange(DIRECTORY, directory.extension.bitmap_directory_offset, directory.size, None)
     for entry in directory.entries:
         start, length = entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size
-        is_cut = 0 < start + length - file.file_size < size  # in the midst of its last cluster
+        is_cut = (
+            0 < start + length - file.file_size < size
+        )  # the file ends in the last cluster of the table
         is_possible = entry.bitmap_table_size * size <= MAX_BITMAP_BYTES
         if (is_cut and is_possible) or has_readable_table(entry, file):
             yield UsedRange(TABLE, start, length, entry.index)
@@ -243,7 +249,7 @@ def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[U
 def _entry_faults(
     file: ClusterFile, entry: DirectoryEntry, words: array[int], invalid: int
 ) -> list[Problem]:
-    """Faults of single table entries; none are looked for where the table has none."""
+    """Returns the faults of single table entries, of which ``invalid`` are invalid."""
     coverage = ceil_div(ceil_div(file.virtual_size, entry.granularity), 8)
     limit = file.file_size - file.cluster_size
     if not invalid and max(words) & MASKS.offset <= limit:
@@ -252,7 +258,7 @@ def _entry_faults(
     for index, word in enumerate(words):
         place = entry.bitmap_table_offset + ENTRY_LENGTH * index
         offset = word & MASKS.offset
-        # QEMU does not look at the table of a bitmap in use.
+        # QEMU does not read the table of a bitmap that is in_use.
         severity: Severity | None = UNUSABLE if entry.in_use else None
         if word & MASKS.reserved or (offset and word & MASKS.all_ones):
             id, reason = "bitmap-table.entry.reserved", "with reserved bits set"
@@ -276,6 +282,6 @@ def _entry_faults(
 
 
 def _used(index: int, coverage: int, file: ClusterFile) -> int:
-    """How many bytes of a cluster must be there: of the last one only those that hold bits."""
+    """How many bytes of a cluster must exist: in the last cluster only those that hold bits."""
     used = coverage - index * file.cluster_size
     return used if 0 < used < file.cluster_size else file.cluster_size

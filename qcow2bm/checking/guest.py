@@ -28,13 +28,13 @@ _L1_RESERVED = L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"]
 _L2_RESERVED = L2_MASKS["reserved_high"] | L2_MASKS["reserved_low"]
 
 Report = Callable[[str, int, str, int | None], None]
-"""Takes the id of a problem, the host offset, what is wrong, and the number of the entry."""
+"""A function of the id of a problem, the host offset, the reason, and the entry's number."""
 RefcountsOf = Callable[[NDArray[np.int64]], NDArray[np.uint64]]
-"""The refcounts of clusters by their numbers."""
+"""A function that returns the stored refcounts of clusters, int64[n] to uint64[n]."""
 
 
 class L1Table(NamedTuple):
-    """An L1 table: where it is, how many entries it has, and whether the guest writes by it."""
+    """The place of an L1 table, its number of entries, and whether it is that of the disk."""
 
     offset: int
     entries: int
@@ -47,7 +47,7 @@ class GuestWalk:
     def __init__(
         self, file: ClusterFile, references: References, refcounts: RefcountsOf, report: Report
     ) -> None:
-        """``refcounts`` are those that are stored, by which entries say whether they are copied."""
+        """``refcounts`` returns stored refcounts, with which copied bits are compared."""
         header = file.header
         self._file = file
         self._references = references
@@ -107,7 +107,7 @@ class GuestWalk:
     def _subclusters(
         self, table: int, words: NDArray[np.uint64], bitmaps: NDArray[np.uint64]
     ) -> None:
-        """A subcluster is allocated, zero or neither, and what is not allocated has none."""
+        """Reports subclusters both allocated and zero, or allocated without a cluster."""
         allocated = bitmaps & np.uint64(SUBCLUSTER_MASKS["allocated"])
         zero = bitmaps >> np.uint64(SUBCLUSTERS_PER_CLUSTER)
         has_offset = (words & np.uint64(L2_MASKS["offset"])) != 0
@@ -164,7 +164,7 @@ class GuestWalk:
     def _compressed(
         self, table: int, words: NDArray[np.uint64], is_compressed: NDArray[np.bool_]
     ) -> None:
-        """Compressed clusters lie anywhere, and share clusters of the file."""
+        """Counts compressed clusters, which may begin anywhere and share clusters of the file."""
         copied = np.uint64(L2_MASKS["copied"])
         is_wrong = is_compressed & ((words & copied) != 0)
         self._each("l2-table.entry.compressed", table, is_wrong, "is compressed, and copied")

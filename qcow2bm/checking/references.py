@@ -1,4 +1,4 @@
-"""How often each cluster of a file is referred to.
+"""Counting how many references each cluster of a file has.
 
 *Spec*: spec/check.md, "References".
 """
@@ -15,20 +15,21 @@ from qcow2bm.units import ceil_div
 
 _CHUNK_BITS = 15
 CHUNK = 1 << _CHUNK_BITS
-"""So many clusters are counted in one array; those that nobody refers to take no memory."""
+"""How many clusters are counted in one array; an array without references does not exist."""
 
 
 class References:
     """Counts references to clusters, as QEMU does when it checks an image.
 
     Attributes:
-        clusters: how many clusters there are: of the file, the last one in part, and one more if
-            a reference reaches there.
-        reach: how many of them, and behind, up to the last one that something refers to.
+        clusters: how many clusters are counted: those of the file, of which the last may be a
+            part, and one more if a reference reaches there.
+        reach: the number of the cluster behind the last one that has a reference, even behind the
+            end of the file.
     """
 
     def __init__(self, file: ClusterFile) -> None:
-        """Of a file to which nothing refers so far."""
+        """Begins without any reference."""
         self._bits = file.header.cluster_bits
         self._file_size = file.file_size
         self._chunks: dict[int, NDArray[np.uint32]] = {}
@@ -36,9 +37,9 @@ class References:
         self.reach = 0
 
     def add(self, offset: int, length: int) -> bool:
-        """Counts a range of bytes, in whole clusters; not one that leads out of the file.
+        """Counts a range of bytes, in whole clusters; returns whether it was counted.
 
-        That is one that ends a cluster or more behind its end. Returns whether it was counted.
+        A range that ends a cluster or more behind the end of the file is not counted.
         """
         if not length:
             return True
@@ -54,11 +55,11 @@ class References:
         return True
 
     def note(self, end: int) -> None:
-        """Something ends before that byte, wherever it may be."""
+        """Extends `reach` to the cluster before host byte ``end``, without counting anything."""
         self.reach = max(self.reach, (end - 1 >> self._bits) + 1)
 
     def add_clusters(self, numbers: NDArray[np.int64]) -> None:
-        """Counts clusters of the file by their numbers, int64[n]; one may be there repeatedly."""
+        """Counts clusters of the file by their numbers, int64[n]; each time a number occurs."""
         if not len(numbers):
             return
         self.reach = max(self.reach, int(numbers.max()) + 1)
@@ -75,11 +76,11 @@ class References:
         return self._chunks[number]
 
     def chunks(self) -> list[int]:
-        """The numbers of the chunks with clusters that somebody refers to, ascending."""
+        """Returns the numbers of the arrays that exist, ascending; each has `CHUNK` clusters."""
         return sorted(self._chunks)
 
     def counts(self, first: int, stop: int) -> NDArray[np.uint32]:
-        """The references to clusters ``first`` up to ``stop``, uint32[stop - first]."""
+        """Returns the numbers of references to clusters, uint32[stop - first]."""
         found = np.zeros(stop - first, np.uint32)
         for number in range(first >> _CHUNK_BITS, ((stop - 1) >> _CHUNK_BITS) + 1):
             if number in self._chunks:
@@ -90,6 +91,6 @@ class References:
 
 
 def runs(where: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """The stretches of an array in which it is true: (first, stop)."""
+    """Yields the stretches in which an array is true, as (first, stop)."""
     edges = np.flatnonzero(np.diff(where.astype(np.int8), prepend=0, append=0)).tolist()
     return zip(edges[::2], edges[1::2], strict=True)

@@ -66,7 +66,7 @@ def plan_undo(storage: Storage, undo: UndoLog, *, is_asserted: bool = False) -> 
             raise _changed("its guest data are in another file, which may have been written to")
         token = storage.change_token()
         if not isinstance(token, tuple) or undo.mtime_ns != token[0]:
-            raise _changed("its time of the last write does not prove that nobody wrote since")
+            raise _changed("the time of the last write does not prove that no program wrote since")
     steps: list[Step] = []
     for step in reversed(undo.steps):
         if step.is_barrier:
@@ -95,7 +95,7 @@ def _require_unchanged(storage: Storage, undo: UndoLog) -> None:
     """
     for place, contents in _sectors(storage, undo).items():
         if _read(storage, place, SECTOR_SIZE) not in contents:
-            raise _changed(f"at {place:#x} stands what neither the repair nor undoing it wrote")
+            raise _changed(f"at {place:#x} are bytes that neither the repair nor an undo wrote")
     trial = DryRunStorage(storage)
     for step in undo.steps:
         if not step.is_barrier:

@@ -111,7 +111,7 @@ def chunks_of(size: int) -> Iterator[None]:
 @contextmanager
 def numpy_pays() -> Iterator[None]:
     """Counting then uses numpy, however few bits there are."""
-    with mock.patch("qcow2bm.bitmaps.bit_reader._NUMPY_PAYS", 0):
+    with mock.patch.multiple("qcow2bm.bitmaps.bit_reader", _NUMPY_PAYS=0, _FEW_BYTES=0):
         yield
 
 
