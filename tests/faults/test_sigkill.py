@@ -39,7 +39,7 @@ def test_killed_at_every_call(name: str, tmp_path: Path) -> None:
     for left, state in expected.items():
         path = tmp_path / left
         assert state_of(path.read_bytes()) == state, left
-        with qcow2bm.open(path, "r+") as image:  # nobody holds a lock any more
+        with qcow2bm.open(path, "r+") as image:  # no process holds a lock any more
             if state == old:
                 with image.edit() as edit:
                     if not image.is_consistent and not name.startswith("salvage"):
