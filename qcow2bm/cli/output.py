@@ -44,10 +44,10 @@ def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
 
 
 def print_wrapped(text: str, indent: str) -> None:
-    """Prints a text in lines of at most `WIDTH` characters."""
+    """Prints a text in lines of at most `WIDTH` characters; no word is split at a hyphen."""
     from textwrap import wrap  # most commands do not need it
 
-    for line in wrap(text, WIDTH - len(indent)):
+    for line in wrap(text, WIDTH - len(indent), break_on_hyphens=False):
         print(f"{indent}{line}")
 
 

@@ -23,7 +23,8 @@ class ReadOnceStorage:
     made, changes the remembered bytes as well.
 
     *Guarantees*: a read returns what the storage has, provided that from the first remembered
-    byte until `forget` nothing is written to the storage except through this object.
+    byte until `forget` nothing is written to the storage except through this object, and that the
+    caller does not change a buffer that it has written: buffers are remembered without a copy.
     """
 
     def __init__(self, storage: WritableStorage) -> None:
@@ -96,9 +97,10 @@ class ReadOnceStorage:
             known = memoryview(self._known[start])
             low, high = max(start, offset), min(start + len(known), end)
             if low < high:
-                new = bytearray(known)
-                new[low - start : high - start] = data[low - offset : high - offset]
-                self._known[start] = new
+                own = self._known[start]
+                if not isinstance(own, bytearray):  # the caller's buffers are kept as views
+                    own = self._known[start] = bytearray(own)
+                own[low - start : high - start] = data[low - offset : high - offset]
 
     def truncate(self, size: int) -> None:
         """Shortens the storage to ``size`` bytes."""

@@ -1,4 +1,4 @@
-"""How fast checking is, and comparing two disks, as ratios to qemu-img and cmp.
+"""Measures how fast checking and comparing two disks are, as ratios to qemu-img and cmp.
 
     .venv/bin/python tests/bench/checking.py [--rounds 5]
 

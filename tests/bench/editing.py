@@ -1,4 +1,4 @@
-"""How fast editing is, and what it writes, compared with qemu-img.
+"""Measures how fast editing is, and what it writes, compared with qemu-img.
 
     .venv/bin/python tests/bench/editing.py [--rounds 5] [--only WORD]
 
@@ -114,7 +114,7 @@ def written(command: tuple[str, ...], image: Path) -> tuple[int, int]:
 
 
 def _whole_calls(text: str) -> str:
-    """What strace splits in two, because threads interrupt each other, made one line again."""
+    """Joins the lines that strace splits in two when threads interrupt each other."""
     waiting: dict[str, str] = {}
     lines = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""How fast reading is, as ratios to QEMU's tools and to the naive way.
+"""Measures how fast reading is, as ratios to QEMU's tools and to the naive way.
 
     .venv/bin/python tests/bench/reading.py [--rounds 5] [--only WORD]
 
@@ -43,7 +43,7 @@ IMPORTS = "import argparse, json, dataclasses, construct"
 def make_image(path: Path, size: int, granularity_bits: int, density: float) -> Path:
     """An image with one bitmap, of which so many bits are set at random; seeded.
 
-    The bitmap's clusters stand at the end, uncounted: nobody who only reads looks at refcounts.
+    The bitmap's clusters stand at the end, uncounted: a reader does not look at refcounts.
     """
     image = build_image(
         Stored(b"b", granularity_bits=granularity_bits), cluster_bits=CLUSTER_BITS, size=size

@@ -1,4 +1,4 @@
-"""How fast bitmaps go into a migration stream and come out of it, and what memory that takes.
+"""Measures how fast bitmaps go into a migration stream and come out of it, and the memory for that.
 
     .venv/bin/python tests/bench/stream.py [--rounds 5] [--only WORD]
 

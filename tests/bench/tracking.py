@@ -1,4 +1,4 @@
-"""How short a stop is after tracking, compared with QEMU's, and what marking costs.
+"""Measures how long a stop after tracking takes, compared with QEMU's, and what marking costs.
 
     .venv/bin/python tests/bench/tracking.py [--rounds 5] [--only WORD]
 
@@ -204,7 +204,7 @@ def bench_handover(bench: Bench) -> None:
 
 
 class Bare:
-    """What marking would cost with no lock, no pieces and nobody who flushes."""
+    """The cost of marking with no lock, no pieces and no flush."""
 
     def __init__(self) -> None:
         self.size = SIZE
@@ -276,7 +276,7 @@ def bench_marking(bench: Bench) -> None:
 def latencies(
     mark: Callable[[int, int], None], starts: list[int], pause: float
 ) -> NDArray[np.float64]:
-    """How many milliseconds each mark takes, with so many seconds between them."""
+    """The milliseconds that each mark takes, with so many seconds between them."""
     taken = []
     for start in starts:
         begun = time.perf_counter_ns()

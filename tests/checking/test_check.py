@@ -306,8 +306,8 @@ TEXT = """\
 leak: cluster at 0x3600 has refcount 1, and 0 references
     QEMU says "Leaked cluster"
     The cluster has a refcount, but nothing uses it. Space is lost, and nothing else. If the image
-    has stale bitmaps, the cluster may be theirs: salvage them first. To free the cluster, run qemu-
-    img check -r leaks.
+    has stale bitmaps, the cluster may be theirs: salvage them first. To free the cluster, run
+    qemu-img check -r leaks.
     (cluster.refcount.leak; repair --only refcounts)
 
 1 cluster leaked: 512 bytes

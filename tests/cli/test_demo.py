@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -40,13 +39,17 @@ def _without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(limit: int = resource.RLIM_INFINITY) -> subprocess.Popen[bytes]:
     """Starts the demo as a process whose files can have at most ``limit`` bytes."""
-    restrict = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    def prepare() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets its background jobs ignore it
+
     return subprocess.Popen(
         [sys.executable, "-m", "qcow2bm", "demo"],
         env=environment() | {"PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=restrict,
+        preexec_fn=prepare,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support.crash_judge import Findings, Recorded, look, names, reader
+from support.crash_judge import Findings, Recorded, facts_of, names, reader
 from support.crash_states import (
     BrokenStateError,
     ObservedImage,
@@ -23,7 +23,7 @@ from support.images import extension
 from support.layouts import FAMILIES, UNKNOWN, build, trackable
 from support.layouts import image as layout_image
 from support.plans import after
-from support.recording import RecordingStorage, cover, random_ranges, stored_bits
+from support.recording import RecordingStorage, cover, number_of, random_ranges, stored_bits
 
 import qcow2bm
 from qcow2bm.clusters.plan import Barrier, Plan
@@ -98,7 +98,7 @@ def header_image(name: str) -> bytes:
 
 
 class Look(NamedTuple):
-    """What has to stay, what may change, and what is recorded of a generation."""
+    """The facts that must stay, those that may change, and the generation that is recorded."""
 
     fixed: tuple[object, ...]
     feature_names: tuple[bytes, ...]
@@ -109,12 +109,12 @@ class Look(NamedTuple):
 
 
 def look_at(data: bytes | bytearray | ObservedImage) -> Look:
-    facts = look(data)
-    header, backing_file, kept = facts.fixed
     with qcow2bm.open(data) as image:
+        facts = facts_of(image)
         bits = image.header.autoclear_features
         generation = image._opened.file.generation
         known = KNOWN_AUTOCLEAR | (AUTOCLEAR_GENERATION if generation else 0)
+    header, backing_file, kept = facts.fixed
     others = tuple(e for e in kept if e.type not in (GENERATION, FEATURE_NAMES))
     names = b"".join(e.data for e in kept if e.type == FEATURE_NAMES)
     entries = [names[at : at + 48] for at in range(0, len(names), 48)]
@@ -130,7 +130,7 @@ def look_at(data: bytes | bytearray | ObservedImage) -> Look:
 
 
 class Step(NamedTuple):
-    """What one call wrote, and what holds for whatever it leaves behind.
+    """The writes of one call, and the facts that hold for each state it can leave.
 
     ``bits`` are those of each bitmap that was or is tracked, whenever it is valid; ``commits``
     says whether all bitmaps change at once, by a commit.
@@ -186,7 +186,7 @@ class Step(NamedTuple):
             raise BrokenStateError("some bitmaps are as before, others as after")
 
     def _ends(self, canary: Recorded) -> int:
-        """Its first and last bits, as one number."""
+        """The first and the last bit of a canary, as one number."""
         size = int.from_bytes(self.image[24:32], "big") & ~511
         return 1 | 1 << (size - 1) // canary.granularity
 
@@ -218,10 +218,6 @@ class Step(NamedTuple):
             raise BrokenStateError(f"{self.name}: {error}") from None
 
 
-def number(bits: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
-    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
-
-
 class Recorder:
     """Does one call after the other to an image, and keeps what each of them wrote."""
 
@@ -236,7 +232,7 @@ class Recorder:
 
     def do(self, name: str, work: Callable[[], object], *, commits: bool = False) -> None:
         before, first = bytes(self.storage.data), len(self.storage.steps)
-        bits = {n: number(b) for n, b in self.bits.items() if n in self.tracked}
+        bits = {n: number_of(b) for n, b in self.bits.items() if n in self.tracked}
         work()
         plan = self.storage.since(first)
         assert not plan.steps or isinstance(plan.steps[-1], Barrier)
@@ -420,13 +416,13 @@ def test_beginning_and_ending_the_generation(name: str, generation: bool) -> Non
         assert (found.token is not None) == wanted
         with qcow2bm.open(run.storage) as opened:
             named = {f.bit: f.name for f in opened.features("autoclear")}
-        if not had_token:  # who begins it, names it
+        if not had_token:  # the writer that begins a generation gives it a name
             assert named.get(63) == (GENERATION_NAME if wanted else None)
         image = bytes(run.storage.data)
 
 
 def test_most_headers_have_room() -> None:
-    """Or the tests above look at nothing."""
+    """Otherwise the tests above would look at nothing."""
     have_room = set()
     for name in HEADERS:
         with qcow2bm.open(bytearray(header_image(name)), "r+") as opened:

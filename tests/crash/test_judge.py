@@ -55,7 +55,7 @@ def assert_noticed(judge: Judge, plan: Plan, step: Step, most: int = 200) -> Non
         judge.judge_all(plan, Random(step.what), most)
     except BrokenStateError:
         return
-    raise AssertionError(f"nobody misses {step}")
+    raise AssertionError(f"the judge does not miss {step}")
 
 
 @pytest.mark.parametrize(("layout", "operation"), CASES)

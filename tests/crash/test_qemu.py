@@ -1,4 +1,4 @@
-"""What QEMU says of the states a loss of power can leave, and that both read the same from them."""
+"""QEMU opens the states that a loss of power can leave, and reads what this library reads."""
 
 from __future__ import annotations
 

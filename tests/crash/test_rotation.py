@@ -10,7 +10,7 @@ import pytest
 from support.crash_judge import Facts, Findings, look, read
 from support.crash_states import BrokenStateError, State, judge_states
 from support.images import ONES, ZEROES, Stored, build_image, extension
-from support.recording import RecordingStorage, cover, random_ranges, stored_bits
+from support.recording import RecordingStorage, cover, number_of, random_ranges, stored_bits
 
 import qcow2bm
 from qcow2bm.clusters.plan import Plan
@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 class Session(NamedTuple):
-    """What a storage saw, and what has to be true of it.
+    """The writes that a storage saw, and the facts that must hold for them.
 
     ``bits`` are those of a bitmap whenever it is valid, from step ``begun`` on; ``valid_from`` is
     the step from which on it has to be.
@@ -41,10 +41,6 @@ class Session(NamedTuple):
     begun: int
     bits: dict[str, int]
     valid_from: dict[str, int]
-
-
-def number(bits: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> int:
-    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
 def session(layout: str, seed: int) -> Session:
@@ -92,7 +88,7 @@ def session(layout: str, seed: int) -> Session:
         tracker.stop()
     done = len(storage.steps)
     valid_from = {"a": rotated, "z": edited, "b": done, "n": done}
-    bits = {name: number(found) for name, found in expected.items()}
+    bits = {name: number_of(found) for name, found in expected.items()}
     return Session(image, storage.since(0), begun, bits, valid_from)
 
 

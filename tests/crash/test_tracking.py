@@ -16,9 +16,9 @@ from support.crash_states import BrokenStateError, Interval, State, intervals, j
 from support.images import build_image
 from support.layouts import FAMILIES, LAYOUTS, build, trackable
 from support.recording import (
-    Octets,
     RecordingStorage,
     cover,
+    number_of,
     random_bitmap,
     random_ranges,
     stored_bits,
@@ -54,7 +54,7 @@ def mixed(name: str, random: Random) -> bytes:
 
 
 class Session(NamedTuple):
-    """What was written while an image was tracked, and what its bitmaps are to be.
+    """The writes while an image was tracked, and what its bitmaps must be.
 
     ``begun`` is how many steps were done when marking began, and ``last`` how many before the
     bitmaps became valid; ``lost`` are the bitmaps that were left out.
@@ -134,12 +134,8 @@ def track(image: bytes, random: Random, rounds: int, *, leaves_out: bool = False
     last = max(n for n in range(len(plan.steps) - 1) if plan.is_barrier(n)) + 1
     flags = [step for step in plan.steps[last:] if isinstance(step, Write)]
     assert [write.length for write in flags] == [4] * len(tracked)
-    marked = {name: _number(expected[name]) for name in tracked}
+    marked = {name: number_of(expected[name]) for name in tracked}
     return Session(image, look(image), plan, begun, last, marked, frozenset(recording[:leaves_out]))
-
-
-def _number(bits: Octets) -> int:
-    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
 def sessions(name: str, count: int) -> Iterator[Session]:

@@ -27,7 +27,7 @@ def faults(name: str, *, is_watched: bool = True) -> Iterator[Fault]:
 
 
 def run_faulty(name: str, storage: FaultyStorage) -> str:
-    """What came of an edit, after checking everything that must be so whatever comes of it."""
+    """The outcome of an edit, after asserting everything that must hold for any outcome."""
     old, new = states(name)
     try:
         image = qcow2bm.open(storage, "r+")

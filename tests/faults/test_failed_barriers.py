@@ -88,7 +88,7 @@ def test_the_commit_barrier_is_the_only_one_that_leaves_anything_unknown(name: s
 
 
 def test_an_unknown_outcome_can_be_either() -> None:
-    """Or the word would say too little."""
+    """Otherwise the outcome would say too little."""
     name, found = "set", []
     _, number, _ = (number for number, call in enumerate(calls(name)) if call == "barrier")
     for keeps in (lambda sector: False, lambda sector: True):
@@ -100,7 +100,7 @@ def test_an_unknown_outcome_can_be_either() -> None:
 
 
 def test_reopened_after_the_failure_the_image_is_edited_again() -> None:
-    """On a storage that lost pages and reports the loss only once."""
+    """The storage has lost pages, and no later call reports it."""
     name = "several"
     barriers = [number for number, call in enumerate(calls(name)) if call == "barrier"]
     for number in barriers:

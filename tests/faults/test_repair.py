@@ -43,7 +43,7 @@ def states(id: str) -> tuple[bytes, bytes, UndoLog]:
 
 
 def begun(id: str, way: str) -> tuple[bytes, bytes, Work]:
-    """What there is, what there is to be, and what is done about it."""
+    """The image before, the image after, and the work that leads from one to the other."""
     before, after, undo = states(id)
     if way == "undo":
         return after, before, lambda storage: api.undo(storage, undo, is_asserted=True)
@@ -61,7 +61,7 @@ def calls(id: str, way: str) -> tuple[str, ...]:
 
 
 def run_faulty(id: str, way: str, fault: Fault, keeps: Callable[[int], bool]) -> str:
-    """What came of it, after checking everything that must be so whatever comes of it."""
+    """The outcome of the work, after asserting everything that must hold for any outcome."""
     start, end, work = begun(id, way)
     storage = FaultyStorage(bytearray(start), fault, keeps=keeps)
     try:
@@ -100,7 +100,7 @@ def test_some_faults(id: str, way: str) -> None:
 @both_ways
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_every_fault(id: str, way: str, kept: int) -> None:
-    """Of what was written before a barrier that fails all is kept, every other sector, or none."""
+    """When a barrier fails, the disk keeps all that was written, every other sector, or none."""
     came: Counter[str] = Counter()
     for fault in faults_at(calls(id, way)):
         came[run_faulty(id, way, fault, lambda sector: kept == 1 or sector % 2 == kept - 2)] += 1

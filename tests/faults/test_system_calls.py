@@ -45,13 +45,13 @@ REFUSED = 3
 
 
 class Injection(NamedTuple):
-    """What strace does to a system call instead of letting it happen."""
+    """The way in which strace makes a system call fail instead of letting it happen."""
 
     call: str
     effect: str
 
     def options(self, when: str) -> tuple[str, ...]:
-        """Of strace: ``when`` is the number of the call, from 1, with "+" for all from there."""
+        """The option of strace; ``when`` is a call's number from 1, with "+" for all later ones."""
         fault = f"inject={self.call}:{self.effect}:when={when}"
         return "-e", f"trace={self.call}", "-e", fault
 
@@ -144,7 +144,7 @@ def require_old_or_new(name: str, path: Path, injection: Injection, when: str) -
 
 
 def test_strace_sees_what_the_plan_says(folder: Path) -> None:
-    """Or the faults injected below would miss the calls they are meant for."""
+    """Otherwise the faults injected below would miss the calls they are meant for."""
     path = folder / "disk.qcow2"
     path.write_bytes(EDITS["set"].image())
     done = run_traced(

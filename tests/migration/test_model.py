@@ -47,7 +47,7 @@ SOME = [
     (Options(False, True, ("fine", "coarse"), "merge"), 4),
     (Options(True, True, (), "drop"), 3),
 ]
-"""Each with how deep it is gone into."""
+"""Some options, each with the depth to which it is explored."""
 
 FIRST = ("A writes", "A inactivates")
 

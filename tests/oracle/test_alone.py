@@ -1,4 +1,4 @@
-"""What becomes of persistent bitmaps when a migration goes wrong and QEMU is on its own."""
+"""The fate of persistent bitmaps when a migration goes wrong and QEMU is on its own."""
 
 from __future__ import annotations
 

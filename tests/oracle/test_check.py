@@ -23,7 +23,7 @@ KiB, MiB = 1 << 10, 1 << 20
 
 
 class Judged(NamedTuple):
-    """What a program says of an image: its exit status, and how many clusters leak."""
+    """The verdict of a program about an image: its exit status, and how many clusters leak."""
 
     status: int
     leaks: int
@@ -72,7 +72,7 @@ EXCUSES = {
     "directory-entry.name.duplicate",
     "header.autoclear_features.no-bitmaps",
 }
-"""What QEMU does not see where it opens the image; spec/deviations.md says so."""
+"""The problems that QEMU does not see when it opens the image; see spec/deviations.md."""
 
 
 @pytest.mark.spec("CHECK-2")

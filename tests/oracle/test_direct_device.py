@@ -1,7 +1,7 @@
 """Two hosts with one disk between them: two loop devices of one file, each with its own cache.
 
 What one writes through its cache reaches the file with fsync, and the other does not notice: a
-page it has once read stays as it was while anybody has that device open.
+page it has once read stays as it was while any process has that device open.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ THERE = 8 * PAGE + 3000
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """What both hosts have."""
+    """The content that both hosts have."""
     path = tmp_path / "disk"
     path.write_bytes(OLD)
     return path
@@ -151,7 +151,7 @@ def test_the_device_ends(file: DirectFile, disk: Path) -> None:
 
 
 def test_when_a_host_forgets_what_it_cached(hosts: tuple[Host, Host]) -> None:
-    """Not while the device is open anywhere, but when nobody has it open any more."""
+    """The cache is dropped once no process has the device open any more, and not before."""
     here, _ = hosts
     again = os.open(here.path, os.O_RDONLY)
     try:

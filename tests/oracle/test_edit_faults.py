@@ -132,7 +132,7 @@ def test_refcounts_that_a_crash_left_outdated(tmp_path: Path) -> None:
 
 
 def test_leaks_do_not_matter(tmp_path: Path) -> None:
-    """What somebody else leaked stays leaked, no more and no less."""
+    """Clusters that another program leaked stay leaked, no more and no less."""
     disk = Disk.create(tmp_path / "disk", 64 * MiB, cluster_size=4096)
     disk.add("old", 512)
     disk.io("write 1M 512")
@@ -158,7 +158,7 @@ GRANULARITIES = {"fine": 512, "middle": 4 * KiB, "coarse": 64 * KiB}
 
 
 def resize_behind_its_back(disk: Disk, size: int) -> None:
-    """What a program does that knows nothing of bitmaps, nor of autoclear bits.
+    """Changes an image as a program does that knows neither bitmaps nor autoclear bits.
 
     The L1 table never becomes shorter, or what it leads to would leak.
     """

@@ -21,7 +21,7 @@ def daemon() -> Iterator[StorageDaemon]:
 
 
 def refcount_structures(twin: Twin) -> tuple[int, int]:
-    """How many clusters the refcount table has, and how many refcount blocks it leads to."""
+    """The clusters of the refcount table, and the number of refcount blocks it leads to."""
     with qcow2bm.open(twin.disk.path) as image:
         header = image.header
     data = twin.disk.path.read_bytes()

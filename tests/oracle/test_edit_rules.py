@@ -1,4 +1,4 @@
-"""What QEMU does and refuses, an edit does and refuses."""
+"""An edit does what QEMU does, and refuses what QEMU refuses."""
 
 from __future__ import annotations
 

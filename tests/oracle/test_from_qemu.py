@@ -1,4 +1,4 @@
-"""What QEMU stores, this library reads: names, flags, order, bits, hashes."""
+"""This library reads what QEMU stores: names, flags, order, bits, hashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of persistent bitmaps when a migration goes wrong and this library is the source."""
+"""The fate of persistent bitmaps when a migration goes wrong and this library is the source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = {row["case"]: row for row in page("lifecycle.md").table("Cases").rows}
 
 
 def expected(cell: str, way: Way) -> str:
-    """What a cell says of a way: the last part that is of it.
+    """The text of a cell about a way: the last part of the cell that concerns it.
 
     The first part is of all ways, and one such as "merge: stored" of those with that option.
     """
@@ -49,7 +49,7 @@ def identifier(way: Way) -> str:
 
 @pytest.fixture(scope="module")
 def stream(system_emulator: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a machine sends that runs and migrates, with a disk of its own."""
+    """The stream that a machine sends which runs and migrates, with a disk of its own."""
     folder = tmp_path_factory.mktemp("stream")
     path = folder / "stream"
     disk = Disk.create(folder / "disk.qcow2", 64 * MiB)

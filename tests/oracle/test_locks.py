@@ -118,7 +118,7 @@ def test_bits_that_moved_away(
     times: int,
     force_share: bool,
 ) -> None:
-    """QEMU discards the clusters of bits it stored anew: whoever reads them there reads zeros."""
+    """QEMU discards the clusters of bits that it stored anew: they read as zeros from then on."""
     with qcow2bm.open(disk.path, force_share=force_share) as image:
         bitmap = image.bitmaps["daily"]
         look(bitmap)

@@ -1,4 +1,4 @@
-"""What is repaired, QEMU opens, checks without an error, and has the same bitmaps of."""
+"""QEMU opens a repaired image, checks it without an error, and finds the same bitmaps."""
 
 from __future__ import annotations
 

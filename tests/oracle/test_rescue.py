@@ -173,7 +173,7 @@ def test_copies_are_as_good(tmp_path: Path) -> None:
 def test_a_copy_is_interrupted_after_each_command(
     commands: int, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is left is ended by ``rescue start``, also in the next machine, or offline."""
+    """``rescue start`` ends what is left, also in the next machine, or offline."""
     with cancelled(tmp_path) as (machine, address, disk):
         hashes = {name: machine.sha256(name) for name in ("a", "b")}
         assert interrupted(by_copy, address, commands)
@@ -299,7 +299,7 @@ def test_before_the_source_goes_on_the_image_tells_and_quitting_stores_nothing(
 
 @pytest.mark.spec("RESCUE-5")
 def test_the_readme_shows_what_is_printed(tmp_path: Path) -> None:
-    """Its examples, one after the other, on the machine they were made with."""
+    """Runs the examples one after the other, on the machine they were made with."""
     started, *touched = commands_of_the_readme()
     disk = Disk.create(tmp_path / "vm.qcow2", SIZE)
     disk.add("daily", GRANULARITY)
@@ -359,7 +359,7 @@ def commands_of_the_readme() -> list[Command]:
 
 
 def hand_over(machine: Machine, disk: Disk, end: Callable[[Machine], None]) -> None:
-    """It migrates to another machine, which writes and ends in some way."""
+    """The machine migrates to another one, which writes and ends in some way."""
     with Machine(disk.path, incoming=True) as other:
         other.enable("dirty-bitmaps")
         ours, theirs = socket.socketpair()
@@ -402,7 +402,7 @@ def test_several_nodes(tmp_path: Path) -> None:
 
 @pytest.mark.spec("RESCUE-15")
 def test_a_write_elsewhere_to_where_the_machine_had_written_is_not_missed(tmp_path: Path) -> None:
-    """It cannot be told from the machine's own, and the bitmap was cleared in between."""
+    """Such a bitmap cannot be told from the machine's own, and it was cleared in between."""
     place = 4 * MiB, 64 * KiB
     disk = Disk.create(tmp_path / "disk.qcow2", SIZE)
     with Machine(disk.path, monitor=tmp_path / "qmp") as machine:
@@ -423,7 +423,7 @@ def test_a_write_elsewhere_to_where_the_machine_had_written_is_not_missed(tmp_pa
 
 @pytest.mark.spec("RESCUE-1")
 def test_a_destination_that_has_not_run_yet_is_left_alone(tmp_path: Path) -> None:
-    """Its disk is inactive: QEMU would end by an assertion."""
+    """The disk of the machine is inactive: QEMU would end by an assertion."""
     disk = Disk.create(tmp_path / "disk.qcow2", SIZE)
     disk.add("a", GRANULARITY)
     address = tmp_path / "qmp"

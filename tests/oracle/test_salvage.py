@@ -46,7 +46,7 @@ def write(path: Path, *commands: str, crash: bool = False) -> None:
 
 
 def granules(path: Path, name: str) -> list[int]:
-    """What QEMU itself says is dirty."""
+    """The ranges that QEMU itself reports as dirty."""
     return sorted(
         {
             number
@@ -140,7 +140,7 @@ def test_who_writes_to_a_backing_file_or_a_backup_is_noticed(tmp_path: Path) -> 
 def test_nobody_writes_meanwhile_to_what_belongs_to_a_disk(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU lets others write to raw files below what it exports; and who takes no locks is seen."""
+    """QEMU lets others write to raw files below its exports; a writer without locks is noticed."""
     raw, old = tmp_path / "raw", tmp_path / "old"
     raw.write_bytes(b"\1" * SIZE)
     if what == "data file":
@@ -227,7 +227,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             process.wait(0.1 + number * 0.02)
         process.send_signal(signal.SIGINT if number % 2 else signal.SIGKILL)
         process.wait(20)
-        with qcow2bm.open(path, "r+", lock_timeout=5):  # nobody holds a lock any more
+        with qcow2bm.open(path, "r+", lock_timeout=5):  # no process holds a lock any more
             pass
         with qcow2bm.open(tmp_path / "vm.qcow2"):
             pass

@@ -62,7 +62,7 @@ def add(machine: Machine, made: Made) -> None:
 
 
 class Truth(NamedTuple):
-    """What QEMU says of a bitmap before it sends it."""
+    """The facts that QEMU reports about a bitmap before it sends the bitmap."""
 
     granularity: int
     enabled: bool
@@ -85,7 +85,7 @@ def truth(machine: Machine) -> dict[str, Truth]:
 
 
 def came(bitmaps: StreamBitmaps) -> dict[str, Truth]:
-    """The same, of what was read from the stream."""
+    """The same facts about a bitmap that was read from the stream."""
     assert bitmaps.is_complete
     assert bitmaps.fault is None
     assert all(bitmap.disk_size == SIZE for bitmap in bitmaps.all)
@@ -186,7 +186,7 @@ def test_a_stream_without_bitmaps(disk: Disk, tmp_path: Path, capability: bool) 
 
 
 def machine_type(machine: Machine) -> str:
-    """What the alias "pc" means."""
+    """The machine that the alias "pc" stands for."""
     found = machine.execute("query-machines")
     (name,) = (each["name"] for each in found if each.get("alias") == "pc")
     return str(name)
@@ -246,7 +246,7 @@ def test_qemu_sends_on_what_it_took_in(disk: Disk, tmp_path: Path) -> None:
 
 
 def test_the_commands_carry_bitmaps_to_another_image(disk: Disk, tmp_path: Path) -> None:
-    """As the help says it: written from one image, taken in by a machine that has another."""
+    """As the help shows: a stream written from one image, loaded by a machine that has another."""
     with Machine(disk.path) as machine:
         for made in MADE:
             add(machine, made)

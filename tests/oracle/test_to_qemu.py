@@ -1,4 +1,4 @@
-"""What this library's schemas build, QEMU opens, finds sound, and reads the same."""
+"""QEMU opens what this library's schemas build, finds it sound, and reads the same."""
 
 from __future__ import annotations
 

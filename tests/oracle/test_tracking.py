@@ -1,4 +1,4 @@
-"""The same writes, recorded by QEMU and by this library: the same bits, and QEMU believes them."""
+"""QEMU and this library record the same writes: the bits are the same, and QEMU trusts them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def through_the_tracker(path: Path, listed: list[Write], random: Random) -> None
 
 
 def hashes_by_qemu(disk: Disk) -> dict[str, str]:
-    """Of all bitmaps, as QEMU reads them."""
+    """The hashes of all bitmaps, as QEMU reads them."""
     with StorageDaemon() as daemon:
         daemon.open(disk)
         found = {name: daemon.sha256(name) for name in daemon.bitmaps()}
@@ -83,7 +83,7 @@ def hashes_by_qemu(disk: Disk) -> dict[str, str]:
 
 
 def hashes(path: Path) -> dict[str, str]:
-    """Of all bitmaps, as this library reads them."""
+    """The hashes of all bitmaps, as this library reads them."""
     with qcow2bm.open(path) as image:
         return {name: bitmap.sha256() for name, bitmap in image.bitmaps.items()}
 

@@ -1,4 +1,4 @@
-"""What holds for every error, whatever names a file or an image may have."""
+"""Properties of every error, whatever names a file or an image may have."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class TrackedImage(RuleBasedStateMachine):
         self.is_exact = True
 
     def _cover(self, ranges: list[Place]) -> None:
-        """What the ranges make of the model, and which pieces are no longer what they were."""
+        """Applies the ranges to the model, and notes the pieces that this changes."""
         for name, granularity in self.granularity.items():
             bits = self.model[name]
             before = bits.copy()

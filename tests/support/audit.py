@@ -1,7 +1,7 @@
-"""What stands in an image, by another pair of eyes than the library's: nothing but struct.
+"""Takes an image apart without the library, with nothing but struct.
 
-`Audit` counts who refers to each cluster and compares that with the refcounts, so it finds every
-leak and every cluster counted too low. It is for images whose disk is empty, as `build_image`
+`Audit` counts the references to each cluster and compares them with the refcounts, so it finds
+every leak and every cluster counted too low. It is for images whose disk is empty, as `build_image`
 makes them.
 """
 
@@ -147,7 +147,7 @@ class Audit:
 
     @cached_property
     def references(self) -> Counter[int]:
-        """How often each cluster is referred to, by its number."""
+        """The number of references to each cluster, by the number of the cluster."""
         counts: Counter[int] = Counter()
         ranges = [
             (0, 1),

@@ -72,7 +72,7 @@ def _number(place: int, width: int) -> int:
 
 
 def faults() -> Iterator[tuple[str, list[Patch]]]:
-    """What is broken, and how."""
+    """Each fault: a text that names it, and the patches that make it."""
     place = EXTENSION + 8
     for field, width in _PAYLOAD.items():
         for value in _edges(width, _number(place, width)):

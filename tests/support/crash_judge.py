@@ -45,7 +45,7 @@ class Recorded(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What an edit must keep, ``fixed``, and what it changes all at once, ``bitmaps``.
+    """The facts that an edit must keep, ``fixed``, and those that it changes at once, ``bitmaps``.
 
     ``faults`` are the problems for which QEMU would refuse the image or a bitmap be unusable.
     """
@@ -57,7 +57,7 @@ class Facts(NamedTuple):
 
 
 class Findings(NamedTuple, Generic[Seen]):
-    """What a reader finds in a state, and which clusters have too low a refcount."""
+    """The facts that a reader finds in a state, and the clusters with too low a refcount."""
 
     facts: Seen
     under_counted: list[str]
@@ -83,27 +83,32 @@ def reader(look: Callable[[ObservedImage], Seen]) -> Callable[[ObservedImage], F
 def look(data: bytes | bytearray | ObservedImage) -> Facts:
     """The facts about an image, as this library reads them."""
     with qcow2bm.open(data) as image:
-        header = image.header
-        # Without the autoclear bit a bitmaps extension is as good as none.
-        faults = {p.id for p in image.problems if p.severity in ("refused", "unusable")}
-        faults.discard("bitmaps-extension.autoclear.off")
-        is_marked = bool(header.autoclear_features & AUTOCLEAR_BITMAPS)
-        if is_marked and image.bitmaps_extension is None:
-            raise BrokenStateError("the autoclear bit is set without a bitmaps extension")
-        entries = range(len(image.directory)) if is_marked else ()
-        fixed = header._replace(
-            backing_file_offset=bool(header.backing_file_offset),
-            refcount_table_offset=0,
-            refcount_table_clusters=0,
-            autoclear_features=header.autoclear_features & KNOWN_AUTOCLEAR & ~AUTOCLEAR_BITMAPS,
-        )
-        kept = (e for _, e in image.extensions if e.type not in (BITMAPS, PADDING))
-        return Facts(
-            (fixed, image.backing_file, tuple(kept)),
-            tuple(_recorded(image.bitmap(number)) for number in entries),
-            frozenset(faults),
-            bool(header.autoclear_features & ~KNOWN_AUTOCLEAR),
-        )
+        return facts_of(image)
+
+
+def facts_of(image: qcow2bm.Image) -> Facts:
+    """The facts about an image that is open."""
+    header = image.header
+    # Without the autoclear bit a bitmaps extension is as good as none.
+    faults = {p.id for p in image.problems if p.severity in ("refused", "unusable")}
+    faults.discard("bitmaps-extension.autoclear.off")
+    is_marked = bool(header.autoclear_features & AUTOCLEAR_BITMAPS)
+    if is_marked and image.bitmaps_extension is None:
+        raise BrokenStateError("the autoclear bit is set without a bitmaps extension")
+    entries = range(len(image.directory)) if is_marked else ()
+    fixed = header._replace(
+        backing_file_offset=bool(header.backing_file_offset),
+        refcount_table_offset=0,
+        refcount_table_clusters=0,
+        autoclear_features=header.autoclear_features & KNOWN_AUTOCLEAR & ~AUTOCLEAR_BITMAPS,
+    )
+    kept = (e for _, e in image.extensions if e.type not in (BITMAPS, PADDING))
+    return Facts(
+        (fixed, image.backing_file, tuple(kept)),
+        tuple(_recorded(image.bitmap(number)) for number in entries),
+        frozenset(faults),
+        bool(header.autoclear_features & ~KNOWN_AUTOCLEAR),
+    )
 
 
 def _recorded(bitmap: qcow2bm.Bitmap) -> Recorded:
@@ -252,7 +257,7 @@ class Judge(NamedTuple):
             raise BrokenStateError(f"refcounts are too low: {found.under_counted}")
 
     def judge_state(self, interval: Interval, choice: Choice, plan: Plan) -> Facts:
-        """The same for one state of an interval."""
+        """The facts about one state of an interval; raises as `judge` does."""
         try:
             return self.judge(interval.image(choice), phase(plan, interval))
         except BrokenStateError as error:
@@ -292,5 +297,5 @@ def phase(plan: Plan, interval: Interval, *, is_complete: bool = False) -> Phase
 
 
 def names(bitmaps: tuple[Recorded, ...]) -> list[str]:
-    """What can be told of bitmaps in a line."""
+    """A short text about each bitmap, for a message."""
     return [f"{b.name}: {b.flags} {b.granularity} {b.dirty.bit_count()}" for b in bitmaps]

@@ -38,7 +38,7 @@ class BrokenStateError(AssertionError):
 
 
 class Interval(NamedTuple):
-    """What is written between two barriers, on top of ``before``.
+    """The writes between two barriers, on top of ``before``.
 
     ``contents`` are by sector those it can have, the old one first, and ``order`` has for each
     sector written in turn its number, which of its contents that is, and how long the file is
@@ -74,7 +74,7 @@ class Interval(NamedTuple):
         return tuple(versions.values()), len(self.after)
 
     def _distinct(self, choice: Choice) -> Choice:
-        """The same for all choices that differ only in what lies behind the end of the file."""
+        """One choice for all that differ only in what lies behind the end of the file."""
         versions, length = choice
         if length >= len(self.after):
             return choice

@@ -32,7 +32,7 @@ Arguments = dict[str, Any]
 
 
 def _requests(client: socket.socket, descriptors: list[int]) -> Iterator[Arguments]:
-    """What a client sends, which need not end its lines; and the files it sends along."""
+    """The requests of a client, which need not end in a newline, and the files sent along."""
     text, decoder = "", json.JSONDecoder()
     while (received := socket.recv_fds(client, 1 << 16, 1))[0]:
         text += received[0].decode()
@@ -52,7 +52,7 @@ def _changes(command: str, arguments: Arguments) -> bool:
 
 
 class RefusedError(Exception):
-    """What a command is answered with."""
+    """The answer to a command."""
 
 
 @dataclass
@@ -69,13 +69,13 @@ class FakeBitmap:
     """Whether QEMU would drop it when it quits, which it does not show."""
 
     def digest(self, size: int) -> str:
-        """That of QEMU, for a disk of this size."""
+        """The hash that QEMU reports, for a disk of this size."""
         packed = sum(1 << bit for bit in self.bits)
         words = max(1, -(-size // self.granularity // 64))
         return hashlib.sha256(packed.to_bytes(8 * words, "little")).hexdigest()
 
     def described(self, name: str) -> Arguments:
-        """As QEMU lists it."""
+        """The bitmap as QEMU lists it."""
         found: Arguments = {
             "name": name,
             "granularity": self.granularity,
@@ -146,7 +146,7 @@ class FakeQemu:
 
     @property
     def bitmaps(self) -> dict[str, FakeBitmap]:
-        """Those of the one disk there is by default."""
+        """The bitmaps of the one disk there is by default."""
         return self.nodes["disk"].bitmaps
 
     def changes(self) -> list[str]:

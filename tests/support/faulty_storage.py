@@ -24,7 +24,7 @@ SECTOR = 512
 
 
 class Fault(NamedTuple):
-    """What goes wrong: call ``number``, and with ``is_sticky`` every call of that name after it.
+    """A fault: call ``number`` fails, and with ``is_sticky`` every later call of the same name.
 
     A write that fails has written ``share`` of its sectors all the same.
     """
@@ -62,7 +62,7 @@ class FaultyStorage:
     """An image in memory that lists every call, and fails where its fault says.
 
     When a barrier fails, ``keeps`` says of the number of every sector written since the last good
-    one whether it reached the disk. The others are as they were, also for whoever reads them now,
+    one whether it reached the disk. The others are as they were, also for a reader from now on,
     and later barriers succeed: so Linux may do after a failed fdatasync.
     """
 
@@ -177,7 +177,7 @@ class FaultyStorage:
 
 
 def sectors_of(offset: int, length: int, share: float) -> int:
-    """How many bytes from ``offset`` on are a share of the sectors that a write touches."""
+    """The bytes from ``offset`` on that are a share of the sectors that a write touches."""
     first, last = offset // SECTOR, ceil_div(offset + length, SECTOR)
     stop = (first + int((last - first) * share)) * SECTOR
     return max(0, min(stop - offset, length))

@@ -1,4 +1,4 @@
-"""The images the golden files show: each as somebody would meet it."""
+"""The images of the golden files, one for each situation that a user meets."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def names() -> Built:
 
 
 def data_file() -> Built:
-    """The guest's data are in another file, which nobody may open because it is named here."""
+    """The guest's data are in another file, which must not be opened for being named here."""
     return build_image(
         Stored(b"daily", (b"\x01",)),
         size=SIZE,

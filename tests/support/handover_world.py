@@ -59,7 +59,7 @@ class Disk:
     def __init__(self, data: bytes) -> None:
         self.data = bytearray(data)
         self.writes = 0
-        self.user: str | None = None  # who holds the lock
+        self.user: str | None = None  # the host that holds the lock
 
 
 class Host:
@@ -72,7 +72,7 @@ class Host:
         self.is_watched = is_watched
         self.cache: dict[int, bytes] = {}
         self.unsynced: list[Step] = []
-        self.log: list[Step] = []  # since another part of the test emptied it
+        self.log: list[Step] = []  # since the test emptied it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         """A copy that shares the steps and the cached sectors, which never change."""
@@ -292,7 +292,7 @@ def look(data: bytes) -> dict[str, Seen]:
 
 
 class Options(NamedTuple):
-    """What is the same in a whole exploration."""
+    """The options that are the same in a whole exploration."""
 
     generation: bool
     is_watched: bool
@@ -340,7 +340,7 @@ class World:
         return bytes(self.disk.data), dict(self.written)
 
     def copy(self, without: str = "") -> World:
-        """The same once more, independent of this one; ``without`` the program of a host."""
+        """A copy that is independent of this world; ``without`` the program of one host."""
         memo: dict[int, Any] = {}
         new = World.__new__(World)
         new.__dict__.update(self.__dict__)
@@ -355,7 +355,7 @@ class World:
     # --- what can happen -------------------------------------------------------------------
 
     def events(self) -> Iterator[tuple[str, Callable[[World], None]]]:
-        """What can happen now: a name, and what does it to a world."""
+        """The events that can happen now: a name, and the function that does it to a world."""
         state = self.a.state if self.a else None
         yield from self._events_of_a(state)
         if self.b:

@@ -1,4 +1,4 @@
-"""Bytes nobody meant to write: what a parser must accept or refuse, and nothing else."""
+"""Arbitrary bytes for a parser, which must accept them or refuse them with its own error."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def hostile(whole: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 
 
 def padding(size: int) -> st.SearchStrategy[bytes]:
-    """What may stand between ``size`` bytes and the next multiple of 8: any bytes at all."""
+    """Any bytes that fill up ``size`` bytes to the next multiple of 8."""
     return st.binary(min_size=-size % 8, max_size=-size % 8)

@@ -67,7 +67,7 @@ class Stored(NamedTuple):
     after_table: bytes = b""
 
     def words(self, size: int, cluster_size: int) -> Sequence[Word]:
-        """Its table, or the clean one for a disk of ``size`` bytes."""
+        """The table of the bitmap, or a clean table for a disk of ``size`` bytes."""
         if self.table is not None:
             return self.table
         return (ZEROES,) * ceil_div(size, 8 * cluster_size << self.granularity_bits)
@@ -315,7 +315,7 @@ def _entry(number: int, bitmap: Stored) -> DirectoryEntry:
 
 
 def _refcount_clusters(used: int, cluster_size: int, refcount_order: int) -> tuple[int, int]:
-    """How many clusters refcount table and blocks take that count ``used`` others and these."""
+    """The clusters of a refcount table and its blocks that count ``used`` others and themselves."""
     per_block = 8 * cluster_size >> refcount_order
     table = blocks = 1
     while used + table + blocks > blocks * per_block:

@@ -43,7 +43,7 @@ class Bits(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that an edit may change, and what else the header says."""
+    """All that an edit may change, and the rest of the header."""
 
     bitmaps: tuple[Bits, ...]
     backing_file: str | None
@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 
 def state_of(data: bytes | bytearray) -> State:
-    """What an image has. It must open, be sound, and no cluster in use may be counted as free."""
+    """The state of an image; asserts that it opens, is sound, counts no used cluster as free."""
     with qcow2bm.open(data) as image:
         assert [found for found in image.problems if found.breaks_bitmap] == []
         bitmaps = tuple(
@@ -137,7 +137,7 @@ def _unknown_autoclear() -> bytearray:
 
 
 def _stale() -> bytearray:
-    """Bitmaps that a program without bitmap support left behind; nobody else has their clusters."""
+    """Bitmaps that a program without bitmap support left behind; their clusters are not reused."""
     return build_image(DAILY, WEEKLY, size=SIZE, autoclear=False).data
 
 
@@ -233,7 +233,7 @@ EDITS = {
 
 @cache
 def states(name: str) -> tuple[State, State]:
-    """What an image has before and after an edit."""
+    """The states of an image before and after an edit."""
     data = EDITS[name].image()
     old = state_of(data)
     with qcow2bm.open(data, "r+") as image:

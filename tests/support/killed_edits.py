@@ -1,4 +1,4 @@
-"""Edits copies of an image and kills itself at every write and barrier; run by test_sigkill.
+"""Edits copies of an image in processes that die at each write and barrier; for test_sigkill.
 
 The arguments are the name of an edit and a folder. There it leaves the image as each kill left
 it, called NUMBER-WHEN after the call, and as "done" what became of the one it could finish.
@@ -46,7 +46,7 @@ def arm(number: int, moment: str) -> None:
 
 
 def edit_in_child(name: str, path: Path, number: int, moment: str) -> int:
-    """How a process ended that was to die while it edited."""
+    """The status with which a process ended that was to die while it edited."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

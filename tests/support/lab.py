@@ -71,7 +71,7 @@ TABLES = {
 FIELDS = HEADER | EXTENSION | BITMAPS | CRYPTO | ENTRIES | TABLES
 
 Change = int | bytes | Callable[[int], int]
-"""What to put into a field: a number, raw bytes, or a function of the number that is there."""
+"""The new value of a field: a number, raw bytes, or a function of the old number."""
 
 
 class Base(NamedTuple):
@@ -121,7 +121,7 @@ NOT_READ = {
     "/data-file/dat'": "the data file, of which QEMU finds none so named (INV-NOPATH)",
     "Could not open backing file": "the backing file (INV-NOPATH)",
 }
-"""What QEMU may say of things that this library does not read, and on purpose."""
+"""The messages of QEMU about things that this library does not read, on purpose."""
 
 SPECIFICATION_ALLOWS = {
     "directory-entry.flags.extra-data-compatible",

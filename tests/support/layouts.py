@@ -32,7 +32,7 @@ HEADER_ONLY = ("add", "remove", "remove all", "remove all, add")
 """The operations that differ by what the header holds."""
 
 REFCOUNTS_ONLY = ("add two", "remove", "set", "several")
-"""Those that differ most in how they allocate and free."""
+"""The operations that differ most in how they allocate and free clusters."""
 
 IN_USE_ONLY = (
     *("remove one in_use", "remove all", "set", "several"),
@@ -45,7 +45,7 @@ STALE_ONLY = (
 )
 
 MISFIT_ONLY = ("add", "remove", "remove all", "remove all, add", "disable", "rename")
-"""Those that do without the bits of b00."""
+"""The operations that do not need the bits of b00."""
 
 
 class Layout(NamedTuple):
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
 
 
 def virtual_size(cluster_bits: int) -> int:
-    """So large that b00 takes two and a half clusters; the last bits are not a whole byte."""
+    """The size of a disk for which b00 takes two and a half clusters and ends inside a byte."""
     return (20 << cluster_bits << FINE_BITS) + 3 * 512
 
 
@@ -217,7 +217,7 @@ def with_snapshots() -> bytes:
 
 
 def filled(cluster_bits: int, count: int, order: int, blocks: int) -> bytes:
-    """All that so many refcount blocks can count is in use (by nobody: these are leaks)."""
+    """An image in which each cluster that so many refcount blocks can count is leaked or used."""
     data = image(cluster_bits, count, refcount_order=order)
     size = _cluster_size(data)
     while len(data) // size < blocks * (8 * size >> order):

@@ -1,14 +1,14 @@
-"""What becomes of the persistent bitmaps of a shared image when QEMU alone looks after them.
+"""Plays migrations of a shared image in which QEMU alone keeps the persistent bitmaps.
 
 `alone` plays one case of a migration with real QEMUs and judges by the image in the end. The disk
 is shared: source and destination open the same file.
 
-Locks are in nobody's way here. With the inactivation the source gives up all of QEMU's locks but
-the one of a reader who lets others write (byte 100, as `qemu-img -U` holds it), and a destination
-takes its own once it activates the disk: in between anybody can open the image and write to it, and
-once he is gone, nothing tells the source, which then gets its locks again. Only while a destination
-that has activated the disk is there does `cont` fail for a lock. It is not tried here: after that
-the source reads the image wrongly and loses its disk, whatever the destination does.
+Locks do not prevent any of these cases. When the source inactivates the disk, it keeps only the
+lock of a reader that lets others write (byte 100, as `qemu-img -U` holds it). A destination takes
+its locks once it activates the disk. In between any program can open the image and write to it.
+When that program has ended, nothing tells the source, and the source gets its locks again. `cont`
+fails for a lock only while a destination that has activated the disk is running. That case is not
+tried: after it the source reads the image wrongly and loses its disk, whatever else happens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OLD: Range = (40 * MiB, 64 * KiB)  # allocated before there are bitmaps
 BEFORE: Range = (2 * MiB, 64 * KiB)  # by a program before the source starts
 EARLY: Range = (4 * MiB, 128 * KiB)  # by the source, before it adds its bitmap
 LATE: Range = (8 * MiB, 192 * KiB)  # by the source, before it migrates
-FOREIGN: Range = (16 * MiB, 256 * KiB)  # by whoever has the disk after the migration
+FOREIGN: Range = (16 * MiB, 256 * KiB)  # by the program that has the disk after the migration
 AFTER: Range = (24 * MiB, 320 * KiB)  # by the source when it goes on
 
 
@@ -55,7 +55,7 @@ class Scene:
     capability: bool
     written: list[Range] = field(default_factory=lambda: [BEFORE])
     missing: dict[str, int] = field(default_factory=lambda: {"p0": 0})
-    """How many of the ranges were written before a bitmap was made."""
+    """By bitmap, how many of the ranges were written before it was made."""
 
     def begin(self) -> None:
         """The source writes and adds its bitmap."""
@@ -267,7 +267,7 @@ def _(scene: Scene) -> None:
 
 @case("destination never ran")
 def _(scene: Scene) -> None:
-    """It has received everything, and leaves the disk inactive as libvirt has it do."""
+    """The destination has received everything, and leaves the disk inactive, as with libvirt."""
     with Machine(scene.disk.path, incoming=True, paused=True) as machine:
         scene.enable(machine, "late-block-activate")
         ours, theirs = socket.socketpair()
@@ -285,7 +285,7 @@ def _(scene: Scene) -> None:
 
 @case("unaware program wrote")
 def _(scene: Scene) -> None:
-    """It does not know bitmaps, and so clears their autoclear bit, as it has to."""
+    """The program does not know bitmaps. As it must, it clears their autoclear bit."""
     scene.migrate()
     mapped = run_ok("qemu-img", "map", "--output", "json", scene.disk.path)
     (offset,) = (part["offset"] for part in json.loads(mapped) if part["start"] == OLD[0])

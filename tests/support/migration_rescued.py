@@ -1,4 +1,4 @@
-"""What becomes of persistent bitmaps around a migration when QEMU is helped over QMP.
+"""Plays migrations in which this library helps QEMU over QMP to keep persistent bitmaps.
 
 `rescued` plays the cases of `alone` with the capability dirty-bitmaps, and more bitmaps: besides
 p0 and s0, which record, d0 is persistent and disabled, and n0 is transient. What is there in the
@@ -41,7 +41,7 @@ NEVER = 1000  # more than are ever written: d0 records none of them
 
 
 class Result(NamedTuple):
-    """What a case came to: the word of `alone`, and that of the verdict, if one was asked for."""
+    """The result of a case: the word of `alone`, and that of the verdict, if one was asked for."""
 
     word: str
     verdict: str
@@ -150,7 +150,7 @@ def _started_anew(scene: Scene, way: Way, address: Path) -> Result:
 
 
 def _check(disk: Disk, hashes: dict[str, str], checked: int) -> None:
-    """What is valid has the bits that QEMU had, is persistent, and the image is sound."""
+    """Asserts that the image is sound, and each valid bitmap persistent and with QEMU's bits."""
     assert disk.check().returncode == checked
     with qcow2bm.open(disk.path) as image:
         for name, bitmap in image.bitmaps.items():

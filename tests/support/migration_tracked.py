@@ -1,7 +1,7 @@
-"""What becomes of the persistent bitmaps of a shared image when this library looks after them.
+"""Plays migrations of a shared image in which this library keeps the persistent bitmaps.
 
 `handed_over` plays a case with a `Tracker` as the source, and judges as `alone` does. The other
-side, which opens the same file, is a real QEMU. What is there in the end is read by QEMU as well.
+side, which opens the same file, is a real QEMU. In the end QEMU reads the image as well.
 
 A destination gets its machine from a stream that was recorded once, from a source with a disk of
 its own: a stream has nothing of a disk that is shared. It has no bitmaps either, so those that are
@@ -44,8 +44,8 @@ import qcow2bm
 from qcow2bm.migration.sentinel import is_sentinel
 
 FLUSHED: Range = (12 * MiB, 128 * KiB)  # by the source while it migrates, and stored by then
-END: Range = (SIZE - KiB // 2, KiB // 2)  # by whoever has the disk
-MERGED: Range = (32 * MiB, 192 * KiB)  # by nobody: of a bitmap of another image
+END: Range = (SIZE - KiB // 2, KiB // 2)  # by the program that has the disk
+MERGED: Range = (32 * MiB, 192 * KiB)  # not written: from a bitmap of another image
 
 OURS = "p0", "s0"
 AUTOCLEAR_WORD = 88, 8  # offset and length in the header
@@ -54,7 +54,7 @@ Policy = Literal["drop", "merge"]
 
 
 class Way(NamedTuple):
-    """How a case is played: one of the library's options each."""
+    """The way in which a case is played: each is one option of the library."""
 
     is_carried: bool
     generation: bool
@@ -62,7 +62,7 @@ class Way(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a case came to: a word as in `alone`, and the outcome of `activate`, if it was there."""
+    """The result of a case: a word as in `alone`, and the outcome of `activate`, if called."""
 
     word: str
     outcome: str
@@ -84,14 +84,14 @@ class Scene:
     patterns: dict[Range, int]
     written: list[Range] = field(default_factory=lambda: [BEFORE])
     missing: dict[str, int] = field(default_factory=lambda: {"p0": 0})
-    """How many of the ranges were written before a bitmap was made, or was cleared by hand."""
+    """By bitmap, how many of the ranges were written before it was made, or cleared by hand."""
     foreign: list[Range] = field(default_factory=list)
     merged: list[Range] = field(default_factory=list)
     activation: qcow2bm.Activation | None = None
     has_evidence: bool = True
     """Whether the sentinel can tell what was written, so that the source has to know."""
     leaks: bool = False
-    """Whether somebody leaves clusters behind that nothing uses."""
+    """Whether a program leaves clusters behind that nothing uses."""
     _numbers: Iterator[int] = field(default_factory=lambda: count(100))  # patterns not used yet
 
     # The source
@@ -120,7 +120,7 @@ class Scene:
             assert os.pwrite(file.fileno(), bytes([pattern]) * what[1], self.offsets[what])
 
     def pattern(self, what: Range) -> int:
-        """What is to be written to a range: something new each time."""
+        """The bytes to write to a range, new ones at each call."""
         self.patterns[what] = next(self._numbers)
         return self.patterns[what]
 
@@ -241,7 +241,7 @@ class Scene:
             assert allowed[start // GRANULARITY : -(-(start + length) // GRANULARITY)].all()
 
     def _check_activation(self) -> None:
-        """What the source was told of writes is so, and nothing that it could know is kept back."""
+        """Asserts that `activate` told the source all changes it could know, and only those."""
         if not self.activation:
             return
         assert (self.activation.changed is not None) == self.has_evidence
@@ -348,7 +348,7 @@ def _(scene: Scene) -> None:
 
 @case("succeeded, stop and start")
 def _(scene: Scene) -> None:
-    """Started again by QEMU, and then by us, who find the sentinel that was left behind."""
+    """QEMU starts the machine again, then this library does and finds the old sentinel."""
     scene.inactivate()
     scene.tracker.abandon()
     scene.image.close()
@@ -417,7 +417,7 @@ def _(scene: Scene) -> None:
 def _(scene: Scene) -> None:
     def play(machine: Machine) -> None:
         scene.write_by(machine, FOREIGN)
-        del scene.patterns[FOREIGN]  # where the data are, it has said to nobody
+        del scene.patterns[FOREIGN]  # only the destination knew where the data are
         machine.kill()
         scene.has_evidence = False
 
@@ -426,7 +426,7 @@ def _(scene: Scene) -> None:
 
 @case("destination never ran")
 def _(scene: Scene) -> None:
-    """It has received everything, and leaves the disk inactive as libvirt has it do."""
+    """The destination has received everything, and leaves the disk inactive, as with libvirt."""
     with scene.destination(paused=True) as machine:
         machine.enable("late-block-activate")
         scene.inactivate()
@@ -438,7 +438,7 @@ def _(scene: Scene) -> None:
 
 @case("destination came too late")
 def _(scene: Scene) -> None:
-    """As before, but it tries to run when the source has taken the disk back."""
+    """As before, but the destination tries to run after the source took the disk back."""
     with scene.destination(paused=True) as machine:
         machine.enable("late-block-activate")
         scene.inactivate()
@@ -454,7 +454,7 @@ def _(scene: Scene) -> None:
 
 @case("unaware program wrote")
 def _(scene: Scene) -> None:
-    """It does not know bitmaps, and so clears their autoclear bit, and all others, as it has to."""
+    """The program does not know bitmaps. As it must, it clears all autoclear bits."""
     scene.inactivate()
     with scene.disk.path.open("r+b", buffering=0) as file:
         os.pwrite(file.fileno(), bytes(AUTOCLEAR_WORD[1]), AUTOCLEAR_WORD[0])
@@ -498,7 +498,7 @@ def _(scene: Scene) -> None:
     scene.activate()
 
 
-# It succeeds, and somebody changes the bitmaps before the source goes on
+# It succeeds, and another program changes the bitmaps before the source goes on
 
 
 @case("qemu-img merged into them")

@@ -87,7 +87,7 @@ class Model:
 
     @property
     def count(self) -> int:
-        """How many bits the bitmap has."""
+        """The number of bits of the bitmap."""
         return -(-self.size // self.granularity)
 
     @property
@@ -270,20 +270,20 @@ class Bitmaps:
         self[target].merge(self[source], op)
 
     def guest_writes(self, start: int, length: int) -> None:
-        """What a write of the guest does to all enabled bitmaps."""
+        """Records a write of the guest in all enabled bitmaps."""
         for bitmap in self.by_name.values():
             if bitmap.enabled:
                 bitmap.set(start, length)
 
     def resize(self, size: int) -> None:
-        """What QEMU does to all bitmaps when the disk is resized."""
+        """Resizes all bitmaps as QEMU does when the disk is resized."""
         self.size = size
         for bitmap in self.by_name.values():
             bitmap.resize(size)
 
     @property
     def listed(self) -> list[dict[str, object]]:
-        """What qemu-img info is to list, in the order of the directory."""
+        """The list that qemu-img info must print, in the order of the directory."""
         return [
             {"flags": ["auto"] * b.enabled, "name": name, "granularity": b.granularity}
             for name, b in self.by_name.items()

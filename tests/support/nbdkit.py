@@ -58,7 +58,7 @@ class RawDisk:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """What the plugin is told."""
+        """The arguments of the plugin."""
         return f"image={self.image.path}", f"data={self.data}"
 
 
@@ -106,7 +106,7 @@ def command(*arguments: str | Path, script: Path = SCRIPT) -> list[str | Path]:
 
 
 def refusal(*arguments: str | Path, script: Path = SCRIPT) -> str:
-    """What nbdkit says on standard error, which must be one line, when it must not start."""
+    """The one line that nbdkit prints on standard error when it must not start."""
     done = subprocess.run(
         [*command("-f", "-U-", *arguments, script=script), "--run", "true"],
         capture_output=True,
@@ -122,7 +122,7 @@ def refusal(*arguments: str | Path, script: Path = SCRIPT) -> str:
 
 @contextmanager
 def serving(disk: RawDisk, *parameters: str, background: bool = False) -> Iterator[Server]:
-    """Serves a disk; at the end the process is gone, killed if nobody has ended it."""
+    """Serves a disk; at the end kills the process if it still runs."""
     folder = disk.image.path.parent
     pidfile, socket = folder / "pid", folder / "socket"
     pidfile.unlink(missing_ok=True)

@@ -249,7 +249,7 @@ _FAULTS: dict[str, Callable[[], list[Patch]] | list[Patch]] = {
 
 IDS = tuple(_FAULTS)
 HUGE = "bitmap-table.limit"
-"""Its tables have 256 MiB: whoever looks at them several times takes seconds."""
+"""The tables of this image have 256 MiB: looking at them several times takes seconds."""
 
 
 def broken(id: str) -> bytes:

@@ -86,7 +86,7 @@ class Disk:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """How any of the tools is told to open it."""
+        """The arguments with which any of the tools opens the disk."""
         options = f"driver=qcow2,file.driver=file,file.filename={str(self.path).replace(',', ',,')}"
         key = ",encrypt.key-secret=key" if self.encryption else ""
         return (*_SECRET, "--image-opts", options + key)
@@ -113,7 +113,7 @@ class Disk:
         return ["qemu-io", *(["-r"] if read_only else []), *switches, *self.arguments]
 
     def info(self) -> dict[str, Any]:
-        """What qemu-img info says."""
+        """The output of qemu-img info."""
         info: dict[str, Any] = json.loads(
             run_ok("qemu-img", "info", "--output", "json", *self.arguments)
         )
@@ -192,7 +192,7 @@ class StorageDaemon:
             self._socket.close()
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """What the daemon returns for a QMP command; raises `QmpError`."""
+        """Executes a QMP command and returns its result; raises `QmpError`."""
         self._stream.write(json.dumps({"execute": command, "arguments": arguments or {}}) + "\n")
         self._stream.flush()
         while True:

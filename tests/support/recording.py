@@ -94,6 +94,11 @@ def stored_bits(data: bytes | bytearray) -> dict[str, Octets]:
         }
 
 
+def number_of(bits: Octets) -> int:
+    """The bits, one byte each, as one number, of which bit n is bit n."""
+    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
+
+
 def cover(bits: Octets, granularity: int, ranges: Iterable[Place]) -> None:
     """Sets the bits, one byte each, of whatever the ranges of guest bytes touch."""
     for start, length in ranges:

@@ -16,7 +16,7 @@ CRASHES = (
 
 
 class BitmapFacts(NamedTuple):
-    """What a reader learns about a bitmap."""
+    """The facts that a reader learns about a bitmap."""
 
     status: str
     flags: int

@@ -45,7 +45,7 @@ class ScriptedStorage:
         self.closed = True
 
     def bytes_read(self, start: int, length: int) -> int:
-        """How many bytes were read of a range, each as often as it was."""
+        """The number of bytes read of a range; a byte that was read twice counts twice."""
         end = start + length
         return sum(max(0, min(end, stop) - max(start, first)) for first, stop in self.reads)
 
@@ -65,10 +65,10 @@ class OnceAt:
 
 
 def io_error() -> int | None:
-    """What a failing disk does."""
+    """Raises the error of a failing disk."""
     raise StorageError("<scripted>", 0, 0, "Input/output error", errno.EIO)
 
 
 def short_read() -> int | None:
-    """What a file does that became shorter."""
+    """Reads nothing, as from a file that became shorter."""
     return 0

@@ -11,7 +11,7 @@ from qcow2bm.format import directory, extensions, header
 
 CLUSTER = 512
 LONGEST = 0x7FFFFFFFC0000000
-"""How long a file can be for QEMU."""
+"""The greatest length of a file that QEMU accepts."""
 EXTENSION, PAYLOAD, END = 0x70, 0x78, 0x90
 DIRECTORY, PAST_EOF = 0xC00, 1 << 20
 BEHIND = 12 * CLUSTER

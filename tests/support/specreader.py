@@ -59,7 +59,7 @@ class Page(NamedTuple):
         return found
 
     def anchors(self) -> set[str]:
-        """What may follow the # in a link to this page."""
+        """The anchors that may follow the # in a link to this page."""
         return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in self.headings}
 
 

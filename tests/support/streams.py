@@ -98,7 +98,7 @@ class Parts(NamedTuple):
 
 
 def parts(bitmaps: Sequence[OutgoingBitmap]) -> Parts:
-    """What goes into SECTION_START, and with the bits into SECTION_END: without EOS."""
+    """The content of SECTION_START, and with the bits that of SECTION_END, without EOS."""
     pieces = list(write_stream(bitmaps, None))
     count = len(bitmaps)
     begin, rest = pieces[1 : 1 + count], pieces[3 + count : -1]
@@ -125,7 +125,7 @@ def precopy(bitmaps: Sequence[OutgoingBitmap], *, footer: bool = True) -> bytes:
 
 
 def postcopy(bitmaps: Sequence[OutgoingBitmap]) -> bytes:
-    """The same, with the bits after the devices."""
+    """The same stream with the bits after the devices."""
     sent = parts(bitmaps)
     return b"".join(
         (
@@ -162,7 +162,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(pieces: Iterable[bytes]) -> Outcome:
-    """What a reader says of a stream in these pieces."""
+    """The outcome of a reader that gets a stream in these pieces."""
     reader, events = StreamReader(), []
     try:
         for piece in pieces:
@@ -182,14 +182,14 @@ def cut(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
 
 
 def sent(bitmap: OutgoingBitmap) -> tuple[object, ...]:
-    """What must come of a bitmap that is sent."""
+    """The facts that must arrive about a bitmap that is sent."""
     model = Model.of_packed(bytes(bitmap.packed), bitmap.granularity, bitmap.disk_size)
     facts = bitmap.enabled, bitmap.persistent, bitmap.disk_size, model.dirty_bytes, model.sha256
     return bitmap.node_alias, bitmap.name, bitmap.granularity, *facts, model.packed
 
 
 def came(bitmap: StreamBitmap) -> tuple[object, ...]:
-    """What came of it."""
+    """The facts that arrived about a bitmap."""
     facts = bitmap.enabled, bitmap.persistent, bitmap.disk_size, bitmap.dirty_bytes, bitmap.sha256()
     packed = bitmap.packed().tobytes()
     return bitmap.node_alias, bitmap.bitmap_alias, bitmap.granularity, *facts, packed

@@ -195,7 +195,7 @@ _FLOCK = struct.Struct("@hhqqi0q")
 
 
 def held_lock_bytes(path: Path) -> set[int]:
-    """The bytes of QEMU's two lock areas that somebody holds."""
+    """The bytes of QEMU's two lock areas that any process holds."""
     held = set()
     with path.open("r+b") as file:
         for byte in (*range(100, 108), *range(200, 208)):

@@ -30,7 +30,7 @@ _SLOW = 4096  # bytes per second: the BIOS alone takes minutes
 
 
 def missing_tools() -> list[str]:
-    """What is not installed."""
+    """The names of the tools that are not installed."""
     return [] if shutil.which(TOOL) else [TOOL]
 
 
@@ -131,7 +131,11 @@ class Machine:
         *,
         descriptor: int | None = None,
     ) -> Any:
-        """What it returns for a QMP command, with which a descriptor may go; raises `QmpError`."""
+        """Executes a QMP command, sends a descriptor along if given, and returns the result.
+
+        Raises:
+            QmpError: QEMU refuses the command.
+        """
         line = json.dumps({"execute": command, "arguments": arguments or {}}).encode()
         if descriptor is None:
             self._socket.sendall(line)
@@ -157,7 +161,7 @@ class Machine:
     # The disk
 
     def io(self, command: str) -> str:
-        """What a qemu-io command says that is run on the drive, as if the guest did it."""
+        """Runs a qemu-io command on the drive, as if the guest did it, and returns its output."""
         start = self._output.seek(0, 2)
         line = f'qemu-io -d disk "{command}"'
         complaint = self.execute("human-monitor-command", {"command-line": line})
