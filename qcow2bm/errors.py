@@ -62,7 +62,9 @@ bitmaps, or remove all bitmaps at once.
 
 _HINTS: dict[Hint, str] = {
     "assert-raw": "pass is_raw=True if you know that it is raw",
-    "assert-unchanged": "pass is_asserted=True if you know that it was not, or is_all_dirty=True",
+    "assert-unchanged": (
+        "pass is_asserted=True if you know that the disk is unchanged, or is_all_dirty=True"
+    ),
     "force-share": "read it anyway with force_share=True",
     "lock-timeout": "stop that process, or wait for it with lock_timeout",
     "remove-all": "remove all bitmaps with Edit.remove_all",

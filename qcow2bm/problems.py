@@ -160,7 +160,7 @@ class Problem(NamedTuple):
 
     @property
     def meaning(self) -> str:
-        """What the problem means, and what to do about it."""
+        """The meaning of the problem, and advice what to do about it."""
         return self.kind.meaning
 
     @property

@@ -76,7 +76,7 @@ class Bitmap:
 
     @property
     def granularity(self) -> int:
-        """How many guest bytes one bit stands for."""
+        """The number of guest bytes that one bit stands for."""
         return self.entry.granularity
 
     @property
@@ -139,7 +139,7 @@ class Bitmap:
 
     @property
     def clusters(self) -> Clusters | None:
-        """How many table entries there are of each kind; None if the table is unreadable."""
+        """The number of table entries of each kind; None if the table is unreadable."""
         table = self._table()
         return table.clusters if table else None
 

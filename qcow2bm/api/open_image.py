@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
 
 
 class _Activity(NamedTuple):
-    """What is going on with an image, and how to abandon it if the image is closed meanwhile."""
+    """The activity on an image, and the function that abandons it if the image is closed."""
 
     state: str
     abandon: Callable[[], None] | None

@@ -59,7 +59,7 @@ class Chunk(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """How much is dirty: guest bytes, clipped to the disk, and the number of extents."""
+    """The number of dirty guest bytes, clipped to the disk, and the number of extents."""
 
     dirty_bytes: int
     extents: int

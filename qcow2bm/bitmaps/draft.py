@@ -221,7 +221,8 @@ class Draft:
             raise BitmapStaleError(
                 name,
                 "cannot be added: the image has stale bitmaps, which a program without bitmap "
-                "support left behind; salvage them, or drop them: remove --all (Edit.remove_all)",
+                "support left behind",
+                "salvage-or-remove-all",
             )
         known = self.bitmaps.get(key)
         if known and known.is_in_use:

@@ -116,7 +116,7 @@ class DraftBits:
         return data
 
     def _bits_in(self, number: int) -> int:
-        """How many bits of a cluster lie on the disk."""
+        """Number of bits of a cluster that lie on the disk."""
         per_cluster = 8 * self._cluster_size
         return max(0, min(per_cluster, self.bits - number * per_cluster))
 

@@ -1,4 +1,4 @@
-"""From ranges of guest bytes to ranges of bits.
+"""Ranges of guest bytes as ranges of bits.
 
 *Spec*: spec/edit.md, EDIT-11.
 """
@@ -25,7 +25,7 @@ MANY_RANGES = 64
 
 
 class Granules(NamedTuple):
-    """How the bits of a bitmap divide the disk.
+    """The granules into which a bitmap divides the disk.
 
     Attributes:
         granularity: in guest bytes; at most 2^62, which is more than any disk.

@@ -1,4 +1,4 @@
-"""From a bitmap table to the bits of the bitmap.
+"""Reading the bits that a bitmap table leads to.
 
 *Spec*: spec/bitmaps.md, "Bitmap table" and "Bitmap data".
 """

@@ -37,7 +37,7 @@ _FEW_ENTRIES = 4096  # below this, numpy is no faster even if it is loaded
 
 
 class Clusters(NamedTuple):
-    """How many table entries of each kind a bitmap has."""
+    """The number of table entries of each kind that a bitmap has."""
 
     all_zeroes: int
     all_ones: int
@@ -45,14 +45,14 @@ class Clusters(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What is kept of a bitmap table after it was read: its counts, and a fingerprint."""
+    """The counts and a fingerprint of a bitmap table that was read."""
 
     clusters: Clusters
     fingerprint: int
 
 
 class Survey(NamedTuple):
-    """What was found in all bitmap tables of an image.
+    """The findings in all bitmap tables of an image.
 
     Attributes:
         tables: one Table for each directory entry, None if the table cannot be read.
@@ -282,6 +282,6 @@ def _entry_faults(
 
 
 def _used(index: int, coverage: int, file: ClusterFile) -> int:
-    """How many bytes of a cluster must exist: in the last cluster only those that hold bits."""
+    """Number of bytes of a cluster that must exist: in the last one only those with bits."""
     used = coverage - index * file.cluster_size
     return used if 0 < used < file.cluster_size else file.cluster_size

@@ -45,7 +45,7 @@ class Bits(NamedTuple):
 
     @classmethod
     def of(cls, octets: bytearray) -> Bits:
-        """These bits, of which no piece is touched."""
+        """Returns these bits with no piece touched."""
         return cls(octets, bytearray(ceil_div(len(octets), PIECE_BYTES)))
 
 
@@ -98,7 +98,7 @@ class TrackedBitmap:
 
     @property
     def granularity(self) -> int:
-        """How many guest bytes a bit stands for."""
+        """The number of guest bytes that a bit stands for."""
         return self.entry.granularity
 
     def due(self) -> NDArray[np.int64]:
@@ -109,7 +109,7 @@ class TrackedBitmap:
         return np.flatnonzero(np.frombuffer(bytes(self.bits.touched), np.uint8))
 
     def take(self, pieces: Iterable[int], *, is_quiet: bool = False) -> Changes:
-        """These pieces as they are to be stored; from now on they count as stored.
+        """Returns pieces as they are to be stored; from now on the pieces count as stored.
 
         They are copies, unless ``is_quiet``: no thread marks any more.
         """

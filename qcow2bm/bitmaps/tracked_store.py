@@ -226,7 +226,7 @@ class TrackedStore:
         return Draft(self.metadata, {bitmap.name for bitmap in self._bitmaps})
 
     def plan(self, draft: Draft, token: bytes | None = None) -> Plan:
-        """How the image becomes that of the draft; raises what `plan_commit` does.
+        """Returns the plan that makes the bitmaps those of the draft; raises as `plan_commit` does.
 
         The plan is right until something else is written to the image.
 

@@ -33,7 +33,7 @@ _OVERLAPS = {
 
 
 class Check(NamedTuple):
-    """What a check finds.
+    """The result of a check.
 
     Attributes:
         problems: the problems, those of one id together. At most 16 of an id are listed, but all

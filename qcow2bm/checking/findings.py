@@ -11,7 +11,7 @@ from qcow2bm.storage.interface import Storage
 
 
 class Findings(NamedTuple):
-    """What a reader and a check find in an image.
+    """The findings of a reader and of a check in an image.
 
     Attributes:
         metadata: the metadata of the image, with the problems that a reader finds.
@@ -44,7 +44,7 @@ class Findings(NamedTuple):
 
     @property
     def nb_undercounts(self) -> int:
-        """How many of the listed problems are refcounts that are too low."""
+        """The number of listed problems that are refcounts that are too low."""
         return sum(found.kind.is_undercount for found in self.check.problems)
 
     @property

@@ -34,7 +34,7 @@ REPAIRS: dict[RepairName, str] = {
 
 
 class Repair(NamedTuple):
-    """What a repair does.
+    """The effects of a repair.
 
     Attributes:
         plan: all writes and barriers; empty if there is nothing to do.

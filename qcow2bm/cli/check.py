@@ -93,7 +93,10 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
         if found.qemu_message:
             print(f'    QEMU says "{found.qemu_message}"')
         output.print_wrapped(found.meaning, indent="    ")
-        repair = f"; repair --only {found.repair}" if found.repair else ""
+        if found.kind.is_fittable:  # repair would drop the bitmap
+            repair = "; fit"
+        else:
+            repair = f"; repair --only {found.repair}" if found.repair else ""
         print(f"    ({found.id}{repair})")
     if problems:
         print()

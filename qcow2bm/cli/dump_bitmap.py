@@ -31,7 +31,7 @@ _MEANING_OF_STATUS = {
 
 
 class Selection(NamedTuple):
-    """Which bits to read, and for which purpose.
+    """The bits to read, and the purpose.
 
     Attributes:
         totals: how many bytes are dirty, of bitmaps that are valid.

@@ -144,7 +144,9 @@ _DEFINITIONS: dict[str, Callable[[Parser], None]] = {
 def run(arguments: Arguments) -> int:
     """Runs one of the commands; returns the exit status."""
     if "all" in arguments and arguments.all == bool(arguments.names):
-        raise UsageError("give names, or --all")
+        raise UsageError(
+            "give names or --all, not both" if arguments.all else "give names, or --all"
+        )
     plan = None
     with (
         about(arguments.image, ValueError),

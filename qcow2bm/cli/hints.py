@@ -17,7 +17,8 @@ _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
     "assert-unchanged": (
         (
             "",
-            "give --assert-unchanged if you know that it was not, or --as-dirty-ranges-unknown",
+            "give --assert-unchanged if you know that the disk is unchanged, or "
+            "--as-dirty-ranges-unknown",
         ),
     ),
     "force-share": (("-U", "read it anyway with -U"), _WAIT),

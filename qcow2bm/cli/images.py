@@ -41,7 +41,7 @@ def new_name(name: str) -> str:
         ValueError: it would mean the entry of a number.
     """
     if _is_number(name):
-        raise ValueError(f'a name that begins with @ is written @@: "@{escape(name)}"')
+        raise ValueError(f'a name that begins with @ is written with @@: "@{escape(name)}"')
     return _plain(name)
 
 
@@ -62,7 +62,8 @@ def _by_number(image: Image, name: str) -> Bitmap:
         return image.bitmap(int(name[1:]))
     known = f"@0 to @{count - 1}" if count else "none"
     raise BitmapNotFoundError(
-        name, f"not found; directory entries: {known} (a name that begins with @ is written @@)"
+        name,
+        f"not found; directory entries: {known} (a name that begins with @ is written with @@)",
     )
 
 

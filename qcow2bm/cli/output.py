@@ -1,4 +1,4 @@
-"""How results are printed: facts in two columns, sizes, problems, plans, and JSON.
+"""Printing results: facts in two columns, sizes, problems, plans, and JSON.
 
 *Spec*: spec/json.md.
 """
@@ -63,7 +63,7 @@ def count(number: int, thing: str, things: str | None = None) -> str:
 
 
 def percent(part: int, whole: int) -> float:
-    """How many percent of ``whole`` a part is; 0 of nothing."""
+    """The percentage that a part is of ``whole``; 0 if ``whole`` is 0."""
     return 100 * part / whole if whole else 0.0
 
 
@@ -120,9 +120,9 @@ def warn_of(name: str, problems: Iterable[Problem]) -> None:
 # JSON
 
 
-def head(subject: str, key: str = "filename", *, schema: int = SCHEMA) -> Document:
+def head(subject: str, key: str = "filename") -> Document:
     """The first keys of every document: the schema, and the file or VM as it was given."""
-    return {"schema": schema, key: json_text(subject)}
+    return {"schema": SCHEMA, key: json_text(subject)}
 
 
 def print_json(document: Document) -> None:

@@ -1,4 +1,4 @@
-"""How the command line is read: the parser of one command.
+"""The parser of one command.
 
 argparse reads the options. The other arguments, here called words, are assigned here: argparse
 loses words if an option stands between them, and does not take every word behind -- as it is.
@@ -153,7 +153,8 @@ class Parser(argparse.ArgumentParser):
         if not unknown:
             unknown = self._assign([*rest, *verbatim], values)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(map(escape, unknown))}")
+            shown = " ".join(map(escape, unknown))
+            self.error(f"unrecognized arguments: {shown}")
         return values
 
     def _refuse(self, texts: list[str]) -> NoReturn:

@@ -23,9 +23,6 @@ from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, qu
 from qcow2bm.cli.parser import Parser
 from qcow2bm.units import escape
 
-SCHEMA = 2
-"""The version of the description of what ``repair`` prints; 1 had "mended" for "repaired"."""
-
 _MOST_LISTED = 16
 
 _REPAIR_EPILOG = """\
@@ -92,13 +89,13 @@ def _define_undo(parser: Parser) -> None:
     parser.namespace = UndoArguments
     parser.epilog = _UNDO_EPILOG
     add_image(parser, "the image that was repaired")
-    parser.add_word("file", "FILE", "the file that the repair wrote, or -")
+    parser.add_word("file", "FILE", "the file that the repair wrote, or - for standard input")
     parser.add_argument(
         "--assert-unchanged",
         dest="is_unchanged",
         action="store_true",
-        help="undo it even if nothing proves that the image was not written to since: you know "
-        "that it was not",
+        help="undo the repair even if nothing proves that no program wrote to the image since: "
+        "you know that none did",
     )
     add_editing(parser)
 
@@ -143,7 +140,7 @@ def _document(arguments: Arguments, done: Repair) -> Document:
         for problems in (done.repaired, done.left)
     )
     return {
-        **output.head(arguments.image, schema=SCHEMA),
+        **output.head(arguments.image),
         "dry-run": arguments.dry_run,
         "lost": [
             {"name": json_text_or_null(name), "reason": json_text(reason)}

@@ -136,8 +136,8 @@ def _changed(arguments: Arguments, image: Image, name: str) -> NDArray[np.uint8]
     assert arguments.compared
     old, new = arguments.compared
     say(
-        f"note: {escape(old)} must be exactly what the last backup restores to, with all "
-        f"increments: whatever is the same in {escape(new)} will not be saved by the next one"
+        f"note: {escape(old)} must have exactly the content to which the last backup restores, "
+        f"with all increments: the next backup will not save what is equal in {escape(new)}"
     )
     try:
         with compare.open_disks(

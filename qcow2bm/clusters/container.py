@@ -42,7 +42,7 @@ def default_cluster_size(virtual_size: int) -> int:
 
 
 class ContainerLayout:
-    """Where the structures of a container lie, in clusters from the start of the file.
+    """The places of the structures of a container, in clusters from the start of the file.
 
     Header, refcount table, refcount blocks, L1 table and L2 tables follow each other in this
     order. Every guest cluster is allocated at its own offset in the data file, so that QEMU reads

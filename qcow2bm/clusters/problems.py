@@ -1,4 +1,4 @@
-"""What is wrong with a header and its extensions, as far as they alone can tell.
+"""The problems of a header and its extensions, as far as these alone can tell.
 
 *Spec*: spec/header.md; the ids are in spec/problems.md.
 """
@@ -154,7 +154,7 @@ def _place(file: ClusterFile, field: str, length: int) -> Iterator[Problem]:
 
 
 def _snapshots(file: ClusterFile) -> Iterator[Problem]:
-    """What makes QEMU refuse the snapshot table; its entries are walked over, no more."""
+    """Yields the reasons for which QEMU refuses the snapshot table; walks over its entries only."""
     count, start = file.header.nb_snapshots, file.header.snapshots_offset
     if count > MAX_SNAPSHOTS:
         yield _at("header.nb_snapshots.too-large", f"is {count}, at most {MAX_SNAPSHOTS}")

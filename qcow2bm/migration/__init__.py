@@ -1,1 +1,1 @@
-"""What becomes of bitmaps when the disk goes to another host, and perhaps comes back."""
+"""The fate of bitmaps when the disk goes to another host, and perhaps comes back."""

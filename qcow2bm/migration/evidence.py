@@ -25,7 +25,7 @@ Kind = Literal["kept", "reloaded", "dropped"]
 
 
 class Definition(NamedTuple):
-    """What the header says of the disk itself: any change of it is a change of the disk."""
+    """The header fields that describe the disk itself: any change of it is a change of the disk."""
 
     version: int
     cluster_bits: int
@@ -115,7 +115,7 @@ class Judgement(NamedTuple):
 
 
 class Fate(NamedTuple):
-    """What became of a bitmap at activation.
+    """The fate of a bitmap at activation.
 
     Attributes:
         kind: "kept" with what it has in memory, "reloaded" with what the image has, or "dropped":

@@ -1,4 +1,4 @@
-"""In which order pieces are stored, and how many at a time.
+"""The order in which pieces are stored, and the number of pieces at a time.
 
 *Spec*: spec/tracking.md, "Flushing".
 """

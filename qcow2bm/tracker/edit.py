@@ -175,7 +175,7 @@ class TrackerEdit:
         self._merges.append(step)
 
     def _bits(self, name: str, tracked: TrackedBitmap | None) -> TrackedBitmap | DraftBits:
-        """Where the bits are: those of a bitmap that begins in this edit are in the draft."""
+        """Returns the holder of the bits: the draft, if the bitmap begins in this edit."""
         return self._draft.bits(name) if not tracked or name in self._begun else tracked
 
 

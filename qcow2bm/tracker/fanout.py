@@ -1,4 +1,4 @@
-"""From the one place where marks are recorded to the bitmaps that they belong in.
+"""Brings marks from the one place where they are recorded to the bitmaps they belong in.
 
 *Spec*: spec/tracking.md, "Marking".
 """
@@ -19,7 +19,7 @@ from qcow2bm.units import ceil_div
 
 
 class Recording(NamedTuple):
-    """Where marks go at a time, and the bitmaps that they belong in.
+    """The bits that take the marks at a time, and the bitmaps that the marks belong in.
 
     The only place that says how large the disk is, and of which granularity the bits are.
 

@@ -172,7 +172,7 @@ def activate(
 
 
 class _Comeback:
-    """What becomes of the bitmaps, decided but not yet done.
+    """The fate of the bitmaps at an activation, decided but not yet carried out.
 
     Attributes:
         draft: the bitmaps of the image as they are to be now.
@@ -276,7 +276,7 @@ class _Comeback:
 
 
 def last_activation(session: Session) -> Activation:
-    """What was found when the disk was taken back last.
+    """Returns the result of taking the disk back last.
 
     "unchanged" if it was not given away since tracking began.
 

@@ -1,4 +1,4 @@
-"""Where a tracker is in its life: its state, and what belongs to that state alone.
+"""The state of a tracker, and the facts that belong to that state alone.
 
 *Spec*: spec/lifecycle.md, "States".
 """
@@ -16,7 +16,7 @@ from qcow2bm.tracker.reports import Activation
 
 
 class Migration(NamedTuple):
-    """What holds for one migration, from its beginning until it is cancelled or taken back.
+    """The facts that hold for one migration, until it is cancelled or the image is taken back.
 
     Attributes:
         carried: the names of the bitmaps that the migration carries, which are not stored here.

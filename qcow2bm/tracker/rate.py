@@ -1,4 +1,4 @@
-"""How fast the storage takes what is flushed, measured while flushing goes on."""
+"""The speed at which the storage takes flushed pieces, measured while flushing goes on."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _BATCH_PIECES = 64
 
 
 class Refusal(NamedTuple):
-    """Why marks are refused: the state that the tracker is in, or is about to be in."""
+    """The reason why marks are refused: the state that the tracker is in, or is about to be in."""
 
     state: State
     cause: BaseException | None
@@ -51,7 +51,7 @@ class Recorder:
 
     @property
     def recording(self) -> Recording:
-        """Where marks go."""
+        """The recording that takes the marks."""
         return self._recording
 
     def replace(self, recording: Recording) -> None:

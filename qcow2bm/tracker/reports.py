@@ -1,4 +1,4 @@
-"""What the operations of a tracker return.
+"""The results that the operations of a tracker return.
 
 *Spec*: spec/tracking.md, and for `Activation` spec/lifecycle.md.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class FlushReport(NamedTuple):
-    """What one flush wrote.
+    """The result of a flush.
 
     Attributes:
         bytes_written: bitmap data, table entries and refcounts.
@@ -31,7 +31,7 @@ class FlushReport(NamedTuple):
 
 
 class StopReport(NamedTuple):
-    """What a stop wrote; the bitmaps are valid on disk.
+    """The result of a stop; the bitmaps are valid on disk.
 
     Attributes:
         bytes_written: bitmap data, table entries, refcounts and flags.
@@ -47,7 +47,7 @@ class StopReport(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a stop would have to store now.
+    """The work that a stop would have now.
 
     Attributes:
         bytes: of bitmap data.
@@ -61,7 +61,7 @@ class Pending(NamedTuple):
 
 
 class Convergence(NamedTuple):
-    """How far `qcow2bm.Tracker.converge` came.
+    """The result of `qcow2bm.Tracker.converge`.
 
     Attributes:
         is_reached: whether a stop fits into the downtime now.
@@ -77,7 +77,7 @@ class Convergence(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """What was found when an image was taken back.
+    """The result of taking an image back.
 
     Attributes:
         outcome: whether the disk is as it was given away. Unless it is "unchanged", a guest that

@@ -1,4 +1,4 @@
-"""What all parts of a tracker share: the image, the recording, the phase, and the locks.
+"""The state that all parts of a tracker share: the image, the recording, the phase, and the locks.
 
 *Spec*: spec/tracking.md.
 """
@@ -74,12 +74,12 @@ class Session:
 
     @property
     def migration(self) -> Migration | None:
-        """What holds for the present migration, if there is one."""
+        """The facts of the present migration, if there is one."""
         return self._phase.migration
 
     @property
     def activation(self) -> Activation | None:
-        """What was found when the image was taken back last, until it is given away again."""
+        """The result of taking the image back last, until the image is given away again."""
         return self._phase.activation
 
     def apply(
@@ -169,7 +169,7 @@ class Session:
 
     @property
     def recording(self) -> Recording:
-        """Where marks go now, and the bitmaps that are tracked."""
+        """The recording that takes the marks now, with the bitmaps that are tracked."""
         return self.recorder.recording
 
     @property

@@ -89,7 +89,7 @@ class Tracker:
 
     @property
     def activation(self) -> Activation:
-        """What `activate` found last; "unchanged" before the disk is given away.
+        """The result of the last `activate`; "unchanged" before the disk is given away.
 
         Raises:
             StateError: the image is given away, or tracking has ended.
@@ -129,7 +129,7 @@ class Tracker:
 
     @property
     def pending(self) -> Pending:
-        """What is not stored yet. Raises `StateError` once tracking has ended."""
+        """The amount that is not stored yet. Raises `StateError` once tracking has ended."""
         return self._flusher.pending()
 
     def flush(self, max_bytes: int | None = None, deadline: float | None = None) -> FlushReport:

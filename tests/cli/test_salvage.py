@@ -24,8 +24,8 @@ CRASHED = Stored(b"crashed", [b"\5"], flags=FLAG_AUTO | FLAG_IN_USE)
 DISABLED = Stored(b"disabled", [b"\5"], flags=FLAG_IN_USE)
 SOUND = Stored(b"sound", [b"\3"])
 NOTE = (
-    "qcow2bm: note: old must be exactly what the last backup restores to, with all increments: "
-    "whatever is the same in new will not be saved by the next one\n"
+    "qcow2bm: note: old must have exactly the content to which the last backup restores, with all "
+    "increments: the next backup will not save what is equal in new\n"
 )
 
 

@@ -81,7 +81,7 @@ def test_the_migration_example_runs_on_both_sides(folder: Path) -> None:
 def test_the_python_example_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    (example,) = blocks("python", "Python in 20 lines")
+    (example,) = blocks("python", "Python in a few lines")
     assert len(example.splitlines()) <= 24
     shutil.copyfile(folder / "tests/data/three.qcow2", folder / "vm.qcow2")
     monkeypatch.chdir(folder)
