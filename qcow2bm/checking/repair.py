@@ -126,7 +126,7 @@ def plan_repair(
         lossless=lossless or _is_header_refused(stored),
         capacity=capacity,
     )
-    after = readings[0]
+    after = stored  # a reading that no step makes true is only a guess
     plan = directory.plan(chosen)
     if trial.add(plan.steps, plan.commit_point):
         after = Findings.load(trial.storage)

@@ -31,6 +31,7 @@ from support.specreader import page
 
 import qcow2bm
 from qcow2bm.api import repair as api
+from qcow2bm.checking.findings import Findings
 from qcow2bm.checking.repair import REPAIRS, Repair, plan_repair
 from qcow2bm.checking.undo import plan_undo, undo_of
 from qcow2bm.clusters.plan import Plan, Write
@@ -179,6 +180,65 @@ def test_a_stale_extension_and_what_it_names_stay() -> None:
     with qcow2bm.open(bytes(after(bytes(data), done.plan))) as opened:
         assert opened.check().leaked_clusters == 6
         assert len(opened.directory) == 3
+
+
+@pytest.mark.spec("REPAIR-4")
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_guess_about_a_stale_directory_gives_nothing_back(lossless: bool) -> None:
+    """The size leaves out the last entry: the clusters of that bitmap are its last trace."""
+    data = bytearray(broken("bitmaps-extension.autoclear.off"))
+    with qcow2bm.open(bytes(data)) as opened:
+        size = sum(entry.size for entry in opened.directory[:-1])
+    data = bytearray(patched(bytes(data), *in_payload(bitmap_directory_size=size)))
+    done = plan_repair(MemoryStorage(bytes(data)), lossless=lossless)
+    assert done.plan.steps == ()
+    assert done.repaired == ()
+
+
+def assert_told_truly(data: bytes, lossless: bool) -> None:
+    """What a repair says that it repairs and leaves is what the image has afterwards."""
+    storage = MemoryStorage(bytes(data))
+    try:
+        done = plan_repair(storage, lossless=lossless)
+    except (Qcow2BmError, StorageError):
+        return
+    found = Findings.load(MemoryStorage(bytes(after(data, done.plan))))
+    assert set(done.left) == set(found.faults)
+    assert done.leaked_clusters == found.check.leaked_clusters
+    if not done.plan.steps:
+        assert (done.repaired, done.lost, done.renamed) == ((), (), ())
+
+
+@pytest.mark.spec("REPAIR-4")
+@pytest.mark.parametrize("lossless", [False, True])
+@each_id
+def test_what_a_repair_says_is_what_it_does(id: str, lossless: bool) -> None:
+    assert_told_truly(broken(id), lossless)
+
+
+@pytest.mark.spec("REPAIR-4")
+@pytest.mark.parametrize("lossless", [False, True])
+def test_what_a_repair_says_of_an_entry_that_is_cut_off(lossless: bool) -> None:
+    """The entries can be read in several ways, none of which a lossless repair makes true."""
+    with qcow2bm.open(image()) as opened:
+        size = sum(entry.size for entry in opened.directory)
+    for less in (1, 8, 32):
+        patches = in_payload(bitmap_directory_size=size - less)
+        assert_told_truly(patched(image(), *patches), lossless)
+    assert_told_truly(patched(image(), *in_payload(nb_bitmaps=2)), lossless)
+    for index in range(3):
+        for length in (200, 1000):
+            cut = patched(image(), *in_entry(index, name_size=length))
+            assert_told_truly(cut, lossless)
+            in_doubt = patched(cut, *in_entry((index + 1) % 3, type=7))
+            assert_told_truly(in_doubt, lossless)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_a_repair_says_of_every_broken_image(name: str, lossless: bool) -> None:
+    assert_told_truly(bytes(BROKEN[name]), lossless)
 
 
 @pytest.mark.spec("REPAIR-4", "REPAIR-9")
