@@ -78,20 +78,23 @@ def fuzz(seed: int, count: int, part: int = 0, parts: int = 1) -> None:
     seeds = [form(BITMAPS) for form in FORMS.values()]
     assert {judged(data) for data in seeds} == {"complete"}  # and all is loaded that is needed
     ends: Counter[str] = Counter()
+    peak = 0
     rng = random.Random(part)
     tracemalloc.start()
     try:
         for number, data in different(
             lambda rng: mutate(rng.choice(seeds), rng), seed, count, part, parts
         ):
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]  # what the test itself keeps
             try:
                 ends[judged(data)] += 1
+                peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
                 places = [rng.randrange(len(data) + 1) for _ in range(5)]
                 assert outcome(cut(data, places)) == outcome([data])
             except BaseException as error:
                 error.add_note(f"seed {seed}, mutant {number}: {data.hex()}")
                 raise
-        peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     total = ends.total()
