@@ -17,6 +17,7 @@ from qcow2bm.bitmaps.tables import read_words, used_by_bitmaps
 from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.cluster_runs import Run
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.guest_map import GuestMap
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, coalesce
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, build_bitmap_table
@@ -60,13 +61,14 @@ def plan_commit(
     ]
     extension = directory.extension
     is_revived = bool(extension and not directory.is_consistent and not draft.drops_extension)
-    allocator = allocator_of(metadata, capacity)
+    guest = GuestMap(file)
+    allocator = allocator_of(metadata, capacity, guest)
     if is_revived:  # clusters of stale bitmaps are not allocated, whatever their refcounts
         uses = used_by_bitmaps(file, directory)
         ends = [used.offset + used.length for used in uses]
         end = max(ends, default=0) if capacity else max([*ends, file.file_size])
         taken = [(0, ceil_div(end, file.cluster_size))]
-        allocator = Allocator(file, taken, 0, capacity, is_behind=True)
+        allocator = Allocator(file, taken, 0, capacity, guest, is_behind=True)
     header = HeaderDraft(file)
     prepared = header.clear_unknown_autoclear()
     if draft.bitmaps and extension and (directory.is_consistent or is_revived):
@@ -98,13 +100,19 @@ def plan_commit(
     return ordered(prepared, written, switch, lowered)
 
 
-def allocator_of(metadata: Metadata, capacity: int | None) -> Allocator:
-    """Returns an allocator that looks near the bitmap directory, and spares all that is used."""
+def allocator_of(metadata: Metadata, capacity: int | None, guest: GuestMap) -> Allocator:
+    """Returns an allocator that looks near the bitmap directory, and spares all that is used.
+
+    Raises:
+        FormatError: the refcount table is damaged, or an L1 or L2 table leads to metadata.
+        StorageError: reading failed.
+    """
     file, directory = metadata.file, metadata.directory
+    guest.require_apart(metadata.survey.ranges)
     size = file.cluster_size
     taken = [(start // size, end // size) for start, end in metadata.survey.ranges]
     near = directory.extension.bitmap_directory_offset // size if directory.extension else 0
-    return Allocator(file, taken, near, capacity)
+    return Allocator(file, taken, near, capacity, guest)
 
 
 def _has_changes(directory: BitmapDirectory, draft: Draft) -> bool:

@@ -20,6 +20,7 @@ from qcow2bm.bitmaps.editable import require_editable
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.tables import read_words
 from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES, Changes, TrackedBitmap
+from qcow2bm.clusters.guest_map import GuestMap
 from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import SECTOR_SIZE, Barrier, Plan, Step, Write, coalesce, execute
 from qcow2bm.errors import CommitError, LimitError, StorageError, UnsupportedError
@@ -196,8 +197,9 @@ class TrackedStore:
         """
         capacity = self._storage.capacity()
         needed = sum(bitmap.words.count(ZEROES) for bitmap in self._bitmaps)
+        guest = GuestMap(self.file)
         while True:
-            self._allocator = allocator_of(self.metadata, capacity)
+            self._allocator = allocator_of(self.metadata, capacity, guest)
             try:
                 self._free, steps = self._allocator.set_aside(needed)
             except (LimitError, StorageError) as error:

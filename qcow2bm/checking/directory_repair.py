@@ -242,7 +242,8 @@ class DirectoryRepair:
         for found in self._findings.check.problems:
             if found.structure == REFCOUNT_TABLE:
                 raise as_error(found, ": repair the refcounts first (qemu-img check -r all)")
-        return Allocator(self._file, [(0, self._end())], 0, self._capacity, is_behind=True)
+        taken = [(0, self._end())]
+        return Allocator(self._file, taken, 0, self._capacity, None, is_behind=True)
 
     def _end(self) -> int:
         """The number of the first cluster behind everything that the image refers to."""

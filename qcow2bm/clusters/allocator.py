@@ -1,8 +1,8 @@
 """Finding free clusters, and making room for their refcounts.
 
-A cluster is free if its refcount is 0. If such a cluster belongs to a structure that this library
-knows, the refcounts are wrong, and nothing is allocated. L2 tables are never read. How refcounts
-are stored is the business of ``refcounts``.
+A cluster is free if its refcount is 0 and no L1 or L2 table leads to it. If a cluster with the
+refcount 0 belongs to a structure that this library knows, the refcounts are wrong, and nothing is
+allocated. How refcounts are stored is the business of ``refcounts``.
 
 *Spec*: spec/refcounts.md, "Allocation".
 """
@@ -14,8 +14,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from qcow2bm.clusters.cluster_runs import Run, join_runs, place_runs
+from qcow2bm.clusters.cluster_runs import Run, join_runs, place_runs, subtract_runs
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.guest_map import GuestMap
 from qcow2bm.clusters.plan import Barrier, Step, Write
 from qcow2bm.clusters.problems import MAX_REFCOUNT_TABLE_BYTES
 from qcow2bm.clusters.refcounts import Refcounts
@@ -42,6 +43,55 @@ class Allocation(NamedTuple):
     loose: tuple[Run, ...]
 
 
+class _Growth(NamedTuple):
+    """New clusters behind all clusters in use, with room for their refcounts.
+
+    In the file, a larger refcount table comes first, then the new refcount blocks, and then the
+    new clusters.
+
+    Attributes:
+        start: the number of the first cluster of it all.
+        table_clusters: the size of a larger refcount table; 0 if none is needed.
+        blocks: the numbers of the new refcount blocks.
+        clusters: how many new clusters there are.
+    """
+
+    start: int
+    table_clusters: int
+    blocks: list[int]
+    clusters: int
+
+    @property
+    def first(self) -> int:
+        """The number of the first new cluster."""
+        return self.start + self.table_clusters + len(self.blocks)
+
+    @property
+    def stop(self) -> int:
+        """The number of the cluster behind the last new cluster."""
+        return self.first + self.clusters
+
+
+class _Search(NamedTuple):
+    """Places that were found.
+
+    Attributes:
+        placed: the place of each run, None for those that come into the growth.
+        pieces: the places of loose clusters, but those that come into the growth.
+        growth: the new clusters behind all others, if any are needed.
+    """
+
+    placed: list[Run | None]
+    pieces: list[Run]
+    growth: _Growth | None
+
+    @property
+    def places(self) -> list[Run]:
+        """All places, those of new refcount structures among them."""
+        grown = [(self.growth.start, self.growth.stop)] if self.growth else []
+        return [run for run in (*self.placed, *self.pieces, *grown) if run]
+
+
 class Allocator:
     """Plans the allocation and the freeing of clusters in an image.
 
@@ -55,6 +105,7 @@ class Allocator:
         taken: Iterable[Run],
         near: int,
         capacity: int | None,
+        guest: GuestMap | None,
         *,
         is_behind: bool = False,
     ) -> None:
@@ -65,6 +116,7 @@ class Allocator:
             taken: runs of clusters that are known to be in use.
             near: the cluster at whose refcount block the search begins.
             capacity: the length in bytes that the storage cannot exceed, if there is one.
+            guest: the clusters that tables lead to; None if ``taken`` has them.
             is_behind: whether to allocate only behind all clusters that are in use.
 
         Raises:
@@ -77,6 +129,10 @@ class Allocator:
         self._taken = join_runs(taken)
         self._near = near // self.refcounts.per_block
         self._limit = (capacity or _MAX_CLUSTER_END) // file.cluster_size
+        self._can_grow = capacity is None
+        self._file_end = ceil_div(file.file_size, file.cluster_size)
+        self._guest = guest
+        self._guest_runs: list[Run] = []  # all of them, once one was seen to count as free
         self._fresh: list[Run] = []
         self._old_table: Run | None = None
         self._has_structures = False
@@ -93,32 +149,42 @@ class Allocator:
             LimitError: the refcount table would become too large.
             StorageError: the storage has no room and cannot grow, or reading failed.
         """
-        placed, pieces, left, start = self._search(runs, loose)
-        for number, length in enumerate(runs):
-            if placed[number] is None:
-                placed[number] = start, start + length
-                start += length
-                left -= length
-        if left:
-            pieces.append((start, start + left))
+        placed, pieces, growth = self._search_untaken(runs, loose)
+        if growth:
+            self._grow(growth)
+            start = growth.first
+            for number, length in enumerate(runs):
+                if placed[number] is None:
+                    placed[number] = start, start + length
+                    start += length
+            if start < growth.stop:
+                pieces.append((start, growth.stop))
         whole = [run for run in placed if run]
         self._fresh = [*whole, *pieces]
         self._count(self._fresh, 0, 1)
         return Allocation(tuple(first for first, _ in whole), tuple(pieces))
 
-    def _search(
-        self, runs: Sequence[int], loose: int
-    ) -> tuple[list[Run | None], list[Run], int, int]:
-        """Searches more and more blocks; returns as `place_runs`, and where missing clusters begin.
+    def _search_untaken(self, runs: Sequence[int], loose: int) -> _Search:
+        """Searches for clusters to which no L1 or L2 table leads."""
+        found = self._search(runs, loose)
+        if self._guest:
+            is_exhaustive = not self._can_grow  # a file that grows needs no cluster of the disk
+            if wrong := self._guest.leads_to(found.places, is_exhaustive=is_exhaustive):
+                if not self._guest.is_small:
+                    raise self.refcounts.wrong(wrong[0][0], 0, 1)
+                self._guest_runs = self._guest.clusters()
+                found = self._search(runs, loose)
+        return found
 
-        The missing clusters lie behind all clusters that are in use.
-        """
-        if self._is_behind:
-            wanted = sum(runs) + loose
-            start = self._extend(wanted, ())
-            if start is None:
+    def _search(self, runs: Sequence[int], loose: int) -> _Search:
+        """Searches more and more blocks; what is missing comes behind all clusters in use."""
+        wanted = sum(runs) + loose
+        is_unread = self._guest and not self._guest.is_small
+        if self._is_behind or (is_unread and self._can_grow):
+            growth = self._extend(wanted, (), self._file_end if self._can_grow else 0)
+            if growth is None:
                 raise self._no_room(wanted)
-            return [None] * len(runs), [], wanted, start
+            return _Search([None] * len(runs), [], growth)
         blocks = self.refcounts.blocks()
         near = bisect_left(blocks, self._near)
         blocks = blocks[near:] + blocks[:near]
@@ -126,11 +192,11 @@ class Allocator:
             free = self._free(blocks[: window // self._cluster_size or 1])
             placed, pieces, left = place_runs(free, runs, loose)
             if not left:
-                return placed, pieces, 0, 0
-            start = self._extend(left, (*placed, *pieces)) if number else None
-            if start is not None:
-                return placed, pieces, left, start
-        raise self._no_room(sum(runs) + loose)
+                return _Search(placed, pieces, None)
+            growth = self._extend(left, (*placed, *pieces), 0) if number else None
+            if growth is not None:
+                return _Search(placed, pieces, growth)
+        raise self._no_room(wanted)
 
     def _count(self, runs: Iterable[Run], before: int, after: int) -> None:
         for first, stop in runs:
@@ -146,7 +212,7 @@ class Allocator:
                 found[-1] = found[-1][0], stop
             elif first < stop:
                 found.append((first, stop))
-        return found
+        return subtract_runs(found, self._guest_runs)
 
     def _require_untaken(self, first: int, stop: int) -> None:
         """Raises `FormatError` if a structure covers a free cluster.
@@ -157,41 +223,39 @@ class Allocator:
         if number >= 0 and self._taken[number][1] > first:
             raise self.refcounts.wrong(max(first, self._taken[number][0]), 0, 1)
 
-    def _extend(self, count: int, placed: Iterable[Run | None]) -> int | None:
-        """Plans ``count`` new clusters behind all clusters in use, with room for their refcounts.
+    def _extend(self, count: int, placed: Iterable[Run | None], least: int) -> _Growth | None:
+        """Finds room for ``count`` clusters behind all clusters in use, from ``least`` on.
 
-        Refcount blocks and a larger refcount table, if they are needed, lie before the new
-        clusters. ``placed`` are runs that are allocated already.
+        ``placed`` are runs that are to be allocated, too.
 
         Returns:
-            The first new cluster; None if the storage cannot grow that far.
+            The room; None if the storage cannot grow that far.
         """
         refcounts = self.refcounts
-        ends = [run[1] for run in (*self._taken[-1:], *placed) if run]
-        start = max([refcounts.end(), *ends])
-        missing: list[int] = []
-        table_clusters = 0
+        ends = [run[1] for run in (*self._taken[-1:], *self._guest_runs[-1:], *placed) if run]
+        start = max([least, refcounts.end(), *ends])
+        growth = _Growth(start, 0, [], count)
         while True:
-            first = start + table_clusters + len(missing)
-            last_block = (first + count - 1) // refcounts.per_block
+            last_block = (growth.stop - 1) // refcounts.per_block
             blocks = range(start // refcounts.per_block, last_block + 1)
             needed = [block for block in blocks if not refcounts.has_block(block)]
-            growth = self._table_growth(needed[-1] + 1) if needed else 0
-            if (needed, growth) == (missing, table_clusters):
-                break
-            missing, table_clusters = needed, growth
-        if first + count > self._limit:
-            return None
-        if table_clusters:
+            table_clusters = self._table_growth(needed[-1] + 1) if needed else 0
+            if (needed, table_clusters) == (growth.blocks, growth.table_clusters):
+                return growth if growth.stop <= self._limit else None
+            growth = _Growth(start, table_clusters, needed, count)
+
+    def _grow(self, growth: _Growth) -> None:
+        """Plans the new refcount structures."""
+        refcounts = self.refcounts
+        if growth.table_clusters:
             old = refcounts.table_offset // self._cluster_size
             self._old_table = old, old + refcounts.table_clusters
-            refcounts.move_table(start, table_clusters)
-        for number, block in enumerate(missing, start + table_clusters):
+            refcounts.move_table(growth.start, growth.table_clusters)
+        for number, block in enumerate(growth.blocks, growth.start + growth.table_clusters):
             refcounts.add_block(block, number)
-        if missing:
-            refcounts.change(start, table_clusters + len(missing), 0, 1)
+        if growth.blocks:
+            refcounts.change(growth.start, growth.first - growth.start, 0, 1)
             self._has_structures = True
-        return first
 
     def _table_growth(self, blocks: int) -> int:
         """The clusters of a larger refcount table for ``blocks`` blocks; 0 if none is needed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 Run = tuple[int, int]
@@ -17,6 +18,21 @@ def join_runs(runs: Iterable[Run]) -> list[Run]:
         else:
             merged.append((first, stop))
     return merged
+
+
+def subtract_runs(runs: Iterable[Run], others: Sequence[Run]) -> list[Run]:
+    """Returns the parts of ``runs`` that are in none of the ``others``, which are joined."""
+    left: list[Run] = []
+    for first, stop in runs:
+        number = bisect_left(others, (first, first))
+        if number and others[number - 1][1] > first:
+            number -= 1
+        while number < len(others) and others[number][0] < stop:
+            left.append((first, others[number][0]))
+            first = others[number][1]
+            number += 1
+        left.append((first, stop))
+    return [run for run in left if run[0] < run[1]]
 
 
 def place_runs(

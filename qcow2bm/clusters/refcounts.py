@@ -23,7 +23,8 @@ from qcow2bm.format.refcounts import (
     parse_refcount_table,
 )
 
-_ZEROES = re.compile(rb"\0+")
+_ZEROES = {width: re.compile(rb"\0{%d,}" % width) for width in (1, 2, 4, 8)}
+"""Patterns for at least one refcount of 0, by the size of a refcount in bytes."""
 
 
 class Refcounts:
@@ -140,7 +141,7 @@ class Refcounts:
             block = self._block(index)
             base = index * self.per_block
             width = block.itemsize
-            for zeroes in _ZEROES.finditer(block.tobytes()):
+            for zeroes in _ZEROES[width].finditer(block.tobytes()):
                 first, stop = -(-zeroes.start() // width), zeroes.end() // width
                 if first < stop:
                     yield base + first, base + stop

@@ -33,3 +33,15 @@ L1_MASKS = bit_masks(L1_ENTRY)
 L2_MASKS = bit_masks(L2_ENTRY)
 SUBCLUSTER_MASKS = bit_masks(SUBCLUSTERS)
 """The mask of each field in an entry that was read as a big-endian integer of 64 bits."""
+
+
+def compressed_extent(word: int, cluster_bits: int) -> tuple[int, int]:
+    """Returns the host bytes, as (start, end), of a compressed cluster by its L2 table entry.
+
+    *Spec*: the entry has the offset of the first byte in its low ``62 - (cluster_bits - 8)`` bits,
+    and above them the number of 512-byte sectors that follow the first sector.
+    """
+    offset_bits = 62 - (cluster_bits - 8)
+    start = word & (1 << offset_bits) - 1
+    sectors = (word >> offset_bits & (1 << cluster_bits - 8) - 1) + 1
+    return start, start - start % 512 + 512 * sectors

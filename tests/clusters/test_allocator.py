@@ -16,6 +16,7 @@ from support.plans import after, opened
 
 from qcow2bm.clusters.allocator import Allocation, Allocator
 from qcow2bm.clusters.cluster_runs import Run
+from qcow2bm.clusters.guest_map import GuestMap
 from qcow2bm.clusters.plan import Barrier, Step
 from qcow2bm.errors import FormatError, LimitError, StorageError
 
@@ -43,7 +44,8 @@ def clusters_of(runs: Iterable[Run]) -> Counter[int]:
 def allocator_of(
     data: bytearray, taken: Iterable[Run] = (), near: int = 0, capacity: int | None = None
 ) -> Allocator:
-    return Allocator(opened(data), taken, near, capacity)
+    file = opened(data)
+    return Allocator(file, taken, near, capacity, GuestMap(file))
 
 
 def allocate(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from support.crash_judge import Judge, Recorded, look
+from support.crash_judge import Judge, Recorded, look, under_counted
 from support.layouts import Layout, image
 from support.model import Bitmaps, Model
 
@@ -189,4 +189,4 @@ def planned(data: bytes, operation: Operation) -> tuple[Judge, Plan]:
             plan = edit.plan()
             assert plan.steps, "an operation that changes nothing shows nothing"
         new = operation.expected(old.bitmaps, image.virtual_size)
-    return Judge(data, old, new), plan
+    return Judge(data, old, new, frozenset(under_counted(data))), plan

@@ -225,14 +225,36 @@ def filled(cluster_bits: int, count: int, order: int, blocks: int) -> bytes:
     return bytes(data)
 
 
+FREE_CLUSTERS = 40
+
+
 def with_garbage(cluster_bits: int, count: int) -> bytes:
     """Free clusters in the file with something in them, as deleted structures leave it."""
+    return bytes(_garbage(cluster_bits, count)[0])
+
+
+def _garbage(cluster_bits: int, count: int) -> tuple[bytearray, int]:
+    """As `with_garbage`, and the host offset of the first of `FREE_CLUSTERS` free clusters."""
     data = image(cluster_bits, count)
     last = append(data, b"in use, with free clusters before it")
-    garbage = b"\xa5" * (40 * _cluster_size(data))
-    data[last:last] = garbage
+    data[last:last] = b"\xa5" * (FREE_CLUSTERS * _cluster_size(data))
     set_refcount(data, last // _cluster_size(data), 0)
     set_refcount(data, len(data) // _cluster_size(data) - 1, 1)
+    return data, last
+
+
+def with_uncounted_guest_data(cluster_bits: int, count: int, *, copied: bool = True) -> bytes:
+    """An L2 table leads to every second cluster with refcount 0, as some versions of QEMU leave it.
+
+    Of the clusters behind them, the L2 table leads to none.
+    """
+    data, first = _garbage(cluster_bits, count)
+    size = _cluster_size(data)
+    flag = copied << 63
+    places = range(first, first + FREE_CLUSTERS * size, 2 * size)
+    l2_table = append(data, struct.pack(f">{len(places)}Q", *(flag | p for p in places)))
+    (l1_offset,) = struct.unpack_from(">Q", data, 40)
+    struct.pack_into(">Q", data, l1_offset, flag | l2_table)
     return bytes(data)
 
 
@@ -308,6 +330,9 @@ def _specials() -> Iterator[Layout]:
     )
     yield special("garbage in free clusters of 4096", 3, lambda: with_garbage(12, 3))
     yield special("garbage in free clusters of 512", 25, lambda: with_garbage(9, 25))
+    for bits, bitmaps in ((12, 3), (9, 25)):
+        make = partial(with_uncounted_guest_data, bits, bitmaps)
+        yield special(f"guest clusters of {1 << bits} with refcount 0", bitmaps, make)
 
 
 def _full() -> Iterator[Layout]:

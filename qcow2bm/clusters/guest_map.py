@@ -1,0 +1,195 @@
+"""The clusters that L1 and L2 tables lead to, so that no edit writes there.
+
+If all refcounts are right, no free cluster belongs to the disk. But refcounts can be wrong: some
+versions of QEMU leave the refcount 0 for a cluster that an L2 table leads to.
+
+*Spec*: spec/refcounts.md, REF-8 to REF-10.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+from qcow2bm.clusters.cluster_runs import Run, join_runs
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.layout import snapshot_entries
+from qcow2bm.errors import FormatError
+from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2
+from qcow2bm.format.l1_l2 import (
+    L1_ENTRY_LENGTH,
+    L1_MASKS,
+    L2_ENTRY_LENGTH,
+    L2_MASKS,
+    compressed_extent,
+)
+from qcow2bm.format.words import parse_words
+
+MAX_BYTES = 1 << 20
+"""How many bytes of L1 tables, and how many of L2 tables, are read for an edit of a file."""
+
+MAX_L2_TABLES = 1024
+"""How many L2 tables are read for an edit of a file: each costs a call, however small it is."""
+
+
+class _Table(NamedTuple):
+    """Where an L2 table leads to.
+
+    Attributes:
+        offsets: host offsets, uint64[n], each 0 or the start of a cluster.
+        odd: the numbers of the clusters that entries of another form lead to.
+    """
+
+    offsets: array[int]
+    odd: set[int]
+
+
+class GuestMap:
+    """The clusters of the active disk and of all snapshots, by their L1 and L2 tables.
+
+    Attributes:
+        is_small: whether the tables are within `MAX_BYTES` and `MAX_L2_TABLES`. If they are, each
+            is read at most once.
+    """
+
+    def __init__(self, file: ClusterFile) -> None:
+        """Reads the L1 tables; the caller holds the locks of ``file``.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        self._file = file
+        self._bits = file.header.cluster_bits
+        features = file.header.incompatible_features
+        self._entry_length = L2_ENTRY_LENGTH * (2 if features & INCOMPATIBLE_EXTENDED_L2 else 1)
+        self._has_guest_data = not features & INCOMPATIBLE_DATA_FILE
+        places = {(file.header.l1_table_offset, file.header.l1_size)}
+        places.update((entry.l1_table_offset, entry.l1_size) for entry in snapshot_entries(file))
+        lengths = {offset: L1_ENTRY_LENGTH * entries for offset, entries in sorted(places)}
+        self._l1_tables = {o: length for o, length in lengths.items() if file.contains(o, length)}
+        self.is_small = sum(self._l1_tables.values()) <= MAX_BYTES
+        self._leads = self._l1_leads() if self.is_small else set()
+        count = len(self._l2_tables(self._leads))
+        self.is_small &= count <= MAX_L2_TABLES and count * file.cluster_size <= MAX_BYTES
+        self._read: list[_Table] | None = None
+
+    def _l1_leads(self) -> set[int]:
+        """The host offsets to which the entries of all L1 tables lead."""
+        found: set[int] = set()
+        for offset, length in self._l1_tables.items():
+            words = parse_words(self._file.read(offset, length))
+            found.update(word & L1_MASKS["offset"] for word in words if word)
+        return found - {0}
+
+    def _l2_tables(self, leads: Iterable[int]) -> list[int]:
+        """The host offsets of those L2 tables that can be read and lead to clusters of this file.
+
+        If the image has a data file, L2 tables lead into that file.
+        """
+        file, size = self._file, self._file.cluster_size
+        if not self._has_guest_data:
+            return []
+        return [offset for offset in leads if not offset % size and file.contains(offset, size)]
+
+    def _covered(self, offset: int) -> range:
+        """The numbers of the clusters in which a cluster at this host offset lies."""
+        last = offset + self._file.cluster_size - 1
+        return range(offset >> self._bits, (last >> self._bits) + 1)
+
+    def _tables(self) -> list[_Table]:
+        """The L2 tables of a small map, which are kept in memory."""
+        if self._read is None:
+            self._read = [self._parse(offset) for offset in self._l2_tables(self._leads)]
+        return self._read
+
+    def _parse(self, l2_table: int) -> _Table:
+        data = self._file.read(l2_table, self._file.cluster_size)
+        step = self._entry_length
+        if self._is_plain(data):
+            offsets = bytearray(data)
+            offsets[::step] = offsets[7::step] = bytes(len(data) // step)  # takes away the flags
+            return _Table(parse_words(bytes(offsets))[:: step // L2_ENTRY_LENGTH], set())
+        odd: set[int] = set()
+        for word in parse_words(data)[:: step // L2_ENTRY_LENGTH]:
+            if word & L2_MASKS["compressed"]:
+                start, end = compressed_extent(word, self._bits)
+                odd.update(range(start >> self._bits, (end - 1 >> self._bits) + 1))
+            elif offset := word & L2_MASKS["offset"]:
+                odd.update(self._covered(offset))
+        return _Table(array("Q"), odd)
+
+    def _is_plain(self, data: bytes) -> bool:
+        """Whether every entry leads to the start of a cluster, and has no bits but copied and zero.
+
+        Looks at the same byte of all entries at once: a table has up to 2^18 entries.
+        """
+        allowed = L2_MASKS["offset"] & -self._file.cluster_size
+        allowed |= L2_MASKS["copied"] | L2_MASKS["zero"]
+        return not any(
+            data[place :: self._entry_length].translate(None, _subsets(mask))
+            for place, mask in enumerate(allowed.to_bytes(L2_ENTRY_LENGTH, "big"))
+            if mask != 0xFF
+        )
+
+    def leads_to(self, runs: Iterable[Run], *, is_exhaustive: bool = False) -> list[Run]:
+        """Returns those clusters of ``runs`` to which a table leads.
+
+        Of a map that is not small, L2 tables are read only if ``is_exhaustive``, and L1 tables of
+        more than `MAX_BYTES` neither.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        leads: Iterable[int] = self._leads
+        tables: Iterable[_Table] = ()
+        if self.is_small:
+            tables = self._tables()
+        elif is_exhaustive:
+            leads = self._l1_leads()
+            tables = map(self._parse, self._l2_tables(leads))
+        wanted = {number for first, stop in runs for number in range(first, stop)}
+        offsets = {number << self._bits for number in wanted} - {0}
+        found = {number for offset in leads for number in self._covered(offset)} & wanted
+        for table in tables:
+            found |= wanted & table.odd
+            if not offsets.isdisjoint(table.offsets):
+                found.update(o >> self._bits for o in offsets.intersection(table.offsets))
+        return join_runs((number, number + 1) for number in found)
+
+    def clusters(self) -> list[Run]:
+        """Returns all clusters to which the tables of a small map lead.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        found = {number for offset in self._leads for number in self._covered(offset)}
+        for table in self._tables():
+            found |= table.odd
+            found.update(offset >> self._bits for offset in table.offsets if offset)
+        return join_runs((number, number + 1) for number in found)
+
+    def require_apart(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Returns if no table leads to metadata; ``ranges`` are (start, end) in host bytes.
+
+        If the map is not small, the tables are looked at as by `leads_to`.
+
+        Raises:
+            FormatError: a table leads to metadata.
+            StorageError: reading failed.
+        """
+        size = self._file.cluster_size
+        shared = self.leads_to((start // size, -(-end // size)) for start, end in ranges)
+        if shared:
+            reason = (
+                "holds metadata of the image, but an L1 or L2 table leads to it, too; an image "
+                "with such a fault is not edited"
+            )
+            raise FormatError("image", "cluster", shared[0][0] * size, reason)
+
+
+@cache
+def _subsets(mask: int) -> bytes:
+    """The values of a byte that have no bits but those of ``mask``."""
+    return bytes(value for value in range(256) if not value & ~mask)
