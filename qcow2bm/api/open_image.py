@@ -168,10 +168,12 @@ class OpenImage:
 
     def close(self) -> None:
         """Abandons what is going on, lets the locks go, and closes the storage if it is owned."""
-        if self._activity and self._activity.abandon:
-            self._activity.abandon()  # without the locks nothing may be written
-        self.leave("closed", "open")
-        self._resources.close()
+        try:
+            if self._activity and self._activity.abandon:
+                self._activity.abandon()  # without the locks nothing may be written
+        finally:
+            self.leave("closed", "open")
+            self._resources.close()
 
     def survey(self) -> Survey:
         """Returns what the bitmap tables have; the first call reads the tables.

@@ -10,7 +10,7 @@ from typing import Literal
 
 from qcow2bm.errors import StateError
 
-State = Literal["tracking", "migrating", "inactive", "stopped", "abandoned", "failed"]
+State = Literal["tracking", "migrating", "inactive", "stopped", "abandoned", "failed", "forked"]
 Event = Literal[
     "mark",
     "flush",
@@ -22,6 +22,7 @@ Event = Literal[
     "stop",
     "abandon",
     "fail",
+    "fork",
 ]
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
@@ -34,6 +35,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
         "stop": "stopped",
         "abandon": "abandoned",
         "fail": "failed",
+        "fork": "forked",
     },
     "migrating": {
         "mark": "migrating",
@@ -43,20 +45,24 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
         "stop": "stopped",
         "abandon": "abandoned",
         "fail": "failed",
+        "fork": "forked",
     },
     "inactive": {
         "activate": "tracking",
         "abandon": "abandoned",
         "fail": "failed",
+        "fork": "forked",
     },
     "stopped": {"abandon": "stopped"},
     "abandoned": {"abandon": "abandoned"},
     "failed": {"abandon": "failed"},
+    "forked": {"abandon": "forked"},
 }
 """By state the events that are allowed in it, and the state that each leads to if it succeeds.
 
 `flush` stands for everything that stores what is pending or looks at it, `edit` for everything
-that changes the set of bitmaps. `fail` is a write or a barrier that failed.
+that changes the set of bitmaps. `fail` is a write or a barrier that failed. `fork` concerns only
+the copy of the tracker in a forked process.
 """
 
 

@@ -79,6 +79,12 @@ class Recorder:
             self._refusal = Refusal(state, cause)
             self._refuse_all()
 
+    def disown(self, state: State) -> None:
+        """`close` in a forked process; a thread of the parent may hold the lock, so it is new."""
+        self._refusal = Refusal(state, None)
+        self._lock = Lock()
+        self._refuse_all()
+
     def _closures(
         self,
     ) -> tuple[Callable[[int, int], None], Callable[..., None], Callable[[], None]]:
@@ -114,8 +120,8 @@ class Recorder:
                 size = recording.virtual_size
 
         def refuse_all() -> None:
-            nonlocal size
-            size = -1
+            nonlocal size, lock
+            size, lock = -1, self._lock
 
         return mark, take_over, refuse_all
 

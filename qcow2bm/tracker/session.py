@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from threading import Lock, get_ident
+from contextlib import AbstractContextManager, contextmanager
 
 from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.bitmaps.tracked_store import TrackedStore
@@ -15,6 +14,7 @@ from qcow2bm.clusters.plan import Barrier, Plan, Step
 from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
 from qcow2bm.log import logger
 from qcow2bm.migration.lifecycle import Event, State, after, has_ended
+from qcow2bm.storage.forks import disown_in_forks
 from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.batches import Batch
 from qcow2bm.tracker.fanout import Recording
@@ -23,6 +23,7 @@ from qcow2bm.tracker.phase import Migration, Phase
 from qcow2bm.tracker.rate import Rate
 from qcow2bm.tracker.recorder import Recorder
 from qcow2bm.tracker.reports import Activation, StopReport
+from qcow2bm.tracker.turns import Turns
 
 _LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
 _UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look at the bitmaps"
@@ -62,8 +63,8 @@ class Session:
         self.barrier_seconds = 0.0
         self._on_end = on_end
         self._phase = Phase()
-        self._io = Lock()  # held by `exclusive`
-        self._busy_thread: int | None = None
+        self._turns = Turns()
+        disown_in_forks(self)
 
     # --- the phase -----------------------------------------------------------------------------
 
@@ -122,33 +123,36 @@ class Session:
     def abandon(self) -> None:
         """Ends tracking without storing anything, unless it has ended before."""
         self.require_free()
-        with self._io:
+        with self._turns.turn():
             if not has_ended(self.state):
                 self.end("abandon")
 
+    def disown(self) -> None:
+        """Ends tracking in a forked process: its memory is a copy, which no flush will store.
+
+        Of the locks that a thread of the parent may hold, none is waited for.
+        """
+        self._turns.forget()
+        self.in_flight.forget()
+        if not has_ended(self.state):
+            self.recorder.disown(after(self.state, "fork"))
+            self.apply("fork")
+
     # --- one operation at a time ---------------------------------------------------------------
 
-    @contextmanager
-    def exclusive(self, event: Event = "flush") -> Iterator[None]:
-        """Lets one operation run at a time, if the state allows it.
+    def exclusive(self, event: Event = "flush") -> AbstractContextManager[None]:
+        """Returns a context manager that lets one operation run at a time, if the state allows it.
 
         Raises:
-            StateError: the state does not allow it, or this thread would wait for itself.
+            StateError: this thread would wait for itself; on entering: the state does not allow it.
         """
         self.require_free()
-        with self._io:
-            self.require(event)
-            try:
-                self._busy_thread = get_ident()
-                yield
-            finally:
-                self._busy_thread = None
-                self.store.forget()
+        return self._turns.turn(lambda: self.require(event), self.store.forget)
 
     def require_free(self) -> None:
         """Raises `StateError` in a thread that would wait for its own write or edit."""
         self.in_flight.require_outside()
-        if self._busy_thread == get_ident():
+        if self._turns.is_mine:
             raise StateError("being edited", "left alone until that is done", "the tracker")
 
     @contextmanager
@@ -162,7 +166,7 @@ class Session:
 
     def fail_in_background(self, cause: BaseException) -> None:
         """`fail`, from a thread that is in no operation."""
-        with self._io:
+        with self._turns.turn():
             self.fail(cause)
 
     # --- what is recorded ----------------------------------------------------------------------

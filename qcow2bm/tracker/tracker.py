@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +18,7 @@ from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker import handover
 from qcow2bm.tracker.edit import TrackerEdit, rotate
 from qcow2bm.tracker.flusher import Flusher
+from qcow2bm.tracker.inflight import Write
 from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
 from qcow2bm.tracker.session import Session
 
@@ -113,8 +114,7 @@ class Tracker:
         """
         self._session.recorder.mark_many(ranges)
 
-    @contextmanager
-    def writing(self, start: int, length: int) -> Iterator[None]:
+    def writing(self, start: int, length: int) -> AbstractContextManager[None]:
         """Marks a write of the guest, which is in flight while the block runs: `stop` waits for it.
 
         Inside the block, every method that may have to wait for writes raises `StateError`:
@@ -123,9 +123,7 @@ class Tracker:
         Raises:
             ValueError, StateError: as `mark` does, before the block begins.
         """
-        with self._session.in_flight.write():
-            self.mark(start, length)
-            yield
+        return Write(self._session.in_flight, self.mark, start, length)
 
     @property
     def pending(self) -> Pending:

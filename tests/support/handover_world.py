@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
-from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +33,7 @@ from qcow2bm.tracker.recorder import Recorder
 from qcow2bm.tracker.reports import Activation
 from qcow2bm.tracker.session import Session
 from qcow2bm.tracker.tracker import Tracker
+from qcow2bm.tracker.turns import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -625,11 +625,11 @@ def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
         never_change += [migration.sentinel, migration.departure]
     memo |= {id(value): value for value in never_change}
     session = Session.__new__(Session)
-    special = {"recorder", "in_flight", "clock", "_io", "_on_end"}
+    special = {"recorder", "in_flight", "clock", "_turns", "_on_end"}
     for name, value in vars(old).items():
         if name not in special:
             setattr(session, name, deepcopy(value, memo))
-    session.in_flight, session._io = InFlightWrites(), Lock()
+    session.in_flight, session._turns = InFlightWrites(), Turns()
     session._on_end, session.clock = old._on_end, old.clock
     session.recorder = Recorder(deepcopy(old.recording, memo))
     if session.state not in ("tracking", "migrating"):
