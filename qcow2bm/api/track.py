@@ -54,7 +54,7 @@ def begin(
         ) from error
     opened.outdate()
     tracker = Tracker(storage, store, on_end=lambda: _end(opened))
-    opened.begin("being tracked", tracker.abandon)
+    opened.begin("being tracked", tracker.give_up)
     return tracker
 
 

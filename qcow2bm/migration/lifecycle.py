@@ -53,10 +53,10 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
         "fail": "failed",
         "fork": "forked",
     },
-    "stopped": {"abandon": "stopped"},
-    "abandoned": {"abandon": "abandoned"},
-    "failed": {"abandon": "failed"},
-    "forked": {"abandon": "forked"},
+    "stopped": {"abandon": "stopped", "fork": "stopped"},
+    "abandoned": {"abandon": "abandoned", "fork": "abandoned"},
+    "failed": {"abandon": "failed", "fork": "failed"},
+    "forked": {"abandon": "forked", "fork": "forked"},
 }
 """By state the events that are allowed in it, and the state that each leads to if it succeeds.
 

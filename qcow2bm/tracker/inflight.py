@@ -59,6 +59,12 @@ class InFlightWrites:
             self._threads.pop(write, None)
             self._changed.notify_all()
 
+    def end_mine(self) -> None:
+        """Records that all writes of the calling thread have ended."""
+        mine = [write for write, thread in list(self._threads.items()) if thread == get_ident()]
+        for write in mine:
+            self.end(write)
+
     def _is_in_write(self) -> bool:
         """Whether the calling thread has a write in flight."""
         return get_ident() in self._threads.values()

@@ -127,6 +127,16 @@ class Session:
             if not has_ended(self.state):
                 self.end("abandon")
 
+    def give_up(self) -> None:
+        """`abandon`, also where this thread is inside a write or an operation.
+
+        The caller will do nothing more with the tracker. An interrupt at the end of a write or of
+        an operation can leave its record behind, and must not keep the locks from being released.
+        """
+        self.in_flight.end_mine()
+        self._turns.give_back_mine()
+        self.abandon()
+
     def disown(self) -> None:
         """Ends tracking in a forked process: its memory is a copy, which no flush will store.
 

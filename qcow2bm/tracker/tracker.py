@@ -67,7 +67,7 @@ class Tracker:
         traceback: TracebackType | None,
     ) -> None:
         if kind is not None or self.state == "inactive":
-            self.abandon()
+            self.give_up()
         elif self.state not in ("stopped", "abandoned"):
             self.stop()  # raises if tracking has failed
 
@@ -325,3 +325,7 @@ class Tracker:
             StateError: inside `writing` or `edit`.
         """
         self._session.abandon()
+
+    def give_up(self) -> None:
+        """Abandons also where this thread is inside `writing` or `edit`: for closing the image."""
+        self._session.give_up()

@@ -46,6 +46,11 @@ class Turns:
             self._give_back(holder)
             raise
 
+    def give_back_mine(self) -> None:
+        """Ends the turn, if the calling thread has it."""
+        if self.is_mine:
+            self.give_back(self._holder)
+
     def _give_back(self, holder: object) -> None:
         with self._lock:
             if self._holder is holder:

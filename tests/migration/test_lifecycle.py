@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import linecache
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ import pytest
 from support.crash_judge import under_counted
 from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image
+from support.interrupts import can_be_interrupted
 from support.layouts import append, set_refcount
 
 import qcow2bm
@@ -130,6 +130,7 @@ TRIED: dict[Event, dict[str, Work]] = {
     "stop": {"stop": lambda on: on.tracker.stop()},
     "abandon": {"abandon": lambda on: on.tracker.abandon()},
     "fail": {"fail": fail},
+    "fork": {"fork": lambda on: on.tracker._session.disown()},
 }
 
 WAYS: dict[State, Callable[[Tracking], object]] = {
@@ -139,6 +140,7 @@ WAYS: dict[State, Callable[[Tracking], object]] = {
     "stopped": lambda on: on.tracker.stop(),
     "abandoned": lambda on: on.tracker.abandon(),
     "failed": fail,
+    "forked": lambda on: on.tracker._session.disown(),
 }
 
 
@@ -387,21 +389,6 @@ def with_guest() -> tuple[bytes, range]:
 
 def ones(packed: NDArray[np.uint8]) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(packed, bitorder="little")).tolist())
-
-
-def can_be_interrupted(frame: FrameType) -> bool:
-    """Whether Python may look for signals there.
-
-    It does so when functions begin and calls return, but not at a `try:`, before the end of a
-    `with` is called, or before an assignment that a `finally` begins with. What is raised there
-    would leave a lock held, and no code could prevent that.
-    """
-    code, number = frame.f_code, frame.f_lineno
-    line = linecache.getline(code.co_filename, number).strip()
-    first = min(start for start, _, found in code.co_lines() if found == number)
-    is_end_of_with = line.startswith("with ") and frame.f_lasti > first
-    above = linecache.getline(code.co_filename, number - 1).strip()
-    return line != "try:" and not is_end_of_with and above != "finally:"
 
 
 class Interrupted:
