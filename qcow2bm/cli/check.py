@@ -41,6 +41,7 @@ class Arguments(OutputArguments, ReadingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = ("qcow2bm check vm.qcow2", "qcow2bm check -U --json vm.qcow2")
     parser.epilog = _EPILOG
     add_image(parser)
     add_output(parser)

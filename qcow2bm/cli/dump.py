@@ -13,6 +13,7 @@ from qcow2bm import Bitmap, Image, Problem, open
 from qcow2bm import problems as structures
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
+    NAME_NOTE,
     OutputArguments,
     ReadingArguments,
     add_image,
@@ -54,6 +55,11 @@ class Arguments(OutputArguments, ReadingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = (
+        "qcow2bm dump vm.qcow2",
+        "qcow2bm dump vm.qcow2 --bitmap daily --extents --json",
+    )
+    parser.notes = (NAME_NOTE,)
     add_image(parser)
     add_output(parser)
     add_reading(parser)

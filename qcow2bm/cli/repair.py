@@ -68,6 +68,10 @@ def define(parser: Parser) -> None:
 
 def _define_repair(parser: Parser) -> None:
     parser.namespace = Arguments
+    parser.examples = (
+        "qcow2bm repair vm.qcow2 --dry-run",
+        "qcow2bm repair vm.qcow2 --undo vm.undo",
+    )
     parser.epilog = _REPAIR_EPILOG
     add_image(parser, "a qcow2 file or block device that no other process uses")
     way = parser.add_mutually_exclusive_group(required=True)
@@ -87,6 +91,7 @@ def _define_repair(parser: Parser) -> None:
 
 def _define_undo(parser: Parser) -> None:
     parser.namespace = UndoArguments
+    parser.examples = ("qcow2bm undo vm.qcow2 vm.undo",)
     parser.epilog = _UNDO_EPILOG
     add_image(parser, "the image that was repaired")
     parser.add_word("file", "FILE", "the file that the repair wrote, or - for standard input")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
-from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
+from qcow2bm.cli.arguments import NAME_NOTE, EditingArguments, add_editing, add_image
 from qcow2bm.cli.images import find, open_to_edit
 from qcow2bm.cli.messages import CommandError, about, progress, say
 from qcow2bm.cli.output import Document, json_text, quoted, size
@@ -56,6 +56,11 @@ class Arguments(EditingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = (
+        "qcow2bm salvage vm.qcow2 daily --all-dirty",
+        "qcow2bm salvage vm.qcow2 daily --compare last-backup.raw vm.qcow2",
+    )
+    parser.notes = (NAME_NOTE,)
     parser.epilog = _EPILOG
     add_image(parser, "a qcow2 file or block device that no other process uses")
     parser.add_word("name", "NAME", "the bitmap")
