@@ -12,7 +12,6 @@ from typing import Literal
 from qcow2bm.cli.parser import Arguments, Parser
 from qcow2bm.units import escape, parse_size
 
-
 NAME_NOTE = """\
 NAME is the name of a bitmap; @3 means entry 3 of the bitmap directory, whatever its name. A name
 that begins with @ is written with @@. Before names that begin with -, write --.

@@ -110,9 +110,7 @@ def _bash() -> str:
         for option in filter(_takes_value, parser.options):
             patterns = "|".join(f'"{path} {name}"' for name in option.option_strings)
             values.append(f'        {patterns}) choices="{" ".join(_choices(option))}" ;;')
-    return _BASH.format(
-        commands="|".join(paths), values="\n".join(values), words="\n".join(words)
-    )
+    return _BASH.format(commands="|".join(paths), values="\n".join(values), words="\n".join(words))
 
 
 def _path(parser: Parser) -> str:

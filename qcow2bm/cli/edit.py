@@ -134,9 +134,7 @@ def _define_merge(parser: Parser) -> None:
     parser.add_argument(
         "--from", dest="other", metavar="OTHER_IMAGE", help="take the sources from this image"
     )
-    parser.add_argument(
-        "--op", choices=get_args(Op), default="or", help="how to combine them"
-    )
+    parser.add_argument("--op", choices=get_args(Op), default="or", help="how to combine them")
 
 
 def _define_remove(parser: Parser) -> None:

@@ -21,6 +21,7 @@ from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
 from qcow2bm.cli.messages import CommandError, about, say
 from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted
 from qcow2bm.cli.parser import Parser
+from qcow2bm.cli.terminal import paint, print_text
 from qcow2bm.units import escape
 
 _MOST_LISTED = 16
@@ -163,16 +164,16 @@ def _document(arguments: Arguments, done: Repair) -> Document:
 
 def _print(arguments: Arguments, done: Repair) -> None:
     for lost in done.lost:
-        print(f"lost: {_name(lost)} ({lost.reason})")
+        print_text(f"{paint('lost', 'lost')}: {_name(lost)} ({lost.reason})")
     for old, new in done.renamed:
-        print(f"renamed: {quoted(old)} to {quoted(new)}")
+        print_text(f"renamed: {quoted(old)} to {quoted(new)}")
     what = "to repair" if arguments.dry_run else "repaired"
     for found in done.repaired[:_MOST_LISTED]:
-        print(f"{what}: {found.message} ({found.id})")
+        print_text(f"{what}: {found.message} ({found.id})")
     if len(done.repaired) > _MOST_LISTED:
         print(f"{what}: {count(len(done.repaired) - _MOST_LISTED, 'more problem')}")
     for found in done.left:
-        print(f"left: {found.message} ({found.id})")
+        print_text(f"{paint('left', 'left')}: {found.message} ({found.id})")
     if not done.plan.steps:
         print("nothing was changed" if done.left else "nothing to repair")
     elif arguments.dry_run:
@@ -182,7 +183,7 @@ def _print(arguments: Arguments, done: Repair) -> None:
         print(f"repaired{left}")
         if arguments.undo is not None:
             words = f"{escape(arguments.image)} {escape(arguments.undo)}"
-            print(f"to take it back: qcow2bm undo {words}")
+            print(f"to take it back: {paint(f'qcow2bm undo {words}', 'command')}")
 
 
 def _name(lost: LostBitmap) -> str:

@@ -15,6 +15,7 @@ from qcow2bm.cli.images import find, open_to_edit
 from qcow2bm.cli.messages import CommandError, about, progress, say
 from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser, UsageError
+from qcow2bm.cli.terminal import print_text
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
@@ -180,9 +181,9 @@ def _advice(error: ComparisonError, option: str) -> str:
 
 def _print(image: Image, name: str) -> None:
     dirty = size(image.bitmaps[name].count())
-    print(f"{quoted(name)} is valid: {dirty} of {size(image.virtual_size)} dirty")
+    print_text(f"{quoted(name)} is valid: {dirty} of {size(image.virtual_size)} dirty")
     for other in _inconsistent(image):
-        print(f"{quoted(other)} is inconsistent: salvage it, too, or remove it")
+        print_text(f"{quoted(other)} is inconsistent: salvage it, too, or remove it")
 
 
 def _inconsistent(image: Image) -> Iterator[str]:

@@ -77,14 +77,16 @@ def columns() -> int:
     return max(found, _LEAST_COLUMNS) if found > 0 else 80
 
 
-def print_text(text: str, hanging: int = 0, width_elsewhere: int | None = None) -> None:
+def print_text(text: str, hanging: int | None = None, width_elsewhere: int | None = None) -> None:
     """Prints a text, on a terminal in lines that fit.
 
     Args:
         text: one line.
-        hanging: how far all lines but the first are indented.
+        hanging: how far all lines but the first are indented; by default two more than the first.
         width_elsewhere: the width of the lines where there is no terminal; None for one line.
     """
+    if hanging is None:
+        hanging = len(text) - len(text.lstrip(" ")) + 2
     width = columns() if sys.stdout.isatty() else width_elsewhere
     for line in wrap(text, width, hanging) if width else (text,):
         print(line)
