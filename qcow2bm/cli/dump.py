@@ -199,12 +199,14 @@ def _print_advice(bitmaps: Sequence[Bitmap], refused: Sequence[Problem]) -> None
     print(paint("QEMU will not open this image", "refused"))
     if all(found.kind.is_fittable for found in refused):
         print_text(
-            "the bitmaps do not fit the disk, which was resized without them; to repair that:"
+            "the bitmaps do not fit the disk, which was resized without them; to repair that:",
+            hanging=0,
         )
         output.print_command("qcow2bm fit IMAGE --all")
     elif all(found.structure in _REPAIRABLE for found in refused):
         print_text(
-            "to repair that, with no VM running; bitmaps that cannot be repaired are dropped:"
+            "to repair that, with no VM running; bitmaps that cannot be repaired are dropped:",
+            hanging=0,
         )
         output.print_command("qcow2bm repair IMAGE --undo UNDO_FILE")
 

@@ -96,12 +96,13 @@ def wrap(text: str, width: int, hanging: int = 0) -> Iterator[str]:
     """Yields the lines of a text. No word is split, even if it is longer than a line."""
     line, length = "", 0
     for word in re.findall(r"\s*\S+", text):
-        visible = len(_ESCAPE.sub("", word))
-        if line.strip() and length + visible > width:
+        bare = word.lstrip()
+        visible = len(_ESCAPE.sub("", bare))
+        start = length + len(word) - len(bare)
+        if line.strip() and start + visible > width and start > hanging:
             yield line
-            word = " " * hanging + word.lstrip()
-            line, length = "", 0
-            visible = len(_ESCAPE.sub("", word))
+            word = " " * hanging + bare
+            line, start = "", hanging
         line += word
-        length += visible
+        length = start + visible
     yield line

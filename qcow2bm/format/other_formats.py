@@ -38,7 +38,7 @@ class _Signature(NamedTuple):
 
 # The first that fits decides. A disk image of another format can hold anything, and a disk with a
 # file system can begin with a boot sector: so containers stand before disks.
-_SIGNATURES = (
+SIGNATURES = (
     _Signature(0, SIDECAR_MAGIC, "a sidecar of qcow2bm", "read-sidecar"),
     _Signature(0, UNDO_MAGIC, "an undo file of qcow2bm", "undo"),
     _Signature(0, b"QEVM", "a migration stream of QEMU", "read-stream"),
@@ -73,7 +73,7 @@ _SIGNATURES = (
     _Signature(54, b"FAT1", "a raw disk with FAT", "attach"),
     _Signature(82, b"FAT32", "a raw disk with FAT", "attach"),
 )
-_FOOTERS = (
+FOOTERS = (
     _Signature(0, b"conectix", "a VHD image", "convert"),
     _Signature(0, b"koly", "a DMG image", "convert"),
 )
@@ -87,7 +87,7 @@ def identify(head: bytes, tail: bytes, size: int) -> OtherFormat | None:
         tail: the last `TAIL_BYTES` of the file, or all of it.
         size: the size of the file in bytes.
     """
-    for data, signatures in ((head, _SIGNATURES), (tail, _FOOTERS)):
+    for data, signatures in ((head, SIGNATURES), (tail, FOOTERS)):
         for offset, magic, name, hint in signatures:
             if data.startswith(magic, offset):
                 return OtherFormat(name, hint)
