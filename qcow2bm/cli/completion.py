@@ -16,29 +16,40 @@ from functools import partial
 from qcow2bm.cli.commands import all_parsers
 from qcow2bm.cli.parser import Arguments, Parser
 
-_INSTALLED = {
+_FILES = {
+    "bash": "~/.local/share/bash-completion/completions/qcow2bm",
+    "zsh": '"${fpath[1]}/_qcow2bm"',
+    "fish": "~/.config/fish/completions/qcow2bm.fish",
+}
+"""Where each shell looks for the script; for bash, the package bash-completion looks there."""
+
+_LOADING = {
     "bash": 'eval "$(qcow2bm completion bash)"',
     "zsh": 'eval "$(qcow2bm completion zsh)"',
     "fish": "qcow2bm completion fish | source",
-}
-_STARTUP_FILES = {
-    "bash": "~/.bashrc",
-    "zsh": "~/.zshrc, behind compinit",
-    "fish": "~/.config/fish/config.fish",
 }
 
 
 def define(parser: Parser) -> None:
     """Adds the commands with their second words."""
-    for shell in _INSTALLED:
+    for shell in _FILES:
         summary = f"print the script for {shell}"
         parser.add_command(shell, summary, partial(_define_shell, shell))
 
 
 def _define_shell(shell: str, parser: Parser) -> None:
     parser.examples = (f"qcow2bm completion {shell}",)
-    parser.epilog = f"To have it in every shell, write this line into {_STARTUP_FILES[shell]}:\n\n"
-    parser.epilog += f"  {_INSTALLED[shell]}\n"
+    parser.epilog = f"""\
+To have it in every new shell:
+
+  qcow2bm completion {shell} >{_FILES[shell]}
+
+To have it in this shell:
+
+  {_LOADING[shell]}
+
+exit status: 0 done; 1 the command failed; 64 wrong usage
+"""
 
 
 def run(arguments: Arguments) -> int:

@@ -163,7 +163,7 @@ class Parser(argparse.ArgumentParser):
             verbatim: more words, whatever they look like: those behind --.
         """
         values = self.namespace(**dict(zip(("command", "action"), (*self.path, ""), strict=False)))
-        self._require_values(texts)
+        self._check_options(texts)
         _, rest = self.parse_known_args(texts, values)
         for text in rest:
             if _is_like_option(text):
@@ -175,20 +175,22 @@ class Parser(argparse.ArgumentParser):
             self.error(f"too many arguments: {' '.join(map(escape, surplus))}")
         return values
 
-    def _require_values(self, texts: Sequence[str]) -> None:
-        """Refuses an option whose value begins with -, as argparse does, and says what helps."""
-        takers = {
-            name
-            for action in self.options
-            if action.nargs is None
-            for name in action.option_strings
-        }
-        for option, value in pairwise(texts):
-            if option in takers and _is_like_option(value):
+    def _check_options(self, texts: Sequence[str]) -> None:
+        """Refuses what argparse refuses as well, but after less important errors or without help.
+
+        These are options that do not exist, and values of options that begin with -.
+        """
+        nargs = {name: action.nargs for action in self.options for name in action.option_strings}
+        for before, text in pairwise(("", *texts)):
+            if not _is_like_option(text):
+                continue
+            if before in nargs and nargs[before] is None:
                 self.error(
-                    f'{option} needs a value; if "{escape(value)}" is the value, '
-                    f"write {option}={escape(value)}"
+                    f'{before} needs a value; if "{escape(text)}" is the value, '
+                    f"write {before}={escape(text)}"
                 )
+            if text.startswith("--") and text.partition("=")[0] not in nargs:
+                self._refuse_option(text)
 
     def _refuse_option(self, text: str) -> NoReturn:
         option = text.partition("=")[0]

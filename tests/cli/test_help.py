@@ -62,6 +62,9 @@ def test_every_command_is_in_one_group() -> None:
         ("dump --ouput json vm.qcow2", 'no option "--ouput"; did you mean "--output"?'),
         ("dump --bitmpa=x vm.qcow2", 'no option "--bitmpa"; did you mean "--bitmap"?'),
         ("map vm.qcow2 daily --total", 'no option "--total"; did you mean "--totals"?'),
+        ("salvage vm.qcow2 daily --al-dirty",
+         'no option "--al-dirty"; did you mean "--all-dirty"?'),
+        ("dump --ouput=json", 'no option "--ouput"; did you mean "--output"?'),
         ("stream --vresion", 'no option "--vresion"; options stand after COMMAND; '
          "see qcow2bm stream --help"),
         ("--vresion", 'no option "--vresion"; did you mean "--version"?'),
