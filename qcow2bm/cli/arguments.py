@@ -85,16 +85,25 @@ def add_reading(parser: Parser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print no warnings")
 
 
-def add_editing(parser: Parser, add_dry_run: Callable[..., object] | None = None) -> None:
+def add_editing(
+    parser: Parser,
+    add_dry_run: Callable[..., object] | None = None,
+    *,
+    has_result: bool = False,
+) -> None:
     """Adds the options of a command that changes an image.
 
-    ``add_dry_run`` is ``add_argument`` of the group of options that --dry-run belongs to, if it
-    belongs to one.
+    Args:
+        parser: the parser of the command.
+        add_dry_run: ``add_argument`` of the group of options that --dry-run belongs to, if it
+            belongs to one.
+        has_result: whether the command prints something without --dry-run, too.
     """
     (add_dry_run or parser.add_argument)(
         "--dry-run", action="store_true", help="write nothing, only show what would be written"
     )
-    add_output(parser, "with --dry-run: print text for people, or JSON for programs")
+    text = "print text for people, or JSON for programs"
+    add_output(parser, text if has_result else f"with --dry-run: {text}")
     parser.add_argument(
         "--wait",
         metavar="SECONDS",

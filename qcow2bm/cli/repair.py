@@ -78,7 +78,7 @@ def _define_repair(parser: Parser) -> None:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--undo", metavar="FILE", help="keep in FILE what undo needs")
     way.add_argument("--no-undo", action="store_true", help="keep nothing for undo")
-    add_editing(parser, way.add_argument)
+    add_editing(parser, way.add_argument, has_result=True)
     parser.add_argument("--lossless", action="store_true", help="do only what drops no bitmap")
     parser.add_argument(
         "--only",
@@ -86,7 +86,8 @@ def _define_repair(parser: Parser) -> None:
         action="append",
         default=[],
         choices=("directory", "tails", "refcounts", "stale"),
-        help="do only this repair, as check names it; can be repeated",
+        help="do only this repair, as check names it: directory, tails, refcounts or stale; can be "
+        "repeated",
     )
 
 

@@ -123,7 +123,7 @@ def _define_finish(parser: Parser) -> None:
     parser.examples = ("qcow2bm rescue finish vm.qcow2",)
     parser.epilog = _EPILOG
     add_image(parser, "the image that the VM ran on, when the VM is off")
-    add_editing(parser)
+    add_editing(parser, has_result=True)
 
 
 def _add_qmp(parser: Parser) -> None:

@@ -94,7 +94,7 @@ def define(parser: Parser) -> None:
         help="compare with NEW although it is neither IMAGE nor its data file: you know that it is "
         "what the disk holds now",
     )
-    add_editing(parser)
+    add_editing(parser, has_result=True)
 
 
 def run(arguments: Arguments) -> int:
