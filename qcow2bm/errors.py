@@ -43,10 +43,17 @@ from qcow2bm.units import escape
 Hint = Literal[
     "assert-raw",
     "assert-unchanged",
+    "attach",
+    "convert",
+    "copy-again",
+    "decompress",
     "force-share",
     "lock-timeout",
+    "read-sidecar",
+    "read-stream",
     "remove-all",
     "salvage-or-remove-all",
+    "undo",
     "unlocked",
     "unlocked-write",
 ]
@@ -58,6 +65,11 @@ Hint = Literal[
 other process. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
 has no locks. ``remove-all``: remove all bitmaps at once. ``salvage-or-remove-all``: salvage the
 bitmaps, or remove all bitmaps at once.
+
+The other hints are about a file that is no qcow2 image. ``attach``: keep the bitmaps of a raw disk
+in an image beside the disk. ``convert``: make a qcow2 image of it. ``copy-again``: the file is too
+short; copy it once more. ``decompress``: decompress the file. ``read-sidecar``, ``read-stream``:
+read the bitmaps in a sidecar or a migration stream. ``undo``: take back the repair that wrote it.
 """
 
 _HINTS: dict[Hint, str] = {
@@ -65,10 +77,17 @@ _HINTS: dict[Hint, str] = {
     "assert-unchanged": (
         "pass is_asserted=True if you know that the disk is unchanged, or is_all_dirty=True"
     ),
+    "attach": "if it is a raw disk, make an image for its bitmaps with qcow2bm.attach",
+    "convert": "make a qcow2 image of it with qemu-img convert",
+    "copy-again": "if an image is expected here, copy the image again",
+    "decompress": "decompress it first",
     "force-share": "read it anyway with force_share=True",
     "lock-timeout": "stop that process, or wait for it with lock_timeout",
+    "read-sidecar": "read it with qcow2bm.sidecar.read",
+    "read-stream": "read it with qcow2bm.stream.read",
     "remove-all": "remove all bitmaps with Edit.remove_all",
     "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with Edit.remove_all",
+    "undo": "read it with qcow2bm.parse_undo, and take back the repair with qcow2bm.undo",
     "unlocked": "read it without locks with force_share=True",
     "unlocked-write": "if no other process uses it, write without locks with locking=False",
 }

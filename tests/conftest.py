@@ -39,6 +39,13 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.fixture(autouse=True)
+def _no_colors_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes away what would change the output of commands, such as FORCE_COLOR of a CI service."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """The path of a small sound image: see `support.images.small_image`."""

@@ -13,6 +13,7 @@ from qcow2bm.cli.commands import parse
 from qcow2bm.cli.hints import explain
 from qcow2bm.cli.messages import FAILED, CommandError, fail, say
 from qcow2bm.cli.parser import UsageError
+from qcow2bm.cli.terminal import colors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     call = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return call.run(call.arguments)
+        with colors(call.arguments.color):
+            return call.run(call.arguments)
     except UsageError as error:
         call.parser.error(str(error))
     except CommandError as failure:

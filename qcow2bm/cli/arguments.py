@@ -12,6 +12,24 @@ from typing import Literal
 from qcow2bm.cli.parser import Arguments, Parser
 from qcow2bm.units import escape, parse_size
 
+NAME_NOTE = """\
+NAME is the name of a bitmap; @3 means entry 3 of the bitmap directory, whatever its name. A name
+that begins with @ is written with @@. Before names that begin with -, write --.
+"""
+
+NEW_NAME_NOTE = """\
+A name that begins with @ is written with @@. Before names that begin with -, write --.
+"""
+
+SIZE_NOTE = """\
+SIZE is a number of bytes, or with k, M, G, T, P or E, such as 64k.
+"""
+
+RANGE_NOTE = """\
+START and LENGTH are numbers of bytes, or with k, M, G, T, P or E. START: without a length is all
+from there to the end of the disk.
+"""
+
 
 class OutputArguments(Arguments):
     """The values of the arguments that `add_output` adds."""
@@ -49,8 +67,11 @@ def add_image(parser: Parser, text: str = "a qcow2 file or block device") -> Non
 
 
 def add_output(parser: Parser, text: str = "print text for people, or JSON for programs") -> None:
-    """Adds the option of a command that shows what it read."""
+    """Adds the options of a command that shows what it read."""
     parser.add_argument("--output", choices=("human", "json"), default="human", help=text)
+    parser.add_argument(
+        "--json", dest="output", action="store_const", const="json", help="short for --output=json"
+    )
 
 
 def add_reading(parser: Parser) -> None:
@@ -64,16 +85,25 @@ def add_reading(parser: Parser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print no warnings")
 
 
-def add_editing(parser: Parser, add_dry_run: Callable[..., object] | None = None) -> None:
+def add_editing(
+    parser: Parser,
+    add_dry_run: Callable[..., object] | None = None,
+    *,
+    has_result: bool = False,
+) -> None:
     """Adds the options of a command that changes an image.
 
-    ``add_dry_run`` is ``add_argument`` of the group of options that --dry-run belongs to, if it
-    belongs to one.
+    Args:
+        parser: the parser of the command.
+        add_dry_run: ``add_argument`` of the group of options that --dry-run belongs to, if it
+            belongs to one.
+        has_result: whether the command prints something without --dry-run, too.
     """
     (add_dry_run or parser.add_argument)(
         "--dry-run", action="store_true", help="write nothing, only show what would be written"
     )
-    add_output(parser, "with --dry-run: print text for people, or JSON for programs")
+    text = "print text for people, or JSON for programs"
+    add_output(parser, text if has_result else f"with --dry-run: {text}")
     parser.add_argument(
         "--wait",
         metavar="SECONDS",

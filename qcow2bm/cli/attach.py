@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from qcow2bm import attach
-from qcow2bm.cli.arguments import seconds, size
+from qcow2bm.cli.arguments import NEW_NAME_NOTE, SIZE_NOTE, seconds, size
 from qcow2bm.cli.images import new_name
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.parser import Arguments as ParserArguments
@@ -15,8 +15,6 @@ from qcow2bm.cli.parser import Parser
 _EPILOG = """\
 Start the VM with IMAGE in the place of RAW: the guest sees the same disk, and the bitmaps record
 the writes. RAW is never written to. Make a full backup once the bitmaps record.
-
-  qcow2bm attach disk.raw vm.qcow2 --bitmap daily
 
 exit status: 0 done; 1 the command failed, and there is no IMAGE; 64 wrong usage
 """
@@ -37,6 +35,8 @@ class Arguments(ParserArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = ("qcow2bm attach disk.raw vm.qcow2 --bitmap daily",)
+    parser.notes = (NEW_NAME_NOTE, SIZE_NOTE)
     parser.epilog = _EPILOG
     parser.add_word("raw", "RAW", "a raw disk: a file or block device that no other process uses")
     parser.add_word("image", "IMAGE", "the new qcow2 image; the name must be free")

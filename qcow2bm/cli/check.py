@@ -19,6 +19,7 @@ from qcow2bm.cli.arguments import (
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, count, quoted
 from qcow2bm.cli.parser import Parser
+from qcow2bm.cli.terminal import paint, print_text
 from qcow2bm.units import format_size
 
 ERRORS, LEAKS = 2, 3
@@ -41,6 +42,7 @@ class Arguments(OutputArguments, ReadingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = ("qcow2bm check vm.qcow2", "qcow2bm check -U --json vm.qcow2")
     parser.epilog = _EPILOG
     add_image(parser)
     add_output(parser)
@@ -89,15 +91,15 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
     for found in problems:
         name = output.owner_of(image, found)
         label = "" if name is None else f"bitmap {quoted(name)}: "
-        print(f"{found.severity}: {label}{found.message}")
+        print_text(f"{paint(found.severity, found.severity)}: {label}{found.message}")
         if found.qemu_message:
-            print(f'    QEMU says "{found.qemu_message}"')
+            print_text(f'    QEMU says "{found.qemu_message}"')
         output.print_wrapped(found.meaning, indent="    ")
         if found.kind.is_fittable:  # repair would drop the bitmap
             repair = "; fit"
         else:
             repair = f"; repair --only {found.repair}" if found.repair else ""
-        print(f"    ({found.id}{repair})")
+        print_text(f"    ({found.id}{repair})")
     if problems:
         print()
     if leaked_clusters:
@@ -105,5 +107,5 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
         print(f"{count(leaked_clusters, 'cluster')} leaked: {size}")
     errors = sum(found.severity in ("refused", "unusable") for found in problems)
     if any(found.severity == "refused" for found in problems):
-        print("QEMU will not open this image")
+        print(paint("QEMU will not open this image", "refused"))
     print(count(errors, "error") if errors else "no errors")

@@ -32,9 +32,6 @@ COMMANDS = {
     "dump": Row("dump", "show everything about the bitmaps of an image"),
     "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
     "check": Row("check", "find everything that is wrong with an image, and explain it"),
-    "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
-    "undo": Row("repair", "take back a repair"),
-    "salvage": Row("salvage", "make an inconsistent or stale bitmap valid again"),
     "add": Row("edit", "add a bitmap that records writes from now on"),
     "remove": Row("edit", "remove bitmaps"),
     "clear": Row("edit", "make bitmaps clean"),
@@ -47,23 +44,43 @@ COMMANDS = {
     "invert": Row("edit", "make clean ranges dirty, and dirty ranges clean"),
     "fit": Row("edit", "fit bitmaps to a disk that another program resized without them"),
     "merge": Row("edit", "combine bitmaps, of any granularity"),
-    "attach": Row("attach", "make the image that keeps the bitmaps of an existing raw disk"),
+    "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
+    "undo": Row("repair", "take back a repair"),
+    "salvage": Row("salvage", "make an inconsistent or stale bitmap valid again"),
     "stream": Row("stream", "read or write the bitmaps of a migration stream of QEMU"),
     "sidecar": Row("sidecar", "carry the bitmaps of a disk in a separate file"),
-    "rescue": Row("rescue", "keep the bitmaps of a running VM through a migration that fails"),
+    "attach": Row("attach", "make the image that keeps the bitmaps of an existing raw disk"),
     "demo": Row("demo", "show on a temporary image how short tracking makes a stop"),
     "nbdkit-plugin": Row(
         "nbdkit_plugin", "print the path of the nbdkit plugin that serves a disk and tracks writes"
     ),
+    "rescue": Row("rescue", "keep the bitmaps of a running VM through a migration that fails"),
+    "completion": Row("completion", "print a script that lets a shell complete commands"),
 }
+
+GROUPS = {
+    "look at bitmaps": ("dump", "map", "check"),
+    "edit bitmaps": (
+        *("add", "remove", "clear", "enable", "disable", "rename", "copy"),
+        *("set", "reset", "invert", "fit", "merge"),
+    ),
+    "repair what is broken, outdated or in use": ("repair", "undo", "salvage"),
+    "carry bitmaps outside of an image": ("stream", "sidecar"),
+    "track writes": ("attach", "demo", "nbdkit-plugin"),
+    "keep the bitmaps of a running VM": ("rescue",),
+    "use this program": ("completion",),
+}
+"""The commands in the order of the help, under headings that say what one wants."""
 
 
 def root() -> Parser:
     """The parser of the words with which commands begin."""
     parser = Parser((), "Persistent dirty bitmaps of qcow2 disk images: read, inspect, edit.")
     parser.add_argument("--version", action="version", version=f"qcow2bm {__version__}")
-    for word, row in COMMANDS.items():
-        parser.add_command(word, row.summary, partial(_define, row.module))
+    for group, words in GROUPS.items():
+        for word in words:
+            module, summary = COMMANDS[word]
+            parser.add_command(word, summary, partial(_define, module), group)
     return parser
 
 
@@ -75,14 +92,18 @@ def _imported(module: str) -> Any:  # noqa: ANN401
     return import_module(f"qcow2bm.cli.{module}")
 
 
-def parsers() -> Iterator[Parser]:
-    """The parsers of all commands, in the order of the help."""
+def all_parsers() -> Iterator[Parser]:
+    """The parsers of all commands and of the words with which commands begin, as in the help."""
     waiting = [root()]
     while waiting:
         parser = waiting.pop(0)
         waiting[:0] = map(parser.of, parser.commands)
-        if not parser.commands:
-            yield parser
+        yield parser
+
+
+def parsers() -> Iterator[Parser]:
+    """The parsers of all commands, in the order of the help."""
+    return (parser for parser in all_parsers() if not parser.commands)
 
 
 class Call(NamedTuple):

@@ -50,13 +50,14 @@ class DemoArguments(Arguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = DemoArguments
+    parser.examples = ("qcow2bm demo --seconds 3",)
     parser.epilog = _EPILOG
     parser.add_argument(
         "--seconds",
         metavar="N",
         type=seconds,
         default=10,
-        help="track writes for N seconds; 10 is the default",
+        help="track writes for N seconds",
     )
 
 

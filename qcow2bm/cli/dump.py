@@ -13,6 +13,7 @@ from qcow2bm import Bitmap, Image, Problem, open
 from qcow2bm import problems as structures
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
+    NAME_NOTE,
     OutputArguments,
     ReadingArguments,
     add_image,
@@ -29,6 +30,7 @@ from qcow2bm.cli.images import find
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, count, json_text_or_null, quoted, size
 from qcow2bm.cli.parser import Parser
+from qcow2bm.cli.terminal import paint, print_text
 from qcow2bm.units import escape, format_size
 
 _FEATURE_KINDS = ("incompatible", "compatible", "autoclear")
@@ -54,6 +56,11 @@ class Arguments(OutputArguments, ReadingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = (
+        "qcow2bm dump vm.qcow2",
+        "qcow2bm dump vm.qcow2 --bitmap daily --extents --json",
+    )
+    parser.notes = (NAME_NOTE,)
     add_image(parser)
     add_output(parser)
     add_reading(parser)
@@ -160,9 +167,11 @@ def _print_problems(image: Image, problems: Sequence[Problem]) -> None:
     for found in problems:
         name = output.owner_of(image, found)
         label = "" if name is None else f"{quoted(name)}: "
-        print(f"  {found.severity + ':':<10}{label}{found.message}")
+        severity = paint(found.severity, found.severity)
+        padding = " " * (9 - len(found.severity))
+        print_text(f"  {severity}:{padding}{label}{found.message}", 12)
         says = f', for which QEMU says "{found.qemu_message}"' if found.qemu_message else ""
-        print(f"            ({found.id}{says})")
+        print_text(f"            ({found.id}{says})", 12)
 
 
 def _print_use(bitmaps: Sequence[Bitmap]) -> None:
@@ -184,22 +193,22 @@ def _print_advice(bitmaps: Sequence[Bitmap], refused: Sequence[Problem]) -> None
             bitmap.status in ("inconsistent", "stale") and not bitmap.is_sentinel
             for bitmap in bitmaps
         ):
-            print(
-                "to make one valid again, with no VM running:\n"
-                "  qcow2bm salvage IMAGE NAME --all-dirty"
-            )
+            print("to make one valid again, with no VM running:")
+            output.print_command("qcow2bm salvage IMAGE NAME --all-dirty")
         return
-    print("QEMU will not open this image")
+    print(paint("QEMU will not open this image", "refused"))
     if all(found.kind.is_fittable for found in refused):
-        print(
-            "the bitmaps do not fit the disk, which was resized without them; to repair that:\n"
-            "  qcow2bm fit IMAGE --all"
+        print_text(
+            "the bitmaps do not fit the disk, which was resized without them; to repair that:",
+            hanging=0,
         )
+        output.print_command("qcow2bm fit IMAGE --all")
     elif all(found.structure in _REPAIRABLE for found in refused):
-        print(
-            "to repair that, with no VM running; bitmaps that cannot be repaired are dropped:\n"
-            "  qcow2bm repair IMAGE --undo UNDO_FILE"
+        print_text(
+            "to repair that, with no VM running; bitmaps that cannot be repaired are dropped:",
+            hanging=0,
         )
+        output.print_command("qcow2bm repair IMAGE --undo UNDO_FILE")
 
 
 # For programs

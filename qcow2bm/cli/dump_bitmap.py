@@ -21,6 +21,7 @@ from qcow2bm.cli.output import (
     size,
     write_rows,
 )
+from qcow2bm.cli.terminal import paint, print_text
 
 _MEANING_OF_STATUS = {
     "valid": "valid",
@@ -59,7 +60,8 @@ def print_bitmap(image: Image, bitmap: Bitmap, selection: Selection) -> None:
     """Prints a bitmap for people."""
     name = bitmap.entry.name
     title = "(its name cannot be read)" if name is None else quoted(name)
-    print(f"\nbitmap {bitmap.index}: {title}")
+    print()
+    print_text(f"bitmap {bitmap.index}: {title}")
     print_facts(_facts(image, bitmap, selection), indent="  ")
     if selection.extents and bitmap.status == "valid":
         print("  extents (start, length in bytes):")
@@ -70,7 +72,7 @@ def print_bitmap(image: Image, bitmap: Bitmap, selection: Selection) -> None:
 
 def _facts(image: Image, bitmap: Bitmap, selection: Selection) -> Iterator[tuple[str, str]]:
     entry, status = bitmap.entry, bitmap.status
-    yield "status", _MEANING_OF_STATUS[status]
+    yield "status", _MEANING_OF_STATUS[status].replace(status, paint(status, status), 1)
     if bitmap.has_legal_granularity:
         yield "granularity", size(bitmap.granularity)
     unknown = [f"{bitmap.unknown_flags:#x}"] if bitmap.unknown_flags else []

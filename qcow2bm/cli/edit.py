@@ -10,18 +10,23 @@ from collections.abc import Callable
 from typing import get_args
 
 from qcow2bm import Edit, Image, Op, open
-from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image, byte_range, size
+from qcow2bm.cli.arguments import (
+    NAME_NOTE,
+    NEW_NAME_NOTE,
+    RANGE_NOTE,
+    SIZE_NOTE,
+    EditingArguments,
+    add_editing,
+    add_image,
+    byte_range,
+    size,
+)
 from qcow2bm.cli.images import find, new_name, open_to_edit
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import print_dry_run
 from qcow2bm.cli.parser import Parser, UsageError
 
 _EPILOG = """\
-NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
-a name that begins with @ is written with @@. Before names that begin with -, write --.
-Sizes are in bytes, or with k, M, G, T, P, E. START: without a length is all from there to the end
-of the disk.
-
 The change is atomic: after a failure or a loss of power at any time, all bitmaps are as before, or
 all are as after. Meanwhile no other process can use the image.
 
@@ -33,6 +38,25 @@ _REMOVE_EPILOG = """
 Stale bitmaps can only be removed with --all. Their clusters stay leaked: qemu-img check -r leaks
 frees them.
 """
+
+
+_EXAMPLES = {
+    "add": ("qcow2bm add vm.qcow2 daily", "qcow2bm add vm.qcow2 fine -g 4k --disabled"),
+    "remove": ("qcow2bm remove vm.qcow2 daily weekly", "qcow2bm remove vm.qcow2 --all"),
+    "clear": ("qcow2bm clear vm.qcow2 daily",),
+    "enable": ("qcow2bm enable vm.qcow2 daily weekly",),
+    "disable": ("qcow2bm disable vm.qcow2 --all",),
+    "rename": ("qcow2bm rename vm.qcow2 daily monday", "qcow2bm rename vm.qcow2 @0 monday"),
+    "copy": ("qcow2bm copy vm.qcow2 daily monday", "qcow2bm copy vm.qcow2 daily coarse -g 1M"),
+    "set": ("qcow2bm set vm.qcow2 daily 1M:64k 8M:", "qcow2bm set --dry-run vm.qcow2 daily 0:1G"),
+    "reset": ("qcow2bm reset vm.qcow2 daily 1M:64k",),
+    "invert": ("qcow2bm invert vm.qcow2 daily",),
+    "fit": ("qcow2bm fit vm.qcow2 --all",),
+    "merge": (
+        "qcow2bm merge vm.qcow2 weekly monday tuesday",
+        "qcow2bm merge vm.qcow2 weekly daily --from old.qcow2 --op subtract",
+    ),
+}
 
 
 class Arguments(EditingArguments):
@@ -57,6 +81,8 @@ def define(parser: Parser) -> None:
     """Adds the arguments of one of the commands."""
     (command,) = parser.path
     parser.namespace = Arguments
+    parser.examples = _EXAMPLES[command]
+    parser.notes = (NAME_NOTE,)
     parser.epilog = _EPILOG + (_REMOVE_EPILOG if command == "remove" else "")
     add_image(parser, "a qcow2 file or block device that no other process uses")
     _DEFINITIONS[command](parser)
@@ -65,16 +91,17 @@ def define(parser: Parser) -> None:
 
 def _define_add(parser: Parser) -> None:
     parser.add_word("name", "NAME", "the name of the new bitmap")
-    _add_form(parser)
+    parser.notes = (NEW_NAME_NOTE,)
+    _add_form(parser, "the cluster size, but 4k to 64k")
 
 
 def _define_copy(parser: Parser) -> None:
     parser.add_word("name", "NAME", "the bitmap")
     parser.add_word("new", "NEW", "the name of the copy")
-    _add_form(parser)
+    _add_form(parser, "that of NAME")
 
 
-def _add_form(parser: Parser) -> None:
+def _add_form(parser: Parser, default_granularity: str) -> None:
     parser.add_argument(
         "--disabled", action="store_true", help="let the new bitmap record no writes"
     )
@@ -83,8 +110,10 @@ def _add_form(parser: Parser) -> None:
         "--granularity",
         metavar="SIZE",
         type=size,
-        help="how many bytes of the disk one bit of the new bitmap stands for",
+        help="how many bytes of the disk one bit of the new bitmap stands for "
+        f"(default: {default_granularity})",
     )
+    parser.notes += (SIZE_NOTE,)
 
 
 def _define_rename(parser: Parser) -> None:
@@ -95,6 +124,7 @@ def _define_rename(parser: Parser) -> None:
 def _define_ranges(parser: Parser) -> None:
     parser.add_word("name", "NAME", "the bitmap")
     parser.add_word("ranges", "START:LENGTH", "ranges of the disk", "+", byte_range)
+    parser.notes += (RANGE_NOTE,)
 
 
 def _define_merge(parser: Parser) -> None:
@@ -104,9 +134,7 @@ def _define_merge(parser: Parser) -> None:
     parser.add_argument(
         "--from", dest="other", metavar="OTHER_IMAGE", help="take the sources from this image"
     )
-    parser.add_argument(
-        "--op", choices=get_args(Op), default="or", help="how to combine them; or is the default"
-    )
+    parser.add_argument("--op", choices=get_args(Op), default="or", help="how to combine them")
 
 
 def _define_remove(parser: Parser) -> None:

@@ -21,12 +21,23 @@ _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
             "--as-dirty-ranges-unknown",
         ),
     ),
+    "attach": (
+        ("", "if it is a raw disk, make an image for its bitmaps: qcow2bm attach RAW IMAGE"),
+    ),
+    "convert": (("", "make a qcow2 image of it: qemu-img convert -O qcow2 FILE IMAGE"),),
+    "copy-again": (("", "if an image is expected here, copy the image again"),),
+    "decompress": (("", "decompress it first"),),
     "force-share": (("-U", "read it anyway with -U"), _WAIT),
     "lock-timeout": (_WAIT,),
+    "read-sidecar": (
+        ("", "show it: qcow2bm sidecar dump FILE; or use it: qcow2bm sidecar load FILE IMAGE"),
+    ),
+    "read-stream": (("", "show its bitmaps: qcow2bm stream dump FILE"),),
     "remove-all": (("", "remove all bitmaps with remove --all"),),
     "salvage-or-remove-all": (
         ("", "salvage the bitmaps, or remove all of them with remove --all"),
     ),
+    "undo": (("", "take back the repair that wrote it: qcow2bm undo IMAGE FILE"),),
     "unlocked": (("-U", "read it without locks with -U"),),
     "unlocked-write": (
         ("--no-lock", "if no other process uses it, write without locks with --no-lock"),

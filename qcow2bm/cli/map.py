@@ -10,6 +10,7 @@ import sys
 from qcow2bm import Bitmap, open
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
+    NAME_NOTE,
     OutputArguments,
     ReadingArguments,
     add_image,
@@ -35,6 +36,8 @@ class Arguments(OutputArguments, ReadingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = ("qcow2bm map vm.qcow2 daily", "qcow2bm map --dirty --json vm.qcow2 daily")
+    parser.notes = (NAME_NOTE,)
     add_image(parser)
     parser.add_word("name", "NAME", "the bitmap")
     add_output(parser)

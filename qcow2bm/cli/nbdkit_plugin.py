@@ -14,12 +14,13 @@ offset, as "qcow2bm attach" makes it:
   qcow2bm attach vm.raw vm.qcow2 --bitmap daily
   nbdkit python "$(qcow2bm nbdkit-plugin)" image=vm.qcow2 data=vm.raw
 
-Further parameters: bitmaps=NAME,NAME...  bitmap=NAME  others=mark-in-use  flush-interval=SECONDS
+Further parameters: bitmaps=NAME,NAME... bitmap=NAME others=mark-in-use flush-interval=SECONDS
 """
 
 
 def define(parser: Parser) -> None:
-    """Sets the end of the help; there are no arguments."""
+    """Sets what the help says; there are no arguments."""
+    parser.examples = ("qcow2bm nbdkit-plugin",)
     parser.epilog = _EPILOG
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qcow2bm import Barrier, Image, Plan, Problem, Write
 from qcow2bm.cli.arguments import OutputArguments
 from qcow2bm.cli.messages import say
+from qcow2bm.cli.terminal import paint, print_text
 from qcow2bm.units import escape, format_size
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ PROBLEMS_FOUND = 2
 """The exit status of a command that did its work, but found problems."""
 
 WIDTH = 100
+_FACTS_COLUMN = 18
 
 
 # Text
@@ -40,15 +42,17 @@ WIDTH = 100
 def print_facts(facts: Iterable[tuple[str, str]], indent: str = "") -> None:
     """Prints labels and values, one pair on a line, all values in one column."""
     for label, value in facts:
-        print(f"{indent}{label + ':':<{18 - len(indent)}}{value}")
+        print_text(f"{indent}{label + ':':<{_FACTS_COLUMN - len(indent)}}{value}", _FACTS_COLUMN)
 
 
 def print_wrapped(text: str, indent: str) -> None:
-    """Prints a text in lines of at most `WIDTH` characters; no word is split at a hyphen."""
-    from textwrap import wrap  # most commands do not need it
+    """Prints a text in lines of the terminal's width, or of `WIDTH`."""
+    print_text(f"{indent}{text}", len(indent), WIDTH)
 
-    for line in wrap(text, WIDTH - len(indent), break_on_hyphens=False):
-        print(f"{indent}{line}")
+
+def print_command(command: str) -> None:
+    """Prints a command that the user may want to type next."""
+    print(f"  {paint(command, 'command')}")
 
 
 def size(size_bytes: int) -> str:
@@ -82,10 +86,10 @@ def print_plan(plan: Plan) -> None:
     print(f"{'offset':>14}  {'bytes':>10}")
     for number, step in enumerate(plan.steps):
         if isinstance(step, Barrier):
-            print(f"{'':>14}  {'barrier':>10}  {step.what}")
+            print_text(f"{'':>14}  {'barrier':>10}  {step.what}", 28)
         else:
             mark = "  <- commit" if number == plan.commit_point else ""
-            print(f"{step.offset:#14x}  {step.length:>10}  {step.what}{mark}")
+            print_text(f"{step.offset:#14x}  {step.length:>10}  {step.what}{mark}", 28)
 
 
 def print_dry_run(arguments: OutputArguments, path: str, plan: Plan) -> None:

@@ -9,22 +9,20 @@ loses words if an option stands between them, and does not take every word behin
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from qcow2bm.cli.messages import say
+from qcow2bm.cli.terminal import COLOR_CHOICES, columns, wrap
 from qcow2bm.units import escape
 
 USAGE = 64
 
 EPILOG = """\
-NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
-a name that begins with @ is written with @@. Before names that begin with -, write --.
-
 exit status: 0 fine; 1 the command failed; 2 done, but the image has problems (of severity refused,
 unusable or leak); 64 wrong usage
 """
@@ -44,10 +42,12 @@ class Arguments(Namespace):
     Attributes:
         command: the first word of the command, such as "stream".
         action: its second word, such as "dump"; "" if there is none.
+        color: when the output has colors: "auto", "always" or "never".
     """
 
     command: str
     action: str
+    color: str
 
 
 class Word(NamedTuple):
@@ -70,10 +70,17 @@ class Word(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command that begins with the words of a `Parser`: its summary, and what defines it."""
+    """A command that begins with the words of a `Parser`.
+
+    Attributes:
+        summary: what the command does, in one line.
+        define: gives the parser of the command its arguments.
+        group: the heading in the help under which the command stands.
+    """
 
     summary: str
     define: Callable[[Parser], None]
+    group: str
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,6 +91,8 @@ class Parser(argparse.ArgumentParser):
         words: its arguments that are no options, in order.
         commands: the commands that begin with `path`, by their next word.
         namespace: the class of the values.
+        examples: command lines that the help shows, each of which can be used as it is.
+        notes: paragraphs of the help about the arguments.
     """
 
     def __init__(self, path: tuple[str, ...], description: str) -> None:
@@ -96,6 +105,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.path = path
+        self.examples: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self.words: list[Word] = []
         self.commands: dict[str, Command] = {}
         self.namespace: type[Arguments] = Arguments
@@ -121,15 +132,25 @@ class Parser(argparse.ArgumentParser):
         """Adds a `Word`, given by its fields."""
         self.words.append(Word(dest, metavar, text, nargs, convert))
 
-    def add_command(self, word: str, summary: str, define: Callable[[Parser], None]) -> None:
-        """Adds a command with one more word; ``define`` gives its parser the arguments."""
-        self.commands[word] = Command(summary, define)
+    def add_command(
+        self, word: str, summary: str, define: Callable[[Parser], None], group: str = "commands"
+    ) -> None:
+        """Adds a `Command` with one more word, given by its fields."""
+        self.commands[word] = Command(summary, define, group)
 
     def of(self, word: str) -> Parser:
         """The parser of the command with that next word, which is one of `commands`."""
-        summary, define = self.commands[word]
+        summary, define, _ = self.commands[word]
         parser = Parser((*self.path, word), f"{summary[0].upper()}{summary[1:]}.")
         define(parser)
+        if not parser.commands:
+            parser.add_argument(
+                "--color",
+                metavar="WHEN",
+                choices=COLOR_CHOICES,
+                default="auto",
+                help="color the output: auto, always or never; auto means on a terminal",
+            )
         return parser
 
     def parse(self, texts: Sequence[str], verbatim: Sequence[str]) -> Arguments:
@@ -142,25 +163,58 @@ class Parser(argparse.ArgumentParser):
             verbatim: more words, whatever they look like: those behind --.
         """
         values = self.namespace(**dict(zip(("command", "action"), (*self.path, ""), strict=False)))
+        self._check_options(texts)
         _, rest = self.parse_known_args(texts, values)
-        unknown = [
-            text
-            for text in rest
-            if text.startswith("-") and not _LIKE_OPTIONS_BUT_WORDS.fullmatch(text)
-        ]
-        if not unknown and self.commands:
-            self._refuse([*rest, *verbatim])
-        if not unknown:
-            unknown = self._assign([*rest, *verbatim], values)
-        if unknown:
-            shown = " ".join(map(escape, unknown))
-            self.error(f"unrecognized arguments: {shown}")
+        for text in rest:
+            if _is_like_option(text):
+                self._refuse_option(text)
+        if self.commands:
+            self._refuse_command([*rest, *verbatim])
+        surplus = self._assign([*rest, *verbatim], values)
+        if surplus:
+            self.error(f"too many arguments: {' '.join(map(escape, surplus))}")
         return values
 
-    def _refuse(self, texts: list[str]) -> NoReturn:
+    def _check_options(self, texts: Sequence[str]) -> None:
+        """Refuses what argparse refuses as well, but after less important errors or without help.
+
+        These are options that do not exist, and values of options that begin with -.
+        """
+        nargs = {name: action.nargs for action in self.options for name in action.option_strings}
+        for before, text in pairwise(("", *texts)):
+            if not _is_like_option(text):
+                continue
+            if before in nargs and nargs[before] is None:
+                self.error(
+                    f'{before} needs a value; if "{escape(text)}" is the value, '
+                    f"write {before}={escape(text)}"
+                )
+            if text.startswith("--") and text.partition("=")[0] not in nargs:
+                self._refuse_option(text)
+
+    def _refuse_option(self, text: str) -> NoReturn:
+        option = text.partition("=")[0]
+        names = [name for action in self.options for name in action.option_strings]
+        near = _near(option, names)
+        if near:
+            hint = f'did you mean "{near}"?'
+        elif self.commands:
+            hint = f"options stand after COMMAND; see {self.prog} --help"
+        elif self.words:
+            hint = f"before a name that begins with -, write --; see {self.prog} --help"
+        else:
+            hint = f"see {self.prog} --help"
+        self._fail(f'no option "{escape(option)}"; {hint}')
+
+    def _refuse_command(self, texts: list[str]) -> NoReturn:
+        """Shows which commands there are, if none is given; else says what may be meant."""
         if not texts:
-            self.error("the following arguments are required: COMMAND")
-        self.error(f'unknown command "{escape(texts[0])}": choose from {", ".join(self.commands)}')
+            self.print_help()
+            self.exit()
+        near = _near(texts[0], self.commands)
+        hint = f'did you mean "{near}"?' if near else f"see {self.prog} --help"
+        command = escape(" ".join((*self.path, texts[0])))
+        self._fail(f'no command "{command}"; {hint}')
 
     def _assign(self, texts: list[str], values: Arguments) -> list[str]:
         """Gives each word its value; returns the texts that are too many."""
@@ -197,18 +251,43 @@ class Parser(argparse.ArgumentParser):
             if self.commands:
                 usage = self.format_usage().removeprefix("usage: ").rstrip()
                 self.usage = f"{usage} COMMAND ..."
-                group = self.add_argument_group("commands")
-                for word, command in self.commands.items():
-                    group.add_argument(word, help=command.summary)
+                self.notes = (f"{self.prog} COMMAND --help explains a command, with examples.",)
+            groups: dict[str, Any] = {}
+            for word, command in self.commands.items():
+                if command.group not in groups:
+                    groups[command.group] = self.add_argument_group(command.group)
+                groups[command.group].add_argument(word, help=command.summary)
+            self.epilog = "\n\n".join((*self._shown_examples(), *self.notes, self.epilog or ""))
         return super().format_help()
+
+    def _shown_examples(self) -> Iterable[str]:
+        if self.examples:
+            title = "example" if len(self.examples) == 1 else "examples"
+            yield "\n  ".join((f"{title}:", *self.examples))
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 64; argparse's 2 would mean that problems were found."""
-        say(f"{message}; see {self.prog} --help")
+        self._fail(f"{message}; see {self.prog} --help")
+
+    def _fail(self, message: str) -> NoReturn:
+        say(f"error: {message}")
         sys.exit(USAGE)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
+def _is_like_option(text: str) -> bool:
+    return text.startswith("-") and not _LIKE_OPTIONS_BUT_WORDS.fullmatch(text)
+
+
+def _near(text: str, known: Iterable[str]) -> str | None:
+    """The known word that looks most like a misspelt one; dashes in front make none alike."""
+    from difflib import get_close_matches  # which only wrong usage needs
+
+    by_letters = {word.lstrip("-"): word for word in known if len(word.lstrip("-")) > 1}
+    found = get_close_matches(text.lstrip("-").lower(), by_letters, 1)
+    return by_letters[found[0]] if found else None
+
+
+class _Formatter(argparse.HelpFormatter):
     """A formatter of help that is as wide as the terminal.
 
     argparse makes a formatter for each argument that is added, and its own way to find the
@@ -216,8 +295,22 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """
 
     def __init__(self, prog: str) -> None:
-        try:
-            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
-        except (OSError, ValueError):
-            columns = 80
-        super().__init__(prog, width=columns - 2)
+        super().__init__(prog, width=columns() - 2)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Adds the default to what the help says of an option that takes a value."""
+        if action.nargs == 0 or action.default in (None, [], argparse.SUPPRESS) or not action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return list(wrap(" ".join(text.split()), width))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wraps paragraphs; one with a line that is indented stays as it is written."""
+        return "\n\n".join(
+            part
+            if re.search("^ ", part, re.MULTILINE)
+            else "\n".join(wrap(" ".join(part.split()), width))
+            for part in re.split(r"\n{2,}", text.rstrip())
+        )

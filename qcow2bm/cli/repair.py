@@ -21,6 +21,7 @@ from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
 from qcow2bm.cli.messages import CommandError, about, say
 from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted
 from qcow2bm.cli.parser import Parser
+from qcow2bm.cli.terminal import paint, print_text
 from qcow2bm.units import escape
 
 _MOST_LISTED = 16
@@ -68,12 +69,16 @@ def define(parser: Parser) -> None:
 
 def _define_repair(parser: Parser) -> None:
     parser.namespace = Arguments
+    parser.examples = (
+        "qcow2bm repair vm.qcow2 --dry-run",
+        "qcow2bm repair vm.qcow2 --undo vm.undo",
+    )
     parser.epilog = _REPAIR_EPILOG
     add_image(parser, "a qcow2 file or block device that no other process uses")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--undo", metavar="FILE", help="keep in FILE what undo needs")
     way.add_argument("--no-undo", action="store_true", help="keep nothing for undo")
-    add_editing(parser, way.add_argument)
+    add_editing(parser, way.add_argument, has_result=True)
     parser.add_argument("--lossless", action="store_true", help="do only what drops no bitmap")
     parser.add_argument(
         "--only",
@@ -81,12 +86,14 @@ def _define_repair(parser: Parser) -> None:
         action="append",
         default=[],
         choices=("directory", "tails", "refcounts", "stale"),
-        help="do only this repair, as check names it; can be repeated",
+        help="do only this repair, as check names it: directory, tails, refcounts or stale; can be "
+        "repeated",
     )
 
 
 def _define_undo(parser: Parser) -> None:
     parser.namespace = UndoArguments
+    parser.examples = ("qcow2bm undo vm.qcow2 vm.undo",)
     parser.epilog = _UNDO_EPILOG
     add_image(parser, "the image that was repaired")
     parser.add_word("file", "FILE", "the file that the repair wrote, or - for standard input")
@@ -158,16 +165,16 @@ def _document(arguments: Arguments, done: Repair) -> Document:
 
 def _print(arguments: Arguments, done: Repair) -> None:
     for lost in done.lost:
-        print(f"lost: {_name(lost)} ({lost.reason})")
+        print_text(f"{paint('lost', 'lost')}: {_name(lost)} ({lost.reason})")
     for old, new in done.renamed:
-        print(f"renamed: {quoted(old)} to {quoted(new)}")
+        print_text(f"renamed: {quoted(old)} to {quoted(new)}")
     what = "to repair" if arguments.dry_run else "repaired"
     for found in done.repaired[:_MOST_LISTED]:
-        print(f"{what}: {found.message} ({found.id})")
+        print_text(f"{what}: {found.message} ({found.id})")
     if len(done.repaired) > _MOST_LISTED:
         print(f"{what}: {count(len(done.repaired) - _MOST_LISTED, 'more problem')}")
     for found in done.left:
-        print(f"left: {found.message} ({found.id})")
+        print_text(f"{paint('left', 'left')}: {found.message} ({found.id})")
     if not done.plan.steps:
         print("nothing was changed" if done.left else "nothing to repair")
     elif arguments.dry_run:
@@ -177,7 +184,7 @@ def _print(arguments: Arguments, done: Repair) -> None:
         print(f"repaired{left}")
         if arguments.undo is not None:
             words = f"{escape(arguments.image)} {escape(arguments.undo)}"
-            print(f"to take it back: qcow2bm undo {words}")
+            print(f"to take it back: {paint(f'qcow2bm undo {words}', 'command')}")
 
 
 def _name(lost: LostBitmap) -> str:

@@ -79,18 +79,27 @@ def define(parser: Parser) -> None:
 
 def _define_start(parser: Parser) -> None:
     parser.namespace = StartArguments
+    parser.examples = (
+        "qcow2bm rescue start --qmp vm.sock --dry-run",
+        "qcow2bm rescue start --qmp vm.sock --node disk",
+    )
     _add_qmp(parser)
     parser.add_argument("--dry-run", action="store_true", help="only show what would be rescued")
 
 
 def _define_arm(parser: Parser) -> None:
     parser.namespace = ArmArguments
+    parser.examples = ("qcow2bm rescue arm --qmp vm.sock --set",)
     _add_qmp(parser)
     parser.add_argument("--set", action="store_true", help="set the block-bitmap-mapping, too")
 
 
 def _define_verdict(parser: Parser) -> None:
     parser.namespace = VerdictArguments
+    parser.examples = (
+        "qcow2bm rescue verdict --qmp vm.sock",
+        "qcow2bm rescue verdict --qmp vm.sock --all-dirty",
+    )
     _add_qmp(parser)
     remedies = parser.add_mutually_exclusive_group()
     remedies.add_argument(
@@ -111,9 +120,10 @@ def _define_verdict(parser: Parser) -> None:
 
 def _define_finish(parser: Parser) -> None:
     parser.namespace = FinishArguments
+    parser.examples = ("qcow2bm rescue finish vm.qcow2",)
     parser.epilog = _EPILOG
     add_image(parser, "the image that the VM ran on, when the VM is off")
-    add_editing(parser)
+    add_editing(parser, has_result=True)
 
 
 def _add_qmp(parser: Parser) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from qcow2bm import rescue
 from qcow2bm.cli.output import Document, as_json, count, head, json_text, quoted, size
+from qcow2bm.cli.terminal import print_text
 from qcow2bm.units import escape, format_size
 
 
@@ -32,16 +33,16 @@ def print_start(done: rescue.RescueReport, *, dry_run: bool) -> None:
         bitmap, outcome = one.bitmap, _OUTCOMES.get(one.outcome, one.outcome)
         proof = f", {size(bitmap.dirty_bytes)} dirty, verified by {one.proof}"
         more = f": {one.reason}" if one.reason else proof if one.proof else ""
-        print(f"{_named(bitmap)} {outcome}{more}")
+        print_text(f"{_named(bitmap)} {outcome}{more}")
     safe = sum(one.is_safe for one in done.bitmaps)
     fate = "would be rescued" if dry_run else "will be stored when the VM quits"
-    print(f"{safe} of {count(len(done.bitmaps), 'persistent bitmap')} {fate}")
+    print_text(f"{safe} of {count(len(done.bitmaps), 'persistent bitmap')} {fate}")
     if safe:
-        print("(which of them QEMU would have dropped cannot be seen: all are treated alike)")
+        print_text("(which of them QEMU would have dropped cannot be seen: all are treated alike)")
     if safe < len(done.bitmaps):
         print("the others may be stored or lost")
     if done.migration in ("completed", "failed"):
-        print(
+        print_text(
             f"note: the last migration {done.migration}. If another VM ran on the disks, the "
             "bitmaps may miss what it wrote. Only rescue verdict can tell, on nodes that were armed"
         )
@@ -77,21 +78,23 @@ def print_arm(done: rescue.ArmReport) -> None:
     for node in done.nodes:
         state = "armed" if node.is_new else "was armed already"
         granularity = format_size(node.granularity)
-        print(f"node {quoted(node.node)} {state}: {escape(node.sentinel)}, {granularity}")
+        print_text(f"node {quoted(node.node)} {state}: {escape(node.sentinel)}, {granularity}")
     for bitmap, reason in done.obstacles:
-        print(f"QEMU will refuse to migrate: {_named(bitmap)} is {reason}")
+        print_text(f"QEMU will refuse to migrate: {_named(bitmap)} is {reason}")
     for bitmap in done.left_out:
-        print(f"note: the mapping leaves out {_named(bitmap)}, which stays here")
+        print_text(f"note: the mapping leaves out {_named(bitmap)}, which stays here")
     if not done.mapping and not done.nodes:
         print("nothing to arm: no node has persistent bitmaps")
     elif done.is_set:
-        print("the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps")
+        print_text("the block-bitmap-mapping is set; migrate with the capability dirty-bitmaps")
     else:
         command = {
             "execute": "migrate-set-parameters",
             "arguments": {"block-bitmap-mapping": done.mapping},
         }
-        print("not armed yet: send this to QEMU and repeat the command, or repeat it with --set")
+        print_text(
+            "not armed yet: send this to QEMU and repeat the command, or repeat it with --set"
+        )
         print(as_json(command))
 
 
@@ -130,14 +133,16 @@ def print_settlement(done: rescue.Settlement, migration: str) -> None:
     """Prints what became of the bitmaps of a node, and what to do next."""
     verdict = done.verdict
     if done.obstacle:
-        print(f"  nothing was done: {done.obstacle}")
+        print_text(f"  nothing was done: {done.obstacle}")
     for bitmap, fate, reason in done.bitmaps:
         more = f": {reason}" if reason else ""
-        print(f"  {quoted(bitmap.name)} {_FATES.get(fate, fate)}{more}")
+        print_text(f"  {quoted(bitmap.name)} {_FATES.get(fate, fate)}{more}")
     if verdict.is_bad and done.is_armed and not done.obstacle:
-        print("  decide before the VM quits, or these are stored as valid: --remove or --all-dirty")
+        print_text(
+            "  decide before the VM quits, or these are stored as valid: --remove or --all-dirty"
+        )
     if verdict.word == "touched":
-        print("  what the guest remembers of the disk may be wrong: decide, then shut it down")
+        print_text("  what the guest remembers of the disk may be wrong: decide, then shut it down")
     if verdict.word == "untouched" and migration in ("cancelled", "failed") and not done.is_armed:
         print("  now run rescue start")
 
@@ -183,7 +188,7 @@ def print_finish(done: Sequence[rescue.CopyRename], *, dry_run: bool) -> None:
     for one in done:
         renamed = "would be renamed to" if dry_run else "renamed to"
         what = f"left: {one.reason}" if one.reason else f"{renamed} {quoted(one.name)}"
-        print(f"{quoted(one.copy)} {what}")
+        print_text(f"{quoted(one.copy)} {what}")
 
 
 def finish_as_json(path: str, done: Sequence[rescue.CopyRename], *, dry_run: bool) -> Document:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
-from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
+from qcow2bm.cli.arguments import NAME_NOTE, EditingArguments, add_editing, add_image
 from qcow2bm.cli.images import find, open_to_edit
 from qcow2bm.cli.messages import CommandError, about, progress, say
 from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser, UsageError
+from qcow2bm.cli.terminal import print_text
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Arguments(EditingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
+    parser.examples = (
+        "qcow2bm salvage vm.qcow2 daily --all-dirty",
+        "qcow2bm salvage vm.qcow2 daily --compare last-backup.raw vm.qcow2",
+    )
+    parser.notes = (NAME_NOTE,)
     parser.epilog = _EPILOG
     add_image(parser, "a qcow2 file or block device that no other process uses")
     parser.add_word("name", "NAME", "the bitmap")
@@ -88,7 +94,7 @@ def define(parser: Parser) -> None:
         help="compare with NEW although it is neither IMAGE nor its data file: you know that it is "
         "what the disk holds now",
     )
-    add_editing(parser)
+    add_editing(parser, has_result=True)
 
 
 def run(arguments: Arguments) -> int:
@@ -175,9 +181,9 @@ def _advice(error: ComparisonError, option: str) -> str:
 
 def _print(image: Image, name: str) -> None:
     dirty = size(image.bitmaps[name].count())
-    print(f"{quoted(name)} is valid: {dirty} of {size(image.virtual_size)} dirty")
+    print_text(f"{quoted(name)} is valid: {dirty} of {size(image.virtual_size)} dirty")
     for other in _inconsistent(image):
-        print(f"{quoted(other)} is inconsistent: salvage it, too, or remove it")
+        print_text(f"{quoted(other)} is inconsistent: salvage it, too, or remove it")
 
 
 def _inconsistent(image: Image) -> Iterator[str]:

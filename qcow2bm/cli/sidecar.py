@@ -76,6 +76,10 @@ def define(parser: Parser) -> None:
 
 def _define_save(parser: Parser) -> None:
     parser.namespace = SaveArguments
+    parser.examples = (
+        "qcow2bm sidecar save --sentinel vm.qcow2 vm.bitmaps",
+        "qcow2bm sidecar save --qmp vm.sock --node disk vm.bitmaps",
+    )
     parser.epilog = _SAVE_EPILOG
     parser.usage = "%(prog)s [-U] [--sentinel] [-q] (IMAGE | --qmp SOCKET [--node NODE]) FILE"
     parser.add_word("names", "IMAGE FILE", "the image to save from, and the new file", "*")
@@ -95,12 +99,14 @@ def _define_save(parser: Parser) -> None:
 
 def _define_load(parser: Parser) -> None:
     parser.namespace = RestoringArguments
+    parser.examples = ("qcow2bm sidecar load vm.bitmaps vm.qcow2",)
     parser.epilog = _LOAD_EPILOG
     add_restoring(parser, "a sidecar, or - for standard input")
 
 
 def _define_dump(parser: Parser) -> None:
     parser.namespace = DumpArguments
+    parser.examples = ("qcow2bm sidecar dump vm.bitmaps",)
     parser.epilog = _DUMP_EPILOG
     parser.add_word("file", "FILE", "a sidecar, or - for standard input")
     add_output(parser)

@@ -14,6 +14,7 @@ from typing import Any
 from qcow2bm import Qcow2BmError, new_file, open, stream
 from qcow2bm.cli import files, output, stream_output
 from qcow2bm.cli.arguments import (
+    NAME_NOTE,
     OutputArguments,
     ReadingArguments,
     RestoringArguments,
@@ -100,6 +101,7 @@ def define(parser: Parser) -> None:
 
 def _define_dump(parser: Parser) -> None:
     parser.namespace = DumpArguments
+    parser.examples = ("qcow2bm stream dump vm.stream",)
     parser.epilog = _DUMP_EPILOG
     parser.add_word("file", "FILE", "a migration stream, or - for standard input")
     add_output(parser)
@@ -107,6 +109,10 @@ def _define_dump(parser: Parser) -> None:
 
 def _define_write(parser: Parser) -> None:
     parser.namespace = WriteArguments
+    parser.examples = (
+        "qcow2bm stream write vm.qcow2 --node-alias disk --machine pc-q35-7.2 -o vm.stream",
+    )
+    parser.notes = (NAME_NOTE,)
     parser.epilog = _WRITE_EPILOG
     add_image(parser)
     parser.add_word("names", "NAME", "the bitmaps; by default all that are valid", "*")
@@ -135,6 +141,10 @@ def _define_write(parser: Parser) -> None:
 
 def _define_restore(parser: Parser) -> None:
     parser.namespace = RestoreArguments
+    parser.examples = (
+        "qcow2bm stream restore vm.stream vm.qcow2",
+        "qcow2bm stream restore vm.stream vm.qcow2 --node disk --map daily=monday",
+    )
     parser.epilog = _RESTORE_EPILOG
     add_restoring(parser, "a migration stream, or - for standard input")
     parser.add_argument(

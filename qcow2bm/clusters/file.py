@@ -14,7 +14,7 @@ from qcow2bm.errors import ChangedWhileReadingError, FormatError, LimitError, St
 from qcow2bm.format import extensions, features
 from qcow2bm.format.extensions import Generation, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_GENERATION, KNOWN_AUTOCLEAR, Feature, FeatureNames
-from qcow2bm.format.header import FIELD_OFFSETS, V3_LENGTH, parse_header
+from qcow2bm.format.header import FIELD_OFFSETS, MAGIC, V3_LENGTH, parse_header
 from qcow2bm.storage.interface import Storage, read_bytes, read_exactly
 from qcow2bm.units import align_up
 
@@ -51,6 +51,8 @@ class ClusterFile:
         self._token = storage.change_token()
         self.file_size = storage.size()
         start = read_bytes(storage, 0, min(self.file_size, 1 << MIN_CLUSTER_BITS))
+        if start and not start.startswith(MAGIC):
+            raise self._error_of_other_format()
         self.header = parse_header(start)
         if not MIN_CLUSTER_BITS <= self.header.cluster_bits <= MAX_CLUSTER_BITS:
             raise FormatError(
@@ -66,6 +68,15 @@ class ClusterFile:
         self.extensions_offset, data = self._extension_area(cluster)
         self.area = extensions.parse_extensions(data, self.extensions_offset)
         self._seen = cluster[: self._used_length()]
+
+    def _error_of_other_format(self) -> FormatError:
+        from qcow2bm.format import other_formats  # which sound images do not need
+
+        size = self.file_size
+        head = read_bytes(self.storage, 0, min(size, other_formats.HEAD_BYTES))
+        tail_bytes = min(size, other_formats.TAIL_BYTES)
+        tail = read_bytes(self.storage, size - tail_bytes, tail_bytes)
+        return other_formats.not_qcow2(head, tail, size)
 
     def _extension_area(self, cluster: bytes) -> tuple[int, bytes]:
         start = self.header.header_length

@@ -107,7 +107,7 @@ def parse_header(data: bytes) -> Header:
         UnsupportedError: the version is neither 2 nor 3.
     """
     if not data:
-        raise FormatError("header", "magic", 0, "is missing: the file is empty")
+        raise FormatError("header", "magic", 0, "is missing: the file is empty", "copy-again")
     if data[:4] != MAGIC:
         raise FormatError("header", "magic", 0, 'is not "QFI\\xfb": not a qcow2 image')
     fields = parse(_V2, data, "header", 0, FIELD_OFFSETS)

@@ -27,6 +27,7 @@ COMMANDS = (
     "dump --extents vm.qcow2",
     "dump --output=json vm.qcow2",
     "dump --output=json --extents vm.qcow2",
+    "",
     "--help",
     "--version",
 )

@@ -232,7 +232,7 @@ def test_an_interruption_is_status_1(qemu: FakeQemu, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "start", "arm --set", "verdict --qmp vm.sock --remove --all-dirty", "finish", "nonsense",
+    ["start", "arm --set", "verdict --qmp vm.sock --remove --all-dirty", "finish", "nonsense",
      "START extra", "start vm.sock"],
 )  # fmt: skip
 def test_wrong_usage(tmp_path: Path, arguments: str) -> None:

@@ -351,7 +351,6 @@ def test_a_dump_of_an_image_with_sentinels(folder: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sidecar"],
         ["sidecar", "frobnicate"],
         ["sidecar", "save"],
         ["sidecar", "save", "vm.qcow2"],

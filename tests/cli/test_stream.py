@@ -330,7 +330,6 @@ def _all_of(descriptor: int) -> bytes:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["stream"],
         ["stream", "frobnicate"],
         ["stream", "dump"],
         ["stream", "dump", "stream", "--node-alias=x"],

@@ -100,7 +100,7 @@ def test_version(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [[], ["nonsense"], ["dump"], ["map", "IMAGE"], ["dump", "-x", "IMAGE"]]
+    "wrong", [["nonsense"], ["dump"], ["map", "IMAGE"], ["dump", "-x", "IMAGE"]]
 )
 def test_wrong_usage(cli: Cli, wrong: list[str]) -> None:
     done = cli.run(*wrong)

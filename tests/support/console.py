@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import pty
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import termios
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
@@ -61,3 +65,37 @@ def start(arguments: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def run_on_terminal(
+    arguments: Sequence[str],
+    folder: Path,
+    columns: int = 80,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """What one command prints on a terminal of so many columns, as a process of its own.
+
+    ``variables`` are those of its environment that are not as in this process.
+    """
+    ours, theirs = pty.openpty()
+    try:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qcow2bm", *arguments],
+            cwd=folder,
+            env=environment() | {"TERM": "xterm"} | dict(variables or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+        )
+    finally:
+        os.close(theirs)
+    shown = b""
+    with open(ours, "rb", buffering=0) as terminal:
+        try:
+            while piece := terminal.read(1 << 16):
+                shown += piece
+        except OSError:  # the program has ended, and with it the terminal
+            pass
+    process.wait()
+    return shown.decode("utf-8").replace("\r\n", "\n")
