@@ -18,7 +18,7 @@ from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_F
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.sources import open_source, open_writable
-from qcow2bm.units import decode_name
+from qcow2bm.units import decode_name, escape
 
 if TYPE_CHECKING:
     from qcow2bm.checking.check import Check
@@ -286,7 +286,8 @@ class Image:
         try:
             return self.bitmaps[name].verdict()
         except BitmapNotFoundError as error:
-            return BackupVerdict(MISSING, f"{error.facts}: add it, and take a full backup")
+            advice = f'add "{escape(name)}", and take a full backup'
+            return BackupVerdict(MISSING, f"{error.facts}; {advice}")
 
     def raise_first_problem(self) -> None:
         """Raises the first serious problem of the image, if there is one, as ``strict`` does.

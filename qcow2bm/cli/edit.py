@@ -257,7 +257,10 @@ def _enable(arguments: Arguments, image: Image, edit: Edit) -> str | None:
         edit.enable(name)
     if not disabled:
         return None
-    return f"all that was written while disabled is missing from {_listed(disabled)}"
+    was, it = ("was", "it") if len(disabled) == 1 else ("were", "them")
+    return (
+        f"{_listed(disabled)} {was} disabled: all that was written meanwhile is missing from {it}"
+    )
 
 
 def _invalidate(arguments: Arguments, image: Image, edit: Edit) -> str | None:

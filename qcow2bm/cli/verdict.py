@@ -13,7 +13,7 @@ from qcow2bm.cli import output
 from qcow2bm.cli.arguments import OutputArguments, add_image, add_output
 from qcow2bm.cli.images import judge
 from qcow2bm.cli.messages import about
-from qcow2bm.cli.output import Document, json_text, size
+from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser
 from qcow2bm.units import escape
 
@@ -38,9 +38,9 @@ a name that begins with @ is written with @@. Before names that begin with -, wr
 If the answer is no, the commands that help are named; each was tried in a dry run. They make
 everything in the bitmap dirty, so that the next incremental backup saves the whole disk.
 
-exit status: 0 yes; 1 it could not be found out; 64 wrong usage; and for no: 3 the bitmap is disabled;
-4 it is inconsistent; 5 it is stale; 6 it is broken; 7 there is no such bitmap; 8 another process is
-writing to the image: if that is a VM, ask the VM
+exit status: 0 yes; 1 it could not be found out; 64 wrong usage; and for no: 3 the bitmap is
+disabled; 4 it is inconsistent; 5 it is stale; 6 it is broken; 7 there is no such bitmap; 8 another
+process is writing to the image: if that is a VM, ask the VM
 """
 
 
@@ -83,8 +83,9 @@ def _judge(arguments: Arguments) -> tuple[BackupVerdict, list[Argv]]:
             return verdict, find_next(image, path, name, verdict.reason)
     except ImageLockedError as error:
         message = (
-            f"another process {error.held}: if that process is a VM, only the VM knows the state "
-            "of the bitmap: ask it with the QMP command query-block"
+            f"bitmap {quoted(name)} in the image may be outdated, since another process uses the "
+            f"image: it {error.held}; if that process is a VM, ask the VM with the QMP command "
+            "query-block"
         )
         return BackupVerdict("running", message), []
 
@@ -92,7 +93,9 @@ def _judge(arguments: Arguments) -> tuple[BackupVerdict, list[Argv]]:
 def _print(arguments: Arguments, verdict: BackupVerdict, commands: list[Argv]) -> None:
     answer = "yes" if verdict.usable else "no"
     dirty = f"; {size(verdict.dirty_bytes)} dirty" if verdict.dirty_bytes is not None else ""
-    following = f"; next: {'; '.join(map(shlex.join, commands))}" if commands else ""
+    # `check` succeeds with another status than 0 if there is something to repair.
+    then = "; " if verdict.reason == "broken" else " && "
+    following = f"; next: {then.join(map(shlex.join, commands))}" if commands else ""
     print(f"{escape(arguments.image)}: {answer}: {verdict.message}{dirty}{following}")
 
 

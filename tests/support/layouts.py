@@ -35,7 +35,7 @@ REFCOUNTS_ONLY = ("add two", "remove", "set", "several")
 """The operations that differ most in how they allocate and free clusters."""
 
 IN_USE_ONLY = (
-    *("remove one in_use", "remove all", "set", "several"),
+    *("remove one in_use", "remove all", "set", "several", "invalidate"),
     *("salvage one in_use", "salvage one in_use as it is stored"),
 )
 
@@ -44,7 +44,9 @@ STALE_ONLY = (
     *("salvage a stale one", "salvage a stale one as it is stored"),
 )
 
-MISFIT_ONLY = ("add", "remove", "remove all", "remove all, add", "disable", "rename")
+MISFIT_ONLY = (
+    *("add", "remove", "remove all", "remove all, add", "disable", "rename", "invalidate"),
+)
 """The operations that do not need the bits of b00."""
 
 
