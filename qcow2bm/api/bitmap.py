@@ -143,14 +143,14 @@ class Bitmap:
     def backup_reason(self) -> BackupReason:
         """The reason of `verdict`, for which no bits are read; raises as `Image.problems` does.
 
-        "usable" if the next incremental backup may go by the bitmap; "disabled" if the bitmap is
+        "usable" if the next incremental backup can use the bitmap; "disabled" if the bitmap is
         valid but does not record; "broken" also if the status is "valid" but `repair` would drop
         the bitmap; else the status.
         """
         return self._judge_for_backup()[0]
 
     def verdict(self) -> BackupVerdict:
-        """Returns whether the next incremental backup may go by the bitmap.
+        """Returns whether the next incremental backup can use the bitmap.
 
         *Guarantees*: those of `Image.verdict`.
 

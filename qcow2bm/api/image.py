@@ -262,7 +262,7 @@ class Image:
         return Bitmap(self._opened, self.directory[index], self._opened.revision)
 
     def verdict(self, name: str) -> BackupVerdict:
-        """Returns whether the next incremental backup may go by the bitmap of this name.
+        """Returns whether the next incremental backup can use the bitmap of this name.
 
         If there is no such bitmap, the reason is "missing"; nothing is raised. If several bitmaps
         have the name, the verdict is that on the first of them: none of them is usable.

@@ -1,4 +1,4 @@
-"""The one place that decides whether the next incremental backup may go by a bitmap.
+"""The one place that decides whether the next incremental backup can use a bitmap.
 
 *Spec*: spec/bitmaps.md, "Use for a backup".
 """
@@ -21,12 +21,12 @@ MISSING: Final = "missing"
 
 
 class BackupVerdict(NamedTuple):
-    """Whether the next incremental backup may go by a bitmap, and why.
+    """Whether the next incremental backup can use a bitmap, and why.
 
     `Image.verdict` and `Bitmap.verdict` return it.
 
     Attributes:
-        reason: "usable" if the backup may go by the bitmap. Otherwise the reason why not:
+        reason: "usable" if the backup can use the bitmap. Otherwise the reason why not:
             "disabled", "inconsistent", "stale", "broken", or "missing" if there is no such bitmap.
             The command line also says "running" if another process is writing to the image.
         message: one line for people, which names the bitmap and says what can be done.
@@ -39,7 +39,7 @@ class BackupVerdict(NamedTuple):
 
     @property
     def usable(self) -> bool:
-        """Whether the next incremental backup may go by the bitmap."""
+        """Whether the next incremental backup can use the bitmap."""
         return self.reason == USABLE
 
 
@@ -50,7 +50,7 @@ def backup_reason(
 
     ``status`` and ``reason`` are what `qcow2bm.bitmaps.status.judge` returned, and ``problems``
     are the problems of the bitmap that a reader knows. If `repair` would drop the bitmap because of
-    one of them, no backup is to go by the bitmap, even if its status is "valid".
+    one of them, no backup is to use the bitmap, even if its status is "valid".
     """
     if status != VALID:
         return status, reason

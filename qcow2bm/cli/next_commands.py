@@ -40,28 +40,28 @@ def find_next(image: Image, path: str, name: str, reason: BackupReason) -> list[
     elif reason == "broken":
         commands = [_argv("check", path), *_broken(image, path, word)]
     # Only such words are the same in JSON, on a terminal and in a shell.
-    is_printable = all(word.isprintable() for argv in commands for word in argv)
+    is_printable = all(text.isprintable() for argv in commands for text in argv)
     return commands if is_printable else []
 
 
 def _disabled(image: Image, path: str, word: str) -> list[Argv]:
-    def edit(edit: Edit) -> None:
+    def operate(edit: Edit) -> None:
         found = find(image, word).name
         edit.set(found, 0, image.virtual_size)
         edit.enable(found)
 
-    if not _succeeds(image, edit):
+    if not _succeeds(image, operate):
         return []
     return [_argv("set", path, word, ALL_OF_THE_DISK), _argv("enable", path, word)]
 
 
 def _missing(image: Image, path: str, word: str) -> list[Argv]:
-    def edit(edit: Edit) -> None:
+    def operate(edit: Edit) -> None:
         added = new_name(word)
         edit.add(added)
         edit.set(added, 0, image.virtual_size)
 
-    if not _succeeds(image, edit):
+    if not _succeeds(image, operate):
         return []
     return [_argv("add", path, word), _argv("set", path, word, ALL_OF_THE_DISK)]
 

@@ -35,8 +35,9 @@ _EPILOG = """\
 NAME is the name of a bitmap. @3 means entry 3 of the bitmap directory, whatever its name;
 a name that begins with @ is written with @@. Before names that begin with -, write --.
 
-If the answer is no, the commands that help are named; each was tried in a dry run. They make
-everything in the bitmap dirty, so that the next incremental backup saves the whole disk.
+If the answer is no, the commands that help are named; each was tried in a dry run. If the image
+does not say what is dirty, these commands make everything in the bitmap dirty, so that the next
+incremental backup saves the whole disk.
 
 exit status: 0 yes; 1 it could not be found out; 64 wrong usage; and for no: 3 the bitmap is
 disabled; 4 it is inconsistent; 5 it is stale; 6 it is broken; 7 there is no such bitmap; 8 another
@@ -83,9 +84,8 @@ def _judge(arguments: Arguments) -> tuple[BackupVerdict, list[Argv]]:
             return verdict, find_next(image, path, name, verdict.reason)
     except ImageLockedError as error:
         message = (
-            f"bitmap {quoted(name)} in the image may be outdated, since another process uses the "
-            f"image: it {error.held}; if that process is a VM, ask the VM with the QMP command "
-            "query-block"
+            f"bitmap {quoted(name)} may be outdated in the image, because another process "
+            f"{error.held}: if that process is a VM, ask the VM with the QMP command query-block"
         )
         return BackupVerdict("running", message), []
 
