@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qcow2bm.api.image import Image, open
     from qcow2bm.api.repair import check, plan_repair, plan_undo, repair, salvage, undo
     from qcow2bm.api.undo_file import UndoFile
+    from qcow2bm.bitmaps.backup_verdict import BackupReason, BackupVerdict
     from qcow2bm.bitmaps.bit_reader import Totals
     from qcow2bm.bitmaps.status import Status
     from qcow2bm.bitmaps.tables import Clusters
@@ -82,6 +83,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activation",
+    "BackupReason",
+    "BackupVerdict",
     "Barrier",
     "Bitmap",
     "BitmapBrokenError",
@@ -171,6 +174,7 @@ _NAMES_OF = {
     "qcow2bm.api.image": ("Image", "open"),
     "qcow2bm.api.repair": ("check", "plan_repair", "plan_undo", "repair", "salvage", "undo"),
     "qcow2bm.api.undo_file": ("UndoFile",),
+    "qcow2bm.bitmaps.backup_verdict": ("BackupReason", "BackupVerdict"),
     "qcow2bm.bitmaps.bit_reader": ("Totals",),
     "qcow2bm.bitmaps.status": ("Status",),
     "qcow2bm.bitmaps.tables": ("Clusters",),

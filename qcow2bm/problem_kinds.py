@@ -65,8 +65,9 @@ _ALL = (
         "header.backing_file_size.too-large", HEADER, "backing_file_size", REFUSED,
         qemu_message="Backing file name too long",
         meaning=(
-            "The name of the backing file is longer than the room for it. Restore the header from "
-            "a copy. Bitmaps do not depend on it."
+            "The name of the backing file is longer than the room for it. Bitmaps do not depend on "
+            "it. Restore the header from a copy. No bitmap is to be trusted then: run invalidate "
+            "IMAGE --all."
         ),
     ),
     Kind(
@@ -81,7 +82,7 @@ _ALL = (
         qemu_message="Image is too big",
         meaning=(
             "The size of the disk is impossible, so no bitmap can be matched to the disk. Restore "
-            "the header from a copy."
+            "the header from a copy. No bitmap is to be trusted then: run invalidate IMAGE --all."
         ),
         distrusts_all=True,
     ),
@@ -98,27 +99,33 @@ _ALL = (
         qemu_message="L1 table is too small",
         meaning=(
             "The L1 table does not cover the disk, so it does not belong to a disk of this size. "
-            "Restore the header from a copy."
+            "Restore the header from a copy. No bitmap is to be trusted then: run invalidate IMAGE "
+            "--all."
         ),
     ),
     Kind(
         "header.l1_size.too-large", HEADER, "l1_size", REFUSED,
         qemu_message="Active L1 table too large",
-        meaning="The size of the L1 table is impossible. Restore the header from a copy.",
+        meaning=(
+            "The size of the L1 table is impossible. Restore the header from a copy. No bitmap is "
+            "to be trusted then: run invalidate IMAGE --all."
+        ),
     ),
     Kind(
         "header.l1_table_offset.invalid", HEADER, "l1_table_offset", REFUSED,
         qemu_message="Active L1 table offset invalid",
         meaning=(
             "The L1 table is in an impossible place: it must begin at the start of a cluster and "
-            "end before 2^63. Restore the header from a copy."
+            "end before 2^63. Restore the header from a copy. No bitmap is to be trusted then: run "
+            "invalidate IMAGE --all."
         ),
     ),
     Kind(
         "header.l1_table_offset.past-eof", HEADER, "l1_table_offset", UNUSABLE,
         meaning=(
             "The file was cut off before the L1 table. The content of the disk is lost, although "
-            "QEMU opens the image. Restore the file from a backup."
+            "QEMU opens the image. Restore the file from a backup. No bitmap is to be trusted "
+            "then: run invalidate IMAGE --all."
         ),
         is_past_end=True,
     ),
@@ -127,7 +134,8 @@ _ALL = (
         qemu_message="Could not read L1 table",
         meaning=(
             "The L1 table would end behind the longest file that QEMU reads, 2^63 - 2^30 bytes. "
-            "Restore the header from a copy."
+            "Restore the header from a copy. No bitmap is to be trusted then: run invalidate IMAGE "
+            "--all."
         ),
     ),
     Kind(
@@ -135,7 +143,8 @@ _ALL = (
         qemu_message="Reference count table offset invalid",
         meaning=(
             "The refcount table is in an impossible place: it must begin at the start of a cluster "
-            "and end before 2^63. Restore the header from a copy."
+            "and end before 2^63. Restore the header from a copy. No bitmap is to be trusted then: "
+            "run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -151,7 +160,7 @@ _ALL = (
         qemu_message="Could not initialize refcount handling",
         meaning=(
             "The refcount table would end behind the longest file that QEMU reads. Restore the "
-            "header from a copy."
+            "header from a copy. No bitmap is to be trusted then: run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -165,19 +174,26 @@ _ALL = (
     Kind(
         "header.refcount_table_clusters.too-large", HEADER, "refcount_table_clusters", REFUSED,
         qemu_message="Reference count table too large",
-        meaning="The size of the refcount table is impossible. Restore the header from a copy.",
+        meaning=(
+            "The size of the refcount table is impossible. Restore the header from a copy. No "
+            "bitmap is to be trusted then: run invalidate IMAGE --all."
+        ),
     ),
     Kind(
         "header.nb_snapshots.too-large", HEADER, "nb_snapshots", REFUSED,
         qemu_message="Snapshot table too large",
-        meaning="The number of snapshots is impossible. Restore the header from a copy.",
+        meaning=(
+            "The number of snapshots is impossible. Restore the header from a copy. No bitmap is "
+            "to be trusted then: run invalidate IMAGE --all."
+        ),
     ),
     Kind(
         "header.snapshots_offset.invalid", HEADER, "snapshots_offset", REFUSED,
         qemu_message="Snapshot table offset invalid",
         meaning=(
             "The snapshot table is in an impossible place: it must begin at the start of a cluster "
-            "and end before 2^63. Restore the header from a copy."
+            "and end before 2^63. Restore the header from a copy. No bitmap is to be trusted then: "
+            "run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -193,7 +209,7 @@ _ALL = (
         qemu_message="Failed to read snapshot table",
         meaning=(
             "The snapshot table would end behind the longest file that QEMU reads. Restore the "
-            "header from a copy."
+            "header from a copy. No bitmap is to be trusted then: run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -242,7 +258,8 @@ _ALL = (
         qemu_message="Unsupported subcluster size",
         meaning=(
             "Extended L2 entries need clusters of 16 KiB or more, so the feature bit is wrong. "
-            "Restore the header from a copy."
+            "Restore the header from a copy. No bitmap is to be trusted then: run invalidate IMAGE "
+            "--all."
         ),
     ),
     Kind(
@@ -266,20 +283,25 @@ _ALL = (
         qemu_message="data-file-raw requires a data file",
         meaning=(
             "The header says that the data file is raw, but the image has no data file. Clear the "
-            "bit, or restore the header from a copy."
+            "bit, or restore the header from a copy. No bitmap is to be trusted then: run "
+            "invalidate IMAGE --all."
         ),
     ),
     Kind(
         "header.refcount_order.too-large", HEADER, "refcount_order", REFUSED,
         qemu_message="Reference count entry width too large",
-        meaning="The width of a refcount is impossible. Restore the header from a copy.",
+        meaning=(
+            "The width of a refcount is impossible. Restore the header from a copy. No bitmap is "
+            "to be trusted then: run invalidate IMAGE --all."
+        ),
     ),
     Kind(
         "header.header_length.too-small", HEADER, "header_length", REFUSED,
         qemu_message="qcow2 header too short",
         meaning=(
             "The place where the header extensions begin is unknown, so no bitmap can be found. "
-            "Restore the header from a copy."
+            "Restore the header from a copy. No bitmap is to be trusted then: run invalidate IMAGE "
+            "--all."
         ),
     ),
     Kind(
@@ -287,7 +309,8 @@ _ALL = (
         qemu_message="qcow2 header exceeds cluster size",
         meaning=(
             "The place where the header extensions begin is unknown, so no bitmap can be found. "
-            "Restore the header from a copy."
+            "Restore the header from a copy. No bitmap is to be trusted then: run invalidate IMAGE "
+            "--all."
         ),
     ),
     Kind(
@@ -310,7 +333,7 @@ _ALL = (
         qemu_message="Compression type incompatible feature bit must be set",
         meaning=(
             "The compression type and its feature bit contradict each other. Restore the header "
-            "from a copy."
+            "from a copy. No bitmap is to be trusted then: run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -318,7 +341,7 @@ _ALL = (
         qemu_message="Compression type incompatible feature bit must not be set",
         meaning=(
             "The compression type and its feature bit contradict each other. Restore the header "
-            "from a copy."
+            "from a copy. No bitmap is to be trusted then: run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -334,7 +357,7 @@ _ALL = (
         meaning=(
             "A header extension or the end marker claims more bytes than there are, or fewer than "
             "8 bytes are left for the next one. What follows is unknown. Restore the header from a "
-            "copy."
+            "copy. No bitmap is to be trusted then: run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -356,15 +379,17 @@ _ALL = (
         qemu_message="ERROR: ext_backing_format: len=",
         meaning=(
             "The format of the backing file is longer than any that QEMU knows. Restore the header "
-            "from a copy. If the image opens again, set the format with qemu-img rebase -u."
+            "from a copy. No bitmap is to be trusted then: run invalidate IMAGE --all. If the "
+            "image opens again, set the format with qemu-img rebase -u."
         ),
     ),
     Kind(
         "header-extension.crypto.missing", HEADER_EXTENSION, "crypto header", REFUSED,
         qemu_message="Missing CRYPTO header for crypt method 2",
         meaning=(
-            "The disk is encrypted with LUKS, but nothing says where its keys are. Restore the "
-            "header from a copy. Bitmaps can be read."
+            "The disk is encrypted with LUKS, but nothing says where its keys are. Bitmaps can be "
+            "read. Restore the header from a copy. No bitmap is to be trusted then: run invalidate "
+            "IMAGE --all."
         ),
     ),
     Kind(
@@ -372,8 +397,8 @@ _ALL = (
         qemu_message="CRYPTO header extension only expected with LUKS encryption method",
         meaning=(
             "A header extension says where the keys of an encrypted disk are, but the header says "
-            "that the disk is not encrypted with LUKS. Restore the header from a copy. Bitmaps can "
-            "be read."
+            "that the disk is not encrypted with LUKS. Bitmaps can be read. Restore the header "
+            "from a copy. No bitmap is to be trusted then: run invalidate IMAGE --all."
         ),
     ),
     Kind(
@@ -381,15 +406,17 @@ _ALL = (
         qemu_message="CRYPTO header extension size",
         meaning=(
             "The disk is encrypted with LUKS, but the extension that says where its keys are has a "
-            "wrong length. Restore the header from a copy. Bitmaps can be read."
+            "wrong length. Bitmaps can be read. Restore the header from a copy. No bitmap is to be "
+            "trusted then: run invalidate IMAGE --all."
         ),
     ),
     Kind(
         "header-extension.crypto.unaligned", HEADER_EXTENSION, "crypto header", REFUSED,
         qemu_message="is not a multiple of cluster size",
         meaning=(
-            "The keys of the encrypted disk are in an impossible place. Restore the header from a "
-            "copy. Bitmaps can be read."
+            "The keys of the encrypted disk are in an impossible place. Bitmaps can be read. "
+            "Restore the header from a copy. No bitmap is to be trusted then: run invalidate IMAGE "
+            "--all."
         ),
     ),
     Kind(

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from qcow2bm.api.open_image import OpenImage
+from qcow2bm.bitmaps.backup_verdict import DISABLED, USABLE, BackupReason, BackupVerdict
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
 from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT, why_not_found
-from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, Status
+from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, VALID, Status
 from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
 from qcow2bm.errors import (
     BitmapBrokenError,
+    BitmapError,
     BitmapInconsistentError,
     BitmapNotFoundError,
     BitmapStaleError,
@@ -138,6 +140,35 @@ class Bitmap:
         return self._judge()[0]
 
     @property
+    def backup_reason(self) -> BackupReason:
+        """The reason of `verdict`, for which no bits are read; raises as `Image.problems` does.
+
+        "usable" if the next incremental backup can use the bitmap; "disabled" if the bitmap is
+        valid but does not record; "broken" also if the status is "valid" but `repair` would drop
+        the bitmap; else the status.
+        """
+        return self._judge_for_backup()[0]
+
+    def verdict(self) -> BackupVerdict:
+        """Returns whether the next incremental backup can use the bitmap.
+
+        *Guarantees*: those of `Image.verdict`.
+
+        Raises:
+            As `Image.verdict` does.
+        """
+        self._image.require_idle()
+        reason, problem = self._judge_for_backup()
+        name = self._label
+        if reason in (USABLE, DISABLED):
+            return BackupVerdict(
+                reason, _message(name, reason), self.totals(with_extents=False).dirty_bytes
+            )
+        error = _refusal(name, reason, problem)
+        advice = "; take a full backup, and see what check says" if reason == BROKEN else ""
+        return BackupVerdict(reason, f"{error.facts}{advice}")
+
+    @property
     def clusters(self) -> Clusters | None:
         """The number of table entries of each kind; None if the table is unreadable."""
         table = self._table()
@@ -224,6 +255,10 @@ class Bitmap:
         image.verify(self.entry)
         return image.metadata.status_of(self.entry)
 
+    def _judge_for_backup(self) -> tuple[BackupReason, str]:
+        self._judge()  # asks the storage whether the image has changed
+        return self._image.metadata.backup_reason_of(self.entry)
+
     def require_valid(self) -> None:
         """Returns if `status` is "valid"; raises as `count` does."""
         self._bits()
@@ -231,13 +266,9 @@ class Bitmap:
     def _bits(self) -> BitReader:
         status, reason = self._judge()
         name = self._label
-        if status == INCONSISTENT:
-            raise BitmapInconsistentError(name)
-        if status == STALE:
-            raise BitmapStaleError(name)
         table = self._table()
-        if status == BROKEN or not table:
-            raise BitmapBrokenError(name, f"is broken: {reason}")
+        if status != VALID or not table:
+            raise _refusal(name, status, reason)
         return BitReader(self._image.file, self.entry, table.fingerprint)
 
     def _stale(self) -> BitReader:
@@ -245,6 +276,28 @@ class Bitmap:
         if not self.has_stale_bits:
             raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
         return BitReader(file, self.entry, None, dirty_where_unknown=True)
+
+
+def _refusal(name: str, status: BackupReason | Status, reason: str) -> BitmapError:
+    """Returns the error for reading the bits of a bitmap that is not valid."""
+    if status == INCONSISTENT:
+        return BitmapInconsistentError(name)
+    if status == STALE:
+        return BitmapStaleError(name)
+    return BitmapBrokenError(name, f"is broken: {reason}")
+
+
+def _message(name: str, reason: BackupReason) -> str:
+    """Returns the message of a verdict on a bitmap whose bits can be relied on."""
+    if reason == USABLE:
+        return (
+            f'bitmap "{escape(name)}" is valid and records writes: the next incremental backup can '
+            "use it"
+        )
+    return (
+        f'bitmap "{escape(name)}" is disabled, so all that was written since it was disabled is '
+        "missing from it: take a full backup, or make all of it dirty and enable it"
+    )
 
 
 class BitmapMapping(Mapping[str, Bitmap]):

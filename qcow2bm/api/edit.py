@@ -131,7 +131,8 @@ class Edit:
     def remove(self, name: str) -> None:
         """Removes a bitmap.
 
-        With a bitmap that is in_use only `remove`, `salvage` and `load` are possible (EDIT-7).
+        With a bitmap that is in_use only `remove`, `salvage`, `load` and `invalidate` are possible
+        (EDIT-7).
 
         Raises:
             BitmapNotFoundError: there is no bitmap of that name.
@@ -162,6 +163,20 @@ class Edit:
                 and `rename` do not raise this.
         """
         self._draft.enable(name, enabled=False)
+
+    def invalidate(self, name: str) -> None:
+        """Marks a bitmap in_use, so that QEMU and this library call it inconsistent.
+
+        Use this for all bitmaps if the header of the image, or the whole image, was restored from
+        an older copy: a bitmap may then look valid and miss writes. `salvage` makes the bitmap
+        valid again.
+
+        A bitmap that is in_use already, or stale, stays as it is, since no program trusts it.
+
+        Raises:
+            BitmapNotFoundError: there is no bitmap of that name.
+        """
+        self._draft.invalidate(name)
 
     def rename(self, name: str, new_name: str) -> None:
         """Gives a bitmap another name. The bitmap keeps its place in the directory.
@@ -318,7 +333,12 @@ class Edit:
         granularity = self._draft.salvageable(name)
         source = None if packed is None else self._source(name, granularity, packed)
         intact = self._intact()
-        is_intact = BitmapMapping(self._opened)[name].index in intact
+        index = (
+            BitmapMapping(self._opened)[name].index
+            if self._draft.is_stale
+            else self._draft.stored_index(name)
+        )
+        is_intact = index is None or index in intact
         if not is_intact and (trust_stored or not self._draft.is_stale):
             reason = "has a damaged table, or clusters that are lost or belong to something else"
             raise BitmapError(name, f"{reason}: check says which")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
 from qcow2bm.api.open_image import Loaded, OpenImage
+from qcow2bm.bitmaps.backup_verdict import MISSING, BackupVerdict
 from qcow2bm.bitmaps.status import as_error
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError
 from qcow2bm.format.directory import DirectoryEntry
@@ -17,7 +18,7 @@ from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_F
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problems import Problem
 from qcow2bm.storage.sources import open_source, open_writable
-from qcow2bm.units import decode_name
+from qcow2bm.units import decode_name, escape
 
 if TYPE_CHECKING:
     from qcow2bm.checking.check import Check
@@ -259,6 +260,34 @@ class Image:
         if not 0 <= index < len(self.directory):
             raise BitmapNotFoundError(f"@{index}")
         return Bitmap(self._opened, self.directory[index], self._opened.revision)
+
+    def verdict(self, name: str) -> BackupVerdict:
+        """Returns whether the next incremental backup can use the bitmap of this name.
+
+        If there is no such bitmap, the reason is "missing"; nothing is raised. If several bitmaps
+        have the name, the verdict is that on the first of them: none of them is usable.
+
+        *Guarantees*: if the verdict is "usable", the image records every write since the bitmap
+        was made or cleared, as far as the image itself can tell. That does not hold in two cases:
+        a VM writes to the image while it is read with ``force_share``; or the image, or its header,
+        was restored from an older copy (then use `Edit.invalidate`).
+
+        Raises:
+            StateError: the image is closed, being edited, or being tracked.
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        self._opened.require_open()
+        self._opened.require_idle()
+        for entry in self.directory:
+            if entry.name == name:
+                return self.bitmap(entry.index).verdict()
+        try:
+            return self.bitmaps[name].verdict()
+        except BitmapNotFoundError as error:
+            advice = f'add "{escape(name)}", and take a full backup'
+            return BackupVerdict(MISSING, f"{error.facts}; {advice}")
 
     def raise_first_problem(self) -> None:
         """Raises the first serious problem of the image, if there is one, as ``strict`` does.

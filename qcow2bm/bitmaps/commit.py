@@ -20,8 +20,10 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.guest_map import GuestMap
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, coalesce
+from qcow2bm.errors import FormatError
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, build_bitmap_table
 from qcow2bm.format.directory import (
+    FLAG_IN_USE,
     TYPE_DIRTY_TRACKING,
     Directory,
     DirectoryEntry,
@@ -45,15 +47,39 @@ def plan_commit(
     *Guarantees*: after a loss of power at any point of the plan, either all bitmaps are as before
     or all are as after, and clusters can only leak (INV-ATOMIC, INV-HEADER, INV-REFCOUNT).
 
+    If bitmaps are only marked in_use, wrong refcounts do not matter: the new directory then lies
+    behind everything else, and nothing is freed. For the refcounts are wrong if the header was
+    restored from an older copy, which is when bitmaps have to be marked.
+
     Raises:
         FormatError: a cluster to be freed has another refcount than 1.
         LimitError: the directory, the header area or the refcount table would be too large.
         StorageError: there is no room, or reading failed.
         UnsupportedError: the header is laid out in a way that cannot be changed safely.
     """
-    file, directory = metadata.file, metadata.directory
-    if not _has_changes(directory, draft):
+    if not _has_changes(metadata.directory, draft):
         return Plan()
+    try:
+        return _plan(metadata, draft, capacity, token)
+    except FormatError:
+        if not _only_invalidates(metadata.directory, draft):
+            raise
+        return _plan(metadata, draft, capacity, token, is_sparing=True)
+
+
+def _plan(
+    metadata: Metadata,
+    draft: Draft,
+    capacity: int | None,
+    token: bytes | None,
+    *,
+    is_sparing: bool = False,
+) -> Plan:
+    """Does the work of `plan_commit`.
+
+    With ``is_sparing`` no cluster that may be in use is allocated or freed, whatever the refcounts.
+    """
+    file, directory = metadata.file, metadata.directory
     tables = [
         _NewTable(bitmap, bitmap.bits, bitmap.bits.final())
         for bitmap in draft.in_order
@@ -63,7 +89,7 @@ def plan_commit(
     is_revived = bool(extension and not directory.is_consistent and not draft.drops_extension)
     guest = GuestMap(file)
     allocator = allocator_of(metadata, capacity, guest)
-    if is_revived:  # clusters of stale bitmaps are not allocated, whatever their refcounts
+    if is_revived or is_sparing:  # clusters of bitmaps are not allocated, whatever their refcounts
         uses = used_by_bitmaps(file, directory)
         ends = [used.offset + used.length for used in uses]
         end = max(ends, default=0) if capacity else max([*ends, file.file_size])
@@ -94,7 +120,7 @@ def plan_commit(
     else:
         switch = header.remove()
     counted = allocator.refcounts.take_count_writes("refcounts of new clusters")
-    allocator.free(_freed(file, directory, draft, tables))
+    allocator.free(() if is_sparing else _freed(file, directory, draft, tables))
     lowered = allocator.refcounts.take_count_writes("refcounts of freed clusters")
     written = (*fresh, *switch.before, *counted, *renewed)
     return ordered(prepared, written, switch, lowered)
@@ -121,6 +147,19 @@ def _has_changes(directory: BitmapDirectory, draft: Draft) -> bool:
     if len(draft.bitmaps) != len(directory.entries) * directory.is_consistent:
         return bool(draft.bitmaps)
     return any(map(_is_changed, draft.bitmaps.values()))
+
+
+def _only_invalidates(directory: BitmapDirectory, draft: Draft) -> bool:
+    """Whether the draft differs from what is stored only by bitmaps that are in_use."""
+    if draft.removed or len(draft.bitmaps) != len(directory.entries) * directory.is_consistent:
+        return False
+    return all(
+        bitmap.entry is not None
+        and not _has_new_table(bitmap)
+        and bitmap.name_bytes == bitmap.entry.name_bytes
+        and bitmap.flags in (bitmap.entry.flags, bitmap.entry.flags | FLAG_IN_USE)
+        for bitmap in draft.bitmaps.values()
+    )
 
 
 def _is_changed(bitmap: DraftBitmap) -> bool:

@@ -48,8 +48,8 @@ class DraftBitmap:
         entry: the stored entry; None if the bitmap is new, or gets a new table in any case.
         place: a number by which the bitmaps are ordered in the directory.
         bits: the bits; None until an operation needs them.
-        is_in_use: whether another program set in_use. Such a bitmap can only be removed or
-            salvaged.
+        is_in_use: whether another program or `Draft.invalidate` set in_use. Such a bitmap can only
+            be removed or salvaged.
     """
 
     name_bytes: bytes
@@ -256,6 +256,28 @@ class Draft:
         found = self.find(name)
         found.flags = found.flags & ~FLAG_AUTO | (FLAG_AUTO if enabled else 0)
 
+    def invalidate(self, name: str) -> None:
+        """Marks a bitmap in_use, so that no program trusts it. Its bits and other flags stay.
+
+        Nothing is changed if the bitmap is in_use or stale: no program trusts it already.
+
+        Raises:
+            BitmapNotFoundError: there is no bitmap of this name.
+        """
+        if self._is_stale:
+            self._require_stale(name)
+            return
+        found = self._known(name)
+        found.flags, found.is_in_use = found.flags | FLAG_IN_USE, True
+
+    def _require_stale(self, name: str) -> DirectoryEntry:
+        """Returns the entry of the stale bitmap of this name; raises `BitmapNotFoundError`."""
+        entries = {entry.name: entry for entry in self._directory.entries}
+        if name not in entries:
+            names = (known for known in entries if known is not None)
+            raise BitmapNotFoundError(name, why_not_found(names))
+        return entries[name]
+
     def rename(self, name: str, new_name: str) -> None:
         """Gives a bitmap another name; its place in the directory stays.
 
@@ -364,6 +386,16 @@ class Draft:
         """Whether the bitmaps are stale, and `revive` was not called."""
         return self._is_stale
 
+    def stored_index(self, name: str) -> int | None:
+        """Returns the number of the stored entry of a bitmap; None if the bitmap is new.
+
+        Raises:
+            BitmapNotFoundError: there is no bitmap of this name.
+            BitmapStaleError: the bitmaps of this image are stale.
+        """
+        entry = self._known(name).entry
+        return entry.index if entry else None
+
     def salvageable(self, name: str) -> int:
         """Returns the granularity of a bitmap that can be salvaged.
 
@@ -372,11 +404,7 @@ class Draft:
             BitmapError: the bitmap is neither in_use nor stale.
         """
         if self._is_stale:
-            entries = {entry.name: entry for entry in self._directory.entries}
-            if name not in entries:
-                names = (known for known in entries if known is not None)
-                raise BitmapNotFoundError(name, why_not_found(names))
-            return entries[name].granularity
+            return self._require_stale(name).granularity
         found = self._known(name)
         if not found.is_in_use:
             raise BitmapError(name, "is neither in_use nor stale: there is nothing to salvage")

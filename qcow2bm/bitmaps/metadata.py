@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 
+from qcow2bm.bitmaps.backup_verdict import BackupReason, backup_reason
 from qcow2bm.bitmaps.directory import BitmapDirectory, load_directory, verify_directory
 from qcow2bm.bitmaps.status import Status, judge
 from qcow2bm.bitmaps.tables import Survey, survey
@@ -112,3 +113,10 @@ class Metadata:
         """The status of a bitmap, and for a broken one the reason; raises as `survey` does."""
         problems: Iterable[Problem] = self.problems_of(entry.index)
         return judge(entry, self.directory, self.survey.distrust, problems)
+
+    def backup_reason_of(self, entry: DirectoryEntry) -> tuple[BackupReason, str]:
+        """The reason of the verdict on a bitmap, and for a broken one the first problem.
+
+        Raises as `survey` does.
+        """
+        return backup_reason(entry, *self.status_of(entry), self.problems_of(entry.index))

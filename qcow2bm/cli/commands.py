@@ -32,11 +32,13 @@ COMMANDS = {
     "dump": Row("dump", "show everything about the bitmaps of an image"),
     "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
     "check": Row("check", "find everything that is wrong with an image, and explain it"),
+    "verdict": Row("verdict", "say whether the next incremental backup can use a bitmap"),
     "add": Row("edit", "add a bitmap that records writes from now on"),
     "remove": Row("edit", "remove bitmaps"),
     "clear": Row("edit", "make bitmaps clean"),
     "enable": Row("edit", "make bitmaps record writes"),
     "disable": Row("edit", "stop bitmaps from recording writes"),
+    "invalidate": Row("edit", "mark bitmaps as inconsistent, so that no program trusts them"),
     "rename": Row("edit", "give a bitmap another name"),
     "copy": Row("edit", "copy a bitmap; the copy records writes if the original does"),
     "set": Row("edit", "make ranges dirty, widened to whole granules"),
@@ -59,10 +61,10 @@ COMMANDS = {
 }
 
 GROUPS = {
-    "look at bitmaps": ("dump", "map", "check"),
+    "look at bitmaps": ("dump", "map", "check", "verdict"),
     "edit bitmaps": (
-        *("add", "remove", "clear", "enable", "disable", "rename", "copy"),
-        *("set", "reset", "invert", "fit", "merge"),
+        *("add", "remove", "clear", "enable", "disable", "invalidate", "rename"),
+        *("copy", "set", "reset", "invert", "fit", "merge"),
     ),
     "repair what is broken, outdated or in use": ("repair", "undo", "salvage"),
     "carry bitmaps outside of an image": ("stream", "sidecar"),

@@ -179,10 +179,10 @@ def _print_use(bitmaps: Sequence[Bitmap]) -> None:
     sentinels = [bitmap for bitmap in bitmaps if bitmap.is_sentinel]
     if any(bitmap.status == "inconsistent" for bitmap in sentinels):
         print("a sentinel is inconsistent: a VM has the disk, or did not end properly")
-    statuses = Counter(bitmap.status for bitmap in bitmaps if not bitmap.is_sentinel)
-    others = ", ".join(f"{n} {status}" for status, n in statuses.items() if status != "valid")
+    reasons = Counter(bitmap.backup_reason for bitmap in bitmaps if not bitmap.is_sentinel)
+    others = ", ".join(f"{n} {reason}" for reason, n in reasons.items() if reason != "usable")
     if others:
-        usable = f"{statuses['valid']} of {count(statuses.total(), 'bitmap')}"
+        usable = f"{reasons['usable']} of {count(reasons.total(), 'bitmap')}"
         print(f"usable for a backup: {usable} ({others})")
 
 

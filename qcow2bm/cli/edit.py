@@ -22,9 +22,12 @@ from qcow2bm.cli.arguments import (
     size,
 )
 from qcow2bm.cli.images import find, new_name, open_to_edit
-from qcow2bm.cli.messages import about
-from qcow2bm.cli.output import print_dry_run
+from qcow2bm.cli.messages import about, say
+from qcow2bm.cli.output import print_dry_run, quoted
 from qcow2bm.cli.parser import Parser, UsageError
+from qcow2bm.units import escape
+
+_MOST_LISTED = 5
 
 _EPILOG = """\
 The change is atomic: after a failure or a loss of power at any time, all bitmaps are as before, or
@@ -40,12 +43,21 @@ frees them.
 """
 
 
+_INVALIDATE_EPILOG = """
+This is for an image that was restored from an older copy, or whose header was: its bitmaps may look
+valid and miss writes. Bitmaps that were marked are inconsistent: salvage them, or remove them and
+take a full backup.
+"""
+
+_EPILOGS = {"remove": _REMOVE_EPILOG, "invalidate": _INVALIDATE_EPILOG}
+
 _EXAMPLES = {
     "add": ("qcow2bm add vm.qcow2 daily", "qcow2bm add vm.qcow2 fine -g 4k --disabled"),
     "remove": ("qcow2bm remove vm.qcow2 daily weekly", "qcow2bm remove vm.qcow2 --all"),
     "clear": ("qcow2bm clear vm.qcow2 daily",),
     "enable": ("qcow2bm enable vm.qcow2 daily weekly",),
     "disable": ("qcow2bm disable vm.qcow2 --all",),
+    "invalidate": ("qcow2bm invalidate vm.qcow2 --all", "qcow2bm invalidate vm.qcow2 daily"),
     "rename": ("qcow2bm rename vm.qcow2 daily monday", "qcow2bm rename vm.qcow2 @0 monday"),
     "copy": ("qcow2bm copy vm.qcow2 daily monday", "qcow2bm copy vm.qcow2 daily coarse -g 1M"),
     "set": ("qcow2bm set vm.qcow2 daily 1M:64k 8M:", "qcow2bm set --dry-run vm.qcow2 daily 0:1G"),
@@ -83,7 +95,7 @@ def define(parser: Parser) -> None:
     parser.namespace = Arguments
     parser.examples = _EXAMPLES[command]
     parser.notes = (NAME_NOTE,)
-    parser.epilog = _EPILOG + (_REMOVE_EPILOG if command == "remove" else "")
+    parser.epilog = _EPILOG + _EPILOGS.get(command, "")
     add_image(parser, "a qcow2 file or block device that no other process uses")
     _DEFINITIONS[command](parser)
     add_editing(parser)
@@ -156,6 +168,7 @@ _DEFINITIONS: dict[str, Callable[[Parser], None]] = {
     "clear": _define_each,
     "enable": _define_each,
     "disable": _define_each,
+    "invalidate": _define_each,
     "rename": _define_rename,
     "copy": _define_copy,
     "set": _define_ranges,
@@ -168,6 +181,9 @@ _DEFINITIONS: dict[str, Callable[[Parser], None]] = {
 
 # Running
 
+Operation = Callable[[Arguments, Image, Edit], str | None]
+"""Does a command to an edit; returns a note that the user gets if the command succeeds."""
+
 
 def run(arguments: Arguments) -> int:
     """Runs one of the commands; returns the exit status."""
@@ -175,17 +191,19 @@ def run(arguments: Arguments) -> int:
         raise UsageError(
             "give names or --all, not both" if arguments.all else "give names, or --all"
         )
-    plan = None
+    plan, note = None, None
     with (
         about(arguments.image, ValueError),
         open_to_edit(arguments.image, arguments) as image,
         image.edit(dry_run=arguments.dry_run) as edit,
     ):
-        _OPERATIONS[arguments.command](arguments, image, edit)
+        note = _OPERATIONS[arguments.command](arguments, image, edit)
         if arguments.dry_run:
             plan = edit.plan()
     if plan is not None:
         print_dry_run(arguments, arguments.image, plan)
+    if note:
+        say(f"note: {escape(arguments.image)}: {note}")
     return 0
 
 
@@ -242,26 +260,61 @@ def _is_same(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-def _each(operation: Callable[[Edit, str], None]) -> Callable[[Arguments, Image, Edit], None]:
+def _each(operation: Callable[[Edit, str], None]) -> Operation:
     """The same operation on each of several bitmaps."""
 
     def operate(arguments: Arguments, image: Image, edit: Edit) -> None:
-        # All are looked up first: a number means an entry of the image as it was.
-        names = [find(image, name).name for name in arguments.names]
-        if arguments.all:
-            names = [name for name in edit.names if not image.bitmaps[name].in_use]
-        for name in names:
+        for name in _chosen(arguments, image, edit):
             operation(edit, name)
 
     return operate
 
 
-_OPERATIONS: dict[str, Callable[[Arguments, Image, Edit], None]] = {
+def _chosen(arguments: Arguments, image: Image, edit: Edit) -> list[str]:
+    """The names of the bitmaps that are meant: with --all, those that are not in use."""
+    if arguments.all:
+        return [name for name in edit.names if not image.bitmaps[name].in_use]
+    # All are looked up first: a number means an entry of the image as it was.
+    return [find(image, name).name for name in arguments.names]
+
+
+def _enable(arguments: Arguments, image: Image, edit: Edit) -> str | None:
+    chosen = _chosen(arguments, image, edit)
+    disabled = [name for name in chosen if not image.bitmaps[name].auto]
+    for name in chosen:
+        edit.enable(name)
+    if not disabled:
+        return None
+    was, it = ("was", "it") if len(disabled) == 1 else ("were", "them")
+    return (
+        f"{_listed(disabled)} {was} disabled: all that was written meanwhile is missing from {it}"
+    )
+
+
+def _invalidate(arguments: Arguments, image: Image, edit: Edit) -> str | None:
+    chosen = _chosen(arguments, image, edit)
+    trusted = [name for name in chosen if image.is_consistent and not image.bitmaps[name].in_use]
+    for name in chosen:
+        edit.invalidate(name)
+    if trusted:
+        return None
+    what = "any bitmap of the image" if arguments.all else _listed(chosen)
+    return f"nothing to do: no program trusts {what}"
+
+
+def _listed(names: list[str]) -> str:
+    """Some names for a message of one line, in quotes."""
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(map(quoted, names[:_MOST_LISTED])) + more
+
+
+_OPERATIONS: dict[str, Operation] = {
     "add": _add,
     "remove": _remove,
     "clear": _each(Edit.clear),
-    "enable": _each(Edit.enable),
+    "enable": _enable,
     "disable": _each(Edit.disable),
+    "invalidate": _invalidate,
     "rename": _rename,
     "copy": _copy,
     "set": _set,

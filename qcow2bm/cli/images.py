@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from qcow2bm import Bitmap, BitmapNotFoundError, Image, open
+from qcow2bm import BackupVerdict, Bitmap, BitmapNotFoundError, Image, open
 from qcow2bm.cli.arguments import EditingArguments
 from qcow2bm.units import decode_name, escape
 
@@ -32,6 +32,32 @@ def find(image: Image, name: str) -> Bitmap:
     if _is_number(name):
         return _by_number(image, name)
     return image.bitmaps[_plain(name)]
+
+
+def judge(image: Image, name: str) -> BackupVerdict:
+    """The verdict on the bitmap that NAME on the command line means, also if there is none.
+
+    Raises:
+        Qcow2BmError: as `Image.verdict` does.
+    """
+    if not _is_number(name):
+        return image.verdict(_plain(name))
+    try:
+        bitmap = _by_number(image, name)
+    except BitmapNotFoundError as error:
+        return BackupVerdict("missing", error.facts)
+    return bitmap.verdict()
+
+
+def words_of(image: Image, name: str) -> str:
+    """What to write for NAME in another command: a number if the name cannot be printed."""
+    if _is_number(name):
+        return name
+    plain = _plain(name)
+    if plain.isprintable():
+        return name
+    numbers = [entry.index for entry in image.directory if entry.name == plain]
+    return f"@{numbers[0]}" if len(numbers) == 1 else name
 
 
 def new_name(name: str) -> str:

@@ -179,16 +179,19 @@ class Allocator:
     def _search(self, runs: Sequence[int], loose: int) -> _Search:
         """Searches more and more blocks; what is missing comes behind all clusters in use."""
         wanted = sum(runs) + loose
+        blocks = self.refcounts.blocks()
+        near = bisect_left(blocks, self._near)
+        blocks = blocks[near:] + blocks[:near]
+        windows = *_WINDOW_BYTES, self._cluster_size * len(blocks)
         is_unread = self._guest and not self._guest.is_small
         if self._is_behind or (is_unread and self._can_grow):
+            if not self._is_behind:
+                self._free(blocks[: windows[0] // self._cluster_size or 1])  # is a refcount wrong?
             growth = self._extend(wanted, (), self._file_end if self._can_grow else 0)
             if growth is None:
                 raise self._no_room(wanted)
             return _Search([None] * len(runs), [], growth)
-        blocks = self.refcounts.blocks()
-        near = bisect_left(blocks, self._near)
-        blocks = blocks[near:] + blocks[:near]
-        for number, window in enumerate((*_WINDOW_BYTES, self._cluster_size * len(blocks))):
+        for number, window in enumerate(windows):
             free = self._free(blocks[: window // self._cluster_size or 1])
             placed, pieces, left = place_runs(free, runs, loose)
             if not left:

@@ -47,7 +47,7 @@ def test_opening_an_image_needs_no_numpy() -> None:
 
 
 MODULES = ("compare", "new_file", "problems", "rescue", "sidecar", "stream", "units")
-LITERALS = ("CommitOutcome", "Hint", "Op", "Policy", "Severity", "State", "Status")
+LITERALS = ("BackupReason", "CommitOutcome", "Hint", "Op", "Policy", "Severity", "State", "Status")
 
 
 @pytest.mark.parametrize("name", qcow2bm.__all__)

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 from support.edit_operations import Operation, named, operations, planned
-from support.layouts import FAMILIES, LAYOUTS, NAMES, build, header
+from support.layouts import FAMILIES, LAYOUTS, NAMES, build, header, image, set_refcount
 
 import qcow2bm
 
@@ -23,6 +23,35 @@ def test_some_states(name: str) -> None:
     for operation in random.sample(found, min(len(found), 2)):
         judge, plan = planned(build(name), operation)
         judge.judge_all(plan, random, most=4)
+
+
+@pytest.mark.spec("INV-ATOMIC", "INV-HEADER", "INV-REFCOUNT", "EDIT-21")
+@pytest.mark.parametrize("name", ["invalidate", "invalidate two"])
+@pytest.mark.parametrize("refcount", [0, 2])
+@pytest.mark.parametrize("layout", ["12", "9"])
+def test_wrong_refcounts_of_bitmaps_do_not_matter_if_bitmaps_are_only_invalidated(
+    layout: str, refcount: int, name: str
+) -> None:
+    """The header was restored from an older copy: the clusters of its bitmaps were freed."""
+    data = image(int(layout), 3)
+    with qcow2bm.open(bytes(data)) as opened:
+        extension = opened.bitmaps_extension
+        assert extension
+        for place in (
+            extension.bitmap_directory_offset,
+            *(entry.bitmap_table_offset for entry in opened.directory),
+        ):
+            set_refcount(data, place // opened.cluster_size, refcount)
+    other = named("set")
+    with pytest.raises(qcow2bm.FormatError, match="refcount"):
+        planned(bytes(data), other)
+    judge, plan = planned(bytes(data), named(name))
+    assert judge.judge_all(plan, Random(name)) >= 9
+    with qcow2bm.open(bytes(data)) as opened, opened.edit(dry_run=True) as edit:
+        edit.invalidate("b00")
+        edit.rename("b01", "other")
+        with pytest.raises(qcow2bm.FormatError, match="refcount"):
+            edit.plan()
 
 
 @pytest.mark.spec("INV-ATOMIC", "INV-HEADER", "INV-REFCOUNT")

@@ -107,6 +107,19 @@ class EditedImage(RuleBasedStateMachine):
         self._then(lambda edit: edit.remove_all())
 
     @precondition(lambda self: self.model)
+    @rule(number=st.integers(0, 5))
+    def invalidate_and_salvage(self, number: int) -> None:
+        """Salvaging the stored bits takes the invalidation back."""
+        name = self._pick(number)
+
+        def operate(edit: qcow2bm.Edit | Bitmaps) -> None:
+            if isinstance(edit, qcow2bm.Edit):
+                edit.invalidate(name)
+                edit.salvage(name, trust_stored=True)
+
+        self._then(operate)
+
+    @precondition(lambda self: self.model)
     @rule(number=st.integers(0, 5), new=NAMES)
     def rename(self, number: int, new: str) -> None:
         name = self._pick(number)

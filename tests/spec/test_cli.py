@@ -72,8 +72,8 @@ def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
-        "dump, map, check, repair, undo, salvage, stream dump, stream restore, sidecar load, "
-        "sidecar dump, edits, rescues",
+        "dump, map, check, verdict, repair, undo, salvage, stream dump, stream restore, "
+        "sidecar load, sidecar dump, edits, rescues",
         "dump, map, check, stream write, sidecar save",
     )
     assert (
@@ -214,7 +214,7 @@ def test_bitmap_limits_what_is_shown_and_not_the_status(cli: Cli) -> None:
     assert cli.run("dump", "IMAGE", "--bitmap", "weekly", "--no-count").status == 2
 
 
-def verdict(done: Done) -> list[str]:
+def usable_part(done: Done) -> list[str]:
     """The lines of a dump from the line on that says what is usable for a backup."""
     lines = done.out.splitlines()
     return lines[
@@ -228,21 +228,24 @@ def test_a_dump_says_what_is_usable(cli: Cli) -> None:
         "to make one valid again, with no VM running:",
         "  qcow2bm salvage IMAGE NAME --all-dirty",
     ]
-    assert verdict(cli.run("dump", "IMAGE")) == [
-        "usable for a backup: 2 of 3 bitmaps (1 inconsistent)",
+    assert usable_part(cli.run("dump", "IMAGE")) == [
+        "usable for a backup: 1 of 3 bitmaps (1 disabled, 1 inconsistent)",
         *salvage,
     ]
-    assert verdict(cli.run("dump", "IMAGE", "--bitmap=daily")) == []
-    assert verdict(cli.run("dump", "IMAGE", "--bitmap=crashed")) == [
+    assert usable_part(cli.run("dump", "IMAGE", "--bitmap=weekly")) == [
+        "usable for a backup: 0 of 1 bitmap (1 disabled)"
+    ]
+    assert usable_part(cli.run("dump", "IMAGE", "--bitmap=daily")) == []
+    assert usable_part(cli.run("dump", "IMAGE", "--bitmap=crashed")) == [
         "usable for a backup: 0 of 1 bitmap (1 inconsistent)",
         *salvage,
     ]
     cli.write(patched(image(), in_table(DAILY, 1 << 60)))
-    first, second, *_ = verdict(cli.run("dump", "IMAGE"))
-    assert first == "usable for a backup: 1 of 3 bitmaps (1 broken, 1 inconsistent)"
+    first, second, *_ = usable_part(cli.run("dump", "IMAGE"))
+    assert first == "usable for a backup: 0 of 3 bitmaps (1 broken, 1 disabled, 1 inconsistent)"
     assert second == "QEMU will not open this image"
     cli.write(broken("bitmaps-extension.autoclear.off"))
-    assert verdict(cli.run("dump", "IMAGE")) == [
+    assert usable_part(cli.run("dump", "IMAGE")) == [
         "usable for a backup: 0 of 3 bitmaps (3 stale)",
         *salvage,
     ]
@@ -262,6 +265,24 @@ def test_a_dump_says_how_to_mend_the_image_where_that_helps(cli: Cli, id: str) -
         assert said[1:] == ["  qcow2bm repair IMAGE --undo UNDO_FILE"]
 
 
+@pytest.mark.spec("CLI-15")
+@pytest.mark.parametrize("id", [None, *IDS])
+def test_a_dump_counts_as_usable_what_the_verdict_says(cli: Cli, id: str | None) -> None:
+    if id:
+        cli.write(broken(id))
+    with qcow2bm.open(cli.path) as opened:
+        reasons = [opened.bitmap(entry.index).verdict().reason for entry in opened.directory]
+    found = usable_part(cli.run("dump", "IMAGE"))
+    if set(reasons) <= {"usable"}:
+        assert found == []
+        return
+    usable = reasons.count("usable")
+    of = f"{len(reasons)} bitmap{'s' * (len(reasons) > 1)}"
+    assert found[0].startswith(f"usable for a backup: {usable} of {of} (")
+    for reason in set(reasons) - {"usable"}:
+        assert f"{reasons.count(reason)} {reason}" in found[0]
+
+
 KEYS_OF_SCHEMA_1 = {
     "dump": "schema filename version virtual-size cluster-size file-size refcount-bits features "
     "extensions bitmap-directory bitmaps problems",
@@ -273,6 +294,7 @@ KEYS_OF_SCHEMA_1 = {
     "clusters dirty-bytes",
     "Clusters": "all-zeroes all-ones allocated",
     "Extent": "start length",
+    "verdict": "schema filename bitmap usable reason message dirty-bytes next",
     "Problem": "id severity structure field offset message bitmap bitmap-index",
     "map": "offset length type description",
     "map totals": "size percent type description",
@@ -431,15 +453,21 @@ def test_one_command_is_one_edit(cli: Cli) -> None:
 @pytest.mark.parametrize(
     "command",
     ["add IMAGE new", "remove IMAGE --all", "clear IMAGE daily", "enable IMAGE weekly",
-     "disable IMAGE daily", "rename IMAGE daily new", "copy IMAGE daily new -g 1M",
-     "set IMAGE daily 0:1M", "reset IMAGE daily 0:1M", "invert IMAGE daily", "fit IMAGE daily",
-     "merge IMAGE daily weekly --op xor"],
+     "disable IMAGE daily", "invalidate IMAGE --all", "rename IMAGE daily new",
+     "copy IMAGE daily new -g 1M", "set IMAGE daily 0:1M", "reset IMAGE daily 0:1M",
+     "invert IMAGE daily", "fit IMAGE daily", "merge IMAGE daily weekly --op xor"],
 )  # fmt: skip
 def test_edits_are_silent_and_dry_runs_are_dry(cli: Cli, command: str) -> None:
+    said = (
+        f'qcow2bm: note: {cli.path}: "weekly" was disabled: all that was written meanwhile is '
+        "missing from it\n"
+        if command.startswith("enable ")
+        else ""
+    )
     before = cli.path.read_bytes()
     cli.path.chmod(0o400)
     dry = cli.run(*command.split(), "--dry-run", "--output=json")
-    assert (dry.status, dry.err) == (0, "")
+    assert (dry.status, dry.err) == (0, said)
     check_dry_run(dry.json)
     steps = dry.json["steps"]
     assert dry.json["bytes"] == sum(step["length"] or 0 for step in steps)
@@ -450,7 +478,7 @@ def test_edits_are_silent_and_dry_runs_are_dry(cli: Cli, command: str) -> None:
     assert str(dry.json["bytes"]) in text.out or "nothing to write" in text.out
     assert cli.path.read_bytes() == before
     cli.path.chmod(0o600)
-    assert cli.run(*command.split()) == Done(0, "", "")
+    assert cli.run(*command.split()) == Done(0, "", said)
     assert (cli.path.read_bytes() != before) == bool(steps)
 
 

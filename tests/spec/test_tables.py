@@ -12,8 +12,8 @@ import pytest
 from support.specreader import Table, page, pages
 
 from qcow2bm import problems
-from qcow2bm.bitmaps import status
-from qcow2bm.cli import check, commands, messages, output, parser
+from qcow2bm.bitmaps import backup_verdict, status
+from qcow2bm.cli import check, commands, messages, output, parser, verdict
 from qcow2bm.format import (
     bitmap_table,
     directory,
@@ -253,9 +253,23 @@ def test_lock_bytes() -> None:
 
 
 def test_exit_statuses() -> None:
-    stated = [int(text) for text in page("cli.md").table("Exit status").column("status")]
-    assert stated == [0, messages.FAILED, output.PROBLEMS_FOUND, check.LEAKS, parser.USAGE]
+    cells = page("cli.md").table("Exit status").column("status")
+    stated = {int(text) for cell in cells for text in cell.split(", ")}
+    others = {0, messages.FAILED, output.PROBLEMS_FOUND, check.LEAKS, parser.USAGE}
+    assert stated == others | set(verdict.STATUSES.values())
     assert check.ERRORS == output.PROBLEMS_FOUND
+
+
+def test_reasons_of_a_verdict() -> None:
+    rows = page("cli.md").table("Verdict").rows
+    assert {row["reason"]: int(row["status"]) for row in rows} == verdict.STATUSES
+    reasons = set(get_args(backup_verdict.BackupReason))
+    assert alternatives("verdict", "reason") == verdict.STATUSES.keys() == reasons
+    cells = page("bitmaps.md").table("Use for a backup").column("reason")
+    stated = [reason for cell in cells for reason in cell.split(", ")]
+    assert {*stated, "running"} == reasons
+    assert len(set(verdict.STATUSES.values())) == len(verdict.STATUSES)
+    assert not {messages.FAILED, output.PROBLEMS_FOUND} & set(verdict.STATUSES.values())
 
 
 def test_options() -> None:

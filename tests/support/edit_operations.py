@@ -63,6 +63,18 @@ def _several(edit: qcow2bm.Edit | Bitmaps) -> None:
     edit.remove("b01")
 
 
+def _invalidate_two(edit: qcow2bm.Edit | Bitmaps) -> None:
+    edit.invalidate("b00")
+    edit.invalidate("b01")
+
+
+def _change_and_invalidate(edit: qcow2bm.Edit | Bitmaps) -> None:
+    edit.set("b00", START, STOP - START)
+    edit.invalidate("b00")
+    edit.invalidate("b01")
+    edit.add("other", 65536)
+
+
 def _add_two(edit: qcow2bm.Edit | Bitmaps) -> None:
     edit.add("first", 512)
     edit.set("first", 0, 512)
@@ -122,6 +134,9 @@ OPERATIONS = (
     Operation("remove all, add", 1, _remove_all_and_more),
     Operation("clear", 1, lambda e: e.clear("b00")),
     Operation("disable", 1, lambda e: e.disable("b00")),
+    Operation("invalidate", 1, lambda e: e.invalidate("b00")),
+    Operation("invalidate two", 2, _invalidate_two),
+    Operation("invalidate and more", 2, _change_and_invalidate),
     Operation("rename", 1, lambda e: e.rename("b00", RENAMED)),
     Operation("copy", 1, lambda e: e.copy("b00", "copy")),
     Operation("copy coarser", 1, lambda e: e.copy("b00", "copy", 65536)),

@@ -46,6 +46,11 @@ def check_salvage(document: object) -> None:
     _check_object("salvage", document, "salvage")
 
 
+def check_verdict(document: object) -> None:
+    """Raises AssertionError unless the document is what ``verdict`` may print."""
+    _check_object("verdict", document, "verdict")
+
+
 def check_sidecar_dump(document: object) -> None:
     """Raises AssertionError unless the document is what ``sidecar dump`` may print."""
     _check_object("sidecar dump", document, "sidecar dump")

@@ -35,7 +35,7 @@ REFCOUNTS_ONLY = ("add two", "remove", "set", "several")
 """The operations that differ most in how they allocate and free clusters."""
 
 IN_USE_ONLY = (
-    *("remove one in_use", "remove all", "set", "several"),
+    *("remove one in_use", "remove all", "set", "several", "invalidate"),
     *("salvage one in_use", "salvage one in_use as it is stored"),
 )
 
@@ -44,7 +44,9 @@ STALE_ONLY = (
     *("salvage a stale one", "salvage a stale one as it is stored"),
 )
 
-MISFIT_ONLY = ("add", "remove", "remove all", "remove all, add", "disable", "rename")
+MISFIT_ONLY = (
+    *("add", "remove", "remove all", "remove all, add", "disable", "rename", "invalidate"),
+)
 """The operations that do not need the bits of b00."""
 
 
@@ -332,7 +334,7 @@ def _specials() -> Iterator[Layout]:
     yield special("garbage in free clusters of 512", 25, lambda: with_garbage(9, 25))
     for bits, bitmaps in ((12, 3), (9, 25)):
         make = partial(with_uncounted_guest_data, bits, bitmaps)
-        yield special(f"guest clusters of {1 << bits} with refcount 0", bitmaps, make)
+        yield special(f"guest clusters among garbage of {1 << bits}", bitmaps, make)
 
 
 def _full() -> Iterator[Layout]:

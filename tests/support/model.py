@@ -242,6 +242,9 @@ class Bitmaps:
     def disable(self, name: str) -> None:
         self[name].enabled = False
 
+    def invalidate(self, name: str) -> None:
+        self[name].status = "inconsistent"
+
     def rename(self, name: str, new_name: str) -> None:
         self.by_name = {new_name if n == name else n: b for n, b in self.by_name.items()}
 
