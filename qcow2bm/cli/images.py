@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from qcow2bm import BackupVerdict, Bitmap, BitmapNotFoundError, Image, open
+from qcow2bm import BackupVerdict, Bitmap, BitmapError, BitmapNotFoundError, Image, open
 from qcow2bm.cli.arguments import EditingArguments
 from qcow2bm.units import decode_name, escape
 
@@ -85,12 +85,30 @@ def _by_number(image: Image, name: str) -> Bitmap:
     count = len(image.directory)
     # int() accepts digits of other scripts, and refuses more than 4300 of them.
     if name[1:].isdecimal() and name.isascii() and len(name) < 8 and int(name[1:]) < count:
+        _require_clear(image, name)
         return image.bitmap(int(name[1:]))
     known = f"@0 to @{count - 1}" if count else "none"
     raise BitmapNotFoundError(
         name,
         f"not found; directory entries: {known} (a name that begins with @ is written with @@)",
     )
+
+
+def _require_clear(image: Image, name: str) -> None:
+    """Raises `BitmapError` if NAME is a number, and is the name of another entry, too.
+
+    `qemu-img` would take NAME as the name, so to guess would change or remove the wrong bitmap.
+    """
+    names = {entry.name: entry.index for entry in image.directory}
+    number = int(name[1:])
+    if names.get(name, number) != number:
+        spellings = (f"@{number:0{width}}" for width in range(1, 8))
+        entry = next(spelling for spelling in spellings if spelling not in names)
+        raise BitmapError(
+            name,
+            f'exists, but "{name}" also means entry {number} of the directory: write "@{name}" for '
+            f'the bitmap of that name, or "{entry}" for entry {number}',
+        )
 
 
 def valid_bitmaps(image: Image) -> tuple[list[Bitmap], list[str]]:

@@ -102,3 +102,25 @@ def test_an_error_names_the_file_once(folder: Path) -> None:
     # A message that begins with the same letter as the file name keeps its first letter.
     for command in (["map", "b", "nope"], ["dump", "b", "--bitmap=nope"]):
         assert run(command, folder).err.startswith('qcow2bm: b: bitmap "nope" not found; ')
+
+
+@pytest.mark.spec("CLI-4")
+@pytest.mark.parametrize("command", ["map", "remove", "verdict", "rename"])
+def test_a_name_that_looks_like_the_number_of_another_entry_is_refused(
+    tmp_path: Path, command: str
+) -> None:
+    names = (b"@1", b"b", b"c", b"@3", b"@02")
+    data = build_image(*(Stored(name) for name in names), cluster_bits=12).data
+    path = tmp_path / "vm.qcow2"
+    path.write_bytes(data)
+    more = ["new"] if command == "rename" else []
+    for name, literal, number in (("@1", "@@1", "@01"), ("@02", "@@02", "@2")):
+        refused = run([command, "vm.qcow2", name, *more], tmp_path)
+        assert refused.status == 1
+        assert f'write "{literal}" for the bitmap of that name, or "{number}" for' in refused.err
+        assert path.read_bytes() == data
+        for spelling in (literal, number):
+            assert run([command, "vm.qcow2", spelling, *more], tmp_path).status == 0
+            path.write_bytes(data)
+    # The entry with number 3 has the name "@3": both readings mean the same.
+    assert run([command, "vm.qcow2", "@3", *more], tmp_path).status == 0
