@@ -25,6 +25,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_REPEATING = (
+    *("crash", "faults", "property", "migration/test_model.py", "migration/test_lifecycle.py"),
+    *("migration/test_stream_fuzz.py", "test_hostile.py", "checking/test_broken.py"),
+    *("spec/test_invariants.py", "bitmaps/test_commit.py", "tracker/test_interrupts.py"),
+)
+"""Tests that run the same lines thousands of times; others reach all of these lines, too."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measures no coverage where that costs much and tells nothing new."""
+    folder = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(folder).as_posix().startswith(_REPEATING):
+            item.add_marker(pytest.mark.no_cover)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
