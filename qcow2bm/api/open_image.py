@@ -168,12 +168,12 @@ class OpenImage:
 
     def close(self) -> None:
         """Abandons what is going on, lets the locks go, and closes the storage if it is owned."""
-        try:
-            if self._activity and self._activity.abandon:
-                self._activity.abandon()  # without the locks nothing may be written
-        finally:
-            self.leave("closed", "open")
-            self._resources.close()
+        if self._activity and self._activity.abandon:
+            # Without the locks nothing may be written. If an interrupt ends the waiting for another
+            # thread that writes, the locks stay until the next `close`.
+            self._activity.abandon()
+        self.leave("closed", "open")
+        self._resources.close()
 
     def survey(self) -> Survey:
         """Returns what the bitmap tables have; the first call reads the tables.

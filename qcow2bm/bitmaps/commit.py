@@ -92,6 +92,7 @@ def _plan(
     if is_revived or is_sparing:  # clusters of bitmaps are not allocated, whatever their refcounts
         uses = used_by_bitmaps(file, directory)
         ends = [used.offset + used.length for used in uses]
+        ends += [stop for _, stop in metadata.survey.ranges]
         end = max(ends, default=0) if capacity else max([*ends, file.file_size])
         taken = [(0, ceil_div(end, file.cluster_size))]
         allocator = Allocator(file, taken, 0, capacity, guest, is_behind=True)

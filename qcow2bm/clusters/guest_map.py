@@ -26,9 +26,13 @@ from qcow2bm.format.l1_l2 import (
     compressed_extent,
 )
 from qcow2bm.format.words import parse_words
+from qcow2bm.units import align_up
 
 MAX_BYTES = 1 << 20
-"""How many bytes of L1 tables, and how many of L2 tables, are read for an edit of a file."""
+"""How many bytes of L1 tables, and how many of L2 tables, are read for an edit of a file.
+
+One L2 table is read however large it is: with clusters of 2 MiB it is larger than this.
+"""
 
 MAX_L2_TABLES = 1024
 """How many L2 tables are read for an edit of a file: each costs a call, however small it is."""
@@ -49,6 +53,8 @@ class _Table(NamedTuple):
 class GuestMap:
     """The clusters of the active disk and of all snapshots, by their L1 and L2 tables.
 
+    The L1 tables of snapshots themselves are among these clusters.
+
     Attributes:
         is_small: whether the tables are within `MAX_BYTES` and `MAX_L2_TABLES`. If they are, each
             is read at most once.
@@ -67,12 +73,27 @@ class GuestMap:
         self._has_guest_data = not features & INCOMPATIBLE_DATA_FILE
         places = {(file.header.l1_table_offset, file.header.l1_size)}
         places.update((entry.l1_table_offset, entry.l1_size) for entry in snapshot_entries(file))
-        lengths = {offset: L1_ENTRY_LENGTH * entries for offset, entries in sorted(places)}
-        self._l1_tables = {o: length for o, length in lengths.items() if file.contains(o, length)}
+        # QEMU reads zeros behind the end of the file, so what is in the file counts.
+        end = align_up(file.file_size, file.cluster_size)
+        self._l1_tables = {
+            offset: min(L1_ENTRY_LENGTH * entries, (end - offset) & -L1_ENTRY_LENGTH)
+            for offset, entries in sorted(places)
+            if entries and offset < end
+        }
+        # The active table is among the metadata that are known to everyone; those of snapshots are
+        # known here only.
+        active = file.header.l1_table_offset
+        self._l1_clusters = {
+            number
+            for offset, length in self._l1_tables.items()
+            if offset != active
+            for number in self._covered(offset, length)
+        } - set(self._covered(active, self._l1_tables.get(active, 0)))
         self.is_small = sum(self._l1_tables.values()) <= MAX_BYTES
         self._leads = self._l1_leads() if self.is_small else set()
         count = len(self._l2_tables(self._leads))
-        self.is_small &= count <= MAX_L2_TABLES and count * file.cluster_size <= MAX_BYTES
+        self.is_small &= count <= MAX_L2_TABLES
+        self.is_small &= count <= 1 or count * file.cluster_size <= MAX_BYTES
         self._read: list[_Table] | None = None
 
     def _l1_leads(self) -> set[int]:
@@ -93,10 +114,10 @@ class GuestMap:
             return []
         return [offset for offset in leads if not offset % size and file.contains(offset, size)]
 
-    def _covered(self, offset: int) -> range:
-        """The numbers of the clusters in which a cluster at this host offset lies."""
-        last = offset + self._file.cluster_size - 1
-        return range(offset >> self._bits, (last >> self._bits) + 1)
+    def _covered(self, offset: int, length: int | None = None) -> range:
+        """The numbers of the clusters in which these bytes lie; by default as many as a cluster."""
+        end = offset + (self._file.cluster_size if length is None else length)
+        return range(offset >> self._bits, (end - 1 >> self._bits) + 1)
 
     def _tables(self) -> list[_Table]:
         """The L2 tables of a small map, which are kept in memory."""
@@ -152,6 +173,7 @@ class GuestMap:
         wanted = {number for first, stop in runs for number in range(first, stop)}
         offsets = {number << self._bits for number in wanted} - {0}
         found = {number for offset in leads for number in self._covered(offset)} & wanted
+        found |= self._l1_clusters & wanted
         for table in tables:
             found |= wanted & table.odd
             if not offsets.isdisjoint(table.offsets):
@@ -165,6 +187,7 @@ class GuestMap:
             StorageError: reading failed.
         """
         found = {number for offset in self._leads for number in self._covered(offset)}
+        found |= self._l1_clusters
         for table in self._tables():
             found |= table.odd
             found.update(offset >> self._bits for offset in table.offsets if offset)

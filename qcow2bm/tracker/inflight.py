@@ -92,6 +92,12 @@ class InFlightWrites:
             self._drainers.discard(drainer)
             self._changed.notify_all()
 
+    def end_draining(self) -> None:
+        """Lets writes begin that wait: for the end of tracking, when no mark is taken any more."""
+        with self._lock:
+            self._drainers.clear()
+            self._changed.notify_all()
+
     def require_outside(self) -> None:
         """Raises `StateError` if the calling thread has a write in flight.
 
@@ -110,9 +116,18 @@ class Write:
     ) -> None:
         """``start`` and ``length`` are guest bytes, and are given to ``mark``."""
         self._writes, self._mark, self._range = writes, mark, (start, length)
+        self._is_used = False
 
     def __enter__(self) -> None:
-        """Waits until writes may begin, and marks; raises as ``mark`` does."""
+        """Waits until writes may begin, and marks.
+
+        Raises:
+            StateError: this object was entered before.
+            ValueError, StateError: as ``mark`` does.
+        """
+        if self._is_used:
+            raise StateError("used", "a new one for each write", "the context manager")
+        self._is_used = True
         try:
             self._writes.begin(self)
             self._mark(*self._range)

@@ -110,6 +110,7 @@ class Session:
     def end(self, event: Event, cause: BaseException | None = None) -> None:
         """Ends tracking by an event: marks raise from now on, and nothing more is written."""
         self.recorder.close(after(self.state, event), cause)
+        self.in_flight.end_draining()
         self.apply(event, cause=cause)
         self._on_end()
         if event == "fail":

@@ -176,6 +176,48 @@ def with_two_l2_tables() -> bytearray:
     return data
 
 
+@pytest.mark.spec("REF-8")
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_the_l1_table_of_a_snapshot_stays(is_cut_off: bool) -> None:
+    """Its refcount is 0, or it reaches past the end of the file and leads to what has none."""
+    data = bytearray(with_snapshots())
+    (place,) = struct.unpack_from(">Q", data, 64)
+    (l1_table,) = struct.unpack_from(">Q", data, place)
+    if is_cut_off:
+        l1_table = append(data, bytes(data[l1_table : l1_table + 8]))
+        struct.pack_into(">QI", data, place, l1_table, 2 * SIZE // 8)
+        (l2_table,) = struct.unpack_from(">Q", data, l1_table)
+        (content,) = struct.unpack_from(">Q", data, l2_table)
+        cluster = content // SIZE
+    else:
+        cluster = l1_table // SIZE
+    set_refcount(data, cluster, 0)
+    before = bytes(data[cluster * SIZE : (cluster + 1) * SIZE])
+    fill(data)
+    assert data[cluster * SIZE : (cluster + 1) * SIZE] == before
+
+
+@pytest.mark.spec("REF-8")
+@pytest.mark.parametrize("structure", ["L1 table", "snapshot table"])
+def test_what_only_invalidates_spares_fixed_structures(structure: str) -> None:
+    """On a device, where the structure is the last one and has the refcount 0."""
+    data = bytearray(with_snapshots())
+    if structure == "L1 table":
+        l1_size, old = struct.unpack_from(">IQ", data, 36)
+        place = append(data, bytes(data[old : old + 8 * l1_size]))
+        struct.pack_into(">Q", data, 40, place)
+    else:
+        (old,) = struct.unpack_from(">Q", data, 64)
+        place = append(data, bytes(data[old : old + SIZE]))
+        struct.pack_into(">Q", data, 64, place)
+    set_refcount(data, place // SIZE, 0)
+    before = bytes(data[place : place + SIZE])
+    data += bytes(64 * SIZE)
+    with qcow2bm.open(Fixed(data), "r+") as image, image.edit() as edit:
+        edit.invalidate("b00")
+    assert data[place : place + SIZE] == before
+
+
 @pytest.mark.spec("REF-9")
 @pytest.mark.parametrize(("limit", "value"), [("MAX_BYTES", 1000), ("MAX_L2_TABLES", 1)])
 def test_with_more_tables_new_clusters_lie_behind_all_others(
@@ -197,7 +239,7 @@ def test_with_more_tables_new_clusters_lie_behind_all_others(
 def test_a_storage_that_cannot_grow_reads_all_tables(
     limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = bytearray(with_uncounted_guest_data(12, 3)) + bytes(100 * SIZE)
+    data = with_two_l2_tables() + bytes(100 * SIZE)
     guest, before = guest_bytes(data), bytes(data)
     monkeypatch.setattr(guest_map, "MAX_BYTES", limit)
     with pytest.raises(qcow2bm.FormatError, match=r"refcount of the cluster at .* is 0, must be 1"):

@@ -110,3 +110,18 @@ def test_the_end_of_the_block_abandons(tmp_path: Path, action: str) -> None:
             assert not interrupter.was_hit
             break
     assert at > 20
+
+
+def test_a_write_is_entered_only_once(tmp_path: Path) -> None:
+    """A second use would end the record of the first one, and `stop` would not wait for it."""
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(build_image(Stored(b"b", granularity_bits=BITS), size=SIZE).data)
+    with qcow2bm.open(path, "r+") as image, image.track() as tracker:
+        writing = tracker.writing(0, 1)
+        with writing:
+            with pytest.raises(qcow2bm.StateError, match="used"):
+                writing.__enter__()
+            with pytest.raises(qcow2bm.StateError, match="inside a write"):
+                tracker.flush()
+        with pytest.raises(qcow2bm.StateError, match="used"):
+            writing.__enter__()
