@@ -184,10 +184,11 @@ def test_the_l1_table_of_a_snapshot_stays(is_cut_off: bool) -> None:
     (place,) = struct.unpack_from(">Q", data, 64)
     (l1_table,) = struct.unpack_from(">Q", data, place)
     if is_cut_off:
-        l1_table = append(data, bytes(data[l1_table : l1_table + 8]))
+        content = append(data, b"only the snapshot has this")
+        append(data, b"a cluster in use behind it")
+        l2_table = append(data, struct.pack(">Q", content))
+        l1_table = append(data, struct.pack(">Q", l2_table))
         struct.pack_into(">QI", data, place, l1_table, 2 * SIZE // 8)
-        (l2_table,) = struct.unpack_from(">Q", data, l1_table)
-        (content,) = struct.unpack_from(">Q", data, l2_table)
         cluster = content // SIZE
     else:
         cluster = l1_table // SIZE
