@@ -101,6 +101,16 @@ def test_no_bitmap_is_usable_that_a_repair_drops(id: str, tmp_path: Path) -> Non
         assert not usable & lost
 
 
+@pytest.mark.spec("STAT-5")
+@pytest.mark.parametrize("id", [id for id in IDS if id.startswith("header.")])
+def test_no_bitmap_is_usable_in_an_image_that_qemu_cannot_open(id: str) -> None:
+    with qcow2bm.open(broken(id)) as image:
+        faults = [found for found in image.problems if found.severity in ("refused", "unusable")]
+        for name in image.bitmaps:
+            verdict = image.verdict(name)
+            assert not (verdict.usable and faults), faults
+
+
 def test_the_bits_are_read_by_the_verdict_and_not_by_its_reason() -> None:
     image = image_of(ENABLED)
     with qcow2bm.open(image.data) as opened:

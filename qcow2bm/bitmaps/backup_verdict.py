@@ -49,8 +49,9 @@ def backup_reason(
     """Returns the reason of the verdict on a bitmap, and for a broken bitmap the first problem.
 
     ``status`` and ``reason`` are what `qcow2bm.bitmaps.status.judge` returned, and ``problems``
-    are the problems of the bitmap that a reader knows. If `repair` would drop the bitmap because of
-    one of them, no backup is to use the bitmap, even if its status is "valid".
+    are the problems of the bitmap and of the header that a reader knows. If `repair` would drop the
+    bitmap because of one of them, or if a problem of the header keeps QEMU from opening the image,
+    no backup can use the bitmap, even if its status is "valid".
     """
     if status != VALID:
         return status, reason

@@ -119,4 +119,5 @@ class Metadata:
 
         Raises as `survey` does.
         """
-        return backup_reason(entry, *self.status_of(entry), self.problems_of(entry.index))
+        problems = (*self.problems_of(entry.index), *self.header_problems)
+        return backup_reason(entry, *self.status_of(entry), problems)
