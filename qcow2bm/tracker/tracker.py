@@ -18,7 +18,6 @@ from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker import handover
 from qcow2bm.tracker.edit import TrackerEdit, rotate
 from qcow2bm.tracker.flusher import Flusher
-from qcow2bm.tracker.inflight import Write
 from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
 from qcow2bm.tracker.session import Session
 
@@ -123,7 +122,7 @@ class Tracker:
         Raises:
             ValueError, StateError: as `mark` does, before the block begins.
         """
-        return Write(self._session.in_flight, self.mark, start, length)
+        return self._session.in_flight.write(lambda: self.mark(start, length))
 
     @property
     def pending(self) -> Pending:

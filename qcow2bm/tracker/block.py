@@ -1,0 +1,53 @@
+"""A context manager that an interrupt (Ctrl-C) does not leave half entered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from qcow2bm.errors import StateError
+
+
+class Block:
+    """A context manager that calls ``begin`` before its block, and ``end`` after the block.
+
+    An interrupt can come at any line. Therefore ``end`` is called as well if ``begin`` raises, and
+    once more if ``end`` itself is interrupted; it must allow for both. A generator as a context
+    manager would leave behind what ``begin`` recorded, as long as the traceback of the interrupt
+    lives.
+    """
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        """The object can be entered once, because ``begin`` and ``end`` belong to one block."""
+        self._begin, self._end = begin, end
+        self._is_used = False
+
+    def __enter__(self) -> None:
+        """Calls ``begin``, and raises what it raises.
+
+        Raises:
+            StateError: the object was entered before.
+        """
+        if self._is_used:
+            raise StateError("used", "a new one for each block", "the context manager")
+        self._is_used = True
+        try:
+            self._begin()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        try:
+            self._end()
+        except BaseException:  # an interrupt
+            self._end()
+            raise
