@@ -142,7 +142,7 @@ def test_names_from_a_stream_are_escaped(folder: Path) -> None:
     (folder / "vm.qcow2").write_bytes(names().data)
     alias = os.fsdecode(b"d\x1b\xff")
     command = ["stream", "write", "vm.qcow2", f"--node-alias={alias}", "--section-only"]
-    assert run([*command, "-o", "out", "@1", "@2", "-q"], folder).status == 0
+    assert run([*command, "-o", "out", "@01", "@2", "-q"], folder).status == 0
     text = run(["stream", "dump", "out"], folder).out
     for shown in (r'"a\x1b[31mred\nb"', r'"\xff\xfe"', r'"d\x1b\xff"'):
         assert shown in text
