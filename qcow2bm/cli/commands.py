@@ -28,61 +28,64 @@ class Row(NamedTuple):
     summary: str
 
 
-COMMANDS = {
-    "dump": Row("dump", "show everything about the bitmaps of an image"),
-    "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
-    "check": Row("check", "find everything that is wrong with an image, and explain it"),
-    "verdict": Row("verdict", "say whether the next incremental backup can use a bitmap"),
-    "add": Row("edit", "add a bitmap that records writes from now on"),
-    "remove": Row("edit", "remove bitmaps"),
-    "clear": Row("edit", "make bitmaps clean"),
-    "enable": Row("edit", "make bitmaps record writes"),
-    "disable": Row("edit", "stop bitmaps from recording writes"),
-    "invalidate": Row("edit", "mark bitmaps as inconsistent, so that no program trusts them"),
-    "rename": Row("edit", "give a bitmap another name"),
-    "copy": Row("edit", "copy a bitmap; the copy records writes if the original does"),
-    "set": Row("edit", "make ranges dirty, widened to whole granules"),
-    "reset": Row("edit", "make ranges clean, narrowed to whole granules"),
-    "invert": Row("edit", "make clean ranges dirty, and dirty ranges clean"),
-    "fit": Row("edit", "fit bitmaps to a disk that another program resized without them"),
-    "merge": Row("edit", "combine bitmaps, of any granularity"),
-    "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
-    "undo": Row("repair", "take back a repair"),
-    "salvage": Row("salvage", "make an inconsistent or stale bitmap valid again"),
-    "stream": Row("stream", "read or write the bitmaps of a migration stream of QEMU"),
-    "sidecar": Row("sidecar", "carry the bitmaps of a disk in a separate file"),
-    "attach": Row("attach", "make the image that keeps the bitmaps of an existing raw disk"),
-    "demo": Row("demo", "show on a temporary image how short tracking makes a stop"),
-    "nbdkit-plugin": Row(
-        "nbdkit_plugin", "print the path of the nbdkit plugin that serves a disk and tracks writes"
-    ),
-    "rescue": Row("rescue", "keep the bitmaps of a running VM through a migration that fails"),
-    "completion": Row("completion", "print a script that lets a shell complete commands"),
-}
-
-GROUPS = {
-    "look at bitmaps": ("dump", "map", "check", "verdict"),
-    "edit bitmaps": (
-        *("add", "remove", "clear", "enable", "disable", "invalidate", "rename"),
-        *("copy", "set", "reset", "invert", "fit", "merge"),
-    ),
-    "repair what is broken, outdated or in use": ("repair", "undo", "salvage"),
-    "carry bitmaps outside of an image": ("stream", "sidecar"),
-    "track writes": ("attach", "demo", "nbdkit-plugin"),
-    "keep the bitmaps of a running VM": ("rescue",),
-    "use this program": ("completion",),
+COMMANDS_BY_GROUP = {
+    "look at bitmaps": {
+        "dump": Row("dump", "show everything about the bitmaps of an image"),
+        "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
+        "check": Row("check", "find everything that is wrong with an image, and explain it"),
+        "verdict": Row("verdict", "say whether the next incremental backup can use a bitmap"),
+    },
+    "edit bitmaps": {
+        "add": Row("edit", "add a bitmap that records writes from now on"),
+        "remove": Row("edit", "remove bitmaps"),
+        "clear": Row("edit", "make bitmaps clean"),
+        "enable": Row("edit", "make bitmaps record writes"),
+        "disable": Row("edit", "stop bitmaps from recording writes"),
+        "invalidate": Row("edit", "mark bitmaps as inconsistent, so that no program trusts them"),
+        "rename": Row("edit", "give a bitmap another name"),
+        "copy": Row("edit", "copy a bitmap; the copy records writes if the original does"),
+        "set": Row("edit", "make ranges dirty, widened to whole granules"),
+        "reset": Row("edit", "make ranges clean, narrowed to whole granules"),
+        "invert": Row("edit", "make clean ranges dirty, and dirty ranges clean"),
+        "fit": Row("edit", "fit bitmaps to a disk that another program resized without them"),
+        "merge": Row("edit", "combine bitmaps, of any granularity"),
+    },
+    "repair what is broken, outdated or in use": {
+        "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
+        "undo": Row("repair", "take back a repair"),
+        "salvage": Row("salvage", "make an inconsistent or stale bitmap valid again"),
+    },
+    "carry bitmaps outside of an image": {
+        "stream": Row("stream", "read or write the bitmaps of a migration stream of QEMU"),
+        "sidecar": Row("sidecar", "carry the bitmaps of a disk in a separate file"),
+    },
+    "track writes": {
+        "attach": Row("attach", "make the image that keeps the bitmaps of an existing raw disk"),
+        "demo": Row("demo", "show on a temporary image how short tracking makes a stop"),
+        "nbdkit-plugin": Row(
+            "nbdkit_plugin",
+            "print the path of the nbdkit plugin that serves a disk and tracks writes",
+        ),
+    },
+    "keep the bitmaps of a running VM": {
+        "rescue": Row("rescue", "keep the bitmaps of a running VM through a migration that fails"),
+    },
+    "use this program": {
+        "completion": Row("completion", "print a script that lets a shell complete commands"),
+    },
 }
 """The commands in the order of the help, under headings that say what one wants."""
+
+COMMANDS = {word: row for rows in COMMANDS_BY_GROUP.values() for word, row in rows.items()}
 
 
 def root() -> Parser:
     """The parser of the words with which commands begin."""
     parser = Parser((), "Persistent dirty bitmaps of qcow2 disk images: read, inspect, edit.")
     parser.add_argument("--version", action="version", version=f"qcow2bm {__version__}")
-    for group, words in GROUPS.items():
-        for word in words:
-            module, summary = COMMANDS[word]
-            parser.add_command(word, summary, partial(_define, module), group)
+    for group, rows in COMMANDS_BY_GROUP.items():
+        for word, row in rows.items():
+            parser.add_command(word, row.summary, partial(_define, row.module), group)
     return parser
 
 
