@@ -22,6 +22,7 @@ from qcow2bm.format.l1_l2 import (
     L2_MASKS,
     SUBCLUSTER_MASKS,
     SUBCLUSTERS_PER_CLUSTER,
+    compressed_extent,
 )
 
 _L1_RESERVED = L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"]
@@ -172,11 +173,8 @@ class GuestWalk:
             reason = "is compressed, beside a data file"
             self._each("l2-table.entry.compressed", table, is_compressed, reason)
             return
-        bits = 62 - (self._bits - 8)
-        entries = words[is_compressed] & ~copied
-        start = (entries & np.uint64((1 << bits) - 1)).astype(np.int64)
-        sectors = (entries >> np.uint64(bits) & np.uint64((1 << self._bits - 8) - 1)) + np.uint64(1)
-        end = start - (start & 511) + 512 * sectors.astype(np.int64)
+        extents = compressed_extent(words[is_compressed], self._bits)
+        start, end = (places.astype(np.int64) for places in extents)
         is_outside = end - self._file.file_size >= self._file.cluster_size
         outside = np.zeros(len(words), bool)
         outside[np.flatnonzero(is_compressed)[is_outside]] = True

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, overload
+
 from construct import BitsInteger, BitStruct
 
 from qcow2bm.format.schema import bit_masks
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 L1_ENTRY_LENGTH = 8
 L2_ENTRY_LENGTH = 8  # with extended L2 entries, another 8 bytes follow: `SUBCLUSTERS`
@@ -35,8 +41,16 @@ SUBCLUSTER_MASKS = bit_masks(SUBCLUSTERS)
 """The mask of each field in an entry that was read as a big-endian integer of 64 bits."""
 
 
-def compressed_extent(word: int, cluster_bits: int) -> tuple[int, int]:
+@overload
+def compressed_extent(word: int, cluster_bits: int) -> tuple[int, int]: ...
+@overload
+def compressed_extent(
+    word: NDArray[np.uint64], cluster_bits: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]: ...
+def compressed_extent(word: Any, cluster_bits: int) -> Any:
     """Returns the host bytes, as (start, end), of a compressed cluster by its L2 table entry.
+
+    ``word`` may also be an array of entries, uint64[n]; the results are then arrays, too.
 
     *Spec*: the entry has the offset of the first byte in its low ``62 - (cluster_bits - 8)`` bits,
     and above them the number of 512-byte sectors that follow the first sector.
@@ -44,4 +58,4 @@ def compressed_extent(word: int, cluster_bits: int) -> tuple[int, int]:
     offset_bits = 62 - (cluster_bits - 8)
     start = word & (1 << offset_bits) - 1
     sectors = (word >> offset_bits & (1 << cluster_bits - 8) - 1) + 1
-    return start, start - start % 512 + 512 * sectors
+    return start, start - start % 512 + sectors * 512
