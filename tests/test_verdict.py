@@ -6,22 +6,14 @@ import pickle
 from pathlib import Path
 
 import pytest
-from support.images import Built, Stored, build_image
+from support.images import Built, Stored
 from support.problem_images import IDS, broken
+from support.verdict_images import BITS, CRASHED, DISABLED, ENABLED, SIZE, image_of
 
 import qcow2bm
-from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+from qcow2bm.format.directory import FLAG_IN_USE
 
-SIZE = 160 << 16
-BITS = b"\5"
-ENABLED = Stored(b"enabled", [BITS])
-DISABLED = Stored(b"disabled", [BITS], flags=0)
-CRASHED = Stored(b"crashed", [BITS], flags=FLAG_AUTO | FLAG_IN_USE)
 CRASHED_DISABLED = Stored(b"crashed and disabled", [BITS], flags=FLAG_IN_USE)
-
-
-def image_of(*bitmaps: Stored, autoclear: bool = True) -> Built:
-    return build_image(*bitmaps, size=SIZE, autoclear=autoclear)
 
 
 def verdict(image: Built, name: str) -> qcow2bm.BackupVerdict:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support import golden_images as images
 from support.console import environment, run, start
+from support.faulty_storage import FailingRead
 from support.images import Built, Stored, build_image
 from support.jsonspec import check_dump, check_map
 
@@ -240,25 +241,13 @@ def test_odd_file_names_are_escaped(tmp_path: Path) -> None:
 
 def test_any_failing_read_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If any read fails, a person gets one line, and a program gets no part of a document."""
-    from qcow2bm.storage import file
-
     arguments = ["dump", "--output=json", "--sha256", "vm.qcow2"]
     sound = run(arguments, folder)
-    read = file._pread_into
-    left = 0
-
-    def failing(descriptor: int, buffer: memoryview, offset: int) -> int:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise OSError(5, "Input/output error")
-        return read(descriptor, buffer, offset)
-
-    monkeypatch.setattr(file, "_pread_into", failing)
+    failing = FailingRead(monkeypatch)
     for number in range(1, 1000):
-        left = number
+        failing.left = number
         result = run(arguments, folder)
-        if left > 0:
+        if failing.left > 0:
             assert result == sound
             break
         assert result.status == 1

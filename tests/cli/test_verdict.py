@@ -12,25 +12,18 @@ from pathlib import Path
 import pytest
 from support import golden_images
 from support.console import Result, environment, run
+from support.faulty_storage import FailingRead
 from support.images import Built, Stored, build_image
 from support.jsonspec import check_verdict
 from support.kinds import READ_KINDS
 from support.problem_images import IDS, broken
+from support.verdict_images import BITS, CRASHED, DISABLED, ENABLED, SIZE, image_of
 
 import qcow2bm
 from qcow2bm.cli.verdict import STATUSES
-from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+from qcow2bm.format.directory import FLAG_IN_USE
 
-SIZE = 160 << 16
-BITS = b"\5"
-ENABLED = Stored(b"enabled", [BITS])
-DISABLED = Stored(b"disabled", [BITS], flags=0)
-CRASHED = Stored(b"crashed", [BITS], flags=FLAG_AUTO | FLAG_IN_USE)
 CRASHED_DISABLED = Stored(b"off", [BITS], flags=FLAG_IN_USE)
-
-
-def image_of(*bitmaps: Stored, autoclear: bool = True) -> Built:
-    return build_image(*bitmaps, size=SIZE, autoclear=autoclear)
 
 
 def of_unknown_type() -> Built:
@@ -205,23 +198,12 @@ def test_what_cannot_be_found_out_is_1(tmp_path: Path, name: str, options: list[
 @pytest.mark.spec("CLI-38")
 def test_a_read_that_fails_is_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever read fails, the answer is never yes, and never one of the answers no."""
-    from qcow2bm.storage import file
-
     (tmp_path / "vm.qcow2").write_bytes(image_of(ENABLED).data)
-    read, left = file._pread_into, 0
-
-    def failing(descriptor: int, buffer: memoryview, offset: int) -> int:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise OSError(5, "Input/output error")
-        return read(descriptor, buffer, offset)
-
-    monkeypatch.setattr(file, "_pread_into", failing)
+    failing = FailingRead(monkeypatch)
     for number in range(1, 1000):
-        left = number
+        failing.left = number
         done = run(["verdict", "vm.qcow2", "enabled"], tmp_path)
-        if left > 0:
+        if failing.left > 0:
             break
         assert (done.status, done.out) == (1, "")
         assert "Input/output error" in done.err

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from support.qemu import Disk, StorageDaemon, run
+from support.qemu import Disk, held_by_storage_daemon, run
 
 import qcow2bm
 from qcow2bm.storage.file import FileStorage
@@ -15,13 +15,6 @@ from qcow2bm.storage.file import FileStorage
 MiB, GiB = 1 << 20, 1 << 30
 
 Holder = Callable[[Disk], AbstractContextManager[None]]
-
-
-@contextmanager
-def in_storage_daemon(disk: Disk) -> Iterator[None]:
-    with StorageDaemon() as daemon:
-        daemon.open(disk, read_only=False)
-        yield
 
 
 @pytest.fixture
@@ -40,7 +33,7 @@ def dirty_bits(bitmap: qcow2bm.Bitmap) -> int:
     return int.from_bytes(bitmap.packed().tobytes()).bit_count()
 
 
-@pytest.mark.parametrize("holder", [Disk.held_by_qemu_io, in_storage_daemon])
+@pytest.mark.parametrize("holder", [Disk.held_by_qemu_io, held_by_storage_daemon])
 def test_an_image_somebody_writes_to(disk: Disk, holder: Holder) -> None:
     with holder(disk):
         with pytest.raises(qcow2bm.ImageLockedError, match="is writing to it"):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.console import run
 from support.jsonspec import check_verdict
-from support.qemu import LEAKS, Disk, StorageDaemon
+from support.qemu import LEAKS, Disk, held_by_storage_daemon
 
 import qcow2bm
 
@@ -21,13 +21,6 @@ SIZE = 64 * MiB
 AUTOCLEAR_BYTE = 88 + 7
 
 Holder = Callable[[Disk], AbstractContextManager[None]]
-
-
-@contextmanager
-def in_storage_daemon(disk: Disk) -> Iterator[None]:
-    with StorageDaemon() as daemon:
-        daemon.open(disk, read_only=False)
-        yield
 
 
 @pytest.fixture
@@ -55,7 +48,7 @@ def help_it(disk: Disk, document: Any) -> None:
         assert run(argv[1:], disk.path.parent).status == 0
 
 
-@pytest.mark.parametrize("holder", [Disk.held_by_qemu_io, in_storage_daemon])
+@pytest.mark.parametrize("holder", [Disk.held_by_qemu_io, held_by_storage_daemon])
 @pytest.mark.parametrize("name", ["daily", "base", "never there"])
 def test_the_status_is_8_while_qemu_writes_to_the_image(
     disk: Disk, holder: Holder, name: str

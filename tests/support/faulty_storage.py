@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm.errors import StorageError
+from qcow2bm.storage import file
 from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.units import ceil_div
 
 if TYPE_CHECKING:
+    import pytest
     from typing_extensions import Buffer
 
 SECTOR = 512
@@ -181,3 +183,19 @@ def sectors_of(offset: int, length: int, share: float) -> int:
     first, last = offset // SECTOR, ceil_div(offset + length, SECTOR)
     stop = (first + int((last - first) * share)) * SECTOR
     return max(0, min(stop - offset, length))
+
+
+class FailingRead:
+    """One read of files fails: the one that ``left`` counts down to; none while it is 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Takes the place of the function that reads from files."""
+        self.left = 0
+        self._read = file._pread_into
+        monkeypatch.setattr(file, "_pread_into", self._fail_or_read)
+
+    def _fail_or_read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(5, "Input/output error")
+        return self._read(descriptor, buffer, offset)

@@ -247,3 +247,11 @@ class StorageDaemon:
         """Ends the daemon as kill -9 does."""
         self._process.kill()
         self._process.wait(_TIMEOUT)
+
+
+@contextmanager
+def held_by_storage_daemon(disk: Disk) -> Iterator[None]:
+    """A qemu-storage-daemon has the image open for writing meanwhile."""
+    with StorageDaemon() as daemon:
+        daemon.open(disk, read_only=False)
+        yield
