@@ -268,9 +268,10 @@ class Image:
         have the name, the verdict is that on the first of them: none of them is usable.
 
         *Guarantees*: if the verdict is "usable", the image records every write since the bitmap
-        was made or cleared, as far as the image itself can tell. That does not hold in two cases:
-        a VM writes to the image while it is read with ``force_share``; or the image, or its header,
-        was restored from an older copy (then use `Edit.invalidate`).
+        was made or cleared, as far as the header and the metadata of bitmaps can tell; `check` also
+        reads refcounts and L2 tables. That does not hold in two cases: a VM writes to the image
+        while it is read with ``force_share``; or the image, or its header, was restored from an
+        older copy (then use `Edit.invalidate`).
 
         Raises:
             StateError: the image is closed, being edited, or being tracked.

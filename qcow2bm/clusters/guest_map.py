@@ -207,7 +207,7 @@ class GuestMap:
         if shared:
             reason = (
                 "holds metadata of the image, but an L1 or L2 table leads to it, too; an image "
-                "with such a fault is not edited"
+                "with such a fault is not edited; check names what shares the cluster"
             )
             raise FormatError("image", "cluster", shared[0][0] * size, reason)
 
