@@ -153,8 +153,7 @@ class Step(NamedTuple):
             raise BrokenStateError(f"there are new faults: {set(found.faults)}")
         if found.unknown_autoclear and state.data != self.image:
             raise BrokenStateError("an unknown autoclear bit is still set after a change")
-        if findings.under_counted:
-            raise BrokenStateError(f"refcounts are too low: {findings.under_counted}")
+        findings.require_counted(self.image)
         self._judge_bitmaps(found, old, new)
         self._judge_token(found, old, new)
 

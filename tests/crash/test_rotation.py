@@ -97,8 +97,7 @@ def judge(run: Session, before: Facts, found: Findings[Facts], first_step: int) 
     facts = found.facts
     if facts.fixed != before.fixed or facts.faults - before.faults:
         raise BrokenStateError(f"the image has {facts.fixed} and {facts.faults}")
-    if found.under_counted:
-        raise BrokenStateError(f"refcounts are too low: {found.under_counted}")
+    found.require_counted(run.image)
     old = {bitmap.name: bitmap for bitmap in before.bitmaps}
     names = {bitmap.name for bitmap in facts.bitmaps}
     if not old.keys() <= names:

@@ -78,8 +78,7 @@ class Session(NamedTuple):
             raise BrokenStateError(f"there are new faults: {set(facts.faults)}")
         if facts.has_unknown_autoclear and state.data != self.image:
             raise BrokenStateError("an unknown autoclear bit is still set after a change")
-        if found.under_counted:
-            raise BrokenStateError(f"refcounts are too low: {found.under_counted}")
+        found.require_counted(self.image)
 
     def _judge_bitmaps(self, facts: Facts, interval: Interval, *, is_after: bool) -> None:
         if len(facts.bitmaps) != len(self.old.bitmaps):

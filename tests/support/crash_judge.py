@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from random import Random
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -31,7 +32,7 @@ from qcow2bm.format.header import Header
 Seen = TypeVar("Seen")
 
 Phase = Literal["old", "either", "new"]
-"""Which bitmaps a state may have."""
+"""The bitmaps that a state may have."""
 
 
 class Recorded(NamedTuple):
@@ -61,6 +62,20 @@ class Findings(NamedTuple, Generic[Seen]):
 
     facts: Seen
     under_counted: list[str]
+
+    def require_counted(self, image: bytes) -> None:
+        """Raises `BrokenStateError` if a refcount is too low that was not too low in ``image``.
+
+        Clusters whose refcounts were too low before must be left alone: a cluster that an edit
+        uses has one more reference.
+        """
+        if found := set(self.under_counted) - _under_counted_before(image):
+            raise BrokenStateError(f"refcounts are too low: {found}")
+
+
+@lru_cache(maxsize=4)
+def _under_counted_before(image: bytes) -> frozenset[str]:
+    return frozenset(under_counted(image))
 
 
 def reader(look: Callable[[ObservedImage], Seen]) -> Callable[[ObservedImage], Findings[Seen]]:
@@ -228,16 +243,11 @@ read = reader(look)
 
 
 class Judge(NamedTuple):
-    """Judges the states of one image while it is edited.
-
-    ``uncounted`` are the clusters whose refcounts are too low before the edit. The edit must leave
-    them alone: a cluster that the edit uses has one more reference.
-    """
+    """Judges the states of one image while it is edited."""
 
     image: bytes
     old: Facts
     new: tuple[Recorded, ...]
-    uncounted: frozenset[str] = frozenset()
 
     def judge(self, data: bytes | bytearray, phase: Phase) -> Facts:
         """The facts about a state; raises `BrokenStateError` unless all is well."""
@@ -258,8 +268,7 @@ class Judge(NamedTuple):
         # A program that set an unknown bit must find all that it knows, or the bit cleared.
         if facts.has_unknown_autoclear and is_changed():
             raise BrokenStateError("an unknown autoclear bit is still set after a change")
-        if under_counted := set(found.under_counted) - self.uncounted:
-            raise BrokenStateError(f"refcounts are too low: {under_counted}")
+        found.require_counted(self.image)
 
     def judge_state(self, interval: Interval, choice: Choice, plan: Plan) -> Facts:
         """The facts about one state of an interval; raises as `judge` does."""
@@ -292,7 +301,7 @@ class Judge(NamedTuple):
 
 
 def phase(plan: Plan, interval: Interval, *, is_complete: bool = False) -> Phase:
-    """Which bitmaps are to be found in an interval of a plan, or at its end."""
+    """Returns which bitmaps are to be found in an interval of a plan, or at its end."""
     point = plan.commit_point
     if point is None or interval.stop_step <= point:
         return "old"

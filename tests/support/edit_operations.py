@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from support.crash_judge import Judge, Recorded, look, under_counted
+from support.crash_judge import Judge, Recorded, look
 from support.layouts import Layout, image
 from support.model import Bitmaps, Model
 
@@ -109,7 +109,7 @@ def _fitted(*, is_longer: bool) -> Callable[[Bitmaps], None]:
 
 
 def _salvaged(name: str, *, is_stale: bool, is_all_dirty: bool) -> Callable[[Bitmaps], None]:
-    """If the extension was stale, the other bitmaps are in_use afterwards."""
+    """Returns the effect of salvaging; if the extension was stale, other bitmaps become in_use."""
 
     def model(bitmaps: Bitmaps) -> None:
         if is_stale:
@@ -204,4 +204,4 @@ def planned(data: bytes, operation: Operation) -> tuple[Judge, Plan]:
             plan = edit.plan()
             assert plan.steps, "an operation that changes nothing shows nothing"
         new = operation.expected(old.bitmaps, image.virtual_size)
-    return Judge(data, old, new, frozenset(under_counted(data))), plan
+    return Judge(data, old, new), plan
