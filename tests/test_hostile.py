@@ -24,6 +24,8 @@ from qcow2bm.format.extensions import BACKING_FORMAT, DATA_FILE, FEATURE_NAMES
 CLUSTER = 512
 SIZE = 3 * 8 * CLUSTER << 16
 MAX_MEMORY = 16 << 20
+MOST_USED = 256
+"""How many bitmaps of an image are used, about: all of them unless there are more."""
 
 ERRORS = {
     "inconsistent": qcow2bm.BitmapInconsistentError,
@@ -59,7 +61,7 @@ def traced() -> Iterator[list[int]]:
 
 
 def use_everything(data: bytes | bytearray) -> Sequence[str]:
-    """Opens an image, calls all there is, and compares; returns the statuses of its bitmaps.
+    """Opens an image, calls all there is, and compares; returns the statuses of the used bitmaps.
 
     Raises anything but the errors that are promised, and AssertionError.
     """
@@ -73,7 +75,9 @@ def use_everything(data: bytes | bytearray) -> Sequence[str]:
             image.features(kind)
         _ = (image.backing_file, image.extensions, image.refcount_bits, image.virtual_size)
         assert all(image.bitmaps[name].name == name for name in image.bitmaps)
-        for bitmap in (image.bitmap(entry.index) for entry in image.directory):
+        # A mutant can have thousands of entries, nearly all of them alike: a part of them tells.
+        step = 1 + len(image.directory) // MOST_USED
+        for bitmap in (image.bitmap(entry.index) for entry in image.directory[::step]):
             statuses.append(bitmap.status)
             _ = bitmap.clusters
             if bitmap.status == "valid":

@@ -45,12 +45,12 @@ GRANULE = 512
 GRANULES = 4
 SIZE = GRANULE * GRANULES
 BY_A, BY_B, BY_STRANGERS, BY_B_LATER = range(GRANULES)
-"""Which granule each writes, so that a missing bit tells whose write it is."""
+"""The granule that each writer writes, so that a missing bit tells whose write it is."""
 
 Dirty = frozenset[int]
 Snapshot = tuple[bytes, dict[str, Dirty]]
 AUTOCLEAR = slice(FIELD_OFFSETS["autoclear_features"], FIELD_OFFSETS["autoclear_features"] + 8)
-"""Where the header has the autoclear bits."""
+"""The offset of the autoclear bits in the header."""
 
 
 class Disk:
@@ -251,7 +251,7 @@ class Qemu:
 
 
 def _without_clearing(plan: Plan) -> Plan:
-    """Without the steps that clear bits unknown to the planner."""
+    """Returns a plan without the steps that clear bits unknown to the planner."""
     steps = list(plan.steps)
     if isinstance(steps[0], Write) and "unknown features" in steps[0].what:
         del steps[:2]
@@ -276,7 +276,7 @@ class Seen(NamedTuple):
         return frozenset(g for g in written if g * GRANULE // self.granularity not in self.dirty)
 
 
-@lru_cache(1 << 16)
+@lru_cache(1 << 12)  # more would not make it faster, and images are large
 def look(data: bytes) -> dict[str, Seen]:
     """All bitmaps of an image by name."""
     with qcow2bm.open(data) as image:
@@ -653,7 +653,7 @@ def in_memory(tracker: Tracker) -> dict[str, Seen]:
 
 
 def touched(tracker: Tracker) -> tuple[tuple[int, ...], ...]:
-    """Which pieces are to be stored."""
+    """Returns the pieces that are to be stored, by bitmap."""
     bitmaps = tracker._session.recording.bitmaps
     return tuple(tuple(bitmap.due().tolist()) for bitmap in bitmaps)
 
