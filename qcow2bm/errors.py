@@ -48,23 +48,26 @@ Hint = Literal[
     "copy-again",
     "decompress",
     "force-share",
+    "judge",
     "lock-timeout",
     "read-sidecar",
     "read-stream",
     "remove-all",
+    "rename-copies",
     "salvage-or-remove-all",
     "undo",
     "unlocked",
     "unlocked-write",
 ]
-"""What the caller can do about an error.
+"""A way in which the caller can deal with an error.
 
 ``assert-raw``: assert that a disk is raw although it begins like another format.
 ``assert-unchanged``: assert that nothing wrote to the disk, or make the bitmaps dirty everywhere.
 ``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
 other process. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
 has no locks. ``remove-all``: remove all bitmaps at once. ``salvage-or-remove-all``: salvage the
-bitmaps, or remove all bitmaps at once.
+bitmaps, or remove all bitmaps at once. ``judge``: judge the evidence of a machine that was armed,
+and settle its bitmaps. ``rename-copies``: finish a rescue in the image of a machine that is off.
 
 The other hints are about a file that is no qcow2 image. ``attach``: keep the bitmaps of a raw disk
 in an image beside the disk. ``convert``: make a qcow2 image of it. ``copy-again``: the file is too
@@ -82,15 +85,25 @@ _HINTS: dict[Hint, str] = {
     "copy-again": "if an image is expected here, copy the image again",
     "decompress": "decompress it first",
     "force-share": "read it anyway with force_share=True",
+    "judge": "call qcow2bm.rescue.judge, and qcow2bm.rescue.settle with each verdict",
     "lock-timeout": "stop that process, or wait for it with lock_timeout",
     "read-sidecar": "read it with qcow2bm.sidecar.read",
     "read-stream": "read it with qcow2bm.stream.read",
     "remove-all": "remove all bitmaps with Edit.remove_all",
+    "rename-copies": "try again, or call qcow2bm.rescue.rename_copies when the machine is off",
     "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with Edit.remove_all",
     "undo": "read it with qcow2bm.parse_undo, and take back the repair with qcow2bm.undo",
     "unlocked": "read it without locks with force_share=True",
     "unlocked-write": "if no other process uses it, write without locks with locking=False",
 }
+
+
+def advise(facts: str, hint: Hint | None, words: Mapping[Hint, str] = _HINTS) -> str:
+    """Returns facts and a hint as one text; ``words`` are those of this library by default."""
+    if not hint:
+        return facts
+    separator = " " if facts.endswith("?") else "; "
+    return facts + separator + words[hint]
 
 
 class Qcow2BmError(Exception):
@@ -108,16 +121,13 @@ class Qcow2BmError(Exception):
     def __init__(self, facts: str, *arguments: object, hint: Hint | None = None) -> None:
         """Keeps the message and, for pickle, the arguments of the subclass's constructor."""
         self.facts, self.hint = facts, hint
-        self._message = self.explain(_HINTS)
+        self._message = advise(facts, hint)
         self._arguments = arguments or (facts,)
         super().__init__(self._message)
 
     def explain(self, words: Mapping[Hint, str]) -> str:
         """Returns the message with the hint in the words of another program."""
-        if not self.hint:
-            return self.facts
-        separator = " " if self.facts.endswith("?") else "; "
-        return self.facts + separator + words[self.hint]
+        return advise(self.facts, self.hint, words)
 
     def __str__(self) -> str:
         return self._message
@@ -204,10 +214,12 @@ class BitmapBrokenError(BitmapError):
 class StateError(Qcow2BmError):
     """The call came at the wrong time: ``subject`` is in ``state``, but must be ``required``."""
 
-    def __init__(self, state: str, required: str, subject: str = "the image") -> None:
+    def __init__(
+        self, state: str, required: str, subject: str = "the image", hint: Hint | None = None
+    ) -> None:
         self.state, self.required, self.subject = state, required, subject
-        message = f"{subject} is {state}, but must be {required}"
-        super().__init__(message, state, required, subject)
+        facts = f"{subject} is {state}, but must be {required}"
+        super().__init__(facts, state, required, subject, hint, hint=hint)
 
 
 class ReadOnlyImageError(StateError):

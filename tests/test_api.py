@@ -379,7 +379,7 @@ def test_a_closed_image_gives_nothing(name: str, used: bool) -> None:
 
 @pytest.mark.parametrize("force_share", [False, True])
 def test_extents_end_where_the_image_is_closed(tmp_path: Path, force_share: bool) -> None:
-    """What is read later is read of a file that is open, or not at all."""
+    """Once the image is closed, extents must raise: they must not read a closed file."""
     path = tmp_path / "disk.qcow2"
     words: list[Word] = [b"\x01", *[ZEROES] * (2 * CHUNK_BYTES // CLUSTER), b"\x01"]
     path.write_bytes(

@@ -589,7 +589,7 @@ def test_a_stale_directory_has_only_remarks() -> None:
 
 
 def test_how_far_away_a_table_may_be() -> None:
-    """It need not be in the file for QEMU to open the image, but it must be where a file can be."""
+    """A table past the end of the file is another problem than one past any possible file."""
     image = sound()
     for value, reason in ((MAX_FILE_LENGTH - CLUSTER, "past-eof"), (MAX_FILE_LENGTH, "unreadable")):
         image.plant(value, "directory-entry", 1, "bitmap_table_offset")

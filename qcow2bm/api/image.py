@@ -10,12 +10,12 @@ from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
 from qcow2bm.api.open_image import Loaded, OpenImage
 from qcow2bm.bitmaps.backup_verdict import MISSING, BackupVerdict
-from qcow2bm.bitmaps.status import as_error
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.extensions import DATA_FILE, BitmapsExtension, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
+from qcow2bm.problem_errors import as_error
 from qcow2bm.problems import Problem
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.units import decode_name, escape

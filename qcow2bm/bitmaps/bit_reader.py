@@ -37,7 +37,7 @@ _CountBits = Callable[[memoryview], int]
 _CountEdges = Callable[[memoryview, int], int]
 
 CHUNK_BYTES = 1 << 20
-"""How many bytes of bits are read at a time."""
+"""The number of bytes of bits that are read at a time."""
 
 _NUMPY_PAYS = 64 << 20  # bytes: to count fewer takes less time than to load numpy
 _FEW_BYTES = 8 << 20  # counted so fast that numpy is not worth loading in any case

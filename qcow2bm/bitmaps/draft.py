@@ -29,7 +29,7 @@ from qcow2bm.errors import (
     LimitError,
 )
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE, HEAD_LENGTH, DirectoryEntry
-from qcow2bm.units import align_up, decode_name, encode_name
+from qcow2bm.units import align_up, decode_name, encode_name, escape
 
 if TYPE_CHECKING:
     from qcow2bm.bitmaps.granules import Ranges
@@ -163,9 +163,8 @@ class Draft:
             entry = found.entry
             assert entry is not None, "a new bitmap has bits from the beginning"
             if entry.bitmap_table_size != self._table_size(entry.granularity):
-                raise BitmapBrokenError(
-                    name, "has a table that does not fit the disk: fit it first"
-                )
+                advice = f'fit bitmap "{escape(name)}" first'
+                raise BitmapBrokenError(name, f"has a table that does not fit the disk: {advice}")
             found.bits = DraftBits(self._file, entry.granularity, read_words(self._file, entry))
         return found.bits
 
@@ -226,7 +225,8 @@ class Draft:
             )
         known = self.bitmaps.get(key)
         if known and known.is_in_use:
-            raise BitmapExistsError(name, "already exists, and is inconsistent: remove it first")
+            advice = f'remove bitmap "{escape(name)}" first'
+            raise BitmapExistsError(name, f"already exists, and is inconsistent: {advice}")
         if known or key in self._cut_names:
             raise BitmapExistsError(name)
 

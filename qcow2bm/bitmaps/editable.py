@@ -8,10 +8,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 from qcow2bm.bitmaps.metadata import Metadata
-from qcow2bm.bitmaps.status import as_error
 from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.problem_errors import as_error
 
 
 def require_editable(metadata: Metadata) -> None:

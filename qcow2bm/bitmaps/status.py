@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Final, Literal
 
 from qcow2bm.bitmaps.directory import BitmapDirectory
-from qcow2bm.errors import FormatError, Hint
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.problems import Problem
 
@@ -42,9 +41,3 @@ def judge(
         if found.breaks_bitmap:
             return BROKEN, found.message
     return (INCONSISTENT, "") if entry.in_use else (VALID, "")
-
-
-def as_error(found: Problem, consequence: str = "", hint: Hint | None = None) -> FormatError:
-    """Returns a problem as the error to raise for it, its reason followed by ``consequence``."""
-    field = found.numbered_field
-    return FormatError(found.place, field, found.offset, found.reason + consequence, hint)

@@ -23,12 +23,12 @@ from qcow2bm.problems import DATA, DIRECTORY, TABLE, UNUSABLE, Problem, Severity
 from qcow2bm.units import ceil_div
 
 MAX_FAULTS_LISTED = 16
-"""How many bad entries of a table are listed; one more Problem stands for the others."""
+"""The number of bad entries of a table that are listed; one more Problem stands for the others."""
 
 MAX_TABLES_BYTES = 256 << 20
-"""How many bytes of tables are read in one image: far more than any image needs."""
+"""The limit for the bytes of tables that are read in one image: far more than any image needs."""
 MAX_RANGES = 4_000_000
-"""How many separate ranges of bitmap data are remembered."""
+"""The limit for the separate ranges of bitmap data that are remembered."""
 
 _BATCH_BYTES = 1 << 20
 

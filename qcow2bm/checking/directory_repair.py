@@ -12,7 +12,6 @@ from typing import NamedTuple
 from qcow2bm.bitmaps.commit import ordered
 from qcow2bm.bitmaps.directory import MAX_BITMAPS
 from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
-from qcow2bm.bitmaps.status import as_error
 from qcow2bm.checking.findings import Findings
 from qcow2bm.clusters.allocator import Allocator
 from qcow2bm.clusters.header_draft import HeaderDraft
@@ -26,6 +25,7 @@ from qcow2bm.format.directory import (
 )
 from qcow2bm.format.extensions import BITMAPS, BitmapsExtension, build_bitmaps_extension
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
+from qcow2bm.problem_errors import as_error
 from qcow2bm.problem_kinds import EXTENSION_LENGTH
 from qcow2bm.problems import DIRECTORY, REFCOUNT_TABLE, Problem
 from qcow2bm.units import ceil_div, decode_name

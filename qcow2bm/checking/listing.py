@@ -12,7 +12,7 @@ from qcow2bm.problem_kinds import KINDS, problem, summary_of
 from qcow2bm.problems import UNUSABLE, Problem
 
 MAX_LISTED = 16
-"""How many problems of one kind are listed, unless they concern bitmaps."""
+"""The number of problems of one kind that are listed, unless they concern bitmaps."""
 
 
 class Listing:

@@ -15,7 +15,7 @@ from qcow2bm.units import ceil_div
 
 _CHUNK_BITS = 15
 CHUNK = 1 << _CHUNK_BITS
-"""How many clusters are counted in one array; an array without references does not exist."""
+"""The clusters that are counted in one array; an array without references does not exist."""
 
 
 class References:

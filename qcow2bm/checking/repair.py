@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from qcow2bm.bitmaps.status import as_error
 from qcow2bm.checking.directory_repair import DirectoryRepair, LostBitmap
 from qcow2bm.checking.findings import Findings
 from qcow2bm.checking.readings import believable_readings, length_repair
@@ -19,6 +18,7 @@ from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, coalesce
 from qcow2bm.errors import UnsupportedError
 from qcow2bm.log import logger
+from qcow2bm.problem_errors import as_error
 from qcow2bm.problem_kinds import EXTENSION_LENGTH, UNKNOWN_FEATURE
 from qcow2bm.problems import REFUSED, Problem, RepairName
 from qcow2bm.storage.dry_run import DryRunStorage
@@ -30,7 +30,7 @@ REPAIRS: dict[RepairName, str] = {
     "refcounts": "leaked clusters, and refcounts that are too low",
     "stale": "a stale bitmaps extension, which is removed; not done unless it is asked for",
 }
-"""What can be repaired, by the name of the repair."""
+"""The faults that can be repaired, by the name of the repair."""
 
 
 class Repair(NamedTuple):

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from qcow2bm.bitmaps.status import as_error
 from qcow2bm.checking.findings import Findings
 from qcow2bm.checking.refcount_repair import undercounted_bitmaps
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.problem_errors import as_error
 from qcow2bm.problems import DIRECTORY
 from qcow2bm.storage.dry_run import DryRunStorage
 from qcow2bm.storage.interface import Storage

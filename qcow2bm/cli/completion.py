@@ -21,7 +21,7 @@ _FILES = {
     "zsh": '"${fpath[1]}/_qcow2bm"',
     "fish": "~/.config/fish/completions/qcow2bm.fish",
 }
-"""Where each shell looks for the script; for bash, the package bash-completion looks there."""
+"""The place of the script for each shell; for bash, the package bash-completion looks there."""
 
 _LOADING = {
     "bash": 'eval "$(qcow2bm completion bash)"',

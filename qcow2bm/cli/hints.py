@@ -28,12 +28,14 @@ _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
     "copy-again": (("", "if an image is expected here, copy the image again"),),
     "decompress": (("", "decompress it first"),),
     "force-share": (("-U", "read it anyway with -U"), _WAIT),
+    "judge": (("", "judge it: qcow2bm rescue verdict --qmp SOCKET"),),
     "lock-timeout": (_WAIT,),
     "read-sidecar": (
         ("", "show it: qcow2bm sidecar dump FILE; or use it: qcow2bm sidecar load FILE IMAGE"),
     ),
     "read-stream": (("", "show its bitmaps: qcow2bm stream dump FILE"),),
     "remove-all": (("", "remove all bitmaps with remove --all"),),
+    "rename-copies": (("", "try again, or when the VM is off, run: qcow2bm rescue finish IMAGE"),),
     "salvage-or-remove-all": (
         ("", "salvage the bitmaps, or remove all of them with remove --all"),
     ),
@@ -59,3 +61,8 @@ def explain(error: Exception, has_option: Callable[[str], bool] = lambda option:
         if not option or has_option(option):
             return error.explain({error.hint: text}) if error.hint else error.facts
     return error.facts
+
+
+def advise(reason: str, hint: Hint | None) -> str:
+    """Returns the reason that a result has, and its hint in the words of the command line."""
+    return f"{reason}; {_WORDS[hint][0][1]}" if hint else reason

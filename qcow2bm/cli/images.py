@@ -50,7 +50,7 @@ def judge(image: Image, name: str) -> BackupVerdict:
 
 
 def words_of(image: Image, name: str) -> str:
-    """What to write for NAME in another command: a number if the name cannot be printed."""
+    """Returns the word for NAME in another command: a number if the name cannot be printed."""
     if _is_number(name):
         return name
     plain = _plain(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcow2bm import rescue
+from qcow2bm.cli.hints import advise
 from qcow2bm.cli.output import Document, as_json, count, head, json_text, quoted, size
 from qcow2bm.cli.terminal import print_text
 from qcow2bm.units import escape, format_size
@@ -32,7 +33,7 @@ def print_start(done: rescue.RescueReport, *, dry_run: bool) -> None:
     for one in done.bitmaps:
         bitmap, outcome = one.bitmap, _OUTCOMES.get(one.outcome, one.outcome)
         proof = f", {size(bitmap.dirty_bytes)} dirty, verified by {one.proof}"
-        more = f": {one.reason}" if one.reason else proof if one.proof else ""
+        more = f": {advise(one.reason, one.hint)}" if one.reason else proof if one.proof else ""
         print_text(f"{_named(bitmap)} {outcome}{more}")
     safe = sum(one.is_safe for one in done.bitmaps)
     fate = "would be rescued" if dry_run else "will be stored when the VM quits"
@@ -58,7 +59,7 @@ def start_as_json(address: str, done: rescue.RescueReport, *, dry_run: bool) -> 
             "outcome": one.outcome,
             "verified-by": one.proof,
             "sha256": one.sha256,
-            "reason": one.reason or None,
+            "reason": advise(one.reason, one.hint) or None,
         }
         for one in done.bitmaps
     ]

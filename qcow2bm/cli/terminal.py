@@ -1,4 +1,4 @@
-"""What standard output can show: lines of a width, and colors.
+"""Printing in the width and the colors that standard output can show.
 
 On a terminal, lines are wrapped between words, and a few words have a color. Everywhere else a
 command prints the same words without colors, and each line as a whole.

@@ -26,7 +26,7 @@ from qcow2bm.format.refcounts import ENTRY_LENGTH
 from qcow2bm.units import ceil_div, format_size
 
 _WINDOW_BYTES = 256 << 10, 4 << 20
-"""How many bytes of refcount blocks the first and the second search read before the image grows."""
+"""The bytes of refcount blocks that the first and the second search read before the image grows."""
 
 _MAX_CLUSTER_END = 1 << 56  # bytes: the end of what a bitmap table entry can lead to
 

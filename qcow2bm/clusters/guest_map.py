@@ -29,17 +29,17 @@ from qcow2bm.format.words import parse_words
 from qcow2bm.units import align_up
 
 MAX_BYTES = 1 << 20
-"""How many bytes of L1 tables, and how many of L2 tables, are read for an edit of a file.
+"""The limit for the bytes of L1 tables, and for those of L2 tables, read for an edit of a file.
 
 One L2 table is read however large it is: with clusters of 2 MiB it is larger than this.
 """
 
 MAX_L2_TABLES = 1024
-"""How many L2 tables are read for an edit of a file: each costs a call, however small it is."""
+"""The limit for the L2 tables read for an edit of a file: each costs a call, even a small one."""
 
 
 class _Table(NamedTuple):
-    """Where an L2 table leads to.
+    """The places to which the entries of an L2 table lead.
 
     Attributes:
         offsets: host offsets, uint64[n], each 0 or the start of a cluster.

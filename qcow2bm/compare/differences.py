@@ -17,10 +17,10 @@ from qcow2bm.compare.content import Content, Reader
 from qcow2bm.units import ceil_div
 
 PIECE_BYTES = 512 << 10
-"""How many bytes are compared at once: two pieces fit into the processor's cache."""
+"""The number of bytes that are compared at once: two pieces fit into the processor's cache."""
 
 WORKERS = 2
-"""How many threads compare by default."""
+"""The number of threads that compare by default."""
 
 Progress = Callable[[int], None]
 """Is called with the number of bytes just compared, by any thread, but one call at a time."""

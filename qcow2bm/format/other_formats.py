@@ -1,4 +1,4 @@
-"""What a file is that does not begin like a qcow2 image.
+"""Telling the format of a file that does not begin like a qcow2 image.
 
 Only the error about such a file needs this module.
 """
@@ -13,10 +13,10 @@ from qcow2bm.format.sidecar import MAGIC as SIDECAR_MAGIC
 from qcow2bm.format.undo_file import MAGIC as UNDO_MAGIC
 
 HEAD_BYTES = 0x10048
-"""How much of the start of a file is looked at: up to the magic of btrfs."""
+"""The length of the start of a file that is looked at: up to the magic of btrfs."""
 
 TAIL_BYTES = 512
-"""How much of the end of a file is looked at: the footer of a VHD image."""
+"""The length of the end of a file that is looked at: the footer of a VHD image."""
 
 _LEAST_DISK_BYTES = 512
 _MBR_SIGNATURE = b"\x55\xaa"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 CHUNK_BYTES = 1024
-"""How many bytes of bits a record has; QEMU sends as many."""
+"""The number of bytes of bits in a record; QEMU sends as many."""
 
 _SECTION_ID = 1
 _SECTORS_LIMIT = 1 << 32  # a record counts its sectors in 32 bits

@@ -112,7 +112,7 @@ def _require_judged(node: Node, *, is_set: bool) -> None:
         is_judged = not node.tells_of_a_crash
     if not is_judged:
         subject = f'the sentinel of the node "{escape(node.name)}"'
-        raise StateError("not judged yet", "judged by rescue verdict", subject)
+        raise StateError("not judged yet", "judged first", subject, "judge")
 
 
 def _arm(monitor: Monitor, node: Node) -> ArmedNode:

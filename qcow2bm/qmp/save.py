@@ -81,7 +81,7 @@ def save_sidecar(monitor: Monitor, name: str | None = None) -> MachineSidecar:
     node = _chosen(machine, name)
     if node.tells_of_a_crash or (node.twin and machine.migration in ("completed", "failed")):
         subject = f'the node "{escape(node.name)}"'
-        raise StateError("armed, and not judged", "judged by rescue verdict first", subject)
+        raise StateError("armed, and not judged", "judged first", subject, "judge")
     persistent = [bitmap for bitmap in node.bitmaps if bitmap.is_persistent]
     usable = [bitmap for bitmap in persistent if bitmap.is_usable]
     left_out = tuple(Omission(b, b.why_unusable) for b in persistent if not b.is_usable)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
-from qcow2bm.errors import QmpRefusedError
+from qcow2bm.errors import Hint, QmpRefusedError, advise
 from qcow2bm.log import logger
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.client import Monitor
@@ -37,6 +37,7 @@ class BitmapRescue(NamedTuple):
         reason: why it is left or lost.
         proof: by what the bits were proved to be the same; None if they were not.
         sha256: of the bits, in hex; None where QEMU was not asked, or does not give it.
+        hint: what the caller can do about the reason; None if there is no hint.
     """
 
     bitmap: NodeBitmap
@@ -44,6 +45,12 @@ class BitmapRescue(NamedTuple):
     reason: str = ""
     proof: Proof | None = None
     sha256: str | None = None
+    hint: Hint | None = None
+
+    @property
+    def message(self) -> str:
+        """The reason, and the hint in the words of this library."""
+        return advise(self.reason, self.hint)
 
     @property
     def is_safe(self) -> bool:
@@ -86,9 +93,9 @@ def lift_vetoes(
         scratch.discard_leftover(monitor)
     found = []
     for node in chosen:
-        for bitmap, why_left in plan(node):
-            if why_left:
-                found.append(BitmapRescue(bitmap, "left", why_left))
+        for bitmap, left in plan(node):
+            if left:
+                found.append(left)
             elif dry_run:
                 found.append(BitmapRescue(bitmap, "planned"))
             else:
@@ -97,28 +104,32 @@ def lift_vetoes(
     return RescueReport(machine.migration, tuple(found))
 
 
-def plan(node: Node) -> Iterator[tuple[NodeBitmap, str]]:
-    """Yields each persistent bitmap of a node, and why it must be left; "" if it is rescued."""
+def plan(node: Node) -> Iterator[tuple[NodeBitmap, BitmapRescue | None]]:
+    """Yields each persistent bitmap of a node, and its result if it must be left as it is."""
     for bitmap in node.bitmaps:
         is_replaced = bitmap.is_inconsistent and node.find(copy_of(bitmap.name))
         if bitmap.is_persistent and not is_evidence(bitmap.name) and not is_replaced:
-            yield bitmap, _why_left(node, bitmap)
+            yield bitmap, _left(node, bitmap)
 
 
-def _why_left(node: Node, bitmap: NodeBitmap) -> str:
-    if bitmap.is_inconsistent:
-        return "it is inconsistent: writes are missing from it; remove it, and take a full backup"
-    if node.is_read_only:
-        return "the node is read-only: QEMU stores nothing there, and has nothing to store"
-    if bitmap.is_busy:
-        return "it is busy: a job uses it; try again when the job has ended"
-    if node.twin:
-        return "the node is armed: run rescue verdict first, which says whether its bits are right"
+def _left(node: Node, bitmap: NodeBitmap) -> BitmapRescue | None:
+    """Returns the result for a bitmap that must be left as it is; None if it can be rescued."""
     original = node.find(original_of(bitmap.name))
-    if original and not original.is_inconsistent:
+    hint: Hint | None = None
+    if bitmap.is_inconsistent:
+        reason = "it is inconsistent: writes are missing from it; remove it, and take a full backup"
+    elif node.is_read_only:
+        reason = "the node is read-only: QEMU stores nothing there, and has nothing to store"
+    elif bitmap.is_busy:
+        reason = "it is busy: a job uses it; try again when the job has ended"
+    elif node.twin:
+        reason, hint = "the node is armed, and not judged: its bits may be wrong", "judge"
+    elif original and not original.is_inconsistent:
         name = escape(original.name)
-        return f'it is a copy of "{name}", which is there as well: remove one of them'
-    return ""
+        reason = f'it is a copy of "{name}", which is there as well: remove one of them'
+    else:
+        return None
+    return BitmapRescue(bitmap, "left", reason, hint=hint)
 
 
 def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: bool) -> BitmapRescue:
@@ -162,8 +173,8 @@ def _rename(
     try:
         monitor.transaction(_replacement(copy, name))
     except QmpRefusedError as error:
-        cure = "try again, or run rescue finish when the machine is off"
-        return BitmapRescue(copy, "left", f"QEMU refuses: {error.reason}; {cure}")
+        reason = f"QEMU refuses: {error.reason}"
+        return BitmapRescue(copy, "left", reason, hint="rename-copies")
     bitmap = copy._replace(name=name)
     return _verified(monitor, bitmap, digest, "copied", is_running=is_running)
 
@@ -215,5 +226,5 @@ def _verified(
 
 def _log(done: BitmapRescue) -> None:
     name, node = escape(done.bitmap.name), escape(done.bitmap.node)
-    reason = f": {done.reason}" if done.reason else ""
+    reason = f": {done.message}" if done.message else ""
     logger.info('rescue start: bitmap "%s" of node "%s" %s%s', name, node, done.outcome, reason)

@@ -12,7 +12,6 @@ from threading import Thread
 
 from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES
 from qcow2bm.errors import StateError
-from qcow2bm.log import logger
 from qcow2bm.migration.lifecycle import has_ended
 from qcow2bm.tracker.batches import Batches
 from qcow2bm.tracker.reports import Convergence, FlushReport, Pending
@@ -97,7 +96,6 @@ class Flusher:
                         return
                 except BaseException as error:
                     session.fail_in_background(error)
-                    logger.error("a flush in the background failed", exc_info=error)
                     return
 
         thread = Thread(target=work, name="qcow2bm flush", daemon=True)

@@ -114,7 +114,7 @@ class Session:
         self.apply(event, cause=cause)
         self._on_end()
         if event == "fail":
-            logger.error("tracking has failed: %s", cause)
+            logger.error("tracking has failed: %s", cause, exc_info=cause)
 
     def fail(self, cause: BaseException) -> None:
         """Ends tracking by a failure, unless it has ended before."""

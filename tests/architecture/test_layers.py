@@ -18,7 +18,7 @@ PACKAGE = Path(qcow2bm.__file__).parent
 ROWS = (
     ("units", "log"),
     ("errors", "problems"),
-    ("problem_kinds",),
+    ("problem_errors", "problem_kinds"),
     ("format", "bits", "storage"),
     ("clusters",),
     ("bitmaps",),

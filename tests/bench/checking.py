@@ -1,11 +1,16 @@
-"""Measures how fast checking and comparing two disks are, as ratios to qemu-img and cmp.
+"""Measures how fast checking and comparing two disks are, compared with qemu-img and cmp.
 
     .venv/bin/python tests/bench/checking.py [--rounds 5]
 
+Each line has two times: first that of this library, then that of the program after the slash.
+"2x faster" means that the other program took twice as long, "2x slower" that this library did.
+Both are run in turn (A B A B ...), after one round that is thrown away, and the medians of the
+rounds are compared: times depend on the machine and its load, ratios hardly do. The results of one
+machine are in README.md, "Measured".
+
 The image is of a disk of 16 TiB, of which 10 GiB are allocated, with a bitmap of 32 MiB that is
 random. Two raw files of 4 GiB are compared as `salvage --compare` does: equal, full of random
-bytes, in the page cache if there is room for them; one also as a qcow2 image. Commands are run in
-turn (A B A B ...) after one round that is thrown away, and medians compared. Needs qemu-utils,
+bytes, in the page cache if there is room for them; one also as a qcow2 image. Needs qemu-utils,
 and 13 GB in the folder for temporary files.
 """
 
@@ -96,8 +101,10 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each command is measured")
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory(prefix="qcow2bm-bench-") as folder:
         path = Path(folder, "vm.qcow2")

@@ -1,10 +1,15 @@
-"""Measures how fast reading is, as ratios to QEMU's tools and to the naive way.
+"""Measures how fast reading is, compared with QEMU's tools and with the naive way in numpy.
 
     .venv/bin/python tests/bench/reading.py [--rounds 5] [--only WORD]
 
-Every pair of commands is run in turn (A B A B ...) after one round that is thrown away, and the
-medians are compared: absolute times depend on the machine and its load, ratios hardly do. Needs
-qemu-utils and libnbd-bin, and 600 MB in the folder for temporary files.
+Each line has two times: first that of this library or its command line, then that of the work
+after the slash. "2x faster" means that the other took twice as long, "2x slower" that this library
+did. Both are run in turn (A B A B ...), after one round that is thrown away, and the medians of the
+rounds are compared: times depend on the machine and its load, ratios hardly do. The last lines are
+the most memory that reading 512 MiB of bits takes. The results of one machine are in README.md,
+"Measured".
+
+Needs qemu-utils and libnbd-bin, and 600 MB in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -85,11 +90,10 @@ class Bench:
         title: str,
         ours: Callable[[], object],
         theirs: Callable[[], object],
-        goal: str,
         *,
         times_in_a_row: int = 1,
     ) -> None:
-        """``ours`` is run so often in a row where once is too short to be told from noise."""
+        """Runs both in turn, ``ours`` so often in a row if once is too short to be measured."""
         if self.only not in title:
             return
         times: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
@@ -102,7 +106,7 @@ class Bench:
                     times[run].append((time.perf_counter() - start) / count)
         a, b = median(times[ours]), median(times[theirs])
         ratio = f"{b / a:5.2f}x faster" if b > a else f"{a / b:5.2f}x slower"
-        print(f"{title:<58}{a * 1e3:9.1f} ms {b * 1e3:9.1f} ms  {ratio}  (goal: {goal})")
+        print(f"{title:<58}{a * 1e3:9.1f} ms {b * 1e3:9.1f} ms  {ratio}")
 
 
 def command(*arguments: str | Path) -> Callable[[], object]:
@@ -118,7 +122,7 @@ def command(*arguments: str | Path) -> Callable[[], object]:
 
 
 def nbdinfo(image: Path) -> Callable[[], object]:
-    """Serving the image with its bitmap, and listing the map as JSON."""
+    """Returns a function that serves the image with its bitmap, and lists the map as JSON."""
 
     def run() -> None:
         socket = image.with_suffix(".sock")
@@ -148,32 +152,27 @@ def ours(*arguments: str | Path) -> Callable[[], object]:
 def bench_commands(bench: Bench, folder: Path) -> None:
     small = make_image(folder / "10g", 10 << 30, 16, 0.1)
     baseline = command(PYTHON, "-c", IMPORTS)
-    bench.compare("dump 10 GiB / python -c imports", ours("dump", small), baseline, "1.4x slower")
-    for name, granularity_bits, goals in (
-        ("16 TiB at 64 KiB dense", 16, ("1.2x slower", "3x slower")),
-        ("16 TiB at 4 KiB dense", 12, ("4x faster", "not slower")),
-    ):
+    bench.compare("dump 10 GiB / python -c imports", ours("dump", small), baseline)
+    for name, granularity_bits in (("16 TiB at 64 KiB dense", 16), ("16 TiB at 4 KiB dense", 12)):
         image = make_image(folder / "dense", 16 * TIB, granularity_bits, 0.5)
         info = command("qemu-img", "info", image)
         bench.compare(
             f"dump --no-count {name} / qemu-img info",
             ours("dump", "--no-count", image),
             info,
-            goals[0],
         )
-        bench.compare(f"dump {name} / qemu-img info", ours("dump", image), info, goals[1])
-    for name, size, density, goal in (
-        ("16 TiB, 1 %", 16 * TIB, 0.01, "2.5x faster"),
-        ("16 TiB, 0.1 %", 16 * TIB, 0.001, "1.5x faster"),
-        ("1 TiB, 10 %", TIB, 0.1, "3.5x faster"),
-        ("1 TiB, 50 %", TIB, 0.5, "5x faster"),
+        bench.compare(f"dump {name} / qemu-img info", ours("dump", image), info)
+    for name, size, density in (
+        ("16 TiB, 1 %", 16 * TIB, 0.01),
+        ("16 TiB, 0.1 %", 16 * TIB, 0.001),
+        ("1 TiB, 10 %", TIB, 0.1),
+        ("1 TiB, 50 %", TIB, 0.5),
     ):
         image = make_image(folder / "map", size, 16, density)
         bench.compare(
             f"map --output=json {name} / qemu-nbd + nbdinfo",
             ours("map", "--output=json", image, "b"),
             nbdinfo(image),
-            goal,
         )
 
 
@@ -194,9 +193,9 @@ def bench_process(bench: Bench, folder: Path) -> None:
             file.readinto(fresh.data)
             np.copyto(copy, fresh)
 
-        bench.compare("load 32 MiB / read + memcpy", bitmap.packed, read_and_copy, "1.25x slower")
+        bench.compare("load 32 MiB / read + memcpy", bitmap.packed, read_and_copy)
 
-    for density, goal in ((0.001, "40x faster"), (0.01, "8x faster"), (0.1, "8x faster")):
+    for density in (0.001, 0.01, 0.1):
         image = make_image(folder / "map", 16 * TIB, 16, density)
         with qcow2bm.open(image) as opened:
             bitmap = opened.bitmaps["b"]
@@ -211,7 +210,7 @@ def bench_process(bench: Bench, folder: Path) -> None:
             def found(bitmap: qcow2bm.Bitmap = bitmap) -> int:
                 return sum(len(extents) for extents in bitmap.extents())
 
-            bench.compare(f"extents {density:.1%}, read included / naive", found, naive, goal)
+            bench.compare(f"extents {density:.1%}, read included / naive", found, naive)
 
     entries = 262144
     contiguous = np.arange(1, entries + 1, dtype=np.uint64) << np.uint64(CLUSTER_BITS)
@@ -229,14 +228,12 @@ def bench_process(bench: Bench, folder: Path) -> None:
             f"table of {entries} entries, {what}, parsed / construct Array",
             partial(parse_bitmap_table, data),
             partial(schema.parse, data),
-            "100x faster",
             times_in_a_row=20,
         )
         bench.compare(
             "the same, classified into runs, too / construct Array",
             classify,
             partial(schema.parse, data),
-            "100x faster",
             times_in_a_row=20,
         )
 
@@ -258,10 +255,10 @@ with qcow2bm.open(sys.argv[1]) as image:
 
 
 def bench_memory(bench: Bench, folder: Path) -> None:
-    """The most memory above what was in use before, in a process of its own."""
-    cases = [("stream extents", "extents", d, "24 MiB") for d in (0.0, 0.01, 0.5, 1.0)]
-    cases.append(("load 512 MiB", "load", 0.5, "538.6 MiB"))
-    for title, what, density, goal in cases:
+    """Prints the most memory above what was in use before, each in a process of its own."""
+    cases = [("stream extents", "extents", density) for density in (0.0, 0.01, 0.5, 1.0)]
+    cases.append(("load 512 MiB", "load", 0.5))
+    for title, what, density in cases:
         if bench.only not in title:
             continue
         image = make_image(folder / "memory", 16 * TIB, 12, density)
@@ -273,7 +270,7 @@ def bench_memory(bench: Bench, folder: Path) -> None:
             env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         )
         peak = int(done.stdout) / (1 << 20)
-        print(f"{title}, 512 MiB of bits, {density:.0%} set: {peak:.1f} MiB  (goal: {goal})")
+        print(f"{title}, 512 MiB of bits, {density:.0%} set: {peak:.1f} MiB")
 
 
 @contextmanager
@@ -283,8 +280,10 @@ def folder() -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each command is measured")
     parser.add_argument("--only", default="", help="only benchmarks with this in their title")
     arguments = parser.parse_args()
     bench = Bench(arguments.rounds, arguments.only)

@@ -2,8 +2,14 @@
 
     .venv/bin/python tests/bench/stream.py [--rounds 5] [--only WORD]
 
-The medians of some rounds, after one that is thrown away. The stream comes in pieces of 128 KiB, as
-the command line reads it. Needs nothing but this library.
+A bitmap of a disk of 16 TiB at 64 KiB has 32 MiB of bits. A chunk is 1024 bytes of bits, which a
+stream has as one record; "1 % of the chunks not clear" means that the others are all zeros.
+
+Speeds are megabytes (10^6 bytes) of bits a second: the median of some rounds, after one that is
+thrown away. The stream comes in pieces of 128 KiB, as the command line reads it. Memory is the most
+that was in use beyond what was in use before. Nothing else is measured for comparison, so the
+numbers say something only beside those of another version on the same machine. Needs nothing but
+this library.
 """
 
 from __future__ import annotations
@@ -52,12 +58,12 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
     return median(times[1:])
 
 
-def show(title: str, result: str, goal: str, is_met: bool) -> None:
-    print(f"{title:<50}{result:>16}  (goal: {goal}: {'met' if is_met else 'MISSED'})", flush=True)
+def show(title: str, result: str) -> None:
+    print(f"{title:<50}{result:>16}", flush=True)
 
 
 def bench_speed(rounds: int, only: str) -> None:
-    """MB of bits a second, where a MB is 10^6 bytes."""
+    """Prints how many megabytes of bits are written and read in a second."""
     for count, density in ((1, 1.0), (1, 0.01), (1, 0.0), (4, 1.0)):
         title = f"{count} x 32 MiB, {density:.0%} of the chunks not clear"
         if only not in title:
@@ -77,7 +83,7 @@ def bench_speed(rounds: int, only: str) -> None:
 
         for what, run in (("write", write), ("read", read)):
             speed = count * LENGTH / 1e6 / seconds(run, rounds)
-            show(f"{what} {title}", f"{speed:.0f} MB/s", "200 MB/s", speed >= 200)
+            show(f"{what} {title}", f"{speed:.0f} MB/s")
 
 
 _MEMORY = """
@@ -109,13 +115,8 @@ print(peak() - before)
 
 
 def bench_memory(only: str) -> None:
-    """The most memory above what was in use before, in a process of its own."""
-    for what, fill, goal in (
-        ("write", 0xAA, 1),
-        ("read", 0xAA, 33),
-        ("packed", 0xAA, 33),
-        ("read", 0, 4),  # the events of one piece, 10,000 records
-    ):
+    """Prints the most memory above what was in use before, each in a process of its own."""
+    for what, fill in (("write", 0xAA), ("read", 0xAA), ("packed", 0xAA), ("read", 0)):
         title = f"memory to {what} 32 MiB{'' if fill else ', nearly all clear'}"
         if only not in title:
             continue
@@ -127,12 +128,14 @@ def bench_memory(only: str) -> None:
             env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         )
         peak = int(done.stdout) / MIB
-        show(title, f"{peak:.1f} MiB", f"{goal} MiB", peak <= goal)
+        show(title, f"{peak:.1f} MiB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each command is measured")
     parser.add_argument("--only", default="", help="only benchmarks with this in their title")
     arguments = parser.parse_args()
     bench_speed(arguments.rounds, arguments.only)

@@ -2,9 +2,21 @@
 
     .venv/bin/python tests/bench/tracking.py [--rounds 5] [--only WORD]
 
-A stop is compared with qemu-storage-daemon closing the same image, where it stores all persistent
-bitmaps: in turn (A B A B ...) after one round that is thrown away; medians are compared. Needs
-qemu-storage-daemon and qemu-img, and 2 GB in the folder for temporary files.
+The disk has 16 TiB. Each line says first what is measured, then the result:
+
+- stop, inactivate + activate: two times, first that of this library, then that of
+  qemu-storage-daemon, which stores all persistent bitmaps when it closes the same image, and loads
+  them when it opens the image. "2x faster" means that QEMU took twice as long. Both are run in turn
+  (A B A B ...), after one round that is thrown away, and the medians of the rounds are compared.
+  "flat" is the time for a bitmap of 512 MiB as a multiple of the time for one of 32 MiB.
+- mark: millions of marks a second, and this rate as a multiple of the rate of the work after the
+  slash. The bare bytearray sets the bit and checks the bounds, and does nothing else.
+- p99.9 of mark: 99.9 % of the marks took no longer than this, while another thread flushes.
+- memory: the most that Python had allocated, and the size of the bits for comparison.
+
+Times depend on the machine and its load, ratios hardly do. The results of one machine are in
+README.md, "Measured". Needs qemu-storage-daemon and qemu-img, and 2 GB in the folder for temporary
+files.
 """
 
 from __future__ import annotations
@@ -56,10 +68,9 @@ class Bench:
     def wants(self, *titles: str) -> bool:
         return any(self._only in title for title in titles)
 
-    def show(self, title: str, result: str, goal: str, is_met: bool) -> None:
+    def show(self, title: str, result: str) -> None:
         if self.wants(title):
-            verdict = "met" if is_met else "MISSED"
-            print(f"{title:<50}{result:>42}  (goal: {goal}: {verdict})", flush=True)
+            print(f"{title:<50}{result:>42}", flush=True)
 
 
 class Image:
@@ -119,7 +130,7 @@ def qemu_stop(image: Image, daemon: StorageDaemon) -> float:
 
 def bench_stops(bench: Bench) -> None:
     taken: dict[tuple[int, int], float] = {}
-    for bitmaps, granularity, goal in ((1, K64, 20), (4, K64, 30), (8, K64, 40), (1, K4, 0)):
+    for bitmaps, granularity in ((1, K64), (4, K64), (8, K64), (1, K4)):
         size = SIZE // granularity // 8 // MIB
         title = f"stop, {bitmaps} x {size} MiB / QEMU"
         if not bench.wants(title, *([_FLAT] if bitmaps == 1 else [])):
@@ -136,13 +147,13 @@ def bench_stops(bench: Bench) -> None:
         a, b = median(ours), median(theirs)
         taken[bitmaps, granularity] = a
         result = f"{a * 1e3:8.1f} ms{b * 1e3:8.0f} ms {b / a:6.1f}x faster"
-        bench.show(title, result, f"{goal}x faster" if goal else "none", b / a >= goal)
+        bench.show(title, result)
         pieces = f"{report.bytes_written:12,} bytes ({report.pieces} pieces)"
         print(f"{'':>16}{pieces}, {report.barriers} barriers", flush=True)
         image.disk.path.unlink()
     if bench.wants(_FLAT):
         ratio = taken[1, K4] / taken[1, K64]
-        bench.show(_FLAT, f"{ratio:.2f}x as long", "at most 2x", ratio <= 2)
+        bench.show(_FLAT, f"{ratio:.2f}x as long")
 
 
 def given_and_taken_back(image: Image, daemon: StorageDaemon | None) -> tuple[float, float, float]:
@@ -195,7 +206,7 @@ def bench_handover(bench: Bench) -> None:
         stop, back, again = (median(column) for column in zip(*rows, strict=True))
         ratio = qemu / (stop + back)
         result = f"{(stop + back) * 1e3:.1f} ms {qemu * 1e3:.0f} ms {ratio:.1f}x faster"
-        bench.show(name, result, "faster", ratio > 1)
+        bench.show(name, result)
         ours = f"inactivate {stop * 1e3:.1f} ms, activate {back * 1e3:.1f} ms"
         print(f"{'':>16}{ours}, flush afterwards {again * 1e3:.0f} ms")
         theirs_too = f"store {qemu_stop_time * 1e3:.0f} ms, load {qemu_load * 1e3:.0f} ms"
@@ -257,18 +268,10 @@ def bench_marking(bench: Bench) -> None:
             starts = eight.starts(MARKS).tolist()
             rates["eight"].append(marks_per_second(tracker.mark, starts))
     bare, once, again, of_eight, many = (median(rates[name]) for name in names)
-    for title, rate, base, goal in zip(
-        titles,
-        (once, once, again, of_eight, many),
-        (1.0, bare, bare, once, once),
-        (1e6, 0.4, 0.4, 0.5, 4.0),
-        strict=True,
-    ):
-        ratio = "" if base == 1 else f" {rate / base:6.2f}x"
-        wanted = f"{goal / 1e6:.0f} M/s, idle machine" if base == 1 else f"{goal:g}x"
-        bench.show(
-            title, f"{rate / 1e6:8.2f} M/s{ratio}", f"at least {wanted}", rate / base >= goal
-        )
+    rates_and_bases = (once, None), (once, bare), (again, bare), (of_eight, once), (many, once)
+    for title, (rate, base) in zip(titles, rates_and_bases, strict=True):
+        ratio = f" {rate / base:6.2f}x" if base else ""
+        bench.show(title, f"{rate / 1e6:8.2f} M/s{ratio}")
     for image in (one, eight):
         image.disk.path.unlink()
 
@@ -326,7 +329,7 @@ def bench_latency(bench: Bench) -> None:
                     taken = latencies(tracker.mark, starts[count:], pause)
             late = float(np.quantile(taken, 0.999))
             result = f"{late:.3f} ms, worst {taken.max():.1f} (not flushing: {alone:.3f})"
-            bench.show(title, result, "below 1 ms", late < 1)
+            bench.show(title, result)
             image.disk.path.unlink()
 
 
@@ -347,17 +350,17 @@ def bench_memory(bench: Bench) -> None:
                 tracker.stop()
                 peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            one = SIZE // K64 // 8
-            limit = 1.15 * bitmaps * one + one + 8 * MIB
-            result = f"{peak / MIB:.0f} MiB of {limit / MIB:.0f} MiB"
-            bench.show(title, result, "1.15 x bits + one bitmap + 8 MiB", peak <= limit)
+            bits = bitmaps * SIZE // K64 // 8
+            bench.show(title, f"{peak / MIB:.0f} MiB for {bits // MIB} MiB of bits")
             image.disk.path.unlink()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each command is measured")
+    parser.add_argument("--only", default="", help="only benchmarks with this in their title")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.rounds, arguments.only)

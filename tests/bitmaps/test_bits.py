@@ -1,4 +1,4 @@
-"""What is read of a bitmap, against the plainest model of it."""
+"""Reading a bitmap gives the same as the plainest model of the bitmap."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_stale_bits_are_dirty_where_the_file_ends_inside_the_data() -> None:
 
 
 def test_the_end_of_a_file_may_lie_behind_the_last_byte_of_bits() -> None:
-    """Of the last cluster only the bytes that hold bits must be there."""
+    """The file may end in the last cluster, but only after the last byte that has bits."""
     case = Case(9, 16, (8 * 512 + 12) << 16, [ZEROES, ZEROES])
     image = case.build()
     image.plant(len(image.data), "bitmap-table", 1, 1)

@@ -135,7 +135,7 @@ def apply(change: Callable[[Built], None], image: Built) -> None:
 
 
 def outcome(use: Use, image: qcow2bm.Image) -> Any:
-    """What ``use`` returns, or the kind of error it ends with."""
+    """Returns the result of ``use``, or the class of the error that ``use`` raises."""
     try:
         return use(image)
     except qcow2bm.Qcow2BmError as error:

@@ -1,4 +1,4 @@
-"""From an edit to a plan: what is written, where, and what becomes of the old clusters."""
+"""The plan of an edit: the writes, their places, and the use of the old clusters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def image_of(*bitmaps: Stored, **options: Any) -> Built:
 
 
 def whats(plan: qcow2bm.Plan) -> Counter[str]:
-    """How many clusters are written of each kind; of refcounts and header, how many writes."""
+    """Counts the clusters that a plan writes, by kind; of refcounts and header, the writes."""
     counts: Counter[str] = Counter()
     for write in plan.writes:
         counts[write.what] += write.length // CLUSTER if write.is_fresh else 1
@@ -167,7 +167,7 @@ def test_removing_all_of_nothing_writes_nothing(autoclear: bool) -> None:
 
 
 def test_planning_leaves_the_edit_as_it_was() -> None:
-    """Here a plan would clear the bits past the disk that another program left."""
+    """If all changes are taken back, planning must not clear the bits behind the disk."""
     image = image_of(Stored(b"daily", [b"\0" * 511 + b"\x80"] * CLUSTERS), size=SIZE - GRANULE)
     before = bytes(image.data)
 
@@ -265,7 +265,7 @@ def test_the_refcount_table_grows_over_old_content(order: int, copies: int) -> N
 
 @pytest.mark.parametrize(("order", "copies"), [(5, 16), (6, 8)])
 def test_what_was_given_back_is_used_again(order: int, copies: int) -> None:
-    """However often bitmaps are rewritten: the file has room for the old and the new at most."""
+    """However often bitmaps are rewritten, the file must have room for the old and the new only."""
     size = 256 << 20
     data = image_of(size=size, refcount_order=order).data
     ranges = np.arange(0, size, PER_CLUSTER * 512)[:, None] + [[0, 0]]

@@ -1,4 +1,4 @@
-"""What every operation does to the bits, against sets of granules."""
+"""Every operation of an edit changes the bits as the same operation on sets of granules does."""
 
 from __future__ import annotations
 
@@ -392,7 +392,7 @@ def test_a_fitted_bitmap_can_be_worked_with_in_the_same_edit() -> None:
     image = build_image(Stored(b"daily", [ONES]), size=2 * PER_CLUSTER << 16)
 
     def work(edit: qcow2bm.Edit) -> None:
-        with pytest.raises(qcow2bm.BitmapBrokenError, match="fit it first"):
+        with pytest.raises(qcow2bm.BitmapBrokenError, match='fit bitmap "daily" first'):
             edit.set("daily", 0, 1)
         edit.rename("daily", "weekly")
         edit.disable("weekly")

@@ -1,4 +1,4 @@
-"""What an edit refuses, and in which order names and flags come out of it."""
+"""The refusals of an edit, and the order of the names and flags after the edit."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_a_bitmap_that_does_not_fit_is_fitted_first(operation: str, length: int)
         image.data,
         lambda edit: OPERATIONS[operation](edit, "short"),
         qcow2bm.BitmapBrokenError,
-        "fit it first",
+        'fit bitmap "short" first',
     )
 
 

@@ -1,4 +1,4 @@
-"""How long the reader's locks are held: a VM that starts meanwhile must wait, or fails."""
+"""A reader holds its locks for a short time: a VM that starts meanwhile has to wait, or fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qcow2bm.bitmaps import tables
 
 MIB = 1 << 20
 ENTRIES = MIB // 8
-"""Of a table that is all that is read at once."""
+"""The entries of a table of the largest size that is read at once."""
 
 
 class Recorder(ScriptedStorage):

@@ -1,4 +1,4 @@
-"""What is read of an image, and when: nothing that is not needed."""
+"""A reader reads the parts of an image only when they are needed, and no other parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def two_bitmaps() -> Built:
 
 
 def bytes_read(storage: ScriptedStorage, image: Built, structure: str, index: int) -> int:
-    """How many bytes of a bitmap's table, or of all its stored clusters, were read."""
+    """Counts the bytes that were read of a bitmap's table, or of all its stored clusters."""
     fields = [place for number, place in image.clusters if number == index]
     if structure != "bitmap-data":
         return storage.bytes_read(image.offset(structure, index), SIZES[structure])

@@ -16,7 +16,7 @@ from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 
 COVERED = 8 * 512 * 512
 SIZE = 20 * COVERED + 3 * 512
-"""Of a disk whose bitmap of granularity 512 has a last cluster of three bits."""
+"""The size of a disk whose bitmap of granularity 512 has a last cluster of three bits."""
 
 BOTH = FLAG_AUTO | FLAG_IN_USE
 HEAD: list[Word] = [b"\x01", ZEROES, ONES, b"\x02", b"\x04", ZEROES, ZEROES, b"\x08"]
@@ -68,7 +68,7 @@ def test_all_bits_are_in_memory() -> None:
 @pytest.mark.spec("INV-TAIL")
 @pytest.mark.parametrize("word", [b"\xff" * 512, ONES])
 def test_bits_behind_the_disk_are_not_loaded(word: int | bytes) -> None:
-    """Others may store what they like there (INV-TAIL)."""
+    """Bits behind the disk must be ignored: another program may have set them (INV-TAIL)."""
     built = build_image(Stored(b"daily", [*TABLE[:-1], word], 9), size=SIZE)
     octets = Live(built, "daily")["daily"].bits.octets
     assert octets[-512:] == b"\x07" + bytes(511)
@@ -126,7 +126,7 @@ def test_no_changes_are_no_steps() -> None:
 
 
 def test_a_piece_is_written_over_the_clusters_it_has() -> None:
-    """Those without any, as long as they are clean, and those of all ones need none."""
+    """Clean bits and all ones that have no cluster in the file must not get a cluster."""
     built = small()
     plan = Live(built, "daily").put("daily", 0, 3)
     clusters = [built.offset("bitmap-data", 0, number) for number in (0, 3, 4, 7)]
@@ -159,7 +159,7 @@ def test_a_cluster_gets_its_place_when_a_bit_in_it_is_set() -> None:
 
 
 def test_a_cluster_is_given_away_once() -> None:
-    """Also over several plans, and to several bitmaps."""
+    """No two bitmaps may get the same cluster, even from different plans."""
     table = [ZEROES] * len(TABLE)
     built = build_image(Stored(b"a", table, 9), Stored(b"b", table, 9), size=SIZE)
     live = Live(built, "a", "b")
@@ -173,7 +173,10 @@ def test_a_cluster_is_given_away_once() -> None:
 
 
 def test_a_new_cluster_has_what_is_in_memory_all_of_it() -> None:
-    """What is not part of the piece, too, or free clusters would show what they had."""
+    """The first write of a new cluster must cover the whole cluster, not only the piece.
+
+    Otherwise the rest of the cluster would show the old content of a free cluster.
+    """
     built = build_image(Stored(b"big", [ZEROES], 9), cluster_bits=16, size=1 << 28)
     built.data.extend(b"\xaa" * (1 << 16))
     live = Live(built, "big")
@@ -192,7 +195,7 @@ def test_all_ones_stay_an_entry() -> None:
 
 
 def test_what_became_all_ones_keeps_its_cluster() -> None:
-    """Nothing is freed as long as in_use is set."""
+    """A bitmap must keep all its clusters as long as in_use is set."""
     built = small()
     live = Live(built, "daily")
     word = live["daily"].words[0]
@@ -203,7 +206,7 @@ def test_what_became_all_ones_keeps_its_cluster() -> None:
 
 
 def test_writes_come_in_the_order_of_the_file() -> None:
-    """So that a disk writes them in one go."""
+    """Writes must be in ascending order of their offsets, so that a disk writes them in one go."""
     built = build_image(
         Stored(b"late", [b"\x01"] * 4, 9), Stored(b"early", [b"\x01"] * 4, 9), size=4 * COVERED
     )
@@ -215,7 +218,7 @@ def test_writes_come_in_the_order_of_the_file() -> None:
 
 
 def test_where_nothing_can_grow_it_is_known_at_the_beginning() -> None:
-    """Not when a machine waits for its bitmaps to be stored."""
+    """If there is no room for the bitmaps, beginning must fail, not the stop of the machine."""
     built = small()
     del built.data[-512 * 10 :]
 

@@ -28,7 +28,7 @@ def checked(data: bytes) -> list[Problem]:
 
 
 def places(what: str, patches: list[Patch]) -> Iterator[Place]:
-    """Where a fault shows: where it is planted, and in what is read differently for it."""
+    """Yields the places where a fault shows: its own bytes, and what is misread because of it."""
     for offset, content in patches:
         yield offset, offset + len(content)
     kind, *words = what.split()

@@ -1,4 +1,4 @@
-"""What checking finds beyond what a reader finds, and where."""
+"""Checking finds problems that a reader does not find, and says where they are."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def sound() -> dict[str, BitmapFacts]:
 
 
 def require_repaired(data: bytes) -> Repair:
-    """What a repair did, after all was asserted that can be said of any."""
+    """Repairs an image, asserts what holds after every repair, and returns the repair."""
     done = planned(data)
     repaired = after(data, done.plan)
     with qcow2bm.open(bytes(repaired)) as opened:
@@ -196,7 +196,7 @@ def test_a_guess_about_a_stale_directory_gives_nothing_back(lossless: bool) -> N
 
 
 def assert_told_truly(data: bytes, lossless: bool) -> None:
-    """What a repair says that it repairs and leaves is what the image has afterwards."""
+    """Asserts that the problems and leaks of the image are those that the repair announced."""
     storage = MemoryStorage(bytes(data))
     try:
         done = plan_repair(storage, lossless=lossless)
@@ -297,7 +297,10 @@ def test_a_refcount_block_in_guest_data_is_not_written_to() -> None:
 @pytest.mark.spec("REPAIR-2")
 @pytest.mark.parametrize("is_size_wrong", [False, True])
 def test_of_two_that_claim_one_table_neither_is_believed(is_size_wrong: bool) -> None:
-    """Who is wrong about the size of a table may be right about its place."""
+    """If two entries claim one table, the repair must drop both, also if one has a wrong size.
+
+    An entry with a wrong size can still be right about the place of the table.
+    """
     stored = [Stored(name, (bytes([5 + n]),)) for n, name in enumerate((b"a", b"b", b"c"))]
     data = bytes(build_image(*stored).data)
     with qcow2bm.open(data) as opened:
@@ -329,7 +332,7 @@ def test_what_was_given_back_long_ago_is_not_believed_for_another_fault(more: st
 
 
 def test_extra_data_are_not_taken_for_a_name() -> None:
-    """Also where something else is wrong with the directory."""
+    """Extra data must not be taken for a name, even if the directory has another fault as well."""
     built = build_image(
         Stored(b"a", (b"\5",), extra_data=bytes(range(1, 9))),
         Stored(b"b", (b"\6",), flags=3),
@@ -453,7 +456,7 @@ def test_writes_that_overlap_are_undone(id: str, length: int) -> None:
 
 
 def test_an_entry_that_swallows_the_next_one() -> None:
-    """Its name would have NUL bytes inside; the length of the entry is what is wrong."""
+    """If a name would have NUL bytes inside, the repair must correct the length of the name."""
     data = patched(image(), *in_entry(0, name_size=5 + 32))
     done = planned(data)
     assert (done.lost, done.left) == ((), ())
@@ -499,7 +502,7 @@ def test_a_size_that_reaches_over_an_old_entry_revives_nothing() -> None:
 
 
 def require_no_worse(data: bytes | bytearray, states: tuple[dict[str, BitmapFacts], ...]) -> None:
-    """What a crash left has the bitmaps of one of the two states."""
+    """Asserts that an image has, after a crash, exactly the bitmaps of one of the given states."""
     found = bitmap_facts(data)
     assert found in states, found
 

@@ -182,6 +182,41 @@ def test_a_verdict_where_nothing_tells(qemu: FakeQemu, tmp_path: Path) -> None:
     assert rescue(tmp_path, "VERDICT") == Result(0, "no node is armed\n", "")
 
 
+VERDICT_COMMAND = "judge it: qcow2bm rescue verdict --qmp SOCKET"
+
+
+@pytest.mark.parametrize(
+    "command", ["rescue arm --qmp=vm.sock", "sidecar save --qmp=vm.sock saved"]
+)
+def test_a_verdict_that_is_due_is_named_as_a_command(
+    qemu: FakeQemu, tmp_path: Path, command: str
+) -> None:
+    armed(qemu, tmp_path).recording = False
+    done = run(command.split(), tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.endswith(f", but must be judged first; {VERDICT_COMMAND}\n")
+
+
+def test_a_bitmap_that_is_left_names_the_command_that_helps(qemu: FakeQemu, tmp_path: Path) -> None:
+    armed(qemu, tmp_path)
+    done = rescue(tmp_path, "START")
+    assert done.status == 2
+    assert f"left: the node is armed, and not judged: its bits may be wrong; {VERDICT_COMMAND}" in (
+        done.out
+    )
+    (bitmap,) = document(tmp_path, "start", "START", 2)["bitmaps"]
+    assert bitmap["reason"].endswith(VERDICT_COMMAND)
+    assert rescue(tmp_path, "VERDICT").status == 0
+    qemu.bitmaps[copy_of("daily")] = qemu.bitmaps.pop("daily")
+    qemu.refuse = lambda command, _: "no room" if command.endswith("-add") else None
+    done = rescue(tmp_path, "START")
+    assert done.status == 2
+    assert (
+        "left: QEMU refuses: no room; try again, or when the VM is off, run: "
+        "qcow2bm rescue finish IMAGE\n" in done.out
+    )
+
+
 def test_the_word_is_said_before_the_evidence_goes(qemu: FakeQemu, tmp_path: Path) -> None:
     armed(qemu, tmp_path).inconsistent = True
     qemu.hang_up_after = 0

@@ -179,7 +179,7 @@ def with_two_l2_tables() -> bytearray:
 @pytest.mark.spec("REF-8")
 @pytest.mark.parametrize("is_cut_off", [False, True])
 def test_the_l1_table_of_a_snapshot_stays(is_cut_off: bool) -> None:
-    """Its refcount is 0, or it reaches past the end of the file and leads to what has none."""
+    """A snapshot's L1 table and data must not be overwritten, even if their refcount is 0."""
     data = bytearray(with_snapshots())
     (place,) = struct.unpack_from(">Q", data, 64)
     (l1_table,) = struct.unpack_from(">Q", data, place)
@@ -201,7 +201,7 @@ def test_the_l1_table_of_a_snapshot_stays(is_cut_off: bool) -> None:
 @pytest.mark.spec("REF-8")
 @pytest.mark.parametrize("structure", ["L1 table", "snapshot table"])
 def test_what_only_invalidates_spares_fixed_structures(structure: str) -> None:
-    """On a device, where the structure is the last one and has the refcount 0."""
+    """On a device, `invalidate` must not overwrite a last structure with the refcount 0."""
     data = bytearray(with_snapshots())
     if structure == "L1 table":
         l1_size, old = struct.unpack_from(">IQ", data, 36)

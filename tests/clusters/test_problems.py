@@ -1,4 +1,4 @@
-"""What header problems say, whatever an image makes them say."""
+"""Problems of the header say what is wrong, for any values in the image."""
 
 from __future__ import annotations
 

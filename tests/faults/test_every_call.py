@@ -55,7 +55,7 @@ def run_faulty(name: str, storage: FaultyStorage) -> str:
 
 
 def require_in_doubt(image: qcow2bm.Image, storage: FaultyStorage) -> None:
-    """After a failed commit nothing is told of the image as it was, and nothing done to it."""
+    """Asserts that after a failed commit an image refuses every use, and is not written to."""
     effects = storage.effects
     for use in (image.edit, lambda: image.edit(dry_run=True), lambda: image.problems):
         with pytest.raises(StateError, match="in doubt after a failed commit"):
@@ -68,7 +68,7 @@ def require_in_doubt(image: qcow2bm.Image, storage: FaultyStorage) -> None:
 
 
 def require_editable(data: bytearray, found: State) -> None:
-    """Whatever was left behind does not stand in the way of the next edit."""
+    """Asserts that the next edit works on an image in which an edit failed."""
     with qcow2bm.open(data, "r+") as image, image.edit() as edit:
         if not image.is_consistent:
             edit.remove_all()  # what is left of the extension
@@ -128,7 +128,7 @@ def test_every_fault(name: str, is_watched: bool) -> None:
 
 @every_edit
 def test_a_commit_says_where_it_failed_and_how_that_ends(name: str) -> None:
-    """Not only one of the states it might be, but the outcome that the plan has for this step."""
+    """The error must name the failed step, and the outcome that the plan has for this step."""
     steps = [n for n, call in enumerate(calls(name)) if call in ("write", "barrier")]
     for place, number in enumerate(steps):
         storage = FaultyStorage(EDITS[name].image(), Fault(number, errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""After a failed barrier: what was written is lost in part, and no later barrier proves anything.
+"""After a failed barrier, written data may be lost in part, and later barriers prove nothing.
 
 Linux marks pages clean when writing them back failed. What they had may be gone from the page
 cache, and the next fdatasync succeeds over the lost data.
@@ -25,7 +25,7 @@ Keeps = Callable[[int], bool]
 
 
 def losses(seed: str, samples: int) -> Iterator[Keeps]:
-    """Which sectors reached the disk before the barrier failed."""
+    """Yields functions that say which sectors reached the disk before the barrier failed."""
     yield lambda sector: False
     yield lambda sector: True
     yield lambda sector: sector == 0  # the header, and nothing it leads to
@@ -88,7 +88,7 @@ def test_the_commit_barrier_is_the_only_one_that_leaves_anything_unknown(name: s
 
 
 def test_an_unknown_outcome_can_be_either() -> None:
-    """Otherwise the outcome would say too little."""
+    """The outcome "unknown" must be needed: the image can have the old or the new state."""
     name, found = "set", []
     _, number, _ = (number for number, call in enumerate(calls(name)) if call == "barrier")
     for keeps in (lambda sector: False, lambda sector: True):

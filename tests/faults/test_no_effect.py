@@ -47,7 +47,7 @@ WRONG: dict[type[Exception], list[Change]] = {
 
 
 class Stop(Exception):
-    """Something of the caller's."""
+    """An exception that the caller raises."""
 
 
 def throw(error: BaseException) -> None:

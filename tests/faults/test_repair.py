@@ -100,7 +100,7 @@ def test_some_faults(id: str, way: str) -> None:
 @both_ways
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_every_fault(id: str, way: str, kept: int) -> None:
-    """When a barrier fails, the disk keeps all that was written, every other sector, or none."""
+    """The bitmaps must be those before or after, whatever a failed barrier has lost."""
     came: Counter[str] = Counter()
     for fault in faults_at(calls(id, way)):
         came[run_faulty(id, way, fault, lambda sector: kept == 1 or sector % 2 == kept - 2)] += 1

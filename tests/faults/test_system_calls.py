@@ -107,7 +107,7 @@ def tools() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With the backing file of all overlays."""
+    """A folder that has the backing file of all overlays."""
     (tmp_path / BACKING_NAME.decode()).write_bytes(build_image(size=1 << 20).data)
     return tmp_path
 
@@ -146,7 +146,7 @@ def require_old_or_new(name: str, path: Path, injection: Injection, when: str) -
 
 
 def test_strace_sees_what_the_plan_says(folder: Path) -> None:
-    """Otherwise the faults injected below would miss the calls they are meant for."""
+    """strace must see the calls of the plan; the tests below inject faults into these calls."""
     path = folder / "disk.qcow2"
     path.write_bytes(EDITS["set"].image())
     done = run_traced(

@@ -45,7 +45,7 @@ def by_us(path: Path) -> Judged:
 DIFFERENT: dict[str, tuple[int, str]] = {
     "header.autoclear_features.no-bitmaps": (LEAKS, "QEMU notices with the next write"),
 }
-"""Where qemu-img check has another status, and why; spec/deviations.md says it as well."""
+"""The problems for which qemu-img check has another status, and why; see spec/deviations.md."""
 
 
 @pytest.mark.spec("CHECK-2")
@@ -146,7 +146,7 @@ def test_sound_images(base: Path) -> None:
 
 
 def places(path: Path) -> list[tuple[int, int]]:
-    """Where words of tables are, L1, L2, refcount table and blocks: (offset, length)."""
+    """Returns the places of the L1 and L2 tables, refcount table and blocks: (offset, length)."""
     data = path.read_bytes()
     cluster = 1 << struct.unpack_from(">I", data, 20)[0]
     l1_size, l1, table, table_clusters, snapshots = struct.unpack_from(">IQQII", data, 36)

@@ -39,7 +39,7 @@ def sector(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def hosts(disk: Path, sector: int) -> Iterator[tuple[Host, Host]]:
-    """This one, which has read all of the disk, and the other, which has written since."""
+    """Two hosts: this one has read all of the disk, and the other has written since."""
     with ExitStack() as stack:
         here, there = (stack.enter_context(host(disk, sector)) for _ in range(2))
         assert here.read(0, SIZE) == OLD
@@ -90,7 +90,7 @@ def test_a_direct_read_sees_what_the_other_host_wrote(
 def test_a_direct_write_keeps_what_the_other_host_wrote(
     hosts: tuple[Host, Host], file: DirectFile, disk: Path, offset: int
 ) -> None:
-    """Even next to it in the same sector."""
+    """A direct write must keep the bytes of another host, even in the same sector."""
     here, _ = hosts
     file.write(offset, [b"he", b"re"])
     file.barrier()

@@ -215,7 +215,7 @@ def test_bitmaps_are_made_to_fit(resized: tuple[Disk, Bitmaps, int], daemon: Sto
     said = "doesn't satisfy the constraints" if size > SIZE else "Could not read bitmap"
     assert said in str(refused.value)
     untouched = disk.path.read_bytes()
-    with pytest.raises(qcow2bm.BitmapBrokenError, match="fit it first"):
+    with pytest.raises(qcow2bm.BitmapBrokenError, match='fit bitmap "fine" first'):
         do(disk, ("set", ("fine", 0, 1)))
     assert disk.path.read_bytes() == untouched
 

@@ -73,7 +73,10 @@ def test_the_table_grows(
 
 
 def test_the_table_grows_in_a_single_edit(tmp_path: Path, daemon: StorageDaemon) -> None:
-    """By several clusters at once: more than one new block has to describe the others."""
+    """One edit must be able to enlarge the refcount table by several clusters.
+
+    More than one of the new refcount blocks has to describe other new refcount blocks.
+    """
     kind = make_kind(200 * MiB, cluster_size=CLUSTER, refcount_bits=64)
     twin = Twin.create(kind, tmp_path)
     assert refcount_structures(twin)[0] == 1

@@ -1,4 +1,4 @@
-"""Where QEMU refuses an image, this library says so in advance and why; and only there.
+"""If QEMU refuses an image, this library must say so in advance, and why; otherwise it must not.
 
 Every field of header, extensions, directory entries and tables takes edge values in images that
 QEMU made; then some faults that need several changes; then random ones.
@@ -65,7 +65,7 @@ DIFFERENCES: dict[str, tuple[Disagreement, str]] = {
     "plain: entry1.name_size double": (Disagreement.VALID, _NAME),
     "plain: entry2.name_size 0": (Disagreement.VALID, _NAME),
 }
-"""Where this library is to disagree with QEMU, in what, and why."""
+"""The faults about which this library is to disagree with QEMU, in what, and why."""
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def mutants(lab: Lab, count: int) -> Iterator[tuple[int, Finding]]:
 
 @pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.deep)])
 def test_mutants(lab: Lab, count: int) -> None:
-    """With several faults at once QEMU may name any of them: reasons are not compared."""
+    """Both must refuse the same images; if there are several faults, QEMU may name any of them."""
     agreed = {Disagreement.NONE, Disagreement.REASON}
     found = [(seed, finding) for seed, finding in mutants(lab, count) if finding.kind not in agreed]
     assert not found, found

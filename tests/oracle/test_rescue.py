@@ -402,7 +402,7 @@ def test_several_nodes(tmp_path: Path) -> None:
 
 @pytest.mark.spec("RESCUE-15")
 def test_a_write_elsewhere_to_where_the_machine_had_written_is_not_missed(tmp_path: Path) -> None:
-    """Such a bitmap cannot be told from the machine's own, and it was cleared in between."""
+    """A write of another machine must not be missed, also where this machine had written before."""
     place = 4 * MiB, 64 * KiB
     disk = Disk.create(tmp_path / "disk.qcow2", SIZE)
     with Machine(disk.path, monitor=tmp_path / "qmp") as machine:

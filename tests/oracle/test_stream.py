@@ -246,7 +246,7 @@ def test_qemu_sends_on_what_it_took_in(disk: Disk, tmp_path: Path) -> None:
 
 
 def test_the_commands_carry_bitmaps_to_another_image(disk: Disk, tmp_path: Path) -> None:
-    """As the help shows: a stream written from one image, loaded by a machine that has another."""
+    """The commands of the help must carry bitmaps to a machine that has another image."""
     with Machine(disk.path) as machine:
         for made in MADE:
             add(machine, made)

@@ -114,7 +114,7 @@ def test_after_the_commands_of_the_answer_the_next_backup_has_the_whole_disk(
 
 
 def test_a_bitmap_misses_what_was_written_while_it_was_disabled(disk: Disk) -> None:
-    """Why a disabled bitmap is not usable, and why enabling it does not help."""
+    """A disabled bitmap must miss the writes that were made meanwhile, even after it is enabled."""
     disk.io("write 50M 64k")
     done = run(["enable", "disk", "base"], disk.path.parent)
     assert done.status == 0

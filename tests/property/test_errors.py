@@ -45,7 +45,7 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.BitmapInconsistentError: bitmap,
     errors.BitmapStaleError: bitmap,
     errors.BitmapBrokenError: bitmap,
-    errors.StateError: (words, words, names.map(escape)),
+    errors.StateError: (words, words, names.map(escape), hints),
     errors.ReadOnlyImageError: (),
     errors.StorageError: (
         *(names, numbers, numbers, words),
@@ -126,6 +126,13 @@ def test_a_bitmap_error_names_the_bitmap_in_quotes(name: str) -> None:
         assert error.name == name
         assert error.reason == kind.default_reason
         assert str(error) == f'bitmap "{escape(name)}" {kind.default_reason}'
+
+
+@pytest.mark.parametrize("hint", get_args(errors.Hint))
+def test_a_hint_names_no_command_and_no_option(hint: errors.Hint) -> None:
+    text = errors.advise("it failed", hint)
+    assert text.startswith("it failed; ")
+    assert not re.search(r"--?[a-zA-Z]|qcow2bm [a-z]|rescue [a-z]", text.replace("qemu-img", ""))
 
 
 @pytest.mark.parametrize(

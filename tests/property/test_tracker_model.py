@@ -191,7 +191,7 @@ class TrackedImage(RuleBasedStateMachine):
         return next(bitmap.flags for bitmap in audit.bitmaps if bitmap.name == name.encode())
 
     def check(self) -> None:
-        """Nothing leaks, no other bitmap has changed, and no bit behind the disk is set."""
+        """Asserts: nothing leaks, no other bitmap has changed, no bit is set behind the disk."""
         audit = Audit(self.data)
         assert audit.miscounted == {}
         stored = stored_bits(self.data)

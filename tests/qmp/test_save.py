@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="need
 
 
 def expected(qemu: FakeQemu) -> list[tuple[str, int, bool, str]]:
-    """Of all bitmaps of the disk that can be saved."""
+    """Returns name, granularity, recording and digest of all bitmaps that can be saved."""
     return [
         (name, b.granularity, b.recording, b.digest(SIZE))
         for name, b in qemu.bitmaps.items()
@@ -82,7 +82,7 @@ def test_not_before_the_verdict(qemu: FakeQemu, address: str, migration: str) ->
         arm(monitor, set_mapping=True)
         assert save_sidecar(monitor).sidecar.bitmaps
         qemu.migration = migration
-        with pytest.raises(StateError, match="judged by rescue verdict"):
+        with pytest.raises(StateError, match=r"not judged.*; call qcow2bm\.rescue\.judge"):
             save_sidecar(monitor)
 
 

@@ -149,7 +149,7 @@ def test_a_guest_that_writes_between_two_queries_is_no_other_machine(
 def test_what_the_guest_writes_between_the_copies_changes_no_verdict(
     armed: FakeQemu, address: str, bits: set[int]
 ) -> None:
-    """As an iothread can, in the middle of a transaction."""
+    """A write of an iothread in the middle of a transaction must not change the verdict."""
     armed.bitmaps[SENTINEL].bits = set(bits)
 
     def write(kind: str, data: dict[str, object]) -> None:

@@ -157,9 +157,10 @@ def test_a_copy_that_cannot_be_renamed_says_so(qemu: FakeQemu, address: str) -> 
     qemu.bitmaps[copy_of("a")] = qemu.bitmaps.pop("a")
     qemu.refuse = lambda c, a: "no room" if c.endswith("-add") else None
     (_, found) = started(address).bitmaps
-    assert (
-        found.reason
-        == "QEMU refuses: no room; try again, or run rescue finish when the machine is off"
+    assert (found.reason, found.hint) == ("QEMU refuses: no room", "rename-copies")
+    assert found.message == (
+        "QEMU refuses: no room; try again, or call qcow2bm.rescue.rename_copies when the machine "
+        "is off"
     )
     assert found.bitmap.name == copy_of("a")
 
@@ -178,11 +179,11 @@ def test_what_is_left_and_why(qemu: FakeQemu, address: str) -> None:
         arm(monitor, ["armed"], set_mapping=True)
     assert "x" not in outcomes(started(address))  # read-only nodes are not listed, unless asked for
     done = started(address, "disk", "fixed", "armed")
-    found = {one.bitmap.name: (one.outcome, one.reason) for one in done.bitmaps}
+    found = {one.bitmap.name: (one.outcome, one.message) for one in done.bitmaps}
     assert found.pop("both") == ("rescued", "")
     for name, word in {
         "bad": "inconsistent", "busy": "busy", copy_of("both"): "remove one of them",
-        "x": "read-only", "y": "rescue verdict",
+        "x": "read-only", "y": "call qcow2bm.rescue.judge",
     }.items():  # fmt: skip
         outcome, reason = found.pop(name)
         assert (outcome, word in reason) == ("left", True)
@@ -272,7 +273,7 @@ def test_an_ejected_disk(qemu: FakeQemu, address: str) -> None:
 def test_interrupted_anywhere_and_done_again_it_ends_the_same(
     qemu: FakeQemu, address: str, by_copy: bool
 ) -> None:
-    """After every command, whether it changes something or not."""
+    """If a rescue is interrupted after any command, and run again, no bit may have changed."""
     if by_copy:
         qemu.refuse = no_removal_to_abort
     before = digests(qemu)

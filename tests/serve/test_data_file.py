@@ -1,4 +1,4 @@
-"""What a block server does with a data file, and what is left where the file system cannot."""
+"""A block server zeroes and trims a data file, even if the file system has no such functions."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ OURS = ".".join(map(str, sys.version_info[:2]))
 
 
 def refusal(script: Path) -> str:
-    """What it says, on one line, when it cannot be loaded."""
+    """Returns the one line that the script prints when the plugin cannot be loaded."""
     done = subprocess.run(
         [sys.executable, "-S", "-E", script],
         capture_output=True,

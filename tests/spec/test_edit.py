@@ -239,7 +239,7 @@ def test_what_can_be_done_with_a_bitmap_in_use() -> None:
 @pytest.mark.spec("EDIT-7")
 def test_what_can_be_done_with_a_table_that_does_not_fit() -> None:
     with qcow2bm.open(shrunk()) as image, image.edit(dry_run=True) as edit:
-        with pytest.raises(qcow2bm.BitmapBrokenError, match="fit it first"):
+        with pytest.raises(qcow2bm.BitmapBrokenError, match='fit bitmap "daily" first'):
             edit.clear("daily")
         edit.disable("daily")
         edit.enable("daily")
@@ -424,7 +424,7 @@ def test_what_cannot_be_merged() -> None:
 
 
 def overlay() -> bytearray:
-    """As QEMU makes it with clusters of 64 KiB: no bitmaps yet, a backing file name behind."""
+    """An overlay as QEMU makes it, without bitmaps, and with the name of a backing file."""
     format, names = extension(BACKING_FORMAT, b"qcow2"), extension(FEATURE_NAMES, bytes(384))
     options: dict[str, Any] = {"cluster_bits": 16, "backing_name": b"base.qcow2"}
     return build_image(extensions=[format, names], size=SIZE, **options).data

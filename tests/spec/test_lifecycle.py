@@ -118,7 +118,7 @@ def anew(data: Data, *names: str) -> None:
 
 
 def guest_writes(*ranges: tuple[int, int]) -> Tamper:
-    """As QEMU does it: all that record have it, the sentinel too, and are stored anew."""
+    """Writes as the guest of QEMU does: all enabled bitmaps record it, and are stored anew."""
 
     def tamper(data: Data) -> None:
         with qcow2bm.open(data, "r+") as opened:
@@ -132,7 +132,7 @@ def guest_writes(*ranges: tuple[int, int]) -> Tamper:
 
 
 def sentinel_is(work: Callable[[qcow2bm.Edit, str], object]) -> Tamper:
-    """Something is done to the sentinel alone."""
+    """Changes the sentinel alone."""
 
     def tamper(data: Data) -> None:
         name = sentinel_in(data)
@@ -142,7 +142,7 @@ def sentinel_is(work: Callable[[qcow2bm.Edit, str], object]) -> Tamper:
 
 
 def canary_is(work: Callable[[qcow2bm.Edit, str], object]) -> Tamper:
-    """Something is done to the canary alone."""
+    """Changes the canary alone."""
 
     def tamper(data: Data) -> None:
         name = canary_in(data)
@@ -248,7 +248,7 @@ def test_states() -> None:
 
 
 class Case(NamedTuple):
-    """What was prepared for, and what happens meanwhile; ``ranges`` if they are known."""
+    """A hand-over as it was prepared, and the events meanwhile; ``ranges`` if they are known."""
 
     tamper: Tamper
     ranges: list[list[int]] | None = None
@@ -448,7 +448,7 @@ def test_evidence(line: str, number: int, tmp_path: Path, monkeypatch: pytest.Mo
 def test_most_other_headers_can_be_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or the line would be proved by errors alone."""
+    """Most cases must be taken back; otherwise the row would be proved by errors alone."""
     came = 0
     for case in header_cases():
         try:
@@ -466,7 +466,7 @@ UNCHANGED: Tamper = nothing
 
 
 def wrote(data: Data) -> None:
-    """Somebody wrote who keeps the sentinel, but not what is in_use; "a" he stores."""
+    """Writes as a program that keeps the sentinel and stores "a", but no bitmap that is in_use."""
     guest_writes((9 * GRANULE, 1))(data)
 
 
@@ -613,7 +613,7 @@ def test_what_becomes_of_the_bitmaps(line: tuple[str, str], number: int) -> None
 
 
 class LockedStorage(RecordingStorage):
-    """Also says when its lock is taken and let go, and what was read."""
+    """A storage that also records when its lock is taken and released, and every read."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
@@ -840,7 +840,7 @@ def test_what_is_cached_is_dropped_before_anything_is_read() -> None:
 
 @pytest.mark.spec("LIFE-3")
 def test_without_that_it_would_be_deceived() -> None:
-    """Or the test above proves nothing."""
+    """A host that keeps its cache must be deceived; otherwise the test above proves nothing."""
     data = image()
     host = Host(data, forgets=False)
     with tracking(host) as tracker:
@@ -852,7 +852,7 @@ def test_without_that_it_would_be_deceived() -> None:
 
 @pytest.mark.spec("LIFE-3")
 def test_header_extensions_directory_and_tables_are_read_afresh() -> None:
-    """Whatever another program has moved, it is found where it is now."""
+    """If another program has moved structures, taking back must find them at their new places."""
     data = image()
     with tracking(data) as tracker:
         tracker.mark(5 * GRANULE, 1)
@@ -1140,7 +1140,7 @@ def test_without_locking_nobody_is_kept_away(tmp_path: Path, locking: bool) -> N
 @pytest.mark.spec("LIFE-6")
 @pytest.mark.parametrize("tamper", [nothing, wrote], ids=["unchanged", "changed"])
 def test_bitmaps_are_in_use_before_a_mark_is_accepted(tamper: Tamper) -> None:
-    """By one commit, which removes the sentinel as well."""
+    """One commit must both set in_use and remove the sentinel, before any mark is accepted."""
     data = image()
     refused: list[str] = []
 
@@ -1210,7 +1210,7 @@ def test_carrying_ends_with_the_migration(end: str) -> None:
 
 @pytest.mark.spec("LIFE-7")
 def test_a_stop_ends_it_even_if_the_sentinel_cannot_be_removed() -> None:
-    """What is carried would look stopped, but be lost."""
+    """If the sentinel cannot be removed, the stop must store all bitmaps, even carried ones."""
     storage = FaultyStorage(image())
     with tracking(storage) as tracker:
         tracker.begin_migration(carried=["c"])
@@ -1343,7 +1343,7 @@ def test_no_write_changes_the_canary_and_all_change_the_sentinel(size: int) -> N
 def test_if_bitmaps_were_cleared_it_tells_nothing(
     carried: tuple[str, ...], policy: str, start: int | None
 ) -> None:
-    """Wherever the guest there writes afterwards: what is carried is not believed."""
+    """If bitmaps were cleared, carried bitmaps must be dropped, wherever the guest there writes."""
     data = image()
     with tracking(data) as tracker:
         tracker.mark(7 * GRANULE, 1)
@@ -1373,7 +1373,7 @@ SENTINEL_KINDS = {
 def test_one_that_was_left_behind_goes_when_tracking_begins(
     kind: str, names: list[str] | None, suffix: str
 ) -> None:
-    """Of either, even if the other is not there."""
+    """A sentinel or a canary that was left behind must be removed, even if the other is missing."""
     old = Stored((OLD_SENTINEL + suffix).encode(), [b"\x01"], 12, SENTINEL_KINDS[kind])
     other = Stored(OLD_SENTINEL.encode()[:-1], granularity_bits=12, flags=0)
     data = build_image(Stored(b"a", granularity_bits=12), old, other, size=SIZE).data
@@ -1517,7 +1517,7 @@ def test_of_several_extensions_that_is_renewed_which_counts() -> None:
 
 @pytest.mark.spec("LIFE-12")
 def test_where_others_have_ended_it_it_is_recorded_again() -> None:
-    """Who gave the option is told of the next writer, too."""
+    """If another writer has ended the generation, taking back must record a new one."""
     data = image()
     with tracking(data, generation=True) as tracker:
         for _ in range(2):
@@ -1588,7 +1588,7 @@ def test_the_same_token_proves_nothing_and_another_one_does(has_sentinel: bool) 
 
 @pytest.mark.spec("LIFE-14")
 def test_what_happened_the_last_time_is_no_sign_the_next_time() -> None:
-    """Somebody cleared the bit; from then on there is nothing to compare, or a new token."""
+    """A cleared autoclear bit must be a sign of a writer once, not again at the next hand-over."""
     data = image()
     with tracking(data, generation=True) as tracker:
         tracker.inactivate()

@@ -1,4 +1,4 @@
-"""What holds spec/ together: links, citations in the source, and requirements with tests."""
+"""The pages of spec/ hold together: links, citations in the source, requirements with tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_links_of_the_pages_elsewhere_lead_somewhere() -> None:
-    """Those of the README and of the contributor's pages: to files, and to headings of pages."""
+    """Links in the README and in the pages for contributors must lead to files and to headings."""
     for path in (ROOT / "README.md", *sorted((ROOT / ".github").rglob("*.md"))):
         for link in re.findall(r"\[[^\]]+\]\(([^)\s]+)\)", path.read_text("utf-8")):
             name, _, anchor = link.partition("#")

@@ -222,7 +222,7 @@ TOO_LARGE = "header-extension.length.too-large"
 UNKNOWN_COMPRESSION = "header.compression_type.unknown"
 SNAPSHOT = "snapshot-table.extra_data_size.too-large"
 
-"""As long as a file can be for QEMU."""
+"""The largest length of a file for QEMU."""
 
 EDGES: dict[str, tuple[bytes, dict[str, str]]] = {
     "the second of a name": (patched(image(), *repeated(0, 0)), {DUPLICATE: "refused"}),
@@ -319,7 +319,7 @@ def test_the_first_snapshot_with_too_much_extra_data_is_reported() -> None:
 
 
 def opened_by_qemu(path: Path) -> subprocess.CompletedProcess[str]:
-    """What QEMU says when it opens an image to read it."""
+    """Returns the result of qemu-io when it opens an image to read it."""
     command = ["qemu-io", "-r", "-f", "qcow2", "-c", "quit", str(path)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 

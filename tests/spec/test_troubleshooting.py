@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 from support.kinds import CHECKED_KINDS
@@ -41,3 +42,4 @@ def test_the_commands_it_names_are_there() -> None:
     for command in ("check", "repair", "salvage", "fit"):
         assert f"`{command} " in text or f"qcow2bm {command} " in text
         assert command in COMMANDS
+    assert set(re.findall(r"qcow2bm ([a-z-]+) ", text)) <= COMMANDS.keys()

@@ -36,7 +36,7 @@ class Snapshots(NamedTuple):
 
 
 class Codec(NamedTuple):
-    """How a vector is read, and what must then be built from that, if anything."""
+    """The functions that parse a vector and, if there is one, build it again."""
 
     parse: Callable[[bytes], Any]
     build: Callable[[Any], bytes] | None = None
@@ -61,7 +61,7 @@ def block_of(order: int, code: str) -> Codec:
 
 
 class Facts:
-    """What an image is found to say, under the names the result blocks use."""
+    """The facts that a reader finds in an image, under the names that the result blocks use."""
 
     def __init__(self, data: bytes) -> None:
         with qcow2bm.open(data) as image:

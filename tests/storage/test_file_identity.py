@@ -155,7 +155,7 @@ def with_mode(path: Path, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_block_device_has_no_identity(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the times nor the size of a block device show writes of other hosts."""
+    """A block device must have no identity: its times and size show no writes of other hosts."""
     with_mode(path, stat.S_IFBLK, monkeypatch)
     assert identify(path) is None
 

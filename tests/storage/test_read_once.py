@@ -21,7 +21,7 @@ SIZE = 1 << 12
 
 
 class Watched(MemoryStorage):
-    """Knows the places that were read, and fails in the middle of a write if it is to."""
+    """A storage that lists its reads, and can fail in the middle of a write."""
 
     def __init__(self, data: bytearray) -> None:
         super().__init__(data, "<watched>")
@@ -125,7 +125,7 @@ def test_what_else_may_change_bytes_makes_it_forget(
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_reads_and_writes(seed: int) -> None:
-    """What is read is what the storage has, in whatever order and of whatever places."""
+    """Every read must return what the storage has, in any order and at any place."""
     random = Random(seed)
     watched = Watched(bytearray(random.randbytes(SIZE)))
     once = ReadOnceStorage(watched)

@@ -300,7 +300,7 @@ def test_the_storage_decides_whether_other_hosts_are_excluded(kind: type[MemoryS
 
 
 def test_a_storage_must_state_whether_other_hosts_are_excluded() -> None:
-    """Otherwise the library would assume that other hosts see its lock."""
+    """A storage without this attribute must not be accepted: other hosts might not see its lock."""
 
     class Silent:
         pass

@@ -33,7 +33,7 @@ class AuditedBitmap(NamedTuple):
 
     @property
     def data_offsets(self) -> list[int]:
-        """Where its clusters of data lie."""
+        """The host offsets of the clusters with data."""
         return [word & _OFFSET for word in self.words if word & _OFFSET]
 
 

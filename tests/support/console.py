@@ -73,7 +73,7 @@ def run_on_terminal(
     columns: int = 80,
     variables: Mapping[str, str] | None = None,
 ) -> str:
-    """What one command prints on a terminal of so many columns, as a process of its own.
+    """Runs a command on a terminal of so many columns, and returns the output.
 
     ``variables`` are those of its environment that are not as in this process.
     """

@@ -27,10 +27,10 @@ MAX_SUBSETS = 1 << 10
 SAMPLES = 1000
 
 Choice = tuple[tuple[int, ...], int]
-"""Which of its contents each sector has, 0 the old one, and the length of the file."""
+"""The content that each sector has, 0 for the old one, and the length of the file."""
 
 Found = TypeVar("Found")
-"""What a reader finds in an image."""
+"""The findings of a reader in an image."""
 
 
 class BrokenStateError(AssertionError):
@@ -55,7 +55,7 @@ class Interval(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Where the file can end, at the unit of a sector; the last is the new length."""
+        """The lengths that the file can have, in steps of a sector; the last is the new length."""
         old, new = len(self.before), len(self.after)
         grown = range(old - old % SECTOR_SIZE + SECTOR_SIZE, new, SECTOR_SIZE)
         return [old, *grown, new] if new > old else [new]
@@ -127,7 +127,7 @@ class Interval(NamedTuple):
         return data
 
     def describe(self, choice: Choice) -> str:
-        """Which state that is, for a message."""
+        """Returns the words for a state, for a message."""
         versions, length = choice
         chosen = {s: v for s, v in zip(self.contents, versions, strict=True) if v}
         return f"steps {self.first_step}-{self.stop_step}, sectors {chosen}, length {length}"
@@ -160,7 +160,7 @@ class ObservedImage(MemoryStorage):
 
 
 class Views(Generic[Found]):
-    """What a reader finds in the states of an interval.
+    """The findings of a reader in the states of an interval.
 
     Two states are the same to the reader if the file has the same length and every sector that
     was read in the one is the same in the other.

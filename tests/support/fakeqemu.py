@@ -97,7 +97,7 @@ class FakeNode:
     driver: str = "qcow2"
     active: bool | None = None
     file: int | None = None
-    """Where it stores its bitmaps when it is closed, if anywhere."""
+    """The file in which the node stores its bitmaps when it is closed; None if it stores none."""
 
     def close(self) -> None:
         """Stores what is persistent."""
@@ -155,7 +155,7 @@ class FakeQemu:
 
     @contextmanager
     def serving(self, path: Path) -> Iterator[str]:
-        """Meanwhile it serves one client after the other at this path."""
+        """Serves one client after the other at this path for the duration of the block."""
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
             server.listen()

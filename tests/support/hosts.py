@@ -26,7 +26,7 @@ class Host:
         return os.pread(self.descriptor, length, offset)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Through the cache; on the disk when it returns."""
+        """Writes through the cache; when the method returns, the data are on the disk."""
         assert os.pwrite(self.descriptor, data, offset) == len(data)
         os.fsync(self.descriptor)
 

@@ -133,7 +133,7 @@ SPECIFICATION_ALLOWS = {
 
 
 class Disagreement(Enum):
-    """In what the two differ; by value, how it is told."""
+    """A difference between QEMU and this library; the value is its description."""
 
     NONE = "nothing"
     MISSED = "QEMU refuses it, and no problem says so"
@@ -231,7 +231,7 @@ class Lab:
         return self._images[base]
 
     def judge(self, base: str, data: bytes, at_fault: int | None = None) -> Finding:
-        """In what QEMU and this library differ about a broken image of a kind.
+        """Returns the difference between QEMU and this library about a broken image of a kind.
 
         ``at_fault`` is a bitmap that cannot be valid if QEMU refuses the image; nor can one be
         that QEMU mentions.

@@ -236,7 +236,7 @@ def with_garbage(cluster_bits: int, count: int) -> bytes:
 
 
 def _garbage(cluster_bits: int, count: int) -> tuple[bytearray, int]:
-    """As `with_garbage`, and the host offset of the first of `FREE_CLUSTERS` free clusters."""
+    """Returns the image of `with_garbage`, and the host offset of the first free cluster."""
     data = image(cluster_bits, count)
     last = append(data, b"in use, with free clusters before it")
     data[last:last] = b"\xa5" * (FREE_CLUSTERS * _cluster_size(data))

@@ -183,7 +183,7 @@ def _(scene: Scene) -> None:
 
 @case("failed after inactivation")
 def _(scene: Scene) -> None:
-    """With a return path, it has succeeded only once the destination says so."""
+    """The destination never confirms; with a return path, the migration then fails."""
     source = scene.source
     source.enable("return-path")
     ours, theirs = socket.socketpair()

@@ -84,7 +84,7 @@ def rescued(case: str, way: Way, folder: Path) -> Result:
 
 
 def _arm(address: Path) -> None:
-    """Twice: the second time there is nothing to do."""
+    """Arms twice; the second time there is nothing to do."""
     with Monitor(str(address)) as monitor:
         armed = arm(monitor, ["disk"], set_mapping=True)
         again = arm(monitor, ["disk"], set_mapping=True)
@@ -94,7 +94,7 @@ def _arm(address: Path) -> None:
 
 
 def _verdict(scene: Scene, address: Path, remedy: Remedy) -> Settlement:
-    """Without the remedy first, which decides nothing; and once more, when there is no more."""
+    """Judges without a remedy, which changes nothing, then with it, then once more for nothing."""
     source = scene.source
     with Monitor(str(address)) as monitor:
         (first,) = verdict(monitor)
@@ -112,7 +112,7 @@ def _verdict(scene: Scene, address: Path, remedy: Remedy) -> Settlement:
 
 
 def _start(source: Machine, address: Path) -> None:
-    """Twice: no bit and no bitmap changes."""
+    """Lifts the vetoes twice; neither time may a bit or a bitmap change."""
     before = source.bitmaps()
     hashes = {name: source.sha256(name) for name in before}
     persistent = sorted(name for name, bitmap in before.items() if bitmap["persistent"])

@@ -261,7 +261,7 @@ class Scene:
 
 
 def host_offset(disk: Disk, what: Range) -> int:
-    """Where an allocated range, which was written in one go, lies in the file."""
+    """Returns the place in the file of an allocated range that was written in one go."""
     mapped = json.loads(run_ok("qemu-img", "map", "--output", "json", disk.path))
     (part,) = (part for part in mapped if part["start"] == what[0])
     assert part["length"] == what[1]
@@ -404,7 +404,7 @@ def _(scene: Scene) -> None:
 
 @case("destination wrote to the end of the disk")
 def _(scene: Scene) -> None:
-    """Only there, behind the last whole granule."""
+    """The destination writes behind the last whole granule, and nowhere else."""
 
     def play(machine: Machine) -> None:
         scene.write_by(machine, END)
@@ -438,7 +438,7 @@ def _(scene: Scene) -> None:
 
 @case("destination came too late")
 def _(scene: Scene) -> None:
-    """As before, but the destination tries to run after the source took the disk back."""
+    """The destination tries to run after the source took the disk back."""
     with scene.destination(paused=True) as machine:
         machine.enable("late-block-activate")
         scene.inactivate()

@@ -24,7 +24,7 @@ _TIMEOUT = 60  # seconds: so that a hanging tool fails a test and not the whole 
 
 
 def missing() -> str | None:
-    """Why the plugin cannot be tested here, if it cannot."""
+    """Returns the reason why the plugin cannot be tested here; None if it can."""
     tools = [tool for tool in ("nbdkit", "nbdcopy") if not shutil.which(tool)]
     if tools:
         return f"not installed: {', '.join(tools)}"
@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """In which the plugin finds what it needs, also if it lies in a checkout."""
+    """Returns an environment in which the plugin finds its packages, also in a checkout."""
     return {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
 
 

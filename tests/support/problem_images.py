@@ -63,7 +63,7 @@ def long_snapshot_table() -> list[Patch]:
 
 
 def many_tables() -> list[Patch]:
-    """More entries that share one table of 8 MiB, behind everything else, than are read."""
+    """Returns patches that make more entries, which share one table of 8 MiB, than are read."""
     size = (512 << 20) // CLUSTER
     count = tables.MAX_TABLES_BYTES // (8 * size) + 1
     start = BEHIND + 8 * size

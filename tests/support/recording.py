@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 Place = tuple[int, int]
-"""Where something was written: host offset and length."""
+"""The place of a write: host offset and length."""
 
 Octets = NDArray[np.uint8]
 
@@ -47,7 +47,7 @@ class RecordingStorage(MemoryStorage):
 
 
 def intervals_of(plan: Plan) -> list[list[Place]]:
-    """Where the plan writes before its first barrier, before the next, and so on."""
+    """Returns the places that a plan writes before its first barrier, then before the next."""
     assert not plan.steps or isinstance(plan.steps[-1], Barrier), "what is not durable is no use"
     groups = groupby(plan.steps, key=lambda step: isinstance(step, Write))
     return [

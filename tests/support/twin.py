@@ -176,7 +176,7 @@ class Twin:
         assert compared.returncode == 0, compared
 
     def map(self) -> list[tuple[int, int, int]]:
-        """Where QEMU finds the guest's data: (start, length, host offset).
+        """Returns the places where QEMU finds the guest's data: (start, length, host offset).
 
         Not which parts of them it reports as zeros: that also depends on where the file ends.
         """

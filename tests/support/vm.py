@@ -7,6 +7,8 @@ handed to QEMU. Only for a second QMP server, if a test asks for it, is there a 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -153,10 +155,21 @@ class Machine:
         with suppress(ConnectionError):
             line = self._stream.readline()
         if not line:
-            self._output.seek(0)
-            raise ToolError(f"{TOOL} is gone: {self._output.read().decode()}")
+            raise ToolError(f"{TOOL} is gone: {self.printed}")
         message: dict[str, Any] = json.loads(line)
         return message
+
+    @property
+    def printed(self) -> str:
+        """The text that the process has printed up to now."""
+        descriptor = self._output.fileno()  # seeking would move where the process prints
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()
+
+    def limit_files(self, length: int | None) -> None:
+        """Lets no file grow beyond a length, as if no space were left; None ends that."""
+        _, most = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
+        limit = most if length is None else length
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (limit, most))
 
     # The disk
 

@@ -1,4 +1,4 @@
-"""How many bytes and barriers tracking costs, counted by the storage."""
+"""Tracking writes no more bytes and barriers than promised, as the storage counts them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PIECE = 4 * KiB
 CLUSTER = 64 * KiB
 FINE, COARSE = 64 * KiB, 256 * KiB
 A_PIECE = 8 * PIECE * FINE
-"""What a piece of the bitmap of the finer granularity covers, in guest bytes."""
+"""The guest bytes that a piece of the bitmap of the finer granularity covers."""
 A_CLUSTER = 8 * CLUSTER * FINE
 SIZE = 4 * A_CLUSTER
 
@@ -37,14 +37,14 @@ GARBAGE = b"\xaa"
 
 
 class Costs(NamedTuple):
-    """What one call wrote, by its report and by the storage."""
+    """The bytes and barriers of one call, by its report and by the storage."""
 
     report: tuple[int, int]
     plan: Plan
 
     @property
     def intervals(self) -> list[list[Place]]:
-        """Where it wrote, barrier by barrier; the report must say the same."""
+        """The places that were written, barrier by barrier; asserts that the report agrees."""
         assert self.report == (self.plan.length, self.plan.barriers)
         return intervals_of(self.plan)
 
@@ -230,7 +230,7 @@ def test_a_flush_writes_no_more_than_it_may() -> None:
 
 @pytest.mark.parametrize("deadline", [0, 1e9])
 def test_a_flush_with_a_deadline_goes_on_until_then(deadline: float) -> None:
-    """It looks at the clock after some megabytes of bits."""
+    """A flush with a deadline must store at least one batch, and stop at the deadline."""
     clusters = 300
     size = clusters * 8 * CLUSTER * 512
     bits = Stored(b"long", [b"\x01"] * clusters, 9)
@@ -263,7 +263,7 @@ def test_what_stood_in_free_clusters_does_not_show(cluster_bits: int) -> None:
 @pytest.mark.spec("TRACK-9")
 @pytest.mark.parametrize("cluster_bits", [9, 12, 16])
 def test_counted_and_whole_before_a_table_leads_there(cluster_bits: int) -> None:
-    """With a barrier between: of what is not durable any part may be on the disk."""
+    """A cluster and its refcount must be durable before a table leads to the cluster."""
     built = sparse(cluster_bits)
     session = Session(built.data)
     session.tracker.mark(9 * FINE, 1)
@@ -290,7 +290,7 @@ def test_all_pieces_of_a_new_cluster_are_written_with_it() -> None:
 @pytest.mark.spec("TRACK-10")
 @pytest.mark.parametrize("name", ["refcount block", "refcount table"])
 def test_refcount_structures_grow_before_anything_is_tracked(name: str) -> None:
-    """However much is marked later, there is a place for it."""
+    """Refcount structures must grow at the beginning, so that there is room for all later marks."""
     data = EDITS[name].image()
     before = Audit(data)
     session = Session(data)
@@ -331,7 +331,7 @@ def test_after_a_flush_of_all_a_stop_needs_no_cluster() -> None:
 
 
 def test_set_aside_is_not_counted() -> None:
-    """Or what is never needed would leak."""
+    """Clusters that are set aside must not be counted; if never needed, they would leak."""
     built = sparse()
     before = Audit(built.data).refcounts
     session = Session(built.data)

@@ -164,7 +164,7 @@ def written_at_random(q: float, seed: int) -> tuple[Disk, Tracker, list[Pending]
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bitmaps_fill_up_as_the_model_says(seed: int) -> None:
-    """Of n bits, n * exp(-m / n) are clear after m random marks: so much touches a piece."""
+    """After m random marks on n bits, about n * exp(-m / n) bits must still be clear."""
     random = np.random.default_rng(seed)
     data = build_image(Stored(b"a", granularity_bits=16), size=SIZE, cluster_bits=12).data
     n = SIZE >> 16

@@ -27,7 +27,7 @@ from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.tracker.tracker import Tracker
 
 COVERED = 8 * 512 * 512
-"""What a cluster of a bitmap of granularity 512 covers, in guest bytes."""
+"""The guest bytes that a cluster of a bitmap of granularity 512 covers."""
 SIZE = 12 * COVERED
 
 ROUNDS: Sequence[list[Place]] = (
@@ -56,7 +56,7 @@ IMAGES: dict[str, Callable[[], bytearray]] = {
 
 
 class Ended(NamedTuple):
-    """How a session ended: what was raised, by which call, and the tracker as far as it got."""
+    """The end of a session: the error, the call that raised it, and the tracker if there is one."""
 
     error: BaseException | None
     step: str
@@ -131,7 +131,7 @@ def assert_sound(name: str, data: bytearray, ended: Ended) -> set[str]:
 
 
 def assert_over(tracker: Tracker, state: str) -> None:
-    """Nothing can be done with it any more."""
+    """Asserts that a tracker refuses every use, and is in the given state."""
     assert tracker.state == state
     works: list[Callable[[], object]] = [
         lambda: tracker.mark(0, 1),
@@ -176,7 +176,7 @@ def test_a_write_fails(name: str, share: float) -> None:
 @pytest.mark.spec("TRACK-12")
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_barrier_fails_and_nothing_is_written_afterwards(name: str) -> None:
-    """Whatever of what was written is lost."""
+    """After a failed barrier nothing may be written, whatever the barrier has lost."""
     random = Random(name)
     outcomes = []
     for number in numbers(name, "barrier"):
@@ -200,7 +200,7 @@ def test_a_barrier_fails_and_nothing_is_written_afterwards(name: str) -> None:
 
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_the_last_barrier_can_have_worked_although_it_failed(is_kept: bool) -> None:
-    """Or "unknown" would say too little."""
+    """If the last barrier fails, the bitmaps may be valid or not: "unknown" must be needed."""
     number = numbers("plain", "barrier")[-1]
     storage = FaultyStorage(image(), Fault(number), keeps=lambda sector: is_kept)
     ended = fail("plain", storage)
@@ -210,7 +210,7 @@ def test_the_last_barrier_can_have_worked_although_it_failed(is_kept: bool) -> N
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_read_fails(name: str) -> None:
-    """Also one of those after the bitmaps were stored, when they are listed anew."""
+    """If any read fails, the image must stay sound, also after the bitmaps were stored."""
     for number in numbers(name, "read_into", "size", "read_lock", "change_token"):
         for is_sticky in (False, True):
             storage = FaultyStorage(IMAGES[name](), Fault(number, 5, is_sticky))

@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def in_child(work: Callable[[], object]) -> str:
-    """What ``work`` returns, or the error it raises, in a forked process."""
+    """Calls ``work`` in a forked process; returns its result, or the error it raises, as text."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

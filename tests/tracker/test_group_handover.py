@@ -216,7 +216,10 @@ def test_one_cannot_be_taken_back_and_the_others_are() -> None:
 @pytest.mark.spec("LIFE-16")
 @pytest.mark.parametrize("locked", [("vda",), ("vdc",), ("vda", "vdc"), ("vdb", "vdc")])
 def test_a_changed_disk_stays_in_the_result_of_every_retry(locked: tuple[str, ...]) -> None:
-    """Or the machine would go on with a disk that was written to, once the others are back."""
+    """A changed disk must be in the result of every retry.
+
+    Otherwise the machine would go on with a changed disk once the other disks are back.
+    """
     disks = Disks(Lockable)
     disks.group.inactivate()
     write_elsewhere(disks.data("vdb"), 100)
@@ -245,7 +248,7 @@ def test_a_changed_disk_stays_in_the_result_of_every_retry(locked: tuple[str, ..
 
 
 def test_what_was_found_is_forgotten_when_they_are_given_away_again() -> None:
-    """Even if that fails: this disk was not taken back since."""
+    """Giving the disks away again must forget the last result, even if giving away fails."""
     disks = Disks()
     disks.group.inactivate()
     write_elsewhere(disks.data("vdb"), 100)

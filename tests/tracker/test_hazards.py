@@ -1,4 +1,4 @@
-"""What could make a bitmap valid that misses a mark: each once tried, and kept from happening."""
+"""Hazards that could make a bitmap valid although it misses a mark; none of them may succeed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_is_marked_during_a_commit_is_in_the_bitmap_that_begins(
 
 @pytest.mark.parametrize("number", range(20))
 def test_marks_while_one_of_two_bitmaps_goes(number: int) -> None:
-    """What remains is spread to while it is marked already."""
+    """If one of two bitmaps is removed while marks come in, the other bitmap must miss no mark."""
     data = image(b"a", b"b")
     marked: list[int] = []
     is_over = threading.Event()
@@ -150,7 +150,7 @@ def test_what_begins_and_ends_in_one_edit_has_what_was_merged(names: tuple[bytes
 
 @pytest.mark.parametrize("names", [(b"a",), (b"a", b"b")])
 def test_what_is_merged_into_before_it_begins(names: tuple[bytes, ...]) -> None:
-    """Whatever is flushed later must not take it away again."""
+    """A merge into a bitmap before it is tracked must survive every later flush."""
     data = image(*names)
     with qcow2bm.open(data, "r+") as opened, opened.track() as tracker:
         tracker.mark(5 * GRANULE, 1)

@@ -91,7 +91,7 @@ def test_every_line(tmp_path: Path, action: str) -> None:
 
 @pytest.mark.parametrize("action", ["writing", "flush"])
 def test_the_end_of_the_block_abandons(tmp_path: Path, action: str) -> None:
-    """Whichever line is interrupted, the block of the tracker ends with the interrupt itself."""
+    """If any line is interrupted, the block of the tracker must end with the interrupt itself."""
     data = build_image(Stored(b"b", granularity_bits=BITS), size=SIZE).data
     path = tmp_path / "disk.qcow2"
     for at in range(0, 10_000, 1 if action == "writing" else 31):

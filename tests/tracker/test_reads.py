@@ -1,4 +1,4 @@
-"""How often an operation of a tracker reads the metadata of the image: each structure once.
+"""An operation of a tracker reads each structure of the metadata at most once.
 
 What counts is what reaches the storage below all of the library. The header counts by the reads
 of its whole cluster: before these, its first 512 bytes are read, which say how large a cluster
@@ -23,11 +23,11 @@ from qcow2bm.tracker.tracker import Tracker
 CLUSTER = 4096
 GRANULE = 512
 SIZE = 3 * 8 * CLUSTER * GRANULE
-"""Of a disk whose bitmaps of the finest granularity have three clusters."""
+"""The size of a disk whose bitmaps of the finest granularity have three clusters."""
 
 
 class Counting(RecordingStorage):
-    """Knows which host bytes were read, and how often."""
+    """A storage that counts how often each host byte was read."""
 
     def __init__(self, data: bytearray) -> None:
         super().__init__(data)
@@ -38,7 +38,7 @@ class Counting(RecordingStorage):
         return super().read_into(offset, buffer)
 
     def times_read(self, start: int, length: int) -> int:
-        """How many reads have any of these bytes."""
+        """Counts the reads that have any of these bytes."""
         return sum(o < start + length and start < o + n for o, n in self.reads)
 
 
@@ -56,7 +56,7 @@ def image() -> bytearray:
 
 
 def places(data: bytearray) -> dict[str, tuple[int, int]]:
-    """Where the directory and every bitmap table are: host offset and length."""
+    """Returns the places of the directory and of every bitmap table: host offset and length."""
     with qcow2bm.open(bytes(data)) as opened:
         tables = {
             f"table of {entry.name}": (entry.bitmap_table_offset, 8 * entry.bitmap_table_size)
@@ -92,7 +92,7 @@ def give_away(storage: Counting, tracker: Tracker) -> None:
 
 
 def give_to_another_writer(storage: Counting, tracker: Tracker) -> None:
-    """To one that does not know the generation, and so ends it where it is recorded."""
+    """Gives the image to a writer that does not know the generation, and so ends the generation."""
     give_away(storage, tracker)
     storage.data[88] &= 0x7F
 
@@ -148,7 +148,7 @@ def test_an_operation_reads_the_metadata_once(name: str, generation: bool | None
 
 
 def test_what_a_commit_left_is_known_as_it_is_on_disk() -> None:
-    """Though it is not read again: each operation is followed by others that build on it."""
+    """After a commit the tracker must know the metadata on disk, without reading them again."""
     with tracking() as (storage, tracker):
         for number in range(3):
             marked(tracker)

@@ -1,4 +1,4 @@
-"""What is refused, and then changes nothing; and what a tracker is while it goes on."""
+"""The rules of tracking: a refused operation changes nothing, and marks are complete."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_an_edit_from_before_changes_nothing() -> None:
 
 
 def test_bitmaps_from_before_are_outdated() -> None:
-    """What they have read is no longer so."""
+    """A bitmap object from before tracking must raise: its bits may have changed."""
     with qcow2bm.open(image(DAILY), "r+") as opened:
         before = opened.bitmaps["daily"]
         with opened.track() as tracker:
@@ -230,7 +230,7 @@ def test_after_the_end_nothing_is_marked(end: str) -> None:
     ],
 )
 def test_what_is_not_on_the_disk_is_refused(start: int, length: int) -> None:
-    """And of many ranges, none is marked then."""
+    """If one of many ranges is not on the disk, none of them may be marked."""
     with qcow2bm.open(image(DAILY), "r+") as opened:
         tracker = opened.track()
         with pytest.raises(ValueError, match="does not lie on the disk"):

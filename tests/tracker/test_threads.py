@@ -150,12 +150,12 @@ class Load:
 
     @property
     def marked(self) -> list[Place]:
-        """What was marked by now."""
+        """The places that were marked by now."""
         return [*chain.from_iterable(writer.begun[: writer.done] for writer in self.writers)]
 
     @property
     def begun(self) -> list[Place]:
-        """What was marked, or was about to be."""
+        """The places that were marked, or were about to be marked."""
         return [ANYWHERE, *chain.from_iterable(writer.begun for writer in self.writers)]
 
     def _flush(self, start: Barrier) -> None:
@@ -245,7 +245,7 @@ def test_a_stop_waits_for_writes_under_way() -> None:
 
 
 def test_who_begins_to_write_while_it_stops_is_turned_away() -> None:
-    """It waits for what is going on, and then finds that tracking has ended."""
+    """A write that begins during a stop must wait for the stop, and then be refused."""
     outcomes: list[str] = []
 
     def write() -> None:
@@ -311,7 +311,10 @@ def test_many_threads_stop_and_one_does(mix: str) -> None:
 
 
 def test_a_flush_stores_what_was_marked_before_it_whatever_is_marked_meanwhile() -> None:
-    """Or pieces that change all the time would keep others from ever being stored."""
+    """A flush must store everything that was marked before it, whatever is marked meanwhile.
+
+    Otherwise pieces that change all the time would keep other pieces from being stored.
+    """
     storage = RecordingStorage(image("alike"))
     held = WriteGuard(storage)
     held.acquire(0)
