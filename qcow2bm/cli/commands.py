@@ -49,6 +49,7 @@ COMMANDS_BY_GROUP = {
         "invert": Row("edit", "make clean ranges dirty, and dirty ranges clean"),
         "fit": Row("edit", "fit bitmaps to a disk that another program resized without them"),
         "merge": Row("edit", "combine bitmaps, of any granularity"),
+        "bitmap": Row("bitmap", "edit bitmaps with the arguments of qemu-img bitmap"),
     },
     "repair what is broken, outdated or in use": {
         "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
@@ -130,13 +131,12 @@ def parse(argv: Sequence[str]) -> Call:
 
     Wrong usage, --help and --version end the process.
     """
-    place = argv.index("--") if "--" in argv else len(argv)
-    texts, verbatim = list(argv[:place]), list(argv[place + 1 :])
+    texts = list(argv)
     parser = root()
     while parser.commands:
-        words = texts or verbatim
-        if not words or words[0] not in parser.commands:
-            parser.parse(texts, verbatim)  # ends the process: this is wrong, or an option
-        parser = parser.of(words.pop(0))
-    arguments = parser.parse(texts, verbatim)
+        place = 1 if texts[:1] == ["--"] else 0
+        if not texts[place:] or texts[place] not in parser.commands:
+            parser.parse(texts)  # ends the process: this is wrong, or an option
+        parser = parser.of(texts.pop(place))
+    arguments = parser.parse(texts)
     return Call(parser, arguments, _imported(COMMANDS[arguments.command].module).run)

@@ -93,6 +93,9 @@ class Parser(argparse.ArgumentParser):
         namespace: the class of the values.
         examples: command lines that the help shows, each of which can be used as it is.
         notes: paragraphs of the help about the arguments.
+        reader: reads all arguments into the values, for a command whose arguments are not in the
+            manner of this program; None for any other command.
+        usage_status: the exit status of wrong usage.
     """
 
     def __init__(self, path: tuple[str, ...], description: str) -> None:
@@ -110,6 +113,8 @@ class Parser(argparse.ArgumentParser):
         self.words: list[Word] = []
         self.commands: dict[str, Command] = {}
         self.namespace: type[Arguments] = Arguments
+        self.reader: Callable[[Parser, Sequence[str], Any], None] | None = None
+        self.usage_status = USAGE
         self._is_help_complete = False
 
     @property
@@ -153,16 +158,20 @@ class Parser(argparse.ArgumentParser):
             )
         return parser
 
-    def parse(self, texts: Sequence[str], verbatim: Sequence[str]) -> Arguments:
+    def parse(self, argv: Sequence[str]) -> Arguments:
         """Returns the values of all arguments. --help and wrong usage end the process.
 
         If `path` is not a whole command yet, everything else is wrong usage.
 
         Args:
-            texts: options and words.
-            verbatim: more words, whatever they look like: those behind --.
+            argv: options and words; -- ends the options.
         """
         values = self.namespace(**dict(zip(("command", "action"), (*self.path, ""), strict=False)))
+        if self.reader:
+            self.reader(self, argv, values)
+            return values
+        place = argv.index("--") if "--" in argv else len(argv)
+        texts, verbatim = argv[:place], argv[place + 1 :]
         self._check_options(texts)
         _, rest = self.parse_known_args(texts, values)
         for text in rest:
@@ -228,6 +237,18 @@ class Parser(argparse.ArgumentParser):
             setattr(values, word.dest, self._value(word, texts.pop(0)))
         return texts
 
+    def convert(self, option: argparse.Action, text: str) -> Any:  # noqa: ANN401
+        """Returns the value that a text stands for; a text that an option does not take is wrong.
+
+        This is for a `reader`.
+        """
+        try:
+            value = self._get_value(option, text)
+            self._check_value(option, value)
+        except argparse.ArgumentError as error:
+            self.error(error.message)
+        return value
+
     def _value(self, word: Word, text: str) -> object:
         try:
             return word.convert(text)
@@ -266,12 +287,12 @@ class Parser(argparse.ArgumentParser):
             yield "\n  ".join((f"{title}:", *self.examples))
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with status 64; argparse's 2 would mean that problems were found."""
+        """Ends the process with `usage_status`, since argparse's 2 would mean "problems found"."""
         self._fail(f"{message}; see {self.prog} --help")
 
     def _fail(self, message: str) -> NoReturn:
         say(f"error: {message}")
-        sys.exit(USAGE)
+        sys.exit(self.usage_status)
 
 
 def _is_like_option(text: str) -> bool:

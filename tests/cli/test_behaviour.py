@@ -1,4 +1,4 @@
-"""How the commands behave as programs: exit status, streams, what they load and touch."""
+"""The commands as programs: exit status, streams, the modules they load, the files they touch."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_a_script_has_every_command_and_option(shell: str, tmp_path: Path) -> No
 
 
 def completed(folder: Path, *words: str) -> list[str]:
-    """What bash offers for the last of the words; nothing means names of files."""
+    """Returns what bash offers for the last word; an empty list means names of files."""
     done = subprocess.run(
         ["bash", "--norc", "-c", COMPLETE, "bash", "qcow2bm", *words],
         cwd=folder,

@@ -182,7 +182,7 @@ def test_no_folder_for_temporary_files_is_one_line() -> None:
 @pytest.mark.spec("CLI-21")
 @pytest.mark.parametrize("lines", [1, 2])
 def test_an_interrupt_ends_it_at_once_and_leaves_nothing(folder: Path, lines: int) -> None:
-    """While the image is made, and while writes are tracked."""
+    """An interrupt must end the demo, both while it makes the image and while it tracks writes."""
     with start() as process:
         assert process.stdout
         assert process.stderr

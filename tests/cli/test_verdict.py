@@ -143,7 +143,7 @@ def test_the_commands_of_an_answer_lead_to_yes(
 @pytest.mark.spec("CLI-39")
 @pytest.mark.parametrize("id", IDS)
 def test_the_commands_for_a_broken_image_succeed(id: str, tmp_path: Path) -> None:
-    """Whatever a reader finds in an image, no command is named that fails."""
+    """Every command that a verdict names must succeed, whatever problem the image has."""
     for name in ("daily", "weekly", "crashed", "never there"):
         (tmp_path / "vm.qcow2").write_bytes(broken(id))
         (tmp_path / "vm.qcow2.undo").unlink(missing_ok=True)
@@ -197,7 +197,7 @@ def test_what_cannot_be_found_out_is_1(tmp_path: Path, name: str, options: list[
 
 @pytest.mark.spec("CLI-38")
 def test_a_read_that_fails_is_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever read fails, the answer is never yes, and never one of the answers no."""
+    """If any read fails, the answer must be neither yes nor one of the answers no."""
     (tmp_path / "vm.qcow2").write_bytes(image_of(ENABLED).data)
     failing = FailingRead(monkeypatch)
     for number in range(1, 1000):
