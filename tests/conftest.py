@@ -11,6 +11,7 @@ from hypothesis import settings
 from support.images import small_image
 
 from qcow2bm.storage.memory import MemoryStorage
+from qcow2bm.units import ceil_div
 
 # The same examples in every run, and no clock: a failure is never due to a slow machine.
 settings.register_profile("qcow2bm", derandomize=True, deadline=None, database=None)
@@ -27,18 +28,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 _REPEATING = (
     *("crash", "faults", "property", "migration/test_model.py", "migration/test_lifecycle.py"),
-    *("migration/test_stream_fuzz.py", "test_hostile.py", "checking/test_broken.py"),
+    *("migration/test_stream_fuzz.py", "migration/test_stream_sample.py", "test_hostile.py"),
+    *("checking/test_broken.py", "cli/test_stream_restore.py", "cli/test_advice.py"),
     *("spec/test_invariants.py", "bitmaps/test_commit.py", "tracker/test_interrupts.py"),
 )
-"""Tests that run the same lines thousands of times; others reach all of these lines, too."""
+"""Files and folders with tests that are long even without measuring."""
+
+_MOST_MEASURED = 10
+"""In how many cases of a parametrized test coverage is measured: measuring triples the time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measures no coverage where that costs much and tells nothing new."""
+    """Measures no coverage in long tests, and in most of the many cases of a test.
+
+    They run the same lines thousands of times; others reach all of these lines, too.
+    """
     folder = Path(__file__).parent
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.path.relative_to(folder).as_posix().startswith(_REPEATING):
             item.add_marker(pytest.mark.no_cover)
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for several in cases.values():
+        step = ceil_div(len(several), _MOST_MEASURED)
+        for number, item in enumerate(several):
+            if number % step:
+                item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,7 +43,7 @@ ALL = [
     if carried or policy == "drop"
 ]
 SOME = [
-    (Options(False, False, ("fine",), "merge"), 4),
+    (Options(False, False, ("fine",), "merge"), 3),
     (Options(False, True, ("fine", "coarse"), "merge"), 4),
     (Options(True, True, (), "drop"), 3),
 ]
@@ -260,4 +260,4 @@ def test_no_order_of_events_makes_a_bitmap_silently_wrong(options: Options, dept
 @pytest.mark.deep
 @pytest.mark.parametrize(("options", "depth"), DEEP, ids=str)
 def test_no_longer_order_of_events_does_either(options: Options, depth: int) -> None:
-    explore(options, depth, most=8)
+    explore(options, depth, most=4)

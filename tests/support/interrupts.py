@@ -17,12 +17,19 @@ def can_be_interrupted(frame: FrameType) -> bool:
     `with` is called, or before an assignment that a `finally` begins with. What is raised there
     would leave a lock held, and no code could prevent that.
     """
-    code, number = frame.f_code, frame.f_lineno
-    line = linecache.getline(code.co_filename, number).strip()
-    first = min(start for start, _, found in code.co_lines() if found == number)
-    is_end_of_with = line.startswith("with ") and frame.f_lasti > first
-    above = linecache.getline(code.co_filename, number - 1).strip()
-    return line != "try:" and not is_end_of_with and above != "finally:"
+    code, number, instruction = frame.f_code, frame.f_lineno, frame.f_lasti
+    # Each line is asked for as often as it runs. A code object takes long to be hashed.
+    place = code.co_filename, code.co_qualname, number, instruction
+    if place not in _KNOWN:
+        line = linecache.getline(code.co_filename, number).strip()
+        first = min(start for start, _, found in code.co_lines() if found == number)
+        is_end_of_with = line.startswith("with ") and instruction > first
+        above = linecache.getline(code.co_filename, number - 1).strip()
+        _KNOWN[place] = line != "try:" and not is_end_of_with and above != "finally:"
+    return _KNOWN[place]
+
+
+_KNOWN: dict[tuple[str, str, int, int], bool] = {}
 
 
 class Interrupter:
