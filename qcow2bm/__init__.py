@@ -31,14 +31,18 @@ if TYPE_CHECKING:
     from qcow2bm.api.undo_file import UndoFile
     from qcow2bm.bitmaps.backup_verdict import BackupReason, BackupVerdict
     from qcow2bm.bitmaps.bit_reader import Totals
+    from qcow2bm.bitmaps.space import BitmapSpace
     from qcow2bm.bitmaps.status import Status
+    from qcow2bm.bitmaps.table_entries import EntryKind, TableRun
     from qcow2bm.bitmaps.tables import Clusters
     from qcow2bm.bits.operations import Op
     from qcow2bm.checking.check import Check
     from qcow2bm.checking.directory_repair import LostBitmap
     from qcow2bm.checking.repair import Repair
     from qcow2bm.clusters.empty_image import EmptyImage, build_empty_image
+    from qcow2bm.clusters.layout import Snapshot
     from qcow2bm.clusters.plan import Barrier, Plan, Write
+    from qcow2bm.clusters.space import FileSpace
     from qcow2bm.errors import (
         BitmapBrokenError,
         BitmapError,
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
         Hint,
         ImageLockedError,
         LimitError,
+        NoRoomError,
         Qcow2BmError,
         QmpError,
         QmpRefusedError,
@@ -75,7 +80,7 @@ if TYPE_CHECKING:
     from qcow2bm.qmp import rescue
     from qcow2bm.storage import new_file
     from qcow2bm.storage.file import FileStorage
-    from qcow2bm.storage.interface import Storage, WritableStorage
+    from qcow2bm.storage.interface import OtherUse, Storage, WritableStorage
     from qcow2bm.tracker.edit import TrackerEdit
     from qcow2bm.tracker.group import TrackerGroup
     from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
@@ -92,6 +97,7 @@ __all__ = [
     "BitmapExistsError",
     "BitmapInconsistentError",
     "BitmapNotFoundError",
+    "BitmapSpace",
     "BitmapStaleError",
     "BitmapsExtension",
     "ChangedWhileReadingError",
@@ -104,9 +110,11 @@ __all__ = [
     "DirectoryEntry",
     "Edit",
     "EmptyImage",
+    "EntryKind",
     "EvidenceError",
     "Fate",
     "Feature",
+    "FileSpace",
     "FileStorage",
     "FlushReport",
     "FormatError",
@@ -117,7 +125,9 @@ __all__ = [
     "ImageLockedError",
     "LimitError",
     "LostBitmap",
+    "NoRoomError",
     "Op",
+    "OtherUse",
     "Pending",
     "Plan",
     "Policy",
@@ -129,12 +139,14 @@ __all__ = [
     "Repair",
     "Severity",
     "ShortReadError",
+    "Snapshot",
     "State",
     "StateError",
     "Status",
     "StopReport",
     "Storage",
     "StorageError",
+    "TableRun",
     "Totals",
     "Tracker",
     "TrackerEdit",
@@ -176,14 +188,18 @@ _NAMES_OF = {
     "qcow2bm.api.undo_file": ("UndoFile",),
     "qcow2bm.bitmaps.backup_verdict": ("BackupReason", "BackupVerdict"),
     "qcow2bm.bitmaps.bit_reader": ("Totals",),
+    "qcow2bm.bitmaps.space": ("BitmapSpace",),
     "qcow2bm.bitmaps.status": ("Status",),
+    "qcow2bm.bitmaps.table_entries": ("EntryKind", "TableRun"),
     "qcow2bm.bitmaps.tables": ("Clusters",),
     "qcow2bm.bits.operations": ("Op",),
     "qcow2bm.checking.check": ("Check",),
     "qcow2bm.checking.directory_repair": ("LostBitmap",),
     "qcow2bm.checking.repair": ("Repair",),
     "qcow2bm.clusters.empty_image": ("EmptyImage", "build_empty_image"),
+    "qcow2bm.clusters.layout": ("Snapshot",),
     "qcow2bm.clusters.plan": ("Barrier", "Plan", "Write"),
+    "qcow2bm.clusters.space": ("FileSpace",),
     "qcow2bm.errors": (
         "BitmapBrokenError",
         "BitmapError",
@@ -200,6 +216,7 @@ _NAMES_OF = {
         "Hint",
         "ImageLockedError",
         "LimitError",
+        "NoRoomError",
         "Qcow2BmError",
         "QmpError",
         "QmpRefusedError",
@@ -217,7 +234,7 @@ _NAMES_OF = {
     "qcow2bm.migration.evidence": ("Fate", "Policy"),
     "qcow2bm.migration.lifecycle": ("State",),
     "qcow2bm.problems": ("Problem", "Severity"),
-    "qcow2bm.storage.interface": ("Storage", "WritableStorage"),
+    "qcow2bm.storage.interface": ("OtherUse", "Storage", "WritableStorage"),
     "qcow2bm.storage.file": ("FileStorage",),
     "qcow2bm.tracker.edit": ("TrackerEdit",),
     "qcow2bm.tracker.group": ("TrackerGroup",),

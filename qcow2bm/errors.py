@@ -17,7 +17,8 @@ The errors are divided by whose fault it is, and by what the caller may do next:
     ├─ StorageError              (also OSError) the storage failed
     │  ├─ ShortReadError            fewer bytes than the file claimed to have
     │  ├─ ImageLockedError          another process uses the image
-    │  └─ ChangedWhileReadingError  another process modified the image during reading
+    │  ├─ ChangedWhileReadingError  another process modified the image during reading
+    │  └─ NoRoomError               the image has no room, and the storage cannot grow
     ├─ ComparisonError           a disk is not the one that is to be compared
     ├─ EvidenceError             nothing proves that saved bitmaps are still true of the disk
     ├─ CommitError               a commit failed; says whether the edit took effect
@@ -38,7 +39,7 @@ import errno as _errno
 from collections.abc import Mapping
 from typing import Literal
 
-from qcow2bm.units import escape
+from qcow2bm.units import escape, format_size
 
 Hint = Literal[
     "assert-raw",
@@ -53,6 +54,7 @@ Hint = Literal[
     "read-sidecar",
     "read-stream",
     "remove-all",
+    "remove-bitmap",
     "rename-copies",
     "salvage-or-remove-all",
     "undo",
@@ -65,9 +67,10 @@ Hint = Literal[
 ``assert-unchanged``: assert that nothing wrote to the disk, or make the bitmaps dirty everywhere.
 ``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
 other process. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
-has no locks. ``remove-all``: remove all bitmaps at once. ``salvage-or-remove-all``: salvage the
-bitmaps, or remove all bitmaps at once. ``judge``: judge the evidence of a machine that was armed,
-and settle its bitmaps. ``rename-copies``: finish a rescue in the image of a machine that is off.
+has no locks. ``remove-all``: remove all bitmaps at once. ``remove-bitmap``: remove a bitmap to make
+room. ``salvage-or-remove-all``: salvage the bitmaps, or remove all bitmaps at once. ``judge``:
+judge the evidence of a machine that was armed, and settle its bitmaps. ``rename-copies``: finish a
+rescue in the image of a machine that is off.
 
 The other hints are about a file that is no qcow2 image. ``attach``: keep the bitmaps of a raw disk
 in an image beside the disk. ``convert``: make a qcow2 image of it. ``copy-again``: the file is too
@@ -90,6 +93,7 @@ _HINTS: dict[Hint, str] = {
     "read-sidecar": "read it with qcow2bm.sidecar.read",
     "read-stream": "read it with qcow2bm.stream.read",
     "remove-all": "remove all bitmaps with Edit.remove_all",
+    "remove-bitmap": "make room with Edit.remove",
     "rename-copies": "try again, or call qcow2bm.rescue.rename_copies when the machine is off",
     "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with Edit.remove_all",
     "undo": "read it with qcow2bm.parse_undo, and take back the repair with qcow2bm.undo",
@@ -156,12 +160,46 @@ class UnsupportedError(Qcow2BmError):
         super().__init__(f"not supported: {feature}", feature)
 
 
-class LimitError(Qcow2BmError):
-    """A value, ``what``, is legal, but beyond a limit of this library or of QEMU."""
+Removable = tuple[tuple[str, int], ...]
+"""Bitmaps that can be removed to make room: the name of each, and the bytes that it gives back."""
 
-    def __init__(self, what: str, value: int, limit: int) -> None:
+_MOST_LISTED = 3
+
+
+def _gains(bitmaps: Removable) -> str:
+    """Returns what is gained by removing bitmaps, as the end of a message."""
+    listed = ", ".join(f'"{escape(name)}" {format_size(size)}' for name, size in bitmaps)
+    if len(bitmaps) > _MOST_LISTED:
+        return f"{_gains(bitmaps[:_MOST_LISTED])}, and {len(bitmaps) - _MOST_LISTED} others less"
+    return f"; what removing a bitmap would free: {listed}" if bitmaps else ""
+
+
+class LimitError(Qcow2BmError):
+    """A value, ``what``, is legal, but beyond a limit of this library or of QEMU.
+
+    Attributes:
+        missing: how many bytes of free clusters are missing; None unless the image has as many
+            clusters as refcounts can be stored for.
+        bitmaps: as of a `NoRoomError`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        value: int,
+        limit: int,
+        missing: int | None = None,
+        bitmaps: Removable = (),
+        hint: Hint | None = None,
+    ) -> None:
         self.what, self.value, self.limit = what, value, limit
-        super().__init__(f"{what} is {value}, more than the limit of {limit}", what, value, limit)
+        self.missing, self.bitmaps = missing, bitmaps
+        facts = f"{what} is {value}, more than the limit of {limit}{_gains(bitmaps)}"
+        super().__init__(facts, what, value, limit, missing, bitmaps, hint, hint=hint)
+
+    def with_bitmaps(self, bitmaps: Removable, hint: Hint | None) -> LimitError:
+        """Returns this error with the bitmaps that can be removed, and a hint."""
+        return LimitError(self.what, self.value, self.limit, self.missing, bitmaps, hint)
 
 
 class BitmapError(Qcow2BmError):
@@ -254,6 +292,11 @@ class StorageError(Qcow2BmError, OSError):
         self.path, self.offset, self.length, self.reason = path, offset, length, reason
         self.errno, self.action = errno, action
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the storage failed because it has no room left."""
+        return self.errno in (_errno.ENOSPC, _errno.EDQUOT, _errno.EFBIG)
+
     @classmethod
     def from_os(
         cls, error: OSError, path: str, offset: int, length: int, action: str = "reading"
@@ -272,23 +315,38 @@ class ShortReadError(StorageError):
 
 
 class ImageLockedError(StorageError):
-    """Another process holds a lock that forbids this use.
+    """Another process, or another `Image` of this process, holds a lock that forbids this use.
 
     Attributes:
         held: what the other process does, such as "is writing to it (lock byte 101)".
         action: what was wanted, "reading" or "writing".
         lock_byte: the byte of QEMU's protocol that the other process has locked; None where the
             storage has locks of another kind.
+        is_own: whether this process itself has the image open for writing.
     """
 
     def __init__(
-        self, path: str, held: str, action: str = "reading", lock_byte: int | None = None
+        self,
+        path: str,
+        held: str,
+        action: str = "reading",
+        lock_byte: int | None = None,
+        is_own: bool = False,
     ) -> None:
-        self.held, self.lock_byte = held, lock_byte
-        reason = f"in use by another process, which {held}; is a VM running on it?"
-        hint: Hint = "lock-timeout" if action == "writing" else "force-share"
+        self.held, self.lock_byte, self.is_own = held, lock_byte, is_own
+        if is_own:
+            reason = f"in use by this process itself, which {held}"
+        else:
+            reason = f"in use by another process, which {held}; is a VM running on it?"
+        hint: Hint | None = "lock-timeout" if action == "writing" else "force-share"
+        if is_own and action == "writing":  # to wait for this process would be to wait for ever
+            hint = None
         super().__init__(path, 0, 0, reason, _errno.EAGAIN, action, hint)
-        self._arguments = path, held, action, lock_byte
+        self._arguments = path, held, action, lock_byte, is_own
+
+    def by_this_process(self) -> ImageLockedError:
+        """Returns the same error for an image that this process itself has open for writing."""
+        return type(self)(self.path, self.held, self.action, self.lock_byte, is_own=True)
 
 
 class ChangedWhileReadingError(StorageError):
@@ -300,6 +358,41 @@ class ChangedWhileReadingError(StorageError):
             path, 0, 0, f"the {structure} changed while it was read; open the image again"
         )
         self._arguments = path, structure
+
+
+class NoRoomError(StorageError):
+    """The image has too few free clusters for an edit, and the storage cannot grow.
+
+    Attributes:
+        needed: how many bytes of free clusters the edit needs.
+        missing: how many bytes too few there are. If a structure needs clusters in a row, clusters
+            that are free elsewhere do not count.
+        limit: where the storage ends, in bytes.
+        bitmaps: the bitmaps that can be removed, and that this edit leaves alone: the name of each,
+            and how many bytes of clusters it gives back, the largest first.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        needed: int,
+        missing: int,
+        limit: int,
+        bitmaps: Removable = (),
+        hint: Hint | None = None,
+    ) -> None:
+        self.needed, self.missing, self.limit, self.bitmaps = needed, missing, limit, bitmaps
+        reason = (
+            f"No space left: the edit needs {format_size(needed)} of free clusters, "
+            f"{format_size(missing)} more than there are, and the storage ends at "
+            f"{format_size(limit)}; nothing was changed{_gains(bitmaps)}"
+        )
+        super().__init__(path, 0, 0, reason, _errno.ENOSPC, "writing", hint)
+        self._arguments = path, needed, missing, limit, bitmaps, hint
+
+    def with_bitmaps(self, bitmaps: Removable, hint: Hint | None) -> NoRoomError:
+        """Returns this error with the bitmaps that can be removed, and a hint."""
+        return NoRoomError(self.path, self.needed, self.missing, self.limit, bitmaps, hint)
 
 
 class ComparisonError(Qcow2BmError):
@@ -354,15 +447,37 @@ class CommitError(Qcow2BmError):
             if only reading the storage itself can tell which of the two it is.
         consequence: what the message says of the outcome; it has its own words if the failure was
             not that of an edit.
+        growth: by how many bytes the file would have grown, if an edit failed because the file
+            system is full; else None.
+        bitmaps: as of a `NoRoomError`. What removing a bitmap frees stays in the file, and is there
+            for the next edit.
     """
 
     def __init__(
-        self, path: str, step: str, outcome: CommitOutcome, reason: str, consequence: str = ""
+        self,
+        path: str,
+        step: str,
+        outcome: CommitOutcome,
+        reason: str,
+        consequence: str = "",
+        growth: int | None = None,
+        bitmaps: Removable = (),
+        hint: Hint | None = None,
     ) -> None:
         self.path, self.step, self.outcome, self.reason = path, step, outcome, reason
         self.consequence = consequence or _OUTCOMES[outcome]
-        message = f"{escape(path)}: {step} failed: {reason}; {self.consequence}"
-        super().__init__(message, path, step, outcome, reason, consequence)
+        self.growth, self.bitmaps = growth, bitmaps
+        facts = f"{escape(path)}: {step} failed: {reason}; {self.consequence}"
+        if growth is not None:
+            facts += f"; the file would have grown by {format_size(growth)}{_gains(bitmaps)}"
+        arguments = path, step, outcome, reason, consequence, growth, bitmaps, hint
+        super().__init__(facts, *arguments, hint=hint)
+
+    def with_room(self, growth: int, bitmaps: Removable, hint: Hint | None) -> CommitError:
+        """Returns this error with what is missing, the bitmaps that can be removed, and a hint."""
+        return CommitError(
+            self.path, self.step, self.outcome, self.reason, self.consequence, growth, bitmaps, hint
+        )
 
 
 class QmpError(Qcow2BmError):

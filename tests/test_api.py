@@ -347,12 +347,19 @@ OF_IMAGE: dict[str, Callable[[qcow2bm.Image], Any]] = {
     },
     "features": lambda image: image.features("compatible"),
     "bitmap": lambda image: image.bitmap(0),
+    "backing_format": lambda image: image.backing_format,
+    "snapshots": lambda image: image.snapshots(),
+    "bitmap_space": lambda image: image.bitmap_space,
+    "file_space": lambda image: image.file_space(),
+    "use_by_another_process": lambda image: image.use_by_another_process(),
     "raise_first_problem": lambda image: image.raise_first_problem(),
 }
 OF_BITMAP: dict[str, Callable[[qcow2bm.Bitmap], Any]] = READERS | {
     "status": lambda bitmap: bitmap.status,
     "problems": lambda bitmap: bitmap.problems,
     "clusters": lambda bitmap: bitmap.clusters,
+    "space": lambda bitmap: bitmap.space,
+    "table": lambda bitmap: list(bitmap.table()),
     "stale_bits": qcow2bm.Bitmap.stale_bits,
     "stale_totals": qcow2bm.Bitmap.stale_totals,
 }

@@ -451,6 +451,8 @@ BITMAP_USES: dict[str, Callable[[qcow2bm.Bitmap], object]] = {
     "stale_bits": lambda bitmap: bitmap.stale_bits(),
     "stale_totals": lambda bitmap: bitmap.stale_totals(),
     "has_stale_bits": lambda bitmap: bitmap.has_stale_bits,
+    "space": lambda bitmap: bitmap.space,
+    "table": lambda bitmap: list(bitmap.table()),
 }
 
 

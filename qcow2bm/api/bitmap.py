@@ -10,7 +10,9 @@ from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bitmaps.backup_verdict import DISABLED, USABLE, BackupReason, BackupVerdict
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
 from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT, why_not_found
+from qcow2bm.bitmaps.space import BitmapSpace, space_of
 from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, VALID, Status
+from qcow2bm.bitmaps.table_entries import TableRun, runs_of_entries
 from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
 from qcow2bm.errors import (
     BitmapBrokenError,
@@ -174,6 +176,31 @@ class Bitmap:
         table = self._table()
         return table.clusters if table else None
 
+    @property
+    def space(self) -> BitmapSpace | None:
+        """How many bytes of the image file the bitmap takes; None if `clusters` is None.
+
+        To remove the bitmap frees the clusters of its table and of its data.
+        """
+        image = self._image
+        image.survey()  # asks the storage whether the image has changed
+        return space_of(image.metadata, self.entry)
+
+    def table(self) -> Iterator[TableRun]:
+        """Returns the entries of the bitmap table in order, as runs, whatever the status.
+
+        Raises:
+            BitmapBrokenError: there is no readable table.
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        found = self._table()
+        self._require_table()
+        file = self._image.file
+        reader = BitReader(file, self.entry, found.fingerprint if found else None)
+        return runs_of_entries(reader.table(), file.cluster_size)
+
     def count(self) -> int:
         """Returns how many guest bytes are dirty, clipped to the disk.
 
@@ -238,7 +265,7 @@ class Bitmap:
 
     @property
     def has_stale_bits(self) -> bool:
-        """Whether the bitmap has a table that `stale_bits` can read."""
+        """Whether the bitmap has a table that `stale_bits` and `table` can read."""
         return has_readable_table(self.entry, self._image.file)
 
     @property
@@ -272,10 +299,12 @@ class Bitmap:
         return BitReader(self._image.file, self.entry, table.fingerprint)
 
     def _stale(self) -> BitReader:
-        file = self._image.file
+        self._require_table()
+        return BitReader(self._image.file, self.entry, None, dirty_where_unknown=True)
+
+    def _require_table(self) -> None:
         if not self.has_stale_bits:
             raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
-        return BitReader(file, self.entry, None, dirty_where_unknown=True)
 
 
 def _refusal(name: str, status: BackupReason | Status, reason: str) -> BitmapError:

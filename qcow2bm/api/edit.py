@@ -9,7 +9,15 @@ from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bits.operations import OPS, Op
 from qcow2bm.clusters.plan import Plan, execute
-from qcow2bm.errors import BitmapError, StateError
+from qcow2bm.errors import (
+    BitmapError,
+    CommitError,
+    LimitError,
+    NoRoomError,
+    Qcow2BmError,
+    StateError,
+    StorageError,
+)
 from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import ceil_div, escape
 
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
     from qcow2bm.bitmaps.draft import Draft
     from qcow2bm.bitmaps.draft_bits import PackedSource
     from qcow2bm.bitmaps.granules import Ranges
+    from qcow2bm.bitmaps.room import Remedy
 
 
 class Edit:
@@ -78,11 +87,23 @@ class Edit:
         if not plan.steps or not opened.guard:
             return
         try:
-            execute(plan, opened.guard, opened.file.file_size)
+            self._execute(plan, opened.guard)
         except BaseException:
             opened.leave("in doubt after a failed commit", "opened again")
             raise
         opened.reload("unreadable after a commit")
+
+    def _execute(self, plan: Plan, guard: WritableStorage) -> None:
+        """Executes a plan; if the file system is full, says in the error what would make room."""
+        size = self._opened.file.file_size
+        try:
+            execute(plan, guard, size)
+        except CommitError as error:
+            cause = error.__cause__
+            growth = max(write.offset + write.length for write in plan.writes) - size
+            if isinstance(cause, StorageError) and cause.is_full and growth > 0:
+                raise error.with_room(growth, *self._remedy(None)) from cause
+            raise
 
     def plan(self) -> Plan:
         """Returns what a commit would do now: every write and every barrier, in order.
@@ -91,7 +112,8 @@ class Edit:
             FormatError: the refcounts are damaged.
             LimitError: a structure would grow too large.
             ChangedWhileReadingError: another process wrote to the image, in spite of the locks.
-            StorageError: there is no room, or reading failed.
+            NoRoomError: the image has too few free clusters, and the storage cannot grow.
+            StorageError: reading failed.
             UnsupportedError: the layout of the header cannot be changed safely.
         """
         from qcow2bm.bitmaps.commit import plan_commit
@@ -101,9 +123,22 @@ class Edit:
         try:
             draft = self._draft
             return plan_commit(opened.metadata, draft, capacity)
+        except (LimitError, NoRoomError) as error:
+            if error.missing is None:
+                raise
+            raise error.with_bitmaps(*self._remedy(capacity)) from error
         finally:  # a change by another process must not be reported as damage
             with opened.lock():
                 opened.metadata.verify()
+
+    def _remedy(self, capacity: int | None) -> Remedy:
+        """Returns which bitmaps can be removed to make room; none if the image cannot be read."""
+        from qcow2bm.bitmaps.room import NO_REMEDY, find_remedy
+
+        try:
+            return find_remedy(self._opened.metadata, self._open_draft, capacity)
+        except Qcow2BmError:  # the failure that led here is the one to be reported
+            return NO_REMEDY
 
     @property
     def names(self) -> list[str]:

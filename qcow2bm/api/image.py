@@ -12,16 +12,26 @@ from qcow2bm.api.open_image import Loaded, OpenImage
 from qcow2bm.bitmaps.backup_verdict import MISSING, BackupVerdict
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError
 from qcow2bm.format.directory import DirectoryEntry
-from qcow2bm.format.extensions import DATA_FILE, BitmapsExtension, HeaderExtension
+from qcow2bm.format.extensions import (
+    BACKING_FORMAT,
+    DATA_FILE,
+    BitmapsExtension,
+    HeaderExtension,
+)
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Feature
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problem_errors import as_error
 from qcow2bm.problems import Problem
+from qcow2bm.storage.interface import use_by_another_process
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.units import decode_name, escape
 
 if TYPE_CHECKING:
+    from qcow2bm.bitmaps.space import BitmapSpace
     from qcow2bm.checking.check import Check
+    from qcow2bm.clusters.layout import Snapshot
+    from qcow2bm.clusters.space import FileSpace
+    from qcow2bm.storage.interface import OtherUse
     from qcow2bm.storage.sources import Source
     from qcow2bm.tracker.tracker import Tracker
 
@@ -172,6 +182,12 @@ class Image:
         return self._opened.file.backing_file
 
     @property
+    def backing_format(self) -> str | None:
+        """The format of the backing file as the header has it; None if it does not."""
+        found = self._opened.file.find(BACKING_FORMAT)
+        return decode_name(found.data) if found else None
+
+    @property
     def used_header(self) -> bytes:
         """The bytes of the header, its extensions and the name of the backing file, as read."""
         return self._opened.file.used_header
@@ -204,6 +220,24 @@ class Image:
         offsets = area.offsets(self._opened.file.extensions_offset)
         return tuple(zip(offsets, area.extensions, strict=True))
 
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Returns the internal snapshots, in the order of the snapshot table.
+
+        Raises:
+            FormatError: the snapshot table is not whole, or an entry is damaged.
+            LimitError: the snapshot table is larger than QEMU allows.
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        from qcow2bm.clusters.layout import read_snapshots
+
+        metadata = self._opened.metadata
+        with self._opened.lock():
+            found = read_snapshots(metadata.file)
+            metadata.verify()
+        return found
+
     @property
     def bitmaps_extension(self) -> BitmapsExtension | None:
         """The bitmaps extension; None if there is none, or if its length is wrong."""
@@ -218,6 +252,58 @@ class Image:
     def directory(self) -> tuple[DirectoryEntry, ...]:
         """All bitmap directory entries in order, broken ones included."""
         return self._opened.metadata.directory.entries
+
+    @property
+    def bitmap_space(self) -> BitmapSpace | None:
+        """How many bytes of the image file all bitmaps take together.
+
+        None if the table of a bitmap could not be read, as of all bitmaps that are stale. Raises as
+        `problems` does.
+        """
+        from qcow2bm.bitmaps.space import space_of_all
+
+        self._opened.survey()  # asks the storage whether the image has changed
+        return space_of_all(self._opened.metadata)
+
+    def file_space(self, *, count_free: bool = True) -> FileSpace:
+        """Returns where the used part of the image file ends, and how much before that is free.
+
+        That is what the refcounts say; `check` finds out whether they are right.
+
+        Args:
+            count_free: read all refcounts, and count the free clusters. Without it, only the end is
+                looked for, which needs one refcount block in most images.
+
+        Raises:
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        from qcow2bm.clusters.space import file_space
+
+        metadata = self._opened.metadata
+        with self._opened.lock():
+            found = file_space(metadata.file, metadata.header_problems, count_free=count_free)
+            metadata.verify()
+        return found
+
+    def use_by_another_process(self) -> OtherUse | None:
+        """Returns how another process uses the image at this moment, without waiting.
+
+        "writer": another process writes to the image, or lets no other process read it. Without
+        ``force_share``, reading then raises `ImageLockedError`. "reader": another process reads the
+        image. "no": no other process uses it. The storage tells by QEMU's locks (LOCK-11), so
+        programs without these locks, and other hosts that use a block device, are not seen. A
+        second `Image` of this process counts as another process.
+
+        None if that is not known: the file system or the platform has no such locks, or the image
+        is not in a file.
+
+        Raises:
+            StateError: the image is closed.
+        """
+        self._opened.require_open()
+        return use_by_another_process(self._opened.storage)
 
     @property
     def problems(self) -> tuple[Problem, ...]:

@@ -94,6 +94,13 @@ class BitReader:
         self.bits = ceil_div(file.virtual_size, entry.granularity)
         self.length_bytes = ceil_div(self.bits, 8)
 
+    def table(self) -> array[int]:
+        """Returns the bitmap table, uint64[bitmap_table_size]."""
+        with self._file.lock():
+            words = self._read_table()
+            self._require_unchanged(words, 0, 0)
+        return words
+
     def packed(self) -> NDArray[np.uint8]:
         """Returns all bits, uint8[ceil(bits / 8)], least significant bit first.
 
@@ -205,9 +212,7 @@ class BitReader:
 
         For ``vectorize`` see `table_runs`.
         """
-        with self._file.lock():
-            words = self._read_table()
-            self._require_unchanged(words, 0, 0)
+        words = self.table()
         buffer = memoryview(bytearray(min(CHUNK_BYTES, align_up(self.length_bytes, 8))))
         batch: list[Piece] = []
         used = 0

@@ -15,7 +15,7 @@ from qcow2bm.bitmaps.draft_bits import ZEROES, Content, DraftBits
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.tables import read_words, used_by_bitmaps
 from qcow2bm.clusters.allocator import Allocator
-from qcow2bm.clusters.cluster_runs import Run
+from qcow2bm.clusters.cluster_runs import JoinedRuns, Run
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.guest_map import GuestMap
 from qcow2bm.clusters.header_draft import HeaderDraft, Switch
@@ -91,9 +91,8 @@ def _plan(
     allocator = allocator_of(metadata, capacity, guest)
     if is_revived or is_sparing:  # clusters of bitmaps are not allocated, whatever their refcounts
         uses = used_by_bitmaps(file, directory)
-        ends = [used.offset + used.length for used in uses]
-        ends += [stop for _, stop in metadata.survey.ranges]
-        end = max(ends, default=0) if capacity else max([*ends, file.file_size])
+        end = max((used.offset + used.length for used in uses), default=0)
+        end = max(end, 0 if capacity else file.file_size, *metadata.survey.ends)
         taken = [(0, ceil_div(end, file.cluster_size))]
         allocator = Allocator(file, taken, 0, capacity, guest, is_behind=True)
     header = HeaderDraft(file)
@@ -135,11 +134,11 @@ def allocator_of(metadata: Metadata, capacity: int | None, guest: GuestMap) -> A
         StorageError: reading failed.
     """
     file, directory = metadata.file, metadata.directory
-    guest.require_apart(metadata.survey.ranges)
-    size = file.cluster_size
-    taken = [(start // size, end // size) for start, end in metadata.survey.ranges]
-    near = directory.extension.bitmap_directory_offset // size if directory.extension else 0
-    return Allocator(file, taken, near, capacity, guest)
+    survey = metadata.survey
+    taken = JoinedRuns.of_ranges(survey.starts, survey.ends, file.cluster_size)
+    guest.require_apart(taken)
+    start = directory.extension.bitmap_directory_offset if directory.extension else 0
+    return Allocator(file, taken, start // file.cluster_size, capacity, guest)
 
 
 def _has_changes(directory: BitmapDirectory, draft: Draft) -> bool:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.errors import FormatError, UnsupportedError
 from qcow2bm.format.features import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
@@ -38,7 +36,7 @@ def require_editable(metadata: Metadata) -> None:
     for found in metadata.problems:
         if (found.breaks_bitmap or found.kind.forbids_edit) and not found.kind.is_fittable:
             raise as_error(found, "; an image with such a fault is not edited")
-    for (_, end), (start, _) in pairwise(sorted(metadata.survey.ranges)):
-        if start < end:
-            reason = "is used twice, by structures of the image; such an image is not edited"
-            raise FormatError("image", "cluster", start, reason)
+    shared = metadata.survey.first_shared
+    if shared is not None:
+        reason = "is used twice, by structures of the image; such an image is not edited"
+        raise FormatError("image", "cluster", shared, reason)

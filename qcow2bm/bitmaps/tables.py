@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from qcow2bm.bitmaps.directory import BitmapDirectory
 from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT, MAX_BITMAP_BYTES
 from qcow2bm.bitmaps.overlaps import Overlaps
 from qcow2bm.bits import pure_python
-from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, Run
+from qcow2bm.bits.runs import ALL_ONES, ALL_ZEROES, ALLOCATED, INVALID, KINDS, Run, RunRows
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.clusters.layout import fixed_parts
+from qcow2bm.clusters.layout import parts_and_blocks
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, parse_bitmap_table
 from qcow2bm.format.directory import TYPE_DIRTY_TRACKING, DirectoryEntry
 from qcow2bm.problem_kinds import problem
@@ -59,6 +60,7 @@ class Survey(NamedTuple):
         problems: the problems of the tables, and those between structures that share clusters.
         distrust: the problem because of which no entry can be believed: the directory shares a
             cluster with something else. None in most images.
+        first_shared: the first host byte that two structures share; None if there is none.
         starts: the starts of all host byte ranges known to be used, in whole clusters, in no
             order. Guest data and L2 tables are not among them.
         ends: the ends of the same ranges. There can be millions, so both are bare numbers.
@@ -67,13 +69,9 @@ class Survey(NamedTuple):
     tables: tuple[Table | None, ...]
     problems: tuple[Problem, ...]
     distrust: Problem | None
+    first_shared: int | None
     starts: array[int]
     ends: array[int]
-
-    @property
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """The host byte ranges known to be used: (start, end)."""
-        return zip(self.starts, self.ends, strict=True)
 
 
 def read_words(file: ClusterFile, entry: DirectoryEntry) -> array[int]:
@@ -97,8 +95,7 @@ def table_runs(words: array[int], cluster_size: int, *, vectorize: bool = False)
         return pure_python.table_runs(words, MASKS.offset, cluster_size)
     from qcow2bm.bits import table_runs
 
-    runs = table_runs.table_runs(words, MASKS.offset, cluster_size)
-    return (Run(*row) for row in runs.tolist())
+    return RunRows(table_runs.table_runs(words, MASKS.offset, cluster_size))
 
 
 def survey(
@@ -120,33 +117,63 @@ def survey(
         start = directory.extension.bitmap_directory_offset
         overlaps.add(overlaps.use(DIRECTORY), start, directory.size)
     with file.lock():
-        for part in fixed_parts(file, header_problems):
-            overlaps.add(overlaps.use(part.name), part.offset, part.length)
+        parts, blocks = parts_and_blocks(file, header_problems)
+    for part in parts:
+        overlaps.add(overlaps.use(part.name), part.offset, part.length)
+    ends = array("Q", (place + file.cluster_size for place in blocks))
+    overlaps.add_all(overlaps.use("refcount blocks"), blocks, ends)
     if not is_sound:
-        return Survey(tuple(tables), (), None, *overlaps.ranges())
+        return Survey(tuple(tables), (), None, overlaps.first_shared(), *overlaps.ranges())
     distrust = next(overlaps.problems(), None)  # so far only of the directory
     readable = [entry for entry in directory.entries if has_readable_table(entry, file)]
     for entry in readable:
         use = overlaps.use(f"table of entry {entry.index}", entry.index, is_table=True)
         overlaps.add(use, entry.bitmap_table_offset, ENTRY_LENGTH * entry.bitmap_table_size)
     overlapping = {found.bitmap_index for found in overlaps.problems()}
+    entries = sum(entry.bitmap_table_size for entry in readable)
+    find_runs = partial(table_runs, vectorize=True) if entries >= _NUMPY_PAYS else table_runs
     problems: list[Problem] = []
     for batch in _batches(readable, overlaps, problems):
         with file.lock():
             read = [(entry, read_words(file, entry)) for entry in batch]
         for entry, words in read:
-            counts = [0, 0, 0, 0]
-            use = overlaps.use(f"data of entry {entry.index}", entry.index)
-            for run in table_runs(words, file.cluster_size):
-                counts[run.kind] += run.entries
-                # A table that was overwritten is no reason to distrust other bitmaps.
-                if run.kind == ALLOCATED and entry.index not in overlapping:
-                    overlaps.add(use, run.offset, run.entries * file.cluster_size)
+            runs = find_runs(words, file.cluster_size)
+            runs = runs if isinstance(runs, RunRows) else list(runs)
+            # A table that was overwritten is no reason to distrust other bitmaps.
+            if entry.index not in overlapping:
+                use = overlaps.use(f"data of entry {entry.index}", entry.index)
+                overlaps.add_all(use, *_allocated_ranges(runs, file.cluster_size))
+            counts = _count_entries(runs)
             problems += _entry_faults(file, entry, words, counts[INVALID])
             clusters = Clusters(counts[ALL_ZEROES], counts[ALL_ONES], counts[ALLOCATED])
             tables[entry.index] = Table(clusters, fingerprint(words))
     found = (*overlaps.problems(), *problems)
-    return Survey(tuple(tables), found, distrust, *overlaps.ranges())
+    return Survey(tuple(tables), found, distrust, overlaps.first_shared(), *overlaps.ranges())
+
+
+def _count_entries(runs: Iterable[Run]) -> list[int]:
+    """Returns the number of entries of each kind."""
+    if isinstance(runs, RunRows):
+        return runs.counts()
+    counts = [0] * KINDS
+    for run in runs:
+        counts[run.kind] += run.entries
+    return counts
+
+
+def _allocated_ranges(runs: Iterable[Run], cluster_size: int) -> tuple[array[int], array[int]]:
+    """Returns the starts and the ends of the host byte ranges of allocated clusters."""
+    starts, ends = array("Q"), array("Q")
+    if isinstance(runs, RunRows):
+        offsets, entries = runs.allocated()
+        starts.frombytes(offsets.tobytes())
+        ends.frombytes((offsets + entries * cluster_size).tobytes())
+        return starts, ends
+    for run in runs:
+        if run.kind == ALLOCATED:
+            starts.append(run.offset)
+            ends.append(run.offset + run.entries * cluster_size)
+    return starts, ends
 
 
 def _batches(
@@ -209,24 +236,18 @@ class UsedRange(NamedTuple):
         return self.offset // cluster_size, ceil_div(self.offset + self.length, cluster_size)
 
 
-def readable_tables(
-    file: ClusterFile, directory: BitmapDirectory
-) -> Iterator[tuple[DirectoryEntry, array[int]]]:
-    """Yields the entries with their tables, as far as tables can be read, up to the limit."""
+def readable_entries(file: ClusterFile, directory: BitmapDirectory) -> Iterator[DirectoryEntry]:
+    """Yields the entries whose tables can be read, up to the limit."""
     left = MAX_TABLES_BYTES
     for entry in () if directory.distrust else directory.entries:
         length = ENTRY_LENGTH * entry.bitmap_table_size
         if length <= left and has_readable_table(entry, file):
             left -= length
-            yield entry, read_words(file, entry)
+            yield entry
 
 
-def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[UsedRange]:
-    """Yields every range within the file that a bitmap uses, also a broken, used or stale one.
-
-    Raises:
-        StorageError: reading failed.
-    """
+def used_by_tables(file: ClusterFile, directory: BitmapDirectory) -> Iterator[UsedRange]:
+    """Yields the ranges within the file of the bitmap directory and of all bitmap tables."""
     if not directory.extension or directory.distrust:
         return
     size = file.cluster_size
@@ -239,8 +260,18 @@ def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[U
         is_possible = entry.bitmap_table_size * size <= MAX_BITMAP_BYTES
         if (is_cut and is_possible) or has_readable_table(entry, file):
             yield UsedRange(TABLE, start, length, entry.index)
-    for entry, words in readable_tables(file, directory):
-        for run in table_runs(words, size):
+
+
+def used_by_bitmaps(file: ClusterFile, directory: BitmapDirectory) -> Iterator[UsedRange]:
+    """Yields every range within the file that a bitmap uses, also a broken, used or stale one.
+
+    Raises:
+        StorageError: reading failed.
+    """
+    yield from used_by_tables(file, directory)
+    size = file.cluster_size
+    for entry in readable_entries(file, directory):
+        for run in table_runs(read_words(file, entry), size):
             inside = min(run.entries, ceil_div(file.file_size - run.offset, size))
             if run.kind == ALLOCATED and inside > 0:
                 yield UsedRange(DATA, run.offset, inside * size, entry.index)
@@ -252,10 +283,9 @@ def _entry_faults(
     """Returns the faults of single table entries, of which ``invalid`` are invalid."""
     coverage = ceil_div(ceil_div(file.virtual_size, entry.granularity), 8)
     limit = file.file_size - file.cluster_size
-    if not invalid and max(words) & MASKS.offset <= limit:
-        return []
     found: list[Problem] = []
-    for index, word in enumerate(words):
+    for index in _suspects(words, invalid, limit, file.cluster_size):
+        word = words[index]
         place = entry.bitmap_table_offset + ENTRY_LENGTH * index
         offset = word & MASKS.offset
         # QEMU does not read the table of a bitmap that is in_use.
@@ -279,6 +309,23 @@ def _entry_faults(
         reason = f"is {word:#x}, {reason}"
         found.append(problem(id, place, reason, entry.index, severity, index))
     return found
+
+
+def _suspects(words: array[int], invalid: int, limit: int, cluster_size: int) -> Iterable[int]:
+    """Returns the numbers of all entries that may be at fault, of which ``invalid`` are invalid.
+
+    No entry should lead to a host offset above ``limit``.
+    """
+    if len(words) < _NUMPY_PAYS:
+        is_sound = not invalid and max(words) & MASKS.offset <= limit
+        return range(0 if is_sound else len(words))
+    import numpy as np
+
+    table = np.frombuffer(words, np.uint64)
+    is_stray = table & np.uint64(~(MASKS.offset & -cluster_size) & (1 << 64) - 1) != 0
+    is_far = table & np.uint64(MASKS.offset) > limit
+    numbers: list[int] = np.flatnonzero((table > 1) & (is_stray | is_far)).tolist()
+    return numbers
 
 
 def _used(index: int, coverage: int, file: ClusterFile) -> int:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qcow2bm.bitmaps.entries import required_table_size
 from qcow2bm.bitmaps.metadata import Metadata
-from qcow2bm.bitmaps.tables import UsedRange, readable_tables, used_by_bitmaps
+from qcow2bm.bitmaps.tables import readable_entries
+from qcow2bm.checking.bitmap_clusters import BitmapClusters
+from qcow2bm.checking.differences import Differences
 from qcow2bm.checking.guest import GuestWalk, L1Table
 from qcow2bm.checking.listing import Listing
-from qcow2bm.checking.references import CHUNK, References, runs
+from qcow2bm.checking.references import References
+from qcow2bm.checking.runs import Runs
 from qcow2bm.checking.stored_refcounts import StoredRefcounts
+from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import snapshot_entries
 from qcow2bm.clusters.problems import MAX_L1_BYTES
+from qcow2bm.clusters.stored_extents import stored_extents
 from qcow2bm.format import extensions
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, parse_bitmap_table
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.header import MAX_SNAPSHOTS
 from qcow2bm.problems import DATA, DIRECTORY, TABLE, Problem
@@ -74,6 +77,7 @@ class Checker:
             are counted apart, to find the bitmaps that share clusters with the disk.
         others: all other references.
         stored: the refcounts as they are stored.
+        differences: where the refcounts differ from the numbers of references.
         check: what was found.
     """
 
@@ -87,7 +91,7 @@ class Checker:
         self._file = file
         self._directory = metadata.directory
         self._listing = Listing()
-        self._overlapping: set[tuple[str, int | None]] = set()
+        self._tails: dict[tuple[int, int], _Tail] = {}  # by place and length of what counts
         self.disk = References(file)
         self.others = References(file)
         self.others.add(0, file.cluster_size)
@@ -97,22 +101,25 @@ class Checker:
         self.stored.report_shared_blocks(self.disk, self.others)
         self._walk_bitmaps()
         is_complete = not self._listing.has_unusable
-        leaked = self._compare()
+        self.differences = Differences(self.disk, self.others, self.stored)
+        self.differences.report(self._listing, file.cluster_size)
         end = max(self.disk.reach, self.others.reach, self.stored.end)
+        leaked = self.differences.leaked_clusters
         self.check = Check(tuple(self._listing), leaked, is_complete, end)
 
     def _walk_disk(self) -> None:
         header = self._file.header
-        walk = GuestWalk(self._file, self.disk, self.stored.of, self._listing.add)
+        walked = []
         tables = [L1Table(header.l1_table_offset, header.l1_size, True)]
         if header.nb_snapshots:
             tables += self._snapshots()
         for table in tables:
             is_small = 8 * table.entries <= MAX_L1_BYTES
             if is_small and not table.offset % self._file.cluster_size:
-                walk.walk(table)
+                walked.append(table)
             elif not table.is_active:  # a fault of the active one is a problem of the header
                 self._listing.add("l1-table.invalid", table.offset, "of a snapshot cannot be one")
+        GuestWalk(self._file, self.disk, self.stored.of, self._listing).walk(walked)
         crypto = self._file.find(extensions.CRYPTO)
         if crypto and len(crypto.data) == extensions.CRYPTO_LENGTH:
             place = extensions.parse_crypto_header(crypto.data)
@@ -140,95 +147,70 @@ class Checker:
 
     def _walk_bitmaps(self) -> None:
         if self._directory.is_consistent:
-            for part in used_by_bitmaps(self._file, self._directory):
-                self._count_part(part)
-            for entry, words in readable_tables(self._file, self._directory):
-                self._check_tail(entry, words[-1])
+            clusters = BitmapClusters(self._file, self._directory)
+            clusters.count(self.others)
+            self._report_overlaps(clusters)
+            for entry in readable_entries(self._file, self._directory):
+                self._check_tail(entry)
 
-    def _count_part(self, part: UsedRange) -> None:
-        """Counts a range that bitmaps use, and reports it if the disk uses it, too.
+    def _report_overlaps(self, clusters: BitmapClusters) -> None:
+        """Reports the bitmaps that share clusters with the disk.
 
         Only the first overlap of each structure is reported: it makes the bitmap unusable.
         """
-        self.others.add(part.offset, part.length)
-        first, stop = part.clusters(self._file.cluster_size)
-        shared = np.flatnonzero(self.disk.counts(first, stop))
-        key = part.structure, part.bitmap_index
-        if len(shared) and key not in self._overlapping:
-            self._overlapping.add(key)
-            place = (first + int(shared[0])) * self._file.cluster_size
+        end = self.disk.clusters
+        others = Runs.joined(runs for runs, _ in self.others.counted.runs(0, end))
+        disk = (runs for runs, _ in self.disk.counted.runs(0, end))
+        for found in clusters.shared_with(Runs.joined(runs.overlaps(others) for runs in disk)):
+            place = found.cluster * self._file.cluster_size
             reason = "is also used by the disk itself"
-            id = _OVERLAPS[part.structure]
-            self._listing.add(id, place, reason, None, part.bitmap_index)
+            id = _OVERLAPS[found.structure]
+            self._listing.add(id, place, reason, None, found.bitmap_index)
 
-    def _check_tail(self, entry: DirectoryEntry, word: int) -> None:
+    def _check_tail(self, entry: DirectoryEntry) -> None:
         """Reports set bits that stand for nothing, since they lie behind the end of the disk.
 
-        ``word`` is the last table entry. QEMU leaves such bits within the last 64 bits of which
-        one counts; no program leaves any behind these 64.
+        QEMU leaves such bits within the last 64 bits of which one counts; no program leaves any
+        behind these 64.
         """
         file = self._file
         size, granularity = file.cluster_size, entry.granularity
         if entry.bitmap_table_size != required_table_size(granularity, file.virtual_size, size):
             return
+        end = entry.bitmap_table_offset + ENTRY_LENGTH * entry.bitmap_table_size
+        (word,) = parse_bitmap_table(file.read(end - ENTRY_LENGTH, ENTRY_LENGTH))
         if not word or word % size or not file.contains(word, size):
             return
         used = ceil_div(file.virtual_size, granularity) - 8 * size * (entry.bitmap_table_size - 1)
+        tail = self._tails.get((word, used))
+        if tail is None:  # bitmaps may share a cluster
+            tail = self._tails[word, used] = _Tail.read(file, word, used)
         place = word + used // 8
-        data = file.read(word, size)
-        rest = data[used // 8 :]
-        if any(data[8 * ceil_div(used, 64) :]):
+        if tail.is_far:
             reason = "has bits set far behind the disk: size or granularity are not what they were"
             self._listing.add("bitmap-data.beyond", place, reason, None, entry.index)
-        elif any(rest[1:]) or (rest and rest[0] >> used % 8):
+        elif tail.is_set:
             reason = "has bits set behind the disk"
             self._listing.add("bitmap-data.tail", place, reason, None, entry.index)
 
-    def _compare(self) -> int:
-        """Reports where refcounts and references differ; returns the number of leaked clusters."""
-        end = max(self.disk.clusters, self.others.clusters)
-        leaked = 0
-        per_block = self.stored.per_block
-        nothing = np.zeros(per_block, np.uint64)
-        for number in self._block_numbers():
-            first = number * per_block
-            stop = min(first + per_block, end)
-            if first >= stop:
-                continue
-            stored = self.stored.blocks.get(number, nothing)[: stop - first]
-            used = self.disk.counts(first, stop) + self.others.counts(first, stop)
-            leaked += int(np.count_nonzero(stored > used))
-            for id, where in (
-                ("cluster.refcount.too-low", stored < used),
-                ("cluster.refcount.leak", stored > used),
-            ):
-                for start, behind in runs(where):
-                    self._report_run(id, first + start, behind - start, stored, used, start)
-        return leaked
 
-    def _block_numbers(self) -> list[int]:
-        """The numbers of all refcount blocks that exist or should exist, ascending."""
-        per_block = self.stored.per_block
-        numbers = set(self.stored.blocks)
-        for references in (self.disk, self.others):
-            for chunk in references.chunks():
-                low, high = chunk * CHUNK, (chunk + 1) * CHUNK
-                numbers.update(range(low // per_block, ceil_div(high, per_block)))
-        return sorted(numbers)
+class _Tail(NamedTuple):
+    """Whether bits are set behind the last one that counts, and behind the 64 bits around it."""
 
-    def _report_run(
-        self,
-        id: str,
-        cluster: int,
-        count: int,
-        stored: NDArray[np.uint64],
-        used: NDArray[np.uint32],
-        start: int,
-    ) -> None:
-        """Reports ``count`` clusters in a row; message and place are those of the first."""
-        more = (
-            f", and so {'does' if count == 2 else 'do'} the next {count - 1}" if count > 1 else ""
-        )
-        refcount, references = int(stored[start]), int(used[start])
-        what = f"has refcount {refcount}, and {references} references{more}"
-        self._listing.add(id, cluster * self._file.cluster_size, what)
+    is_set: bool
+    is_far: bool
+
+    @classmethod
+    def read(cls, file: ClusterFile, start: int, bits: int) -> _Tail:
+        """Reads the cluster at ``start`` of which ``bits`` bits count, without what is a hole."""
+        is_set = is_far = False
+        first, far, end = bits // 8, 8 * ceil_div(bits, 64), file.cluster_size
+        for extent in stored_extents(file, [start + first], [start + end]):
+            place = max(extent.start, start + first)
+            data = file.read(place, min(extent.end, start + end) - place)
+            place -= start
+            if place == first:
+                data = bytes([data[0] >> bits % 8]) + data[1:]
+            is_set |= bool(data.strip(b"\0"))
+            is_far |= bool(data[max(0, far - place) :].strip(b"\0"))
+        return cls(is_set, is_far)

@@ -5,33 +5,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from qcow2bm.checking.cluster_counts import ClusterCounts
+from qcow2bm.checking.l2_entries import L2Entries, RefcountsOf, Words
+from qcow2bm.checking.listing import Faults, Listing
+from qcow2bm.checking.parts import disjoint_pieces, stored_parts
 from qcow2bm.checking.references import References
+from qcow2bm.checking.runs import Flags, Numbers, Runs
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.errors import LimitError
-from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2
-from qcow2bm.format.l1_l2 import (
-    L1_ENTRY_LENGTH,
-    L1_MASKS,
-    L2_ENTRY_LENGTH,
-    L2_MASKS,
-    SUBCLUSTER_MASKS,
-    SUBCLUSTERS_PER_CLUSTER,
-    compressed_extent,
-)
+from qcow2bm.format.l1_l2 import L1_ENTRY_LENGTH, L1_MASKS
 
-_L1_RESERVED = L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"]
-_L2_RESERVED = L2_MASKS["reserved_high"] | L2_MASKS["reserved_low"]
+_RESERVED = np.uint64(L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"])
+_OFFSET = np.uint64(L1_MASKS["offset"])
+_COPIED = np.uint64(L1_MASKS["copied"])
 
-Report = Callable[[str, int, str, int | None], None]
-"""A function of the id of a problem, the host offset, the reason, and the entry's number."""
-RefcountsOf = Callable[[NDArray[np.int64]], NDArray[np.uint64]]
-"""A function that returns the stored refcounts of clusters, int64[n] to uint64[n]."""
+_TABLES_AT_ONCE = 1 << 16
+"""The number of L2 tables for which holes are looked for at once."""
 
 
 class L1Table(NamedTuple):
@@ -41,159 +35,140 @@ class L1Table(NamedTuple):
     entries: int
     is_active: bool
 
+    @property
+    def end(self) -> int:
+        """The host byte behind the table."""
+        return self.offset + L1_ENTRY_LENGTH * self.entries
+
 
 class GuestWalk:
-    """Counts the references of L1 tables."""
+    """Counts the references of L1 tables, and those of the L2 tables to which they lead.
+
+    What several tables share is read once, and its problems are reported once; but its references
+    count for each of the tables.
+    """
 
     def __init__(
-        self, file: ClusterFile, references: References, refcounts: RefcountsOf, report: Report
+        self, file: ClusterFile, references: References, refcounts: RefcountsOf, listing: Listing
     ) -> None:
         """``refcounts`` returns stored refcounts, with which copied bits are compared."""
-        header = file.header
         self._file = file
         self._references = references
         self._refcounts = refcounts
-        self._report = report
-        self._bits = header.cluster_bits
-        self._has_data_file = bool(header.incompatible_features & INCOMPATIBLE_DATA_FILE)
-        is_extended = bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
-        self._words = 2 if is_extended else 1
+        self._listing = listing
+        self._bits = file.header.cluster_bits
+        self._l2_entries = L2Entries(file, references, refcounts, listing)
 
-    def walk(self, table: L1Table) -> None:
-        """Counts an L1 table and all it leads to.
+    def walk(self, tables: Sequence[L1Table]) -> None:
+        """Counts L1 tables and all they lead to.
 
         Raises:
             StorageError: reading failed.
         """
-        length = L1_ENTRY_LENGTH * table.entries
-        try:
-            data = self._file.read(table.offset, length)
-        except LimitError:
-            self._report("l1-table.past-eof", table.offset, "lies outside the file", None)
-            self._references.note(table.offset + length)
-            return
-        self._references.add(table.offset, length)
-        words = np.frombuffer(data, ">u8").astype(np.uint64)
-        used = np.flatnonzero(words)
-        for number in used[(words[used] & np.uint64(_L1_RESERVED)) != 0].tolist():
-            self._entry(table.offset, number, "l1-table.entry.reserved", "has reserved bits set")
-        for number in used.tolist():
-            self._l2(table, number, int(words[number]))
-
-    def _entry(self, table: int, number: int, id: str, reason: str) -> None:
-        self._report(id, table + L1_ENTRY_LENGTH * number, reason, number)
-
-    def _l2(self, l1: L1Table, number: int, word: int) -> None:
-        offset = word & L1_MASKS["offset"]
-        if not self._references.add(offset, self._file.cluster_size):
-            reason = f"leads to {offset:#x}, past the end of the file"
-            self._entry(l1.offset, number, "l1-table.entry.past-eof", reason)
-            return
-        if offset & (self._file.cluster_size - 1):
-            reason = f"leads to {offset:#x}, not the start of a cluster"
-            self._entry(l1.offset, number, "l1-table.entry.unaligned", reason)
-            return
-        if l1.is_active:
-            clusters = np.array([offset >> self._bits], np.int64)
-            is_copied = bool(word & L1_MASKS["copied"])
-            if (int(self._refcounts(clusters)[0]) == 1) != is_copied:
-                reason = f"has its copied bit {_set(is_copied)}, against the refcount"
-                self._entry(l1.offset, number, "l1-table.entry.copied", reason)
-        data = self._file.read(offset, self._file.cluster_size)
-        table = np.frombuffer(data, ">u8").astype(np.uint64).reshape(-1, self._words)
-        if self._words > 1:
-            self._subclusters(offset, table[:, 0], table[:, 1])
-        self._entries(offset, table[:, 0], l1.is_active)
-
-    def _subclusters(
-        self, table: int, words: NDArray[np.uint64], bitmaps: NDArray[np.uint64]
-    ) -> None:
-        """Reports subclusters both allocated and zero, or allocated without a cluster."""
-        allocated = bitmaps & np.uint64(SUBCLUSTER_MASKS["allocated"])
-        zero = bitmaps >> np.uint64(SUBCLUSTERS_PER_CLUSTER)
-        has_offset = (words & np.uint64(L2_MASKS["offset"])) != 0
-        is_compressed = (words & np.uint64(L2_MASKS["compressed"])) != 0
-        is_wrong = np.where(
-            is_compressed,
-            bitmaps != 0,
-            (allocated & zero != 0) | (~has_offset & (allocated != 0)),
+        inside = [table for table in tables if self._is_inside(table)]
+        active = [table for table in inside if table.is_active]
+        snapshots = [table for table in inside if not table.is_active]
+        self._count_tables(inside)
+        of_disk = [clusters for clusters, _ in self._leads(active)]
+        clusters, places, times = np.unique(
+            np.concatenate([np.zeros(0, np.int64), *of_disk]), return_index=True, return_counts=True
         )
-        reason = "has subclusters that cannot be"
-        self._each("l2-table.entry.subclusters", table, is_wrong, reason)
+        of_snapshots = ClusterCounts()
+        for found, often in self._leads(snapshots):
+            of_snapshots.add(found, often)
+        in_order = np.argsort(places)
+        for start in range(0, len(in_order), _TABLES_AT_ONCE):
+            here = in_order[start : start + _TABLES_AT_ONCE]
+            all_times = times[here] + of_snapshots.of(clusters[here])
+            self._walk_l2_tables(clusters[here], all_times, is_active=True)
+        for found, often in of_snapshots.each(0, self._references.clusters):
+            is_new = ~_is_among(found, clusters)
+            self._walk_l2_tables(found[is_new], often[is_new], is_active=False)
 
-    def _entries(self, table: int, words: NDArray[np.uint64], is_active: bool) -> None:
-        is_compressed = (words & np.uint64(L2_MASKS["compressed"])) != 0
-        if is_compressed.any():
-            self._compressed(table, words, is_compressed)
-            words = np.where(is_compressed, np.uint64(0), words)
-        self._each(
-            "l2-table.entry.reserved",
-            table,
-            (words & np.uint64(_L2_RESERVED)) != 0,
-            "has reserved bits set",
-        )
-        offsets = (words & np.uint64(L2_MASKS["offset"])).astype(np.int64)
-        is_used = offsets != 0
-        is_unaligned = (offsets & (self._file.cluster_size - 1)) != 0
-        self._each(
-            "l2-table.entry.unaligned", table, is_unaligned, "leads to no start of a cluster"
-        )
-        if self._has_data_file:
-            has_one = np.ones(len(words), bool)
-        else:
-            is_outside = is_used & (offsets >= self._file.file_size)
-            self._each(
-                "l2-table.entry.past-eof", table, is_outside, "leads past the end of the file"
-            )
-            if is_outside.any():
-                self._references.note(int(offsets[is_outside].max()) + 2 * self._file.cluster_size)
-            self._references.add_clusters(
-                offsets[is_used & ~is_outside & ~is_unaligned] >> self._bits
-            )
-            for offset in offsets[is_unaligned & ~is_outside].tolist():
-                self._references.add(offset, self._file.cluster_size)
-            has_one = np.zeros(len(words), bool)
-            if is_active and is_used.any():
-                has_one[is_used] = self._refcounts(offsets[is_used] >> self._bits) == 1
-        if is_active:
-            is_copied = (words & np.uint64(L2_MASKS["copied"])) != 0
-            is_wrong = is_used & (is_copied != has_one)
-            self._each(
-                "l2-table.entry.copied", table, is_wrong, "has a copied bit against the refcount"
-            )
+    def _is_inside(self, table: L1Table) -> bool:
+        """Returns whether an L1 table lies in the file, and reports if it does not."""
+        if self._file.contains(table.offset, table.end - table.offset):
+            return True
+        self._listing.add("l1-table.past-eof", table.offset, "lies outside the file")
+        self._references.note(table.end)
+        return False
 
-    def _compressed(
-        self, table: int, words: NDArray[np.uint64], is_compressed: NDArray[np.bool_]
-    ) -> None:
-        """Counts compressed clusters, which may begin anywhere and share clusters of the file."""
-        copied = np.uint64(L2_MASKS["copied"])
-        is_wrong = is_compressed & ((words & copied) != 0)
-        self._each("l2-table.entry.compressed", table, is_wrong, "is compressed, and copied")
-        if self._has_data_file:
-            reason = "is compressed, beside a data file"
-            self._each("l2-table.entry.compressed", table, is_compressed, reason)
-            return
-        extents = compressed_extent(words[is_compressed], self._bits)
-        start, end = (places.astype(np.int64) for places in extents)
-        is_outside = end - self._file.file_size >= self._file.cluster_size
-        outside = np.zeros(len(words), bool)
-        outside[np.flatnonzero(is_compressed)[is_outside]] = True
-        self._each("l2-table.entry.past-eof", table, outside, "leads past the end of the file")
+    def _count_tables(self, tables: Sequence[L1Table]) -> None:
+        """Counts the clusters of L1 tables, which lie in the file."""
+        used = [(table.offset, table.end - 1) for table in tables if table.entries]
+        if used:
+            firsts, lasts = np.array(used, np.int64).T >> self._bits
+            self._references.add_runs(Runs(firsts, lasts + 1))
+
+    def _leads(self, tables: Sequence[L1Table]) -> Iterator[tuple[Numbers, Numbers]]:
+        """Counts the L2 tables to which L1 tables lead.
+
+        Yields the clusters of those that can be read, in the order of the entries that lead to
+        them, and for each of these entries in how many L1 tables it lies.
+        """
+        starts = np.array([table.offset for table in tables], np.int64)
+        ends = np.array([table.end for table in tables], np.int64)
+        starts, ends, shared = disjoint_pieces(starts, ends)
+        for batch in stored_parts(self._file, starts, ends).batches():
+            words = np.frombuffer(batch.read(self._file), ">u8").astype(np.uint64)
+            used = np.flatnonzero(words)
+            pieces, places = batch.places(L1_ENTRY_LENGTH * used)
+            yield self._judge(words[used], places, shared[pieces], tables)
+
+    def _judge(
+        self, words: Words, places: Numbers, times: Numbers, tables: Sequence[L1Table]
+    ) -> tuple[Numbers, Numbers]:
+        """Counts the L2 tables to which entries lead, and reports what is wrong with the entries.
+
+        ``words`` are the entries, ``places`` their host offsets, and ``times`` says in how many L1
+        tables each lies. Returns the clusters of L2 tables that can be read, and their ``times``.
+        """
+        file, references = self._file, self._references
+        offsets = (words & _OFFSET).astype(np.int64)
+        clusters = offsets >> self._bits
+        is_outside = offsets >= file.file_size
+        is_unaligned = (offsets & (file.cluster_size - 1) != 0) & ~is_outside
+        is_table = ~is_outside & ~is_unaligned
+        is_copied = words & _COPIED != 0
+        is_wrong = np.zeros(len(words), bool)
+        if tables[0].is_active:
+            is_wrong[is_table] = is_copied[is_table] != (self._refcounts(clusters[is_table]) == 1)
         if is_outside.any():
-            self._references.note(int(end[is_outside].max()))
-        first = start[~is_outside] >> self._bits
-        last = (end[~is_outside] - 1) >> self._bits
-        if len(last):
-            self._references.clusters = max(self._references.clusters, int(last.max()) + 1)
-        while len(first):
-            self._references.add_clusters(first)
-            first, last = first[first < last] + 1, last[first < last]
+            references.note(int(offsets.max()) + file.cluster_size)
+        first = clusters[is_unaligned]
+        references.add_runs(Runs(first, first + 2), times[is_unaligned])
+        references.add_clusters(clusters[is_table], times[is_table])
 
-    def _each(self, id: str, table: int, where: NDArray[np.bool_], reason: str) -> None:
-        for number in np.flatnonzero(where).tolist() if where.any() else ():
-            place = table + L2_ENTRY_LENGTH * self._words * number
-            self._report(id, place, reason, number)
+        def describe(reason: str, entry: int) -> tuple[int, str, int]:
+            place, lead = int(places[entry]), int(offsets[entry])
+            start = next(table.offset for table in tables if table.offset <= place < table.end)
+            bit = "set" if is_copied[entry] else "clear"
+            return place, reason.format(lead=lead, bit=bit), (place - start) // L1_ENTRY_LENGTH
+
+        def faults(id: str, where: Flags, reason: str) -> Faults:
+            return Faults(f"l1-table.entry.{id}", where, partial(describe, reason))
+
+        is_reserved = words & _RESERVED != 0
+        self._listing.add_faults([faults("reserved", is_reserved, "has reserved bits set")])
+        self._listing.add_faults(
+            (
+                faults("past-eof", is_outside, "leads to {lead:#x}, past the end of the file"),
+                faults("unaligned", is_unaligned, "leads to {lead:#x}, not the start of a cluster"),
+                faults("copied", is_wrong, "has its copied bit {bit}, against the refcount"),
+            )
+        )
+        return clusters[is_table], times[is_table]
+
+    def _walk_l2_tables(self, clusters: Numbers, times: Numbers, *, is_active: bool) -> None:
+        """Counts the references of the L2 tables in some clusters, each ``times`` times."""
+        starts = clusters << self._bits
+        parts = stored_parts(self._file, starts, starts + self._file.cluster_size)
+        for batch in parts.batches():
+            self._l2_entries.count(batch, starts, times, is_active=is_active)
 
 
-def _set(is_set: bool) -> str:
-    return "set" if is_set else "clear"
+def _is_among(clusters: Numbers, known: Numbers) -> Flags:
+    """Returns which clusters are among ``known``, which is sorted: int64[n] to bool[n]."""
+    places = np.searchsorted(known, clusters)
+    is_known: Flags = np.append(known, -1)[places] == clusters
+    return is_known

@@ -6,13 +6,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
 
+import numpy as np
+
+from qcow2bm.checking.runs import Flags
 from qcow2bm.problem_kinds import KINDS, problem, summary_of
 from qcow2bm.problems import UNUSABLE, Problem
 
 MAX_LISTED = 16
 """The number of problems of one kind that are listed, unless they concern bitmaps."""
+
+
+class Faults(NamedTuple):
+    """A kind of problem that entries of an array have.
+
+    Attributes:
+        id: that of the kind.
+        where: which entries have it, bool[n].
+        describe: returns for the number of an entry the host offset, the reason and the element.
+    """
+
+    id: str
+    where: Flags
+    describe: Callable[[int], tuple[int, str, int]]
 
 
 class Listing:
@@ -42,6 +61,24 @@ class Listing:
             return
         new = problem(id, offset, reason, bitmap_index, element=element)
         self._found.setdefault(id, []).append(new)
+
+    def add_many(self, id: str, count: int, found: Iterable[tuple[int, str, int]]) -> None:
+        """Adds ``count`` problems of one kind that concerns the image.
+
+        ``found`` yields the host offset, the reason and the element of each. No more are taken
+        from it than are listed.
+        """
+        listed = max(0, min(count, MAX_LISTED - self._counts[id]))
+        for offset, reason, element in islice(found, listed):
+            self.add(id, offset, reason, element)
+        if count > listed:
+            self._counts[id] += count - listed
+
+    def add_faults(self, faults: Iterable[Faults]) -> None:
+        """Adds the faults of the entries of one array, those kinds first that come first in it."""
+        found = [(np.flatnonzero(each.where).tolist(), each) for each in faults]
+        for entries, each in sorted((one for one in found if one[0]), key=lambda one: one[0][0]):
+            self.add_many(each.id, len(entries), map(each.describe, entries))
 
     @property
     def has_unusable(self) -> bool:

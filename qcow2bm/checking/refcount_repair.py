@@ -9,14 +9,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qcow2bm.bitmaps.metadata import Metadata
-from qcow2bm.bitmaps.tables import used_by_bitmaps
+from qcow2bm.checking.bitmap_clusters import BitmapClusters
 from qcow2bm.checking.check import Checker
 from qcow2bm.checking.findings import Findings
 from qcow2bm.checking.references import References
-from qcow2bm.checking.stored_refcounts import StoredRefcounts
+from qcow2bm.checking.runs import Numbers, Runs
+from qcow2bm.checking.stored_refcounts import Counts, StoredRefcounts
 from qcow2bm.clusters.plan import SECTOR_SIZE, Write
 from qcow2bm.format.refcounts import build_refcount_block
 from qcow2bm.problem_kinds import BITMAPS_GONE
@@ -64,16 +64,15 @@ def refcount_writes(metadata: Metadata) -> list[Write]:
     file, stored = metadata.file, checker.stored
     stale = References(file)
     if metadata.directory.extension and not metadata.directory.is_consistent:
-        for used_range in used_by_bitmaps(file, metadata.directory):
-            stale.add(used_range.offset, used_range.length)
+        BitmapClusters(file, metadata.directory).count(stale)
     end = max(checker.disk.clusters, checker.others.clusters)
     limit = (1 << (1 << stored.order)) - 1
     writes: list[Write] = []
-    for number, block in sorted(stored.blocks.items()):
-        first = number * stored.per_block
+    differing = checker.differences.blocks.contain(stored.numbers)
+    for entry in np.flatnonzero(differing).tolist():
+        first = int(stored.numbers[entry]) * stored.per_block
         stop = min(first + stored.per_block, end)
-        if first >= stop:
-            continue
+        block = stored.read_block(entry)
         disk, named = checker.disk.counts(first, stop), stale.counts(first, stop)
         used = (disk + checker.others.counts(first, stop)).astype(np.uint64)
         wanted = block.copy()
@@ -83,20 +82,20 @@ def refcount_writes(metadata: Metadata) -> list[Write]:
         is_leak = (part > used) & (named == 0) & (disk == 0)
         is_low = (part < used) & (disk == 0) & (used <= limit)
         part[is_leak | is_low] = used[is_leak | is_low]
-        writes += _sectors(stored, number, np.flatnonzero(wanted != block), wanted)
+        writes += _sectors(stored, entry, np.flatnonzero(wanted != block), wanted)
     return writes
 
 
 def _sectors(
-    stored: StoredRefcounts, number: int, changed: NDArray[np.intp], counts: NDArray[np.uint64]
+    stored: StoredRefcounts, entry: int, changed: Numbers, counts: Counts
 ) -> Iterator[Write]:
     """Yields the sectors of a refcount block that have changed refcounts."""
     per_sector = 8 * SECTOR_SIZE >> stored.order
     code = "B" if stored.order <= 3 else "HIQ"[stored.order - 4]
-    for sector in np.unique(changed // per_sector).tolist():
-        start = sector * per_sector
-        part = array(code, counts[start : start + per_sector].tolist())
-        place = stored.places[number] + sector * SECTOR_SIZE
+    sectors = Runs.of_clusters(np.unique(changed // per_sector))
+    for first, stop in zip(sectors.firsts.tolist(), sectors.stops.tolist(), strict=True):
+        part = array(code, counts[first * per_sector : stop * per_sector].tobytes())
+        place = int(stored.places[entry]) + first * SECTOR_SIZE
         yield Write(place, (build_refcount_block(part, stored.order),), "refcounts")
 
 
@@ -108,15 +107,10 @@ def undercounted_bitmaps(metadata: Metadata) -> frozenset[int]:
     Raises:
         StorageError: reading failed.
     """
-    checker = Checker(metadata)
-    found: set[int] = set()
-    for part in used_by_bitmaps(metadata.file, metadata.directory):
-        first, stop = part.clusters(metadata.file.cluster_size)
-        used = checker.disk.counts(first, stop) + checker.others.counts(first, stop)
-        is_low = checker.stored.of(np.arange(first, stop)) < used
-        if is_low.any() and part.bitmap_index is not None:
-            found.add(part.bitmap_index)
-    return frozenset(found)
+    too_low = Checker(metadata).differences.too_low
+    clusters = BitmapClusters(metadata.file, metadata.directory)
+    found = {shared.bitmap_index for shared in clusters.shared_with(too_low)}
+    return frozenset(index for index in found if index is not None)
 
 
 def tail_writes(findings: Findings) -> Iterator[Write]:

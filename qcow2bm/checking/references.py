@@ -5,23 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
-from numpy.typing import NDArray
-
+from qcow2bm.checking.cluster_counts import ClusterCounts
+from qcow2bm.checking.runs import Numbers, Runs
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.units import ceil_div
-
-_CHUNK_BITS = 15
-CHUNK = 1 << _CHUNK_BITS
-"""The clusters that are counted in one array; an array without references does not exist."""
 
 
 class References:
     """Counts references to clusters, as QEMU does when it checks an image.
 
     Attributes:
+        counted: the number of references of each cluster.
         clusters: how many clusters are counted: those of the file, of which the last may be a
             part, and one more if a reference reaches there.
         reach: the number of the cluster behind the last one that has a reference, even behind the
@@ -32,7 +26,7 @@ class References:
         """Begins without any reference."""
         self._bits = file.header.cluster_bits
         self._file_size = file.file_size
-        self._chunks: dict[int, NDArray[np.uint32]] = {}
+        self.counted = ClusterCounts()
         self.clusters = ceil_div(file.file_size, file.cluster_size)
         self.reach = 0
 
@@ -46,51 +40,30 @@ class References:
         self.note(offset + length)
         if offset + length - self._file_size >= 1 << self._bits:
             return False
-        first, last = offset >> self._bits, (offset + length - 1) >> self._bits
-        for number in range(first >> _CHUNK_BITS, (last >> _CHUNK_BITS) + 1):
-            start = number << _CHUNK_BITS
-            part = slice(max(first - start, 0), min(last - start + 1, CHUNK))
-            self._chunk(number)[part] += np.uint32(1)
-        self.clusters = max(self.clusters, last + 1)
+        stop = (offset + length - 1 >> self._bits) + 1
+        self.add_runs(Runs.of(offset >> self._bits, stop))
         return True
 
     def note(self, end: int) -> None:
         """Extends `reach` to the cluster before host byte ``end``, without counting anything."""
         self.reach = max(self.reach, (end - 1 >> self._bits) + 1)
 
-    def add_clusters(self, numbers: NDArray[np.int64]) -> None:
-        """Counts clusters of the file by their numbers, int64[n]; each time a number occurs."""
-        if not len(numbers):
-            return
-        self.reach = max(self.reach, int(numbers.max()) + 1)
-        chunks = numbers >> _CHUNK_BITS
-        first, last = int(chunks.min()), int(chunks.max())
-        for number in [first] if first == last else np.unique(chunks).tolist():
-            here = numbers if first == last else numbers[chunks == number]
-            counts = np.bincount(here & (CHUNK - 1), minlength=CHUNK)
-            self._chunk(number)[:] += counts.astype(np.uint32)
+    def add_clusters(self, clusters: Numbers, times: int | Numbers = 1) -> None:
+        """Counts clusters of the file, n numbers, ``times`` times each, int64[n]."""
+        if len(clusters):
+            self._extend(int(clusters.max()) + 1)
+            self.counted.add(clusters, times)
 
-    def _chunk(self, number: int) -> NDArray[np.uint32]:
-        if number not in self._chunks:
-            self._chunks[number] = np.zeros(CHUNK, np.uint32)
-        return self._chunks[number]
+    def add_runs(self, runs: Runs, times: int | Numbers = 1) -> None:
+        """Counts runs of clusters of the file, n of them, ``times`` times each, int64[n]."""
+        if len(runs.stops):
+            self._extend(int(runs.stops.max()))
+            self.counted.add_runs(runs, times)
 
-    def chunks(self) -> list[int]:
-        """Returns the numbers of the arrays that exist, ascending; each has `CHUNK` clusters."""
-        return sorted(self._chunks)
+    def _extend(self, stop: int) -> None:
+        self.reach = max(self.reach, stop)
+        self.clusters = max(self.clusters, stop)
 
-    def counts(self, first: int, stop: int) -> NDArray[np.uint32]:
-        """Returns the numbers of references to clusters, uint32[stop - first]."""
-        found = np.zeros(stop - first, np.uint32)
-        for number in range(first >> _CHUNK_BITS, ((stop - 1) >> _CHUNK_BITS) + 1):
-            if number in self._chunks:
-                start = number << _CHUNK_BITS
-                low, high = max(first, start), min(stop, start + CHUNK)
-                found[low - first : high - first] = self._chunks[number][low - start : high - start]
-        return found
-
-
-def runs(where: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Yields the stretches in which an array is true, as (first, stop)."""
-    edges = np.flatnonzero(np.diff(where.astype(np.int8), prepend=0, append=0)).tolist()
-    return zip(edges[::2], edges[1::2], strict=True)
+    def counts(self, first: int, stop: int) -> Numbers:
+        """Returns the numbers of references to clusters, int64[stop - first]."""
+        return self.counted.counts(first, stop)

@@ -45,6 +45,7 @@ class Repair(NamedTuple):
         problems: all problems before the repair.
         left: the problems of the severity refused or unusable afterwards.
         leaked_clusters: how many clusters leak afterwards.
+        freed_bytes: the size of the leaked clusters that are freed.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Repair(NamedTuple):
     problems: tuple[Problem, ...]
     left: tuple[Problem, ...]
     leaked_clusters: int
+    freed_bytes: int
 
 
 class _Trial:
@@ -145,6 +147,8 @@ def plan_repair(
         before.problems,
         after.faults,
         after.check.leaked_clusters,
+        max(0, before.check.leaked_clusters - after.check.leaked_clusters)
+        * before.metadata.file.cluster_size,
     )
 
 

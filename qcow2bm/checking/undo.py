@@ -160,5 +160,8 @@ def _state(storage: Storage) -> bytes:
         ]
     for offset, length in places:
         digest.update(offset.to_bytes(8, "big") + length.to_bytes(8, "big"))
-        digest.update(_read(storage, offset, length))
+        # A structure of zeros may be a hole, and a sparse file can have any number of them.
+        is_stored = file.next_data(offset) < offset + length
+        content = _read(storage, offset, length) if is_stored else b""
+        digest.update(content if content.strip(b"\0") else b"")
     return digest.digest()

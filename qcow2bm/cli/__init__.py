@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qcow2bm import CommitError, Qcow2BmError, StorageError
+from qcow2bm import Qcow2BmError
 from qcow2bm.cli.commands import parse
-from qcow2bm.cli.hints import explain
-from qcow2bm.cli.messages import FAILED, CommandError, fail, say
+from qcow2bm.cli.failure import WatchedOutput, failure_of, print_failure
+from qcow2bm.cli.messages import FAILED, CommandError, say
 from qcow2bm.cli.parser import UsageError
 from qcow2bm.cli.terminal import colors
 
@@ -29,17 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: wrong usage, --help and --version.
     """
     call = parse(sys.argv[1:] if argv is None else argv)
+    output = WatchedOutput()
     try:
-        with colors(call.arguments.color):
+        with output, colors(call.arguments.color):
             return call.run(call.arguments)
     except UsageError as error:
         call.parser.error(str(error))
-    except CommandError as failure:
-        return fail(failure.subject, failure.reason)
-    except (StorageError, CommitError) as error:  # the message names the file
-        say(explain(error, call.parser.has_option))
+    except (CommandError, Qcow2BmError, MemoryError) as error:
+        failure = failure_of(error, call.parser)
+        if getattr(call.arguments, "output", None) == "json" and not output.is_begun:
+            print_failure(failure)
+        say(failure.message)
         return FAILED
-    except Qcow2BmError as error:
-        return fail(call.parser.path[-1], explain(error))
-    except MemoryError:
-        return fail(call.parser.path[-1], "not enough memory")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from qcow2bm import Image, Problem, open
 from qcow2bm.cli import output
+from qcow2bm.cli.advice import Advice, advise, print_advice
 from qcow2bm.cli.arguments import (
     OutputArguments,
     ReadingArguments,
@@ -57,10 +58,13 @@ def run(arguments: Arguments) -> int:
     ):
         checked = image.check()
         problems = (*image.problems, *checked.problems)
+        advice = advise(image, arguments.image, problems)
         if arguments.output == "json":
-            output.print_json(_document(image, problems, checked.leaked_clusters))
+            output.print_json(_document(image, problems, checked.leaked_clusters, advice))
         else:
             _print(image, problems, checked.leaked_clusters)
+            output.print_refusal(problems)
+            print_advice(advice)
     return _status(problems)
 
 
@@ -71,7 +75,9 @@ def _status(problems: Iterable[Problem]) -> int:
     return LEAKS if "leak" in severities else 0
 
 
-def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> Document:
+def _document(
+    image: Image, problems: Sequence[Problem], leaked_clusters: int, advice: Advice
+) -> Document:
     return {
         **output.head(image.name),
         "problems": [
@@ -84,6 +90,7 @@ def _document(image: Image, problems: Sequence[Problem], leaked_clusters: int) -
             for found in problems
         ],
         "leaked-clusters": leaked_clusters,
+        "next": advice.as_json,
     }
 
 
@@ -95,17 +102,11 @@ def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> N
         if found.qemu_message:
             print_text(f'    QEMU says "{found.qemu_message}"')
         output.print_wrapped(found.meaning, indent="    ")
-        if found.kind.is_fittable:  # repair would drop the bitmap
-            repair = "; fit"
-        else:
-            repair = f"; repair --only {found.repair}" if found.repair else ""
-        print_text(f"    ({found.id}{repair})")
+        print_text(f"    ({found.id})")
     if problems:
         print()
     if leaked_clusters:
         size = format_size(leaked_clusters * image.cluster_size)
         print(f"{count(leaked_clusters, 'cluster')} leaked: {size}")
     errors = sum(found.severity in ("refused", "unusable") for found in problems)
-    if any(found.severity == "refused" for found in problems):
-        print(paint("QEMU will not open this image", "refused"))
     print(count(errors, "error") if errors else "no errors")

@@ -10,7 +10,7 @@ import os
 import sys
 
 from qcow2bm.cli import main
-from qcow2bm.cli.messages import FAILED, fail
+from qcow2bm.cli.messages import FAILED, discard_output, fail
 
 
 def run() -> int:
@@ -30,7 +30,7 @@ def run() -> int:
     except OSError as error:  # of standard output: for files the library has its own errors
         return fail("standard output", error.strerror or str(error))
     finally:
-        _discard_output()
+        discard_output()
 
 
 def _output() -> io.TextIOWrapper:
@@ -45,14 +45,6 @@ def _output() -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(raw, 1 << 16), encoding, "backslashreplace", line_buffering=raw.isatty()
     )
-
-
-def _discard_output() -> None:
-    """Drops what could not be written; otherwise the interpreter would try again at its end."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):
-        sys.stdout = io.TextIOWrapper(io.BytesIO())
 
 
 def _end_by_signal(name: str) -> int:

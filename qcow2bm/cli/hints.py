@@ -35,6 +35,7 @@ _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
     ),
     "read-stream": (("", "show its bitmaps: qcow2bm stream dump FILE"),),
     "remove-all": (("", "remove all bitmaps with remove --all"),),
+    "remove-bitmap": (("", "make room: qcow2bm remove IMAGE NAME"),),
     "rename-copies": (("", "try again, or when the VM is off, run: qcow2bm rescue finish IMAGE"),),
     "salvage-or-remove-all": (
         ("", "salvage the bitmaps, or remove all of them with remove --all"),

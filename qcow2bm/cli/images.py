@@ -112,12 +112,15 @@ def _require_clear(image: Image, name: str) -> None:
 
 
 def valid_bitmaps(image: Image) -> tuple[list[Bitmap], list[str]]:
-    """Returns the bitmaps that are valid, and for each other one a line that it is left out."""
+    """Returns the bitmaps that are valid, and for each other one a line that it is left out.
+
+    Sentinels that are not valid are not worth a line.
+    """
     bitmaps = [image.bitmap(entry.index) for entry in image.directory]
     left_out = [
         f"{_label(bitmap)} is {bitmap.status}, and left out"
         for bitmap in bitmaps
-        if bitmap.status != "valid"
+        if bitmap.status != "valid" and not bitmap.is_sentinel
     ]
     return [bitmap for bitmap in bitmaps if bitmap.status == "valid"], left_out
 

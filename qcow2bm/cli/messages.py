@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,14 @@ def say(text: str) -> None:
         print(f"qcow2bm: {text}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         sys.stderr = None  # or the interpreter tries again when it exits, and changes the status
+
+
+def discard_output() -> None:
+    """Drops what could not be written; otherwise the interpreter would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stdout = io.TextIOWrapper(io.BytesIO())
 
 
 def fail(subject: str, reason: str) -> int:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,10 @@ def print_wrapped(text: str, indent: str) -> None:
     print_text(f"{indent}{text}", len(indent), WIDTH)
 
 
-def print_command(command: str) -> None:
-    """Prints a command that the user may want to type next."""
-    print(f"  {paint(command, 'command')}")
+def command_line(argv: Sequence[str]) -> str:
+    """Returns a command as it can be pasted into a shell, if all of it can be printed."""
+    line = shlex.join(argv)
+    return line if line.isprintable() else escape(line)
 
 
 def size(size_bytes: int) -> str:
@@ -107,6 +109,12 @@ def owner_of(image: Image, problem: Problem) -> str | None:
     """The name of the bitmap that a problem concerns, if it concerns one that has a name."""
     index = problem.bitmap_index
     return None if index is None else image.directory[index].name
+
+
+def print_refusal(problems: Iterable[Problem]) -> None:
+    """Prints a line if QEMU refuses an image with these problems."""
+    if any(problem.severity == "refused" for problem in problems):
+        print(paint("QEMU will not open this image", "refused"))
 
 
 def status_of(problems: Iterable[Problem]) -> int:

@@ -17,12 +17,12 @@ from qcow2bm import (
     undo,
 )
 from qcow2bm.cli import files, output
+from qcow2bm.cli.advice import Advice, advise_anew, print_advice
 from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
 from qcow2bm.cli.messages import CommandError, about, say
-from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted
+from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted, size
 from qcow2bm.cli.parser import Parser
 from qcow2bm.cli.terminal import paint, print_text
-from qcow2bm.units import escape
 
 _MOST_LISTED = 16
 
@@ -133,15 +133,17 @@ def _repair(arguments: Arguments) -> int:
         )
     if file and file.fault:
         say(f"warning: {file.fault}; the image is repaired, undo will need --assert-unchanged")
+    advice = Advice() if arguments.dry_run else advise_anew(arguments.image)
     if arguments.output == "json":
-        output.print_json(_document(arguments, done))
+        output.print_json(_document(arguments, done, advice))
     else:
         _print(arguments, done)
+        print_advice(advice)
     is_needed = arguments.dry_run and done.plan.steps
     return output.PROBLEMS_FOUND if done.left or is_needed else 0
 
 
-def _document(arguments: Arguments, done: Repair) -> Document:
+def _document(arguments: Arguments, done: Repair, advice: Advice) -> Document:
     repaired, left = (
         [{"id": found.id, "message": json_text(found.message)} for found in problems]
         for problems in (done.repaired, done.left)
@@ -159,11 +161,14 @@ def _document(arguments: Arguments, done: Repair) -> Document:
         "repaired": repaired,
         "left": left,
         "leaked-clusters": done.leaked_clusters,
+        "freed-bytes": done.freed_bytes,
+        "next": advice.as_json,
         "plan": output.plan_as_json(done.plan),
     }
 
 
 def _print(arguments: Arguments, done: Repair) -> None:
+    is_done = bool(done.plan.steps) and not arguments.dry_run
     for lost in done.lost:
         print_text(f"{paint('lost', 'lost')}: {_name(lost)} ({lost.reason})")
     for old, new in done.renamed:
@@ -173,8 +178,12 @@ def _print(arguments: Arguments, done: Repair) -> None:
         print_text(f"{what}: {found.message} ({found.id})")
     if len(done.repaired) > _MOST_LISTED:
         print(f"{what}: {count(len(done.repaired) - _MOST_LISTED, 'more problem')}")
+    if done.freed_bytes:
+        freed = "to free" if arguments.dry_run else "freed"
+        print(f"{freed}: {size(done.freed_bytes)} in leaked clusters")
     for found in done.left:
         print_text(f"{paint('left', 'left')}: {found.message} ({found.id})")
+        output.print_wrapped(found.meaning, indent="    ")
     if not done.plan.steps:
         print("nothing was changed" if done.left else "nothing to repair")
     elif arguments.dry_run:
@@ -182,9 +191,21 @@ def _print(arguments: Arguments, done: Repair) -> None:
     else:
         left = f", but {count(len(done.left), 'problem')} left" if done.left else ""
         print(f"repaired{left}")
-        if arguments.undo is not None:
-            words = f"{escape(arguments.image)} {escape(arguments.undo)}"
-            print(f"to take it back: {paint(f'qcow2bm undo {words}', 'command')}")
+    if is_done and arguments.undo is not None:
+        line = output.command_line(["qcow2bm", "undo", arguments.image, arguments.undo])
+        print(f"to take it back: {paint(line, 'command')}")
+    if is_done:
+        _print_consequences(done)
+
+
+def _print_consequences(done: Repair) -> None:
+    """Prints whether a VM can be started now, and which backups must be full ones."""
+    if any(found.severity == "refused" for found in done.problems) and not any(
+        found.severity == "refused" for found in done.left
+    ):
+        print("QEMU opens the image now, so the VM can be started")
+    for lost in done.lost:
+        print_text(f"a full backup is due instead of the next incremental one by {_name(lost)}")
 
 
 def _name(lost: LostBitmap) -> str:

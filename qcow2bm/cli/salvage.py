@@ -1,15 +1,16 @@
-"""The command ``salvage``: makes a bitmap that is in_use or stale valid again.
+"""The command ``salvage``: makes bitmaps that are in_use or stale valid again.
 
 *Spec*: spec/repair.md, "Salvage".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
+from qcow2bm.cli.advice import Advice, advise_anew, print_advice
 from qcow2bm.cli.arguments import NAME_NOTE, EditingArguments, add_editing, add_image
 from qcow2bm.cli.images import find, open_to_edit
 from qcow2bm.cli.messages import CommandError, about, progress, say
@@ -34,7 +35,7 @@ With --trust-stale every write since the bitmap was last stored is missing from 
 you know that there was none.
 
 There is no undo. The change is atomic, as that of every edit. If the bitmaps are stale, the others
-become inconsistent: salvage them next, or remove them.
+become inconsistent: salvage them next, or all at once with --all, or remove them.
 
 exit status: 0 done; 1 the command failed, and all is as before unless the message says otherwise;
 64 wrong usage
@@ -45,7 +46,8 @@ class Arguments(EditingArguments):
     """The values of the arguments of ``salvage``."""
 
     image: str
-    name: str
+    names: list[str]
+    all: bool
     all_dirty: bool
     compared: tuple[str, str] | None
     trust_stale: bool
@@ -59,12 +61,16 @@ def define(parser: Parser) -> None:
     parser.namespace = Arguments
     parser.examples = (
         "qcow2bm salvage vm.qcow2 daily --all-dirty",
+        "qcow2bm salvage vm.qcow2 --all --all-dirty",
         "qcow2bm salvage vm.qcow2 daily --compare last-backup.raw vm.qcow2",
     )
     parser.notes = (NAME_NOTE,)
     parser.epilog = _EPILOG
     add_image(parser, "a qcow2 file or block device that no other process uses")
-    parser.add_word("name", "NAME", "the bitmap")
+    parser.add_word("names", "NAME", "the bitmaps; none with --all", "*")
+    parser.add_argument(
+        "--all", action="store_true", help="salvage every bitmap that is inconsistent or stale"
+    )
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(
         "--all-dirty", action="store_true", help="make all of it dirty: the next backup saves all"
@@ -98,41 +104,64 @@ def define(parser: Parser) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    """Salvages a bitmap; returns the exit status."""
+    """Salvages bitmaps; returns the exit status."""
+    if arguments.all == bool(arguments.names):
+        raise UsageError(
+            "give names or --all, not both" if arguments.all else "give names, or --all"
+        )
+    if arguments.compared and len(arguments.names) != 1:
+        raise UsageError("--compare needs one NAME: each bitmap stands for a backup of its own")
     if not arguments.compared and (
         arguments.old_format or arguments.new_format or arguments.is_current
     ):
         raise UsageError("--old-format, --new-format and --assert-current need --compare")
     with about(arguments.image), open_to_edit(arguments.image, arguments) as image:
-        name = find(image, arguments.name).name
-        plan = _salvage(arguments, image, name)
-        if arguments.output == "json":
-            output.print_json(_document(arguments, image, name, plan))
-        elif plan is not None:
-            output.print_plan(plan)
-        else:
-            _print(image, name)
+        names = _chosen(arguments, image)
+        plan = _salvage(arguments, image, names)
+        document = _document(arguments, image, names, plan)
+        if arguments.output != "json":
+            _print(image, names, plan)
+    advice = Advice() if arguments.dry_run else advise_anew(arguments.image)
+    if arguments.output == "json":
+        output.print_json({**document, "next": advice.as_json})
+    else:
+        print_advice(advice)
     return 0
 
 
-def _salvage(arguments: Arguments, image: Image, name: str) -> Plan | None:
-    """Salvages the bitmap; in a dry run, returns what would be written instead."""
-    if arguments.trust_stale:
+def _chosen(arguments: Arguments, image: Image) -> list[str]:
+    """The names of the bitmaps that are meant; with --all none of a sentinel."""
+    if not arguments.all:
+        return [find(image, name).name for name in arguments.names]
+    return [
+        name
+        for name, bitmap in image.bitmaps.items()
+        if bitmap.status in ("inconsistent", "stale") and not bitmap.is_sentinel
+    ]
+
+
+def _salvage(arguments: Arguments, image: Image, names: Sequence[str]) -> Plan | None:
+    """Salvages the bitmaps; in a dry run, returns what would be written instead."""
+    if arguments.trust_stale and names:
         say(
-            f"warning: writes since {quoted(name)} was last stored are missing from it, and so "
-            "from all backups that rely on it"
+            f"warning: writes since {', '.join(map(quoted, names))} "
+            f"{'was' if len(names) == 1 else 'were'} last stored are missing from "
+            f"{'it' if len(names) == 1 else 'them'}, and so from all backups that rely on "
+            f"{'it' if len(names) == 1 else 'them'}"
         )
-    _require_salvageable(image, name)
-    changed = _changed(arguments, image, name) if arguments.compared else None
+    _require_salvageable(image, names)
+    changed = _changed(arguments, image, names[0]) if arguments.compared else None
     with image.edit(dry_run=arguments.dry_run) as edit:
-        edit.salvage(name, changed, trust_stored=arguments.trust_stale)
+        for name in names:
+            edit.salvage(name, changed, trust_stored=arguments.trust_stale)
         return edit.plan() if arguments.dry_run else None
 
 
-def _require_salvageable(image: Image, name: str) -> None:
+def _require_salvageable(image: Image, names: Iterable[str]) -> None:
     """Raises what salvage would raise, before two disks are compared in vain."""
     with image.edit(dry_run=True) as edit:
-        edit.salvage(name)
+        for name in names:
+            edit.salvage(name)
 
 
 def _changed(arguments: Arguments, image: Image, name: str) -> NDArray[np.uint8]:
@@ -179,24 +208,42 @@ def _advice(error: ComparisonError, option: str) -> str:
     return ""
 
 
-def _print(image: Image, name: str) -> None:
-    dirty = size(image.bitmaps[name].count())
-    print_text(f"{quoted(name)} is valid: {dirty} of {size(image.virtual_size)} dirty")
-    for other in _inconsistent(image):
-        print_text(f"{quoted(other)} is inconsistent: salvage it, too, or remove it")
+def _print(image: Image, names: Sequence[str], plan: Plan | None) -> None:
+    if plan is not None:
+        output.print_plan(plan)
+        return
+    for name in names:
+        dirty = size(image.bitmaps[name].count())
+        print_text(f"{quoted(name)} is valid: {dirty} of {size(image.virtual_size)} dirty")
+    if not names:
+        print("nothing to salvage: no bitmap is inconsistent or stale")
 
 
 def _inconsistent(image: Image) -> Iterator[str]:
-    return (name for name, bitmap in image.bitmaps.items() if bitmap.status == "inconsistent")
+    return (
+        name
+        for name, bitmap in image.bitmaps.items()
+        if bitmap.status == "inconsistent" and not bitmap.is_sentinel
+    )
 
 
-def _document(arguments: Arguments, image: Image, name: str, plan: Plan | None) -> Document:
+def _document(
+    arguments: Arguments,
+    image: Image,
+    names: Sequence[str],
+    plan: Plan | None,
+) -> Document:
     is_done = plan is None
     return {
         **output.head(arguments.image),
         "dry-run": arguments.dry_run,
-        "name": json_text(name),
-        "dirty-bytes": image.bitmaps[name].count() if is_done else None,
+        "salvaged": [
+            {
+                "name": json_text(name),
+                "dirty-bytes": image.bitmaps[name].count() if is_done else None,
+            }
+            for name in names
+        ],
         "inconsistent": [json_text(other) for other in _inconsistent(image)] if is_done else None,
         "plan": None if plan is None else output.plan_as_json(plan),
     }

@@ -32,7 +32,7 @@ are those that the VM has in memory, all of one moment unless its disk has an io
 Writes to the disk after that are missing from FILE. With --sentinel, sidecar load can find out
 whether there was any.
 
-exit status: 0 done; 1 the command failed; 64 wrong usage
+exit status: 0 done; 1 the command failed; 2 done, but a bitmap is left out; 64 wrong usage
 """
 
 _LOAD_EPILOG = """\
@@ -142,12 +142,18 @@ def _save(arguments: SaveArguments) -> int:
         new_file.write_new(given[-1], sidecar.write(saved))
     for what in left_out if not arguments.quiet else ():
         say(f"warning: {escape(subject)}: {what}")
-    return 0
+    return output.PROBLEMS_FOUND if left_out else 0
 
 
 def _from_image(path: str, arguments: SaveArguments) -> tuple[sidecar.Sidecar, list[str]]:
     if arguments.sentinel:
         with open(path, "r+") as image:
+            if image.data_file is not None:
+                raise CommandError(
+                    path,
+                    "a sentinel would prove nothing here: the disk is a data file, which can be "
+                    "written to without the image; leave out --sentinel",
+                )
             if _collected(image)[0].bitmaps:
                 sidecar.add_sentinel(image)
             return _collected(image)

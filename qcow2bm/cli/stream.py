@@ -50,7 +50,8 @@ machine type) gets neither memory nor device state: it boots cold, as after powe
 bitmaps in memory. If the VM was running, shut it down before. The image that it boots from must
 have no valid bitmap of the same name: QEMU would refuse the disk.
 
-exit status: 0 done; 1 the command failed; 2 done, but the image has problems; 64 wrong usage
+exit status: 0 done; 1 the command failed; 2 done, but a bitmap is left out, or the image has
+problems; 64 wrong usage
 """
 
 _RESTORE_EPILOG = """\
@@ -226,7 +227,7 @@ def _write(arguments: WriteArguments) -> int:
         for warning in warnings:
             say(f"warning: {escape(arguments.image)}: {warning}")
         output.warn_of(arguments.image, problems)
-    return output.status_of(problems)
+    return output.PROBLEMS_FOUND if warnings else output.status_of(problems)
 
 
 # Restoring

@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from qcow2bm import BackupReason, BackupVerdict, ImageLockedError, open
 from qcow2bm.cli import output
+from qcow2bm.cli.advice import NextCommand, advise_bitmap
 from qcow2bm.cli.arguments import NAME_NOTE, OutputArguments, add_image, add_output
 from qcow2bm.cli.images import judge
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser
 from qcow2bm.units import escape
-
-if TYPE_CHECKING:
-    from qcow2bm.cli.next_commands import Argv
 
 STATUSES: dict[BackupReason, int] = {
     "usable": 0,
@@ -70,7 +68,7 @@ def run(arguments: Arguments) -> int:
     return STATUSES[verdict.reason]
 
 
-def _judge(arguments: Arguments) -> tuple[BackupVerdict, list[Argv]]:
+def _judge(arguments: Arguments) -> tuple[BackupVerdict, Sequence[NextCommand]]:
     """Returns the verdict, and the commands that help."""
     path, name = arguments.image, arguments.name
     try:
@@ -78,9 +76,7 @@ def _judge(arguments: Arguments) -> tuple[BackupVerdict, list[Argv]]:
             verdict = judge(image, name)
             if verdict.usable:
                 return verdict, []
-            from qcow2bm.cli.next_commands import find_next  # loads all that repairs need
-
-            return verdict, find_next(image, path, name, verdict.reason)
+            return verdict, advise_bitmap(image, path, name, verdict.reason).commands
     except ImageLockedError as error:
         message = (
             f"bitmap {quoted(name)} may be outdated in the image, because another process "
@@ -89,16 +85,21 @@ def _judge(arguments: Arguments) -> tuple[BackupVerdict, list[Argv]]:
         return BackupVerdict("running", message), []
 
 
-def _print(arguments: Arguments, verdict: BackupVerdict, commands: list[Argv]) -> None:
+def _print(arguments: Arguments, verdict: BackupVerdict, commands: Sequence[NextCommand]) -> None:
     answer = "yes" if verdict.usable else "no"
     dirty = f"; {size(verdict.dirty_bytes)} dirty" if verdict.dirty_bytes is not None else ""
     # `check` succeeds with another status than 0 if there is something to repair.
     then = "; " if verdict.reason == "broken" else " && "
-    following = f"; next: {then.join(map(shlex.join, commands))}" if commands else ""
+    costs = "; ".join(command.cost for command in commands if command.cost)
+    following = f"; cost: {costs}" if costs else ""
+    if commands:
+        following += f"; next: {then.join(shlex.join(command.argv) for command in commands)}"
     print(f"{escape(arguments.image)}: {answer}: {verdict.message}{dirty}{following}")
 
 
-def _document(arguments: Arguments, verdict: BackupVerdict, commands: list[Argv]) -> Document:
+def _document(
+    arguments: Arguments, verdict: BackupVerdict, commands: Sequence[NextCommand]
+) -> Document:
     return {
         **output.head(arguments.image),
         "bitmap": json_text(arguments.name),
@@ -106,5 +107,5 @@ def _document(arguments: Arguments, verdict: BackupVerdict, commands: list[Argv]
         "reason": verdict.reason,
         "message": json_text(verdict.message),
         "dirty-bytes": verdict.dirty_bytes,
-        "next": commands,
+        "next": [command.argv for command in commands],
     }

@@ -9,21 +9,20 @@ allocated. How refcounts are stored is the business of ``refcounts``.
 
 from __future__ import annotations
 
-import errno
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from qcow2bm.clusters.cluster_runs import Run, join_runs, place_runs, subtract_runs
+from qcow2bm.clusters.cluster_runs import JoinedRuns, Run, place_runs, subtract_runs
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.guest_map import GuestMap
 from qcow2bm.clusters.plan import Barrier, Step, Write
 from qcow2bm.clusters.problems import MAX_REFCOUNT_TABLE_BYTES
 from qcow2bm.clusters.refcounts import Refcounts
-from qcow2bm.errors import LimitError, StorageError
+from qcow2bm.errors import LimitError, NoRoomError
 from qcow2bm.format.header import FIELD_OFFSETS
 from qcow2bm.format.refcounts import ENTRY_LENGTH
-from qcow2bm.units import ceil_div, format_size
+from qcow2bm.units import ceil_div
 
 _WINDOW_BYTES = 256 << 10, 4 << 20
 """The bytes of refcount blocks that the first and the second search read before the image grows."""
@@ -102,7 +101,7 @@ class Allocator:
     def __init__(
         self,
         file: ClusterFile,
-        taken: Iterable[Run],
+        taken: JoinedRuns | Iterable[Run],
         near: int,
         capacity: int | None,
         guest: GuestMap | None,
@@ -126,7 +125,7 @@ class Allocator:
         self._cluster_size = file.cluster_size
         self._name = file.storage.name
         self.refcounts = Refcounts(file)
-        self._taken = join_runs(taken)
+        self._taken = taken if isinstance(taken, JoinedRuns) else JoinedRuns(taken)
         self._near = near // self.refcounts.per_block
         self._limit = (capacity or _MAX_CLUSTER_END) // file.cluster_size
         self._can_grow = capacity is None
@@ -147,7 +146,8 @@ class Allocator:
         Raises:
             FormatError: the refcounts are damaged.
             LimitError: the refcount table would become too large.
-            StorageError: the storage has no room and cannot grow, or reading failed.
+            NoRoomError: the storage has no room and cannot grow.
+            StorageError: reading failed.
         """
         placed, pieces, growth = self._search_untaken(runs, loose)
         if growth:
@@ -187,19 +187,19 @@ class Allocator:
         if self._is_behind or (is_unread and self._can_grow):
             if not self._is_behind:
                 self._free(blocks[: windows[0] // self._cluster_size or 1])  # is a refcount wrong?
-            growth = self._extend(wanted, (), self._file_end if self._can_grow else 0)
-            if growth is None:
-                raise self._no_room(wanted)
-            return _Search([None] * len(runs), [], growth)
+            behind = self._extend(wanted, (), self._file_end if self._can_grow else 0)
+            if behind.stop > self._limit:
+                raise self._no_room(wanted, behind)
+            return _Search([None] * len(runs), [], behind)
         for number, window in enumerate(windows):
             free = self._free(blocks[: window // self._cluster_size or 1])
             placed, pieces, left = place_runs(free, runs, loose)
             if not left:
                 return _Search(placed, pieces, None)
             growth = self._extend(left, (*placed, *pieces), 0) if number else None
-            if growth is not None:
+            if growth and growth.stop <= self._limit:
                 return _Search(placed, pieces, growth)
-        raise self._no_room(wanted)
+        raise self._no_room(wanted, self._extend(left, (*placed, *pieces), 0))
 
     def _count(self, runs: Iterable[Run], before: int, after: int) -> None:
         for first, stop in runs:
@@ -222,29 +222,26 @@ class Allocator:
 
         If one refcount is wrong, the others cannot be trusted either.
         """
-        number = bisect_left(self._taken, (stop, 0)) - 1
-        if number >= 0 and self._taken[number][1] > first:
-            raise self.refcounts.wrong(max(first, self._taken[number][0]), 0, 1)
+        for wrong, _ in self._taken.within(first, stop):
+            raise self.refcounts.wrong(wrong, 0, 1)
 
-    def _extend(self, count: int, placed: Iterable[Run | None], least: int) -> _Growth | None:
-        """Finds room for ``count`` clusters behind all clusters in use, from ``least`` on.
+    def _extend(self, count: int, placed: Iterable[Run | None], least: int) -> _Growth:
+        """Returns where ``count`` clusters lie behind all clusters in use, from ``least`` on.
 
-        ``placed`` are runs that are to be allocated, too.
-
-        Returns:
-            The room; None if the storage cannot grow that far.
+        ``placed`` are runs that are to be allocated, too. The storage may end before these clusters
+        do.
         """
         refcounts = self.refcounts
-        ends = [run[1] for run in (*self._taken[-1:], *self._guest_runs[-1:], *placed) if run]
-        start = max([least, refcounts.end(), *ends])
+        ends = [run[1] for run in (*self._guest_runs[-1:], *placed) if run]
+        start = max([least, refcounts.end(), self._taken.end, *ends])
         growth = _Growth(start, 0, [], count)
         while True:
             last_block = (growth.stop - 1) // refcounts.per_block
             blocks = range(start // refcounts.per_block, last_block + 1)
             needed = [block for block in blocks if not refcounts.has_block(block)]
-            table_clusters = self._table_growth(needed[-1] + 1) if needed else 0
+            table_clusters = self._table_growth(growth.stop) if needed else 0
             if (needed, table_clusters) == (growth.blocks, growth.table_clusters):
-                return growth if growth.stop <= self._limit else None
+                return growth
             growth = _Growth(start, table_clusters, needed, count)
 
     def _grow(self, growth: _Growth) -> None:
@@ -260,24 +257,27 @@ class Allocator:
             refcounts.change(growth.start, growth.first - growth.start, 0, 1)
             self._has_structures = True
 
-    def _table_growth(self, blocks: int) -> int:
-        """The clusters of a larger refcount table for ``blocks`` blocks; 0 if none is needed."""
+    def _table_growth(self, stop: int) -> int:
+        """The clusters of a larger refcount table for the clusters before ``stop``; 0 if it fits.
+
+        Raises:
+            LimitError: the refcount table would become too large.
+        """
         refcounts = self.refcounts
+        blocks = ceil_div(stop, refcounts.per_block)
         if blocks <= refcounts.capacity:
             return 0
         limit = MAX_REFCOUNT_TABLE_BYTES // ENTRY_LENGTH
         if blocks > limit:
-            raise LimitError("the number of refcount blocks", blocks, limit)
+            missing = (stop - limit * refcounts.per_block) * self._cluster_size
+            raise LimitError("the number of refcount blocks", blocks, limit, missing)
         wanted = max(blocks, refcounts.capacity * 3 // 2)  # so that the table seldom has to grow
         return ceil_div(ENTRY_LENGTH * min(wanted, limit), self._cluster_size)
 
-    def _no_room(self, clusters: int) -> StorageError:
-        size = format_size(self._limit * self._cluster_size)
-        reason = (
-            f"No space left: the edit needs {format_size(clusters * self._cluster_size)} of free "
-            f"clusters, and the storage ends at {size}; nothing was changed"
-        )
-        return StorageError(self._name, 0, 0, reason, errno.ENOSPC)
+    def _no_room(self, clusters: int, growth: _Growth) -> NoRoomError:
+        """Returns the error for an edit whose clusters would end behind the end of the storage."""
+        size, missing = self._cluster_size, growth.stop - self._limit
+        return NoRoomError(self._name, clusters * size, missing * size, self._limit * size)
 
     def free(self, runs: Iterable[Run]) -> None:
         """Frees clusters, and the old refcount table if it was replaced.

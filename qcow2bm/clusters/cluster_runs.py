@@ -2,11 +2,71 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 
 Run = tuple[int, int]
 """A run of clusters by their numbers: (first, stop)."""
+
+_NUMPY_PAYS = 1 << 16  # runs: to join fewer takes less time than to load numpy
+
+
+class JoinedRuns:
+    """Runs of clusters in ascending order, of which no two touch or overlap.
+
+    There can be millions, so the runs are kept as bare numbers.
+    """
+
+    def __init__(self, runs: Iterable[Run], joined: tuple[bytes, bytes] = (b"", b"")) -> None:
+        """Sorts and joins runs; or takes ``joined`` ones: firsts and stops, uint64[n] each."""
+        some = join_runs(runs)
+        self._firsts = array("Q", (first for first, _ in some))
+        self._stops = array("Q", (stop for _, stop in some))
+        for numbers, side in zip((self._firsts, self._stops), joined, strict=True):
+            numbers.frombytes(side)
+
+    @classmethod
+    def of_ranges(cls, starts: array[int], ends: array[int], cluster_size: int) -> JoinedRuns:
+        """Returns the clusters of ranges of host bytes, uint64[n], that are whole clusters."""
+        if len(starts) < _NUMPY_PAYS:
+            ranges = zip(starts, ends, strict=True)
+            return cls((start // cluster_size, end // cluster_size) for start, end in ranges)
+        import numpy as np
+
+        order = np.argsort(np.frombuffer(starts, np.uint64), kind="stable")
+        firsts, stops = (np.frombuffer(side, np.uint64)[order] for side in (starts, ends))
+        reach = np.maximum.accumulate(stops)
+        is_first = np.append(True, firsts[1:] > reach[:-1])
+        is_last = np.append(is_first[1:], True)
+        size = np.uint64(cluster_size)
+        sides = (firsts[is_first] // size).tobytes(), (reach[is_last] // size).tobytes()
+        return cls((), joined=sides)
+
+    def __iter__(self) -> Iterator[Run]:
+        """Yields the runs."""
+        return zip(self._firsts, self._stops, strict=True)
+
+    def __contains__(self, cluster: int) -> bool:
+        """Whether a cluster is in one of the runs."""
+        place = bisect_right(self._firsts, cluster) - 1
+        return place >= 0 and cluster < self._stops[place]
+
+    def __len__(self) -> int:
+        """How many clusters they have."""
+        return sum(self._stops) - sum(self._firsts)
+
+    @property
+    def end(self) -> int:
+        """The number of the cluster behind the last one; 0 if there is none."""
+        return self._stops[-1] if self._stops else 0
+
+    def within(self, first: int, stop: int) -> Iterator[Run]:
+        """Yields the parts of the runs that lie between two clusters."""
+        place = bisect_right(self._stops, first)
+        while place < len(self._firsts) and self._firsts[place] < stop:
+            yield max(first, self._firsts[place]), min(stop, self._stops[place])
+            place += 1
 
 
 def join_runs(runs: Iterable[Run]) -> list[Run]:

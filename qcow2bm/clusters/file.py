@@ -15,7 +15,7 @@ from qcow2bm.format import extensions, features
 from qcow2bm.format.extensions import Generation, HeaderExtension
 from qcow2bm.format.features import AUTOCLEAR_GENERATION, KNOWN_AUTOCLEAR, Feature, FeatureNames
 from qcow2bm.format.header import FIELD_OFFSETS, MAGIC, V3_LENGTH, parse_header
-from qcow2bm.storage.interface import Storage, read_bytes, read_exactly
+from qcow2bm.storage.interface import Storage, as_sparse, read_bytes, read_exactly
 from qcow2bm.units import align_up
 
 MIN_CLUSTER_BITS = 9
@@ -46,6 +46,7 @@ class ClusterFile:
             StorageError: reading failed.
         """
         self.storage = storage
+        self._holes = as_sparse(storage)
         self._force_share = force_share
         self._is_closed = False
         self._token = storage.change_token()
@@ -208,6 +209,26 @@ class ClusterFile:
     def contains(self, offset: int, length: int) -> bool:
         """Whether these bytes lie in the file; the last cluster of the file counts as whole."""
         return offset + length <= align_up(self.file_size, self.cluster_size)
+
+    def next_data(self, offset: int) -> int:
+        """Returns the first byte at or after ``offset`` that is in no hole; else the file size.
+
+        Raises:
+            StorageError: the storage could not be asked.
+        """
+        self._require_open()
+        is_inside = offset < self.file_size
+        return min(self._holes.next_data(offset), self.file_size) if is_inside else self.file_size
+
+    def next_hole(self, offset: int) -> int:
+        """Returns the first byte at or after ``offset`` that is in a hole; else the file size.
+
+        Raises:
+            StorageError: the storage could not be asked.
+        """
+        self._require_open()
+        is_inside = offset < self.file_size
+        return min(self._holes.next_hole(offset), self.file_size) if is_inside else self.file_size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills ``buffer`` from host ``offset`` on; bytes beyond the end of the file are zeros.

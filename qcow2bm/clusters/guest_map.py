@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-from qcow2bm.clusters.cluster_runs import Run, join_runs
+from qcow2bm.clusters.cluster_runs import JoinedRuns, Run, join_runs, subtract_runs
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import snapshot_entries
 from qcow2bm.errors import FormatError
@@ -36,6 +36,13 @@ One L2 table is read however large it is: with clusters of 2 MiB it is larger th
 
 MAX_L2_TABLES = 1024
 """The limit for the L2 tables read for an edit of a file: each costs a call, even a small one."""
+
+
+_WINDOW_BYTES = 1 << 20
+"""The bytes of an L1 table that are read at once."""
+
+_FEW_CLUSTERS = 1 << 16
+"""The clusters that are looked up in a set; more would take too much memory."""
 
 
 class _Table(NamedTuple):
@@ -83,12 +90,9 @@ class GuestMap:
         # The active table is among the metadata that are known to everyone; those of snapshots are
         # known here only.
         active = file.header.l1_table_offset
-        self._l1_clusters = {
-            number
-            for offset, length in self._l1_tables.items()
-            if offset != active
-            for number in self._covered(offset, length)
-        } - set(self._covered(active, self._l1_tables.get(active, 0)))
+        runs = {offset: self._run(offset, length) for offset, length in self._l1_tables.items()}
+        own = [runs.pop(active)] if active in runs else []
+        self._l1_runs = subtract_runs(join_runs(runs.values()), own)
         self.is_small = sum(self._l1_tables.values()) <= MAX_BYTES
         self._leads = self._l1_leads() if self.is_small else set()
         count = len(self._l2_tables(self._leads))
@@ -97,11 +101,21 @@ class GuestMap:
         self._read: list[_Table] | None = None
 
     def _l1_leads(self) -> set[int]:
-        """The host offsets to which the entries of all L1 tables lead."""
+        """The host offsets to which the entries of all L1 tables lead.
+
+        Where tables overlap, each entry is read once.
+        """
         found: set[int] = set()
-        for offset, length in self._l1_tables.items():
-            words = parse_words(self._file.read(offset, length))
-            found.update(word & L1_MASKS["offset"] for word in words if word)
+        for rest in {offset % L1_ENTRY_LENGTH for offset in self._l1_tables}:
+            tables = (
+                (offset, offset + length)
+                for offset, length in self._l1_tables.items()
+                if offset % L1_ENTRY_LENGTH == rest
+            )
+            for start, end in join_runs(tables):
+                for place in range(start, end, _WINDOW_BYTES):
+                    words = parse_words(self._file.read(place, min(_WINDOW_BYTES, end - place)))
+                    found.update(word & L1_MASKS["offset"] for word in words if word)
         return found - {0}
 
     def _l2_tables(self, leads: Iterable[int]) -> list[int]:
@@ -114,10 +128,13 @@ class GuestMap:
             return []
         return [offset for offset in leads if not offset % size and file.contains(offset, size)]
 
-    def _covered(self, offset: int, length: int | None = None) -> range:
-        """The numbers of the clusters in which these bytes lie; by default as many as a cluster."""
-        end = offset + (self._file.cluster_size if length is None else length)
-        return range(offset >> self._bits, (end - 1 >> self._bits) + 1)
+    def _run(self, offset: int, length: int) -> Run:
+        """The clusters in which these bytes lie."""
+        return offset >> self._bits, (offset + length - 1 >> self._bits) + 1
+
+    def _covered(self, offset: int) -> range:
+        """The numbers of the clusters in which as many bytes lie as a cluster has."""
+        return range(*self._run(offset, self._file.cluster_size))
 
     def _tables(self) -> list[_Table]:
         """The L2 tables of a small map, which are kept in memory."""
@@ -154,7 +171,9 @@ class GuestMap:
             if mask != 0xFF
         )
 
-    def leads_to(self, runs: Iterable[Run], *, is_exhaustive: bool = False) -> list[Run]:
+    def leads_to(
+        self, runs: JoinedRuns | Iterable[Run], *, is_exhaustive: bool = False
+    ) -> list[Run]:
         """Returns those clusters of ``runs`` to which a table leads.
 
         Of a map that is not small, L2 tables are read only if ``is_exhaustive``, and L1 tables of
@@ -170,15 +189,15 @@ class GuestMap:
         elif is_exhaustive:
             leads = self._l1_leads()
             tables = map(self._parse, self._l2_tables(leads))
-        wanted = {number for first, stop in runs for number in range(first, stop)}
-        offsets = {number << self._bits for number in wanted} - {0}
-        found = {number for offset in leads for number in self._covered(offset)} & wanted
-        found |= self._l1_clusters & wanted
+        wanted = runs if isinstance(runs, JoinedRuns) else JoinedRuns(runs)
+        found = _Matches(wanted, self._bits)
+        for offset in leads:
+            found.add_numbers(self._covered(offset))
         for table in tables:
-            found |= wanted & table.odd
-            if not offsets.isdisjoint(table.offsets):
-                found.update(o >> self._bits for o in offsets.intersection(table.offsets))
-        return join_runs((number, number + 1) for number in found)
+            found.add_numbers(table.odd)
+            found.add_offsets(table.offsets)
+        shared = (run for first, stop in self._l1_runs for run in wanted.within(first, stop))
+        return join_runs((*((number, number + 1) for number in found.numbers), *shared))
 
     def clusters(self) -> list[Run]:
         """Returns all clusters to which the tables of a small map lead.
@@ -187,14 +206,13 @@ class GuestMap:
             StorageError: reading failed.
         """
         found = {number for offset in self._leads for number in self._covered(offset)}
-        found |= self._l1_clusters
         for table in self._tables():
             found |= table.odd
             found.update(offset >> self._bits for offset in table.offsets if offset)
-        return join_runs((number, number + 1) for number in found)
+        return join_runs((*((number, number + 1) for number in found), *self._l1_runs))
 
-    def require_apart(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Returns if no table leads to metadata; ``ranges`` are (start, end) in host bytes.
+    def require_apart(self, metadata: JoinedRuns) -> None:
+        """Returns if no table leads to the clusters of metadata.
 
         If the map is not small, the tables are looked at as by `leads_to`.
 
@@ -202,14 +220,41 @@ class GuestMap:
             FormatError: a table leads to metadata.
             StorageError: reading failed.
         """
-        size = self._file.cluster_size
-        shared = self.leads_to((start // size, -(-end // size)) for start, end in ranges)
+        shared = self.leads_to(metadata)
         if shared:
             reason = (
                 "holds metadata of the image, but an L1 or L2 table leads to it, too; an image "
                 "with such a fault is not edited; check names what shares the cluster"
             )
-            raise FormatError("image", "cluster", shared[0][0] * size, reason)
+            raise FormatError("image", "cluster", shared[0][0] << self._bits, reason)
+
+
+class _Matches:
+    """Collects those of many clusters that are wanted.
+
+    Attributes:
+        numbers: the numbers of these clusters.
+    """
+
+    def __init__(self, wanted: JoinedRuns, cluster_bits: int) -> None:
+        self.numbers: set[int] = set()
+        self._bits = cluster_bits
+        self._wanted: set[int] | JoinedRuns = wanted
+        self._offsets: set[int] | None = None
+        if len(wanted) <= _FEW_CLUSTERS:
+            self._wanted = {number for first, stop in wanted for number in range(first, stop)}
+            self._offsets = {number << cluster_bits for number in self._wanted} - {0}
+
+    def add_numbers(self, numbers: Iterable[int]) -> None:
+        """Takes those of these clusters that are wanted."""
+        self.numbers.update(number for number in numbers if number in self._wanted)
+
+    def add_offsets(self, offsets: array[int]) -> None:
+        """Takes those of these clusters that are wanted, by their host offsets; 0 is none."""
+        if self._offsets is None:
+            self.add_numbers(offset >> self._bits for offset in set(offsets) - {0})
+        else:
+            self.numbers.update(o >> self._bits for o in self._offsets.intersection(offsets))
 
 
 @cache

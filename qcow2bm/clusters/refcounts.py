@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.plan import SECTOR_SIZE, Write
+from qcow2bm.clusters.stored_extents import stored_extents
 from qcow2bm.errors import FormatError
 from qcow2bm.format.refcounts import (
     ENTRY_LENGTH,
@@ -22,6 +24,7 @@ from qcow2bm.format.refcounts import (
     parse_refcount_block,
     parse_refcount_table,
 )
+from qcow2bm.units import align_up, ceil_div
 
 _ZEROES = {width: re.compile(rb"\0{%d,}" % width) for width in (1, 2, 4, 8)}
 """Patterns for at least one refcount of 0, by the size of a refcount in bytes."""
@@ -54,12 +57,11 @@ class Refcounts:
         self.table_clusters = header.refcount_table_clusters
         size = self.table_clusters * file.cluster_size
         self._table = parse_refcount_table(file.read(self.table_offset, size))
-        for number, word in enumerate(self._table):
-            if word & ~TABLE_OFFSET_MASK or word % file.cluster_size:
-                offset = self.table_offset + ENTRY_LENGTH * number
-                raise FormatError(
-                    "refcount table", f"entry {number}", offset, f"is {word:#x}: {_ADVICE}"
-                )
+        stray = ~TABLE_OFFSET_MASK | (file.cluster_size - 1)
+        for number in (n for n, word in enumerate(self._table) if word & stray):
+            offset = self.table_offset + ENTRY_LENGTH * number
+            reason = f"is {self._table[number]:#x}: {_ADVICE}"
+            raise FormatError("refcount table", f"entry {number}", offset, reason)
         self._blocks: dict[int, array[int]] = {}
         self._changed: dict[int, set[int]] = {}  # sectors to write, by block
         self._new_blocks: list[int] = []
@@ -78,24 +80,53 @@ class Refcounts:
         """Returns the numbers of all refcount blocks, ascending."""
         return [number for number, word in enumerate(self._table) if word]
 
+    def stored_blocks(self) -> list[int]:
+        """Returns the numbers of the blocks that are no holes of the file, ascending.
+
+        The refcounts of all other blocks are 0, but for planned changes. A block behind the end of
+        the file is among these, too: it cannot be read.
+
+        Raises:
+            StorageError: the storage could not be asked.
+        """
+        size = self._file.cluster_size
+        end = align_up(self._file.file_size, size)
+        starts = sorted(word for word in self._table if 0 < word < end)
+        extents = list(stored_extents(self._file, starts, [start + size for start in starts]))
+        ends = [extent.end for extent in extents]
+
+        def is_stored(word: int) -> bool:
+            place = bisect_right(ends, word)
+            return word >= end or (place < len(ends) and extents[place].start < word + size)
+
+        return [number for number, word in enumerate(self._table) if word and is_stored(word)]
+
     def __getitem__(self, cluster: int) -> int:
         """Returns the refcount of the cluster with the number ``cluster``."""
         index, entry = divmod(cluster, self.per_block)
         return self._block(index)[entry] if self.has_block(index) else 0
 
+    def read_block(self, index: int) -> array[int]:
+        """Reads a block that exists, without planned changes, and without keeping it.
+
+        Raises:
+            FormatError: the block lies beyond the end of the file.
+            StorageError: reading failed.
+        """
+        offset = self._table[index]
+        if not self._file.contains(offset, self._file.cluster_size):
+            place = self.table_offset + ENTRY_LENGTH * index
+            raise FormatError(
+                "refcount table",
+                f"entry {index}",
+                place,
+                f"is {offset:#x}, beyond the end of the file: {_ADVICE}",
+            )
+        return parse_refcount_block(self._file.read(offset, self._file.cluster_size), self._order)
+
     def _block(self, index: int) -> array[int]:
         if index not in self._blocks:
-            offset = self._table[index]
-            if not self._file.contains(offset, self._file.cluster_size):
-                place = self.table_offset + ENTRY_LENGTH * index
-                raise FormatError(
-                    "refcount table",
-                    f"entry {index}",
-                    place,
-                    f"is {offset:#x}, beyond the end of the file: {_ADVICE}",
-                )
-            data = self._file.read(offset, self._file.cluster_size)
-            self._blocks[index] = parse_refcount_block(data, self._order)
+            self._blocks[index] = self.read_block(index)
         return self._blocks[index]
 
     def change(self, cluster: int, count: int, before: int, after: int) -> None:
@@ -138,7 +169,7 @@ class Refcounts:
         A run never goes beyond its block, so two runs may touch.
         """
         for index in blocks:
-            block = self._block(index)
+            block = self._blocks[index] if index in self._blocks else self.read_block(index)
             base = index * self.per_block
             width = block.itemsize
             for zeroes in _ZEROES[width].finditer(block.tobytes()):
@@ -147,11 +178,22 @@ class Refcounts:
                     yield base + first, base + stop
 
     def end(self) -> int:
-        """Returns the number of the cluster behind the last cluster whose refcount is not 0."""
-        for index in reversed(self.blocks()):
-            data = self._block(index).tobytes().rstrip(b"\0")
-            if data:
-                return index * self.per_block + -(-len(data) // self._block(index).itemsize)
+        """Returns the number of the cluster behind the last cluster whose refcount is not 0.
+
+        Raises:
+            FormatError: a block lies beyond the end of the file.
+            StorageError: reading failed.
+        """
+        blocks = self.blocks()
+        # The last block is hardly ever a hole.
+        return self._end(blocks[-1:]) or self._end(sorted({*self.stored_blocks(), *self._blocks}))
+
+    def _end(self, blocks: Sequence[int]) -> int:
+        """Returns what `end` returns, if only some blocks, which are ascending, are looked at."""
+        for index in reversed(blocks):
+            block = self._blocks[index] if index in self._blocks else self.read_block(index)
+            if data := block.tobytes().rstrip(b"\0"):
+                return index * self.per_block + ceil_div(len(data), block.itemsize)
         return 0
 
     def add_block(self, index: int, cluster: int) -> None:

@@ -191,4 +191,9 @@ def _failure(path: str, said: IO[bytes]) -> StorageError:
     said.seek(0)
     text = " ".join(said.read().decode("utf-8", "replace").split())
     reason = escape(text).removeprefix(f"{_PROGRAM}: ") or "no reason given"
+    if "encrypt." in text:  # QEMU names the option by which it would get the secret
+        reason = (
+            "it is encrypted, or its backing file is, and no secret can be given here: decrypt the "
+            "disk into a raw file with qemu-img convert, and compare that file"
+        )
     return StorageError(path, 0, 0, f"cannot be served: {reason}")

@@ -3,12 +3,13 @@
 *Spec*: spec/refcounts.md, "Snapshot table".
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from construct import Bytes, Int16ub, Int32ub, Int64ub, Rebuild, Struct, len_, this
 
 from qcow2bm.errors import FormatError
-from qcow2bm.format.schema import build, field_offsets, flat_struct, parse
+from qcow2bm.format.schema import build, field_offsets, flat_struct
+from qcow2bm.format.words import parse_words
 from qcow2bm.units import align_up
 
 MIN_EXTRA_DATA_SIZE, MAX_EXTRA_DATA_SIZE = 16, 1024
@@ -38,6 +39,11 @@ SNAPSHOT = Struct(
     "padding" / Bytes(lambda this: -(this.extra_data_size + this.id_str_size + this.name_size) % 8),
 )
 
+# Extra data may end before any of these fields, or have more behind them.
+EXTRA_DATA = Struct("vm_state_size" / Int64ub, "disk_size" / Int64ub, "icount" / Int64ub)
+_EXTRA_FIELDS = tuple(field_offsets(EXTRA_DATA))
+NO_ICOUNT = (1 << 64) - 1
+
 FIELD_OFFSETS = field_offsets(_HEAD)
 # A table may have 65,536 entries. construct would need seconds to parse that many.
 _READ_HEAD = flat_struct(_HEAD)
@@ -63,6 +69,12 @@ class SnapshotHeader(NamedTuple):
         """The number of bytes that the entry occupies in the snapshot table."""
         tail = len(self.extra_data) + len(self.id_str) + len(self.name) + len(self.padding)
         return HEAD_LENGTH + tail
+
+    @property
+    def extra_fields(self) -> dict[str, int]:
+        """The fields that the extra data have, by their names in the specification."""
+        whole = len(self.extra_data) // 8 * 8
+        return dict(zip(_EXTRA_FIELDS, parse_words(self.extra_data[:whole]), strict=False))
 
 
 class SnapshotMeasure(NamedTuple):
@@ -92,18 +104,29 @@ def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[S
     snapshots = []
     position = 0
     for number in range(nb_snapshots):
-        structure = f"snapshot table entry {number}"
-        # An entry is smaller than 200 KiB. A slice without limit would take quadratic time.
-        part = data[position : position + (1 << 18)]
-        fields = parse(SNAPSHOT, part, structure, offset + position)
-        if fields.extra_data_size > MAX_EXTRA_DATA_SIZE:
-            raise FormatError(
-                structure, "extra_data_size", offset + position + 36, "is more than 1024"
-            )
-        snapshot = SnapshotHeader(*(fields[name] for name in SnapshotHeader._fields))
+        head = data[position : position + HEAD_LENGTH]
+        size = measure_entry(head).size if len(head) == HEAD_LENGTH else HEAD_LENGTH
+        structure, place = f"snapshot table entry {number}", offset + position
+        if position + size > len(data):
+            raise FormatError(structure, "", place, "is cut off")
+        snapshot = _parse_entry(head, data[position + HEAD_LENGTH : position + size])
+        if len(snapshot.extra_data) > MAX_EXTRA_DATA_SIZE:
+            place += FIELD_OFFSETS["extra_data_size"]
+            raise FormatError(structure, "extra_data_size", place, "is more than 1024")
         snapshots.append(snapshot)
-        position += snapshot.size
+        position += size
     return tuple(snapshots)
+
+
+def _parse_entry(head: bytes, tail: bytes) -> SnapshotHeader:
+    """Parses an entry that is whole: what construct would return, but faster."""
+    fields: dict[str, Any] = dict(zip(FIELD_OFFSETS, _READ_HEAD.unpack(head), strict=True))
+    position = 0
+    for name in ("extra_data", "id_str", "name"):
+        size = fields.pop(f"{name}_size")
+        fields[name] = tail[position : position + size]
+        position += size
+    return SnapshotHeader(**fields, padding=tail[position:])
 
 
 def build_snapshot_table(snapshots: tuple[SnapshotHeader, ...]) -> bytes:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from qcow2bm.errors import StateError, StorageError, UnsupportedError
 from qcow2bm.storage.direct_io import DirectFile
-from qcow2bm.storage.locks import READER, WRITER, held_locks
+from qcow2bm.storage.interface import OtherUse
+from qcow2bm.storage.locks import READER, WRITER, held_locks, use_by_another_process
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -132,11 +133,20 @@ class FileStorage:
 
         If the system does not report holes, all bytes count as data.
         """
-        descriptor, size = self._open_descriptor(), self.size()
+        return self._seek("SEEK_DATA", offset, otherwise=offset)
+
+    def next_hole(self, offset: int) -> int:
+        """The offset of the first hole at or after ``offset``; the size if only data follow."""
+        return self._seek("SEEK_HOLE", offset, otherwise=self.size())
+
+    def _seek(self, whence: str, offset: int, otherwise: int) -> int:
+        """Looks for data or for a hole; returns ``otherwise`` if the system does not tell."""
+        descriptor = self._open_descriptor()
         try:
-            return os.lseek(descriptor, offset, os.SEEK_DATA)
+            return os.lseek(descriptor, offset, getattr(os, whence))
         except (OSError, AttributeError) as error:
-            return size if getattr(error, "errno", None) == errno.ENXIO else min(offset, size)
+            is_behind = getattr(error, "errno", None) == errno.ENXIO
+            return self.size() if is_behind else min(otherwise, self.size())
 
     def change_token(self) -> object:
         """The times of the last write and last change, and the length; None for a block device.
@@ -160,6 +170,11 @@ class FileStorage:
         if self._is_write_locked or not self._locking:
             return nullcontext()
         return held_locks(self._file, self.name, READER, self._lock_timeout)
+
+    def use_by_another_process(self) -> OtherUse | None:
+        """How another process uses the file at this moment, as far as locks on this host show."""
+        self._open_descriptor()
+        return use_by_another_process(self._file)
 
     @contextmanager
     def write_lock(self, timeout: float) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The interfaces that every storage has to the layers above, and two functions for exact reads.
+"""The interfaces that every storage has to the layers above, and functions for all storages.
 
 `Storage` is for reading, and `WritableStorage` is for editing, too.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from qcow2bm.errors import ShortReadError
 
@@ -108,6 +108,63 @@ class WritableStorage(Storage, Protocol):
         written to the image.
         """
         ...
+
+
+OtherUse = Literal["no", "reader", "writer"]
+"""Whether another process uses an image, and how: see `qcow2bm.Image.use_by_another_process`."""
+
+
+@runtime_checkable
+class LockedStorage(Protocol):
+    """A storage whose locks show how other processes use it; a `Storage` need not be one."""
+
+    def use_by_another_process(self) -> OtherUse | None:
+        """Returns how another process uses the storage at this moment; None if that is unknown."""
+        ...
+
+
+def use_by_another_process(storage: object) -> OtherUse | None:
+    """Returns how another process uses a storage; None if the storage cannot tell."""
+    return storage.use_by_another_process() if isinstance(storage, LockedStorage) else None
+
+
+@runtime_checkable
+class SparseStorage(Protocol):
+    """A storage that knows its holes, which read as zeros; a `Storage` need not be one."""
+
+    def next_data(self, offset: int) -> int:
+        """Returns the first byte at or after ``offset`` that is in no hole; the size if none is.
+
+        Raises:
+            StorageError: the storage could not be asked.
+        """
+        ...
+
+    def next_hole(self, offset: int) -> int:
+        """Returns the first byte at or after ``offset`` that is in a hole; the size if none is.
+
+        Raises:
+            StorageError: the storage could not be asked.
+        """
+        ...
+
+
+class _WithoutHoles:
+    """A storage that does not know its holes, as a `SparseStorage` that has none."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def next_data(self, offset: int) -> int:
+        return min(offset, self._storage.size())
+
+    def next_hole(self, offset: int) -> int:
+        return self._storage.size()
+
+
+def as_sparse(storage: Storage) -> SparseStorage:
+    """Returns what knows the holes of a storage: the storage itself, if it knows any."""
+    return storage if isinstance(storage, SparseStorage) else _WithoutHoles(storage)
 
 
 def read_exactly(storage: Storage, offset: int, buffer: memoryview) -> None:

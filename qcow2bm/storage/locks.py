@@ -18,11 +18,13 @@ import random
 import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from qcow2bm.errors import Hint, ImageLockedError, StorageError
+from qcow2bm.storage.interface import OtherUse
 from qcow2bm.units import escape
 
 if sys.platform == "linux":
@@ -31,7 +33,8 @@ if sys.platform == "linux":
 HELD = 100
 NOT_SHARED = 200
 
-CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
+PERMISSIONS = 4
+CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(PERMISSIONS)
 
 
 class Role(NamedTuple):
@@ -89,7 +92,8 @@ def held_locks(file: io.FileIO, path: str, role: Role, timeout: float = 0) -> It
     the meantime does not release them.
 
     Raises:
-        ImageLockedError: another process uses the image in a way that excludes ``role``.
+        ImageLockedError: another process uses the image in a way that excludes ``role``; or this
+            process writes to the image through another open file.
         StorageError: the file system has no such locks.
     """
     if sys.platform != "linux":
@@ -97,8 +101,9 @@ def held_locks(file: io.FileIO, path: str, role: Role, timeout: float = 0) -> It
         return
     owner = os.getpid()
     try:
-        _wait_for_locks(file.fileno(), path, role, timeout)
-        yield
+        _wait_for_locks(file, path, role, timeout)
+        with _noted(file, role):
+            yield
     finally:
         try:
             _release(file, role, owner)
@@ -107,8 +112,49 @@ def held_locks(file: io.FileIO, path: str, role: Role, timeout: float = 0) -> It
             raise
 
 
-def _wait_for_locks(descriptor: int, path: str, role: Role, timeout: float) -> None:
+_Identity = tuple[int, int]
+_written_here = Counter[_Identity]()
+"""The files for which this process holds the locks of a writer; the kernel does not tell."""
+
+
+@contextmanager
+def _noted(file: io.FileIO, role: Role) -> Iterator[None]:
+    """Notes for the duration of the block that this process writes to a file, if it does."""
+    identity = _identity(file)
+    _written_here[identity] += role is WRITER
+    try:
+        yield
+    finally:
+        _written_here[identity] -= role is WRITER
+        if not _written_here[identity]:
+            del _written_here[identity]
+
+
+def _identity(file: io.FileIO) -> _Identity:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
+
+
+def use_by_another_process(file: io.FileIO) -> OtherUse | None:
+    """Returns how another process uses an open file at this moment; no lock is taken.
+
+    None if the file system has no such locks.
+    """
+    if sys.platform != "linux":
+        return None
+    descriptor = file.fileno()
+    try:
+        if any(_probe(descriptor, byte) for byte in READER.probes):
+            return "writer"
+        is_used = any(_probe(descriptor, first, PERMISSIONS) for first in (HELD, NOT_SHARED))
+    except OSError:
+        return None
+    return "reader" if is_used else "no"
+
+
+def _wait_for_locks(file: io.FileIO, path: str, role: Role, timeout: float) -> None:
     """Takes the locks; between two attempts it holds none, so that two programs cannot deadlock."""
+    descriptor = file.fileno()
     deadline = time.monotonic() + timeout
     is_logged = False
     while True:
@@ -116,6 +162,8 @@ def _wait_for_locks(descriptor: int, path: str, role: Role, timeout: float) -> N
         try:
             return _take_locks(descriptor, path, role)
         except ImageLockedError as error:
+            if is_last and _identity(file) in _written_here:
+                raise error.by_this_process() from error
             if is_last:
                 raise
             _unlock(descriptor, role)
@@ -162,11 +210,16 @@ def _unlock(descriptor: int, role: Role) -> None:
 
 
 def _is_held_by_others(descriptor: int, path: str, byte: int, role: Role) -> bool:
-    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
     try:
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, request)
+        return _probe(descriptor, byte)
     except OSError as error:
         raise _no_locks(path, error, role) from error
+
+
+def _probe(descriptor: int, byte: int, length: int = 1) -> bool:
+    """Returns whether another holds one of ``length`` bytes; raises `OSError` without locks."""
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, request)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from qcow2bm.storage.interface import WritableStorage
+from qcow2bm.storage.interface import WritableStorage, as_sparse
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -31,6 +31,7 @@ class ReadOnceStorage:
         """Nothing is remembered yet."""
         self.name = storage.name
         self._storage = storage
+        self._holes = as_sparse(storage)
         self._is_remembering = False
         self._known: dict[int, Buffer] = {}  # by host offset
         self._starts: list[int] = []  # the keys of _known, ascending
@@ -124,6 +125,14 @@ class ReadOnceStorage:
     def size(self) -> int:
         """The length of the storage in bytes."""
         return self._storage.size()
+
+    def next_data(self, offset: int) -> int:
+        """The first byte of the storage at or after ``offset`` that is in no hole."""
+        return self._holes.next_data(offset)
+
+    def next_hole(self, offset: int) -> int:
+        """The first byte of the storage at or after ``offset`` that is in a hole."""
+        return self._holes.next_hole(offset)
 
     def capacity(self) -> int | None:
         """The length in bytes that the storage cannot outgrow, if there is one."""

@@ -10,7 +10,12 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 from qcow2bm.errors import StateError
-from qcow2bm.storage.interface import WritableStorage
+from qcow2bm.storage.interface import (
+    OtherUse,
+    WritableStorage,
+    as_sparse,
+    use_by_another_process,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -27,6 +32,7 @@ class WriteGuard:
         """Wraps ``storage`` without taking its lock."""
         self.name = storage.name
         self._storage = storage
+        self._holes = as_sparse(storage)
         self._is_held = False
         self._lock = ExitStack()  # may still have the lock of a release that was interrupted
 
@@ -94,6 +100,14 @@ class WriteGuard:
         """Reads from the storage, also while the lock is not held."""
         return self._storage.read_into(offset, buffer)
 
+    def next_data(self, offset: int) -> int:
+        """The first byte of the storage at or after ``offset`` that is in no hole."""
+        return self._holes.next_data(offset)
+
+    def next_hole(self, offset: int) -> int:
+        """The first byte of the storage at or after ``offset`` that is in a hole."""
+        return self._holes.next_hole(offset)
+
     def change_token(self) -> object:
         """The change token of the storage."""
         return self._storage.change_token()
@@ -105,6 +119,10 @@ class WriteGuard:
     def read_lock(self) -> AbstractContextManager[None]:
         """Returns the read lock of the storage."""
         return self._storage.read_lock()
+
+    def use_by_another_process(self) -> OtherUse | None:
+        """How another process uses the storage; None if the storage cannot tell."""
+        return use_by_another_process(self._storage)
 
     def write_lock(self, timeout: float) -> AbstractContextManager[None]:
         """Returns the write lock of the storage; to write through the guard, use `acquire`."""

@@ -47,7 +47,10 @@ def test_opening_an_image_needs_no_numpy() -> None:
 
 
 MODULES = ("compare", "new_file", "problems", "rescue", "sidecar", "stream", "units")
-LITERALS = ("BackupReason", "CommitOutcome", "Hint", "Op", "Policy", "Severity", "State", "Status")
+LITERALS = (
+    *("BackupReason", "CommitOutcome", "EntryKind", "Hint", "Op", "OtherUse", "Policy", "Severity"),
+    *("State", "Status"),
+)
 
 
 @pytest.mark.parametrize("name", qcow2bm.__all__)
@@ -117,7 +120,7 @@ def test_what_a_type_checker_sees_is_what_is_public() -> None:
 
 
 # Names for literals, and for unions of types that are public or built in: no caller needs them.
-ALIASES = {"DiskOutcome", "FilePath", "Kind", "Ranges", "Self", "Source", "Step"}
+ALIASES = {"DiskOutcome", "FilePath", "Kind", "Ranges", "Removable", "Self", "Source", "Step"}
 # Methods of public classes that only this library calls.
 INTERNAL = {
     "compare.ServedContent.reader",

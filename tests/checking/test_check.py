@@ -39,8 +39,9 @@ from support.spec_image import (
 
 import qcow2bm
 from qcow2bm.checking.check import Check
+from qcow2bm.checking.cluster_counts import CHUNK
 from qcow2bm.checking.listing import MAX_LISTED
-from qcow2bm.checking.references import CHUNK, References
+from qcow2bm.checking.references import References
 from qcow2bm.checking.repair import plan_repair
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.problem_kinds import KINDS, summary_of
@@ -297,22 +298,33 @@ def test_whatever_is_wrong_the_command_says_what_it_means(id: str, tmp_path: Pat
 @pytest.mark.spec("CHECK-1")
 def test_a_sound_image(tmp_path: Path) -> None:
     (tmp_path / "vm.qcow2").write_bytes(with_disk())
-    assert run(["check", "vm.qcow2"], tmp_path) == (0, "no errors\n", "")
+    assert run(["check", "vm.qcow2"], tmp_path) == (0, f"no errors\n{SALVAGE}", "")
     document = json.loads(run(["check", "vm.qcow2", "--output=json"], tmp_path).out)
-    assert document == {"schema": 1, "filename": "vm.qcow2", "problems": [], "leaked-clusters": 0}
+    assert document == {
+        "schema": 1,
+        "filename": "vm.qcow2",
+        "problems": [],
+        "leaked-clusters": 0,
+        "next": [["qcow2bm", "salvage", "vm.qcow2", "--all", "--all-dirty"]],
+    }
 
 
-TEXT = """\
+SALVAGE = """\
+writes may be missing from "crashed"
+  next: qcow2bm salvage vm.qcow2 --all --all-dirty
+        cost: the next incremental backup saves the whole disk
+"""
+TEXT = f"""\
 leak: cluster at 0x3600 has refcount 1, and 0 references
     QEMU says "Leaked cluster"
     The cluster has a refcount, but nothing uses it. Space is lost, and nothing else. If the image
     has stale bitmaps, the cluster may be theirs: salvage them first. To free the cluster, run
     qemu-img check -r leaks.
-    (cluster.refcount.leak; repair --only refcounts)
+    (cluster.refcount.leak)
 
 1 cluster leaked: 512 bytes
 no errors
-"""
+{SALVAGE}"""
 
 
 def test_the_text(tmp_path: Path) -> None:
@@ -323,7 +335,7 @@ def test_the_text(tmp_path: Path) -> None:
     done = run(["check", "vm.qcow2"], tmp_path)
     assert done.status == 2
     assert 'refused: bitmap "daily": bitmap directory entry 0: type at' in done.out
-    assert done.out.endswith("QEMU will not open this image\n1 error\n")
+    assert "\n1 error\nQEMU will not open this image\n" in done.out
 
 
 def test_what_is_no_image(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_wrong_usage(folder: Path, arguments: str, said: str) -> None:
          "used"),
         ("--merge daily -b none vm.qcow2 daily", "Could not open 'none': No such file"),
         ("--merge daily -b vm.qcow2 vm.qcow2 daily",
-         "Could not open 'vm.qcow2': Failed to get shared \"write\" lock: in use by another "),
+         "Could not open 'vm.qcow2': Failed to get shared \"write\" lock: in use by this "),
     ],
 )  # fmt: skip
 def test_failures_have_the_words_of_qemu_img(folder: Path, arguments: str, said: str) -> None:

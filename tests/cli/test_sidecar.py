@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from support.console import run
 from support.golden_images import crashed, empty, names, sound
-from support.images import Stored, build_image
+from support.images import Stored, build_image, extension
 from support.jsonspec import check_sidecar_dump
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+from qcow2bm.format.extensions import DATA_FILE
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.migration.sidecar import read_sidecar, write_sidecar
 
@@ -243,15 +244,31 @@ def test_a_dry_run_writes_nothing(folder: Path) -> None:
 def test_bitmaps_that_are_not_valid_are_left_out(folder: Path) -> None:
     (folder / "vm.qcow2").write_bytes(crashed().data)
     result = run(SAVE, folder)
-    assert (result.status, result.out) == (0, "")
+    assert (result.status, result.out) == (2, "")
     warning = 'qcow2bm: warning: vm.qcow2: bitmap "daily" is inconsistent, and left out\n'
     assert result.err == warning
     assert [b.name for b in read_sidecar([(folder / "saved").read_bytes()]).bitmaps] == ["base"]
-    done(folder, "sidecar", "save", "-q", "vm.qcow2", "other")
+    assert run(["sidecar", "save", "-q", "vm.qcow2", "other"], folder) == (2, "", "")
     (folder / "vm.qcow2").write_bytes(empty().data)
     result = run(["sidecar", "save", "vm.qcow2", "third"], folder)
     assert (result.status, result.err) == (1, "qcow2bm: vm.qcow2: no bitmap is valid\n")
     assert not (folder / "third").exists()
+
+
+@pytest.mark.spec("CLI-28")
+def test_a_sentinel_for_a_data_file_is_refused(folder: Path) -> None:
+    built = build_image(
+        Stored(b"daily"),
+        header={"incompatible_features": 1 << 2},
+        extensions=[extension(DATA_FILE, b"disk.raw")],
+    )
+    (folder / "vm.qcow2").write_bytes(built.data)
+    result = run(["sidecar", "save", "--sentinel", "vm.qcow2", "saved"], folder)
+    assert (result.status, result.out) == (1, "")
+    assert "leave out --sentinel" in result.err
+    assert (folder / "vm.qcow2").read_bytes() == built.data
+    assert not (folder / "saved").exists()
+    assert run(SAVE, folder) == (0, "", "")
 
 
 @pytest.mark.spec("CLI-28")
@@ -329,7 +346,7 @@ def test_the_dump_for_programs(folder: Path) -> None:
 def test_names_are_escaped(folder: Path) -> None:
     (folder / "vm.qcow2").write_bytes(names().data)
     warning = "qcow2bm: warning: vm.qcow2: bitmap @0 has no name, and is left out\n"
-    assert run(SAVE, folder) == (0, "", warning)
+    assert run(SAVE, folder) == (2, "", warning)
     text = run(["sidecar", "dump", "saved"], folder).out
     assert r'"a\x1b[31mred\nb"' in text
     check_sidecar_dump(json.loads(run(["sidecar", "dump", "saved", "--output=json"], folder).out))

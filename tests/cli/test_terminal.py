@@ -47,7 +47,9 @@ def test_the_lines_fit_the_terminal_and_nothing_is_cut_or_added(
         path.write_text(shown.replace("\x1b", "<ESC>"), "utf-8")
     assert shown.replace("\x1b", "<ESC>") == path.read_text("utf-8")
     plain = COLOR.sub("", shown)
-    assert all(len(line) <= columns for line in plain.splitlines())
+    # A command is never wrapped: the terminal would give it to a shell in pieces.
+    lines = [line for line in plain.splitlines() if not line.startswith("  next: ")]
+    assert all(len(line) <= columns for line in lines)
     assert plain.split() == run(COMMANDS[command].split(), folder).out.split()
 
 
@@ -148,7 +150,7 @@ def test_each_status_and_severity_has_its_color(folder: Path) -> None:
     shown = run(["dump", "--color=always", "three.qcow2"], folder).out
     assert f"{green}valid\x1b[0m" in shown
     assert f"{yellow}inconsistent\x1b[0m" in shown
-    assert f"{bold}qcow2bm salvage IMAGE NAME --all-dirty\x1b[0m" in shown
+    assert f"{bold}qcow2bm salvage three.qcow2 --all --all-dirty\x1b[0m" in shown
     shown = run(["dump", "--color=always", "damaged.qcow2"], folder).out
     assert f"{red}broken\x1b[0m" in shown
     assert f"{red}refused\x1b[0m:" in shown

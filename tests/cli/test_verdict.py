@@ -14,7 +14,7 @@ from support import golden_images
 from support.console import Result, environment, run
 from support.faulty_storage import FailingRead
 from support.images import Built, Stored, build_image
-from support.jsonspec import check_verdict
+from support.jsonspec import check_verdict, failure_in
 from support.kinds import READ_KINDS
 from support.problem_images import IDS, broken
 from support.verdict_images import BITS, CRASHED, DISABLED, ENABLED, SIZE, image_of
@@ -77,11 +77,13 @@ def ask(folder: Path, name: str, image: str = "vm.qcow2") -> tuple[Result, dict[
 
 
 def run_next(folder: Path, document: dict[str, object]) -> list[int]:
-    """Runs the commands of a verdict in order; returns their exit statuses."""
+    """Runs the commands of a verdict up to one of QEMU's; returns their exit statuses."""
     commands = document["next"]
     assert isinstance(commands, list)
-    statuses = []
+    statuses: list[int] = []
     for argv in commands:
+        if argv[0] == "qemu-img":
+            return statuses
         assert argv[0] == "qcow2bm"
         done = run(argv[1:], folder)
         assert done.status == 0 or (argv[1] == "check" and done.status in (2, 3)), (argv, done)
@@ -156,23 +158,30 @@ def test_the_commands_for_a_broken_image_succeed(id: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.spec("CLI-39")
-def test_no_command_is_named_that_a_fault_forbids(tmp_path: Path) -> None:
-    """A refcount is wrong, which only an edit notices: the dry run fails."""
+def test_a_fault_that_forbids_the_salvage_is_repaired_first(tmp_path: Path) -> None:
+    """A refcount is wrong, which only an edit notices: its dry run fails."""
     image = image_of(CRASHED, ENABLED)
     place = image.offset("bitmap-table", 0) // 512
     image.data[image.offset("refcount-block") + 2 * place + 1] = 0
     (tmp_path / "vm.qcow2").write_bytes(image.data)
     assert run(["salvage", "vm.qcow2", "crashed", "--all-dirty"], tmp_path).status == 1
     done, document = ask(tmp_path, "crashed")
-    assert (done.status, document["next"]) == (4, [])
+    assert done.status == 4
+    assert document["next"] == [["qcow2bm", "repair", "vm.qcow2", "--undo", "vm.qcow2.undo"]]
+    assert ask_until_yes(tmp_path, "crashed") == 2
 
 
 @pytest.mark.spec("CLI-39")
-def test_a_repair_is_not_named_if_the_undo_file_has_no_place(tmp_path: Path) -> None:
+def test_an_undo_file_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "vm.qcow2").write_bytes(of_unknown_type().data)
     (tmp_path / "vm.qcow2.undo").symlink_to("nowhere")
     _, document = ask(tmp_path, "enabled")
-    assert document["next"] == [["qcow2bm", "check", "vm.qcow2"]]
+    assert document["next"] == [
+        ["qcow2bm", "check", "vm.qcow2"],
+        ["qcow2bm", "repair", "vm.qcow2", "--undo", "vm.qcow2.undo2"],
+    ]
+    run_next(tmp_path, document)
+    assert not os.path.exists(tmp_path / "nowhere")
 
 
 @pytest.mark.spec("CLI-38")
@@ -190,7 +199,11 @@ def test_what_cannot_be_found_out_is_1(tmp_path: Path, name: str, options: list[
     (tmp_path / "text").write_text("hello")
     (tmp_path / "nothing").touch()
     done = run(["verdict", name, "daily", *options], tmp_path)
-    assert (done.status, done.out) == (1, "")
+    assert done.status == 1
+    if options:
+        assert failure_in(done.out, done.err)["filename"] == name
+    else:
+        assert done.out == ""
     (line,) = done.err.splitlines()
     assert line.startswith(f"qcow2bm: {name}: ")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 
 import pytest
+from support.images import build_image
+from support.layouts import append
 from support.problem_images import snapshot_table
 from support.spec_image import (
     BEHIND,
@@ -23,8 +25,11 @@ from support.spec_image import (
 
 import qcow2bm
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.clusters.layout import Part, fixed_parts
+from qcow2bm.clusters.layout import Part, Snapshot, fixed_parts, read_snapshots
 from qcow2bm.clusters.problems import header_problems
+from qcow2bm.errors import FormatError, LimitError
+from qcow2bm.format import snapshots
+from qcow2bm.format.snapshots import SnapshotHeader, build_snapshot_table
 from qcow2bm.storage.memory import MemoryStorage
 
 DATA = BEHIND + 4 * CLUSTER
@@ -55,6 +60,70 @@ def test_the_structures_that_only_some_images_have() -> None:
     assert parts(*SECOND_BLOCK) == [*PLAIN, Part("refcount blocks", DATA, 512)]
     assert parts(*SNAPSHOTS) == [*PLAIN, Part("snapshot table", BEHIND, 56 + 40)]
     assert parts(*LUKS) == [*PLAIN, Part("encryption header", DATA, CLUSTER)]
+
+
+def with_snapshots(*snapshots: SnapshotHeader, whole: bool = True) -> ClusterFile:
+    """An image with these snapshots, whose table is the last structure of the file."""
+    data = build_image().data
+    table = build_snapshot_table(snapshots)
+    offset = append(data, table)
+    struct.pack_into(">IQ", data, 60, len(snapshots), offset)
+    if not whole:
+        del data[offset + len(table) :]
+    return ClusterFile(MemoryStorage(data), force_share=False)
+
+
+PLAIN_SNAPSHOT = SnapshotHeader(0x600, 4, 1_600_000_000, 5, 7, 9, b"", b"1", b"n\xff", bytes(5))
+STATE, SIZE, ICOUNT = (number.to_bytes(8, "big") for number in (1 << 40, 1 << 20, 11))
+
+
+@pytest.mark.parametrize(
+    ("extra", "state", "size", "icount"),
+    [
+        (b"", 9, None, None),
+        (STATE, 1 << 40, None, None),
+        (STATE + SIZE, 1 << 40, 1 << 20, None),
+        (STATE + SIZE + ICOUNT, 1 << 40, 1 << 20, 11),
+        (STATE + SIZE + b"\xff" * 8, 1 << 40, 1 << 20, None),
+    ],
+)
+def test_a_snapshot_has_what_its_entry_and_its_extra_data_say(
+    extra: bytes, state: int, size: int | None, icount: int | None
+) -> None:
+    file = with_snapshots(PLAIN_SNAPSHOT, PLAIN_SNAPSHOT._replace(extra_data=extra, id_str=b"2"))
+    first, second = read_snapshots(file)
+    place = file.header.snapshots_offset
+    assert first == Snapshot(
+        *(place, 48, "1", "n\udcff", 0x600, 4, 1_600_000_000, 5, 7, 9, None, None)
+    )
+    assert second == first._replace(
+        offset=place + 48,
+        size=48 + len(extra),
+        id="2",
+        vm_state_size=state,
+        disk_size=size,
+        icount=icount,
+    )
+
+
+def test_a_file_may_end_before_the_padding_of_the_last_entry() -> None:
+    file = with_snapshots(PLAIN_SNAPSHOT, whole=False)
+    place = file.header.snapshots_offset
+    data = file.read(0, file.file_size)
+    for length, is_whole in ((48, True), (43, True), (42, False), (8, False), (0, False)):
+        cut = ClusterFile(MemoryStorage(data[: place + length]), force_share=False)
+        if is_whole:
+            assert read_snapshots(cut) == read_snapshots(file)
+        else:
+            with pytest.raises(FormatError):
+                read_snapshots(cut)
+
+
+def test_a_snapshot_table_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = with_snapshots(PLAIN_SNAPSHOT, PLAIN_SNAPSHOT)
+    monkeypatch.setattr(snapshots, "MAX_TABLE_SIZE", 95)
+    with pytest.raises(LimitError, match="size of the snapshot table is 96"):
+        read_snapshots(file)
 
 
 NONSENSE: dict[str, list[Patch]] = {

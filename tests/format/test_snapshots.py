@@ -80,6 +80,15 @@ def test_a_sample_entry_means_what_it_says() -> None:
     assert (snapshot.padding, snapshot.size) == (b"\xa1\xa2\xa3", 64)
 
 
+@pytest.mark.parametrize("length", range(33))
+def test_extra_data_have_as_many_fields_as_fit(length: int) -> None:
+    (snapshot,) = parse_snapshot_table(SAMPLE, 1, 0)
+    words = b"".join(number.to_bytes(8, "big") for number in (1, 2, 3, 4))
+    names = ("vm_state_size", "disk_size", "icount")[: length // 8]
+    fields = snapshot._replace(extra_data=words[:length]).extra_fields
+    assert fields == {name: number for number, name in enumerate(names, 1)}
+
+
 @pytest.mark.parametrize("end", range(64))
 def test_a_table_cut_off_names_the_entry(end: int) -> None:
     with pytest.raises(FormatError, match=r"is cut off$") as caught:

@@ -247,6 +247,22 @@ def test_what_qemu_nbd_cannot_open_is_said_in_a_line(tmp_path: Path) -> None:
     assert len(done.err.splitlines()) == 2
 
 
+def test_an_encrypted_disk_is_compared_once_it_is_decrypted(tmp_path: Path) -> None:
+    disk = Disk.create(tmp_path / "vm.qcow2", SIZE, **{"encrypt.format": "luks"})
+    disk.io("write -P 1 0 4M")
+    disk.add("daily", GRANULE)
+    convert = ("qemu-img", "convert", *disk.arguments, "-O", "raw")
+    tool(*convert, tmp_path / "old")
+    disk.crash(f"write -P 2 {8 * GRANULE} {GRANULE}")
+    words = ["salvage", "vm.qcow2", "daily", "--compare", "old"]
+    done = run([*words, "vm.qcow2"], tmp_path)
+    assert done.status == 1
+    assert "decrypt the disk into a raw file with qemu-img convert" in done.err
+    tool(*convert, tmp_path / "new")
+    assert run([*words, "new", "--assert-current"], tmp_path).status == 0
+    assert disk.extents("daily") == [(8 * GRANULE, GRANULE)]
+
+
 def test_without_qemu_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path)
     tool("qemu-img", "bitmap", "--add", path, "daily")

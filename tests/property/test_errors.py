@@ -29,6 +29,7 @@ numbers = st.integers(0, (1 << 64) - 1)
 actions = st.sampled_from(("reading", "writing"))
 hints = st.none() | st.sampled_from(get_args(errors.Hint))
 bitmap = (names, words, hints)
+removable = st.lists(st.tuples(names, numbers), max_size=5).map(tuple)
 
 OUTCOMES: tuple[errors.CommitOutcome, ...] = ("old", "new", "unknown")
 
@@ -38,7 +39,7 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.Qcow2BmError: (words,),
     errors.FormatError: (words, words, numbers, words, hints),
     errors.UnsupportedError: (words,),
-    errors.LimitError: (words, numbers, numbers),
+    errors.LimitError: (words, numbers, numbers, st.none() | numbers, removable, hints),
     errors.BitmapError: bitmap,
     errors.BitmapNotFoundError: bitmap,
     errors.BitmapExistsError: bitmap,
@@ -54,7 +55,11 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     errors.ShortReadError: (names, numbers, numbers),
     errors.ImageLockedError: (names, words, actions, st.none() | st.integers(100, 203)),
     errors.ChangedWhileReadingError: (names, words),
-    errors.CommitError: (names, words, st.sampled_from(OUTCOMES), words),
+    errors.NoRoomError: (names, numbers, numbers, numbers, removable, hints),
+    errors.CommitError: (
+        *(names, words, st.sampled_from(OUTCOMES), words, words),
+        *(st.none() | numbers, removable, hints),
+    ),
     errors.ComparisonError: (names, words, st.sampled_from(FAULTS), words),
     errors.EvidenceError: (words,),
     errors.QmpError: (words, words),

@@ -57,7 +57,7 @@ def test_what_is_left_out(qemu: FakeQemu, address: str, tmp_path: Path) -> None:
     qemu.bitmaps["dead"] = FakeBitmap(inconsistent=True)
     qemu.bitmaps["transient"] = FakeBitmap(persistent=False)
     done = run(["sidecar", "save", "--qmp", address, "saved"], tmp_path)
-    assert (done.status, done.out) == (0, "")
+    assert (done.status, done.out) == (2, "")
     assert done.err.splitlines() == [
         f'qcow2bm: warning: {address}: bitmap "busy" is busy: a job uses it, and left out',
         f'qcow2bm: warning: {address}: bitmap "dead" is inconsistent, and left out',

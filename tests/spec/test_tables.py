@@ -11,9 +11,9 @@ from typing import Any, get_args
 import pytest
 from support.specreader import Table, page, pages
 
-from qcow2bm import problems
-from qcow2bm.bitmaps import backup_verdict, status
-from qcow2bm.cli import check, commands, messages, output, parser, verdict
+from qcow2bm import errors, problems
+from qcow2bm.bitmaps import backup_verdict, status, table_entries
+from qcow2bm.cli import check, commands, failure, messages, output, parser, verdict
 from qcow2bm.format import (
     bitmap_table,
     directory,
@@ -30,7 +30,7 @@ from qcow2bm.format import (
 )
 from qcow2bm.format.schema import bit_masks
 from qcow2bm.problem_kinds import KINDS
-from qcow2bm.storage import locks
+from qcow2bm.storage import interface, locks
 
 FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("header.md", "Fixed fields"): header._V3,
@@ -41,6 +41,7 @@ FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("bitmaps.md", "Bitmaps extension"): extensions._BITMAPS,
     ("bitmaps.md", "Bitmap directory"): directory.ENTRY,
     ("refcounts.md", "Snapshot table"): snapshots.SNAPSHOT,
+    ("refcounts.md", "Snapshot extra data"): snapshots.EXTRA_DATA,
     ("repair.md", "Undo file"): undo_file._HEAD,
     ("repair.md", "Step"): undo_file._STEP,
     ("repair.md", "Seal"): undo_file._SEAL,
@@ -196,7 +197,8 @@ def test_severities() -> None:
 
 def alternatives(heading: str, key: str) -> set[str]:
     """The literals a key of the JSON may have."""
-    (row,) = (row for row in page("json.md").table(heading).rows if row["key"] == key)
+    rows = page("json.md").table(heading).rows
+    (row,) = (row for row in rows if row["key"].removesuffix(", optional") == key)
     return {text.strip('"') for text in row["value"].split(" or ")}
 
 
@@ -231,6 +233,35 @@ def test_problem_ids() -> None:
     }
     assert stated == expected
     assert meanings == {id: kind.meaning for id, kind in KINDS.items()}
+
+
+def test_error_ids() -> None:
+    rows = page("json.md").table("Error ids").rows
+    stated = {row["id"]: (row["error"], row["facts"]) for row in rows}
+    assert len(stated) == len(rows)
+    assert stated == {
+        row.id: (kind.__name__, ", ".join(fact.replace("_", "-") for fact in row.facts))
+        for kind, row in failure.ERRORS.items()
+    }
+    facts = {fact for row in rows for fact in row["facts"].split(", ") if fact}
+    keys = page("json.md").table("Error").column("key")
+    assert keys == ["id", "message", "hint", *sorted(f"{fact}, optional" for fact in facts)]
+
+
+def test_hints() -> None:
+    assert page("json.md").table("Hints").column("hint") == list(get_args(errors.Hint))
+
+
+@pytest.mark.parametrize(
+    ("heading", "key", "literal"),
+    [
+        ("Table entries", "kind", table_entries.EntryKind),
+        ("dump", "in-use-by-another-process", interface.OtherUse),
+        ("Error", "outcome", errors.CommitOutcome),
+    ],
+)
+def test_literals(heading: str, key: str, literal: object) -> None:
+    assert alternatives(heading, key) - {"null"} == set(get_args(literal))
 
 
 def test_lock_bytes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -15,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.images import small_image
 
+import qcow2bm
 from qcow2bm.errors import ImageLockedError, StateError, StorageError
 from qcow2bm.storage import locks
 from qcow2bm.storage.file import FileStorage
-from qcow2bm.storage.interface import read_bytes
+from qcow2bm.storage.interface import read_bytes, use_by_another_process
 from qcow2bm.storage.locks import held_locks
+from qcow2bm.storage.memory import MemoryStorage
+from qcow2bm.storage.write_guard import WriteGuard
 
 if sys.platform != "linux":
     pytest.skip("open file description locks are Linux's", allow_module_level=True)
@@ -596,3 +601,85 @@ def test_writers_that_wait_for_each_other_all_get_their_turn(path: Path) -> None
         for done in [threads.submit(add, 4) for _ in range(3)]:
             done.result()
     assert int.from_bytes(path.read_bytes(), "big") == 12
+
+
+# --- whether another process uses an image ------------------------------------------------------
+
+
+@pytest.mark.spec("LOCK-11")
+@pytest.mark.parametrize("byte", BYTES)
+def test_another_process_is_a_writer_if_a_reader_would_be_refused(
+    storage: FileStorage, other: Other, byte: int
+) -> None:
+    assert storage.use_by_another_process() == "no"
+    other.lock(byte)
+    expected = "writer" if byte in (101, 103, 200) else "reader"
+    assert storage.use_by_another_process() == expected
+    assert other.sees() == set()  # it locked nothing itself
+
+
+@pytest.mark.spec("LOCK-11")
+def test_own_locks_are_not_those_of_another_process(
+    storage: FileStorage, writable: FileStorage
+) -> None:
+    with storage.read_lock():
+        assert storage.use_by_another_process() == "no"
+        assert writable.use_by_another_process() == "reader"
+    with writable.write_lock(0):
+        assert writable.use_by_another_process() == "no"
+        assert storage.use_by_another_process() == "writer"
+
+
+@pytest.mark.spec("LOCK-11")
+def test_where_there_are_no_locks_it_is_not_known(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert storage.use_by_another_process() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert storage.use_by_another_process() is None
+
+
+@pytest.mark.spec("LOCK-11")
+def test_a_storage_that_is_no_file_cannot_tell() -> None:
+    assert use_by_another_process(MemoryStorage(b"")) is None
+    assert use_by_another_process(WriteGuard(MemoryStorage(bytearray()))) is None
+
+
+@pytest.mark.spec("LOCK-11")
+def test_a_guard_asks_its_storage(writable: FileStorage, other: Other) -> None:
+    guard = WriteGuard(writable)
+    other.lock(100)
+    assert use_by_another_process(guard) == "reader"
+
+
+@pytest.mark.spec("LOCK-11")
+def test_an_image_is_asked_at_any_time(path: Path, other: Other) -> None:
+    path.write_bytes(small_image().data)
+    with qcow2bm.open(path, force_share=True) as image:
+        answers = [image.use_by_another_process()]
+        other.lock(101)
+        answers.append(image.use_by_another_process())
+        assert image.bitmaps["daily"].status == "valid"
+    assert answers == ["no", "writer"]
+    with pytest.raises(StateError):
+        image.use_by_another_process()
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_second_image_of_this_process_is_told_from_a_running_machine(
+    path: Path, other: Other, mode: str
+) -> None:
+    path.write_bytes(small_image().data)
+    with qcow2bm.open(path, "r+"):
+        with pytest.raises(ImageLockedError, match="in use by this process itself") as caught:
+            qcow2bm.open(path, mode)
+        assert caught.value.is_own
+        assert pickle.loads(pickle.dumps(caught.value)).is_own
+    other.lock(101)
+    with pytest.raises(ImageLockedError, match="is a VM running on it") as caught:
+        qcow2bm.open(path, mode)
+    assert not caught.value.is_own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from support.specreader import page
 
@@ -59,6 +60,27 @@ def check_sidecar_dump(document: object) -> None:
 def check_rescue(action: str, document: object) -> None:
     """Raises AssertionError unless the document is what ``rescue`` with this word may print."""
     _check_object(f"rescue {action}", document, action)
+
+
+def check_failure(document: object) -> None:
+    """Raises AssertionError unless the document is what a command may print that fails."""
+    _check_object("failure", document, "failure")
+    assert isinstance(document, dict)
+    rows = {row["id"]: row for row in page("json.md").table("Error ids").rows}
+    facts = {fact for fact in rows[document["error"]["id"]]["facts"].split(", ") if fact}
+    assert document["error"].keys() == {"id", "message", "hint", *facts}, f"failure: {document}"
+
+
+def failure_in(out: str, err: str) -> dict[str, Any]:
+    """Returns the document of a command that failed.
+
+    Raises AssertionError unless ``out`` is nothing but that document, and ``err`` one line that
+    says the same.
+    """
+    document: dict[str, Any] = json.loads(out)
+    check_failure(document)
+    assert err == f"qcow2bm: {document['error']['message']}\n"
+    return document
 
 
 def check_dry_run(document: object) -> None:

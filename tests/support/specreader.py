@@ -121,8 +121,13 @@ def _table(name: str, heading: str, rows: list[list[str]]) -> Table:
     )
 
 
-def marks() -> Iterator[tuple[Path, str]]:
+@cache
+def marks() -> tuple[tuple[Path, str], ...]:
     """The file and the id of each ``pytest.mark.spec`` in the tests."""
+    return tuple(_marks())
+
+
+def _marks() -> Iterator[tuple[Path, str]]:
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.spec":

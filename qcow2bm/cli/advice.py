@@ -1,0 +1,405 @@
+"""The commands that help next, worked out from the state of an image: the one place for advice.
+
+A command of this program is advised only if a dry run of it succeeds on the image as it is, and if
+the file system has room for it.
+
+*Spec*: spec/cli.md, "The next command".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from qcow2bm import Bitmap, Image, ImageLockedError, Problem, Qcow2BmError, open
+from qcow2bm.cli.images import find, new_name, words_of
+from qcow2bm.cli.output import command_line, count, quoted
+from qcow2bm.cli.terminal import paint, print_text
+
+if TYPE_CHECKING:
+    from qcow2bm import BackupReason, Edit, Plan
+
+Argv = list[str]
+"""A command as a list of words."""
+
+ALL_OF_THE_DISK = "0:"
+
+_IS_FULL = "the next incremental backup saves the whole disk"
+_MOST_NAMED = 4
+_MOST_REMADE = 16
+_GRANULARITIES = [1 << bits for bits in range(9, 32)]
+_CORRUPT = 1
+"""The number of the incompatible feature bit."""
+
+
+class NextCommand(NamedTuple):
+    """A command that helps, and what is lost by it; the cost is empty if nothing is lost."""
+
+    argv: Argv
+    cost: str = ""
+
+
+class Advice(NamedTuple):
+    """What to do next, and why.
+
+    Attributes:
+        why: one line for people; empty if there is nothing to do.
+        commands: are to be run in this order, each only if the one before it succeeded. There is
+            none if no command helps; ``why`` then says what does.
+    """
+
+    why: str = ""
+    commands: tuple[NextCommand, ...] = ()
+
+    @property
+    def as_json(self) -> list[Argv]:
+        """The commands alone, as documents have them under "next"."""
+        return [command.argv for command in self.commands]
+
+
+ASK_THE_VM = Advice(
+    "another process writes to the image: if that process is a VM, ask the VM with the QMP command "
+    "query-block, and look again when it is off"
+)
+
+
+def print_advice(advice: Advice) -> None:
+    """Prints why something is to be done, and the commands, ready to be pasted into a shell."""
+    if advice.why:
+        print_text(advice.why, hanging=0)
+    for argv, cost in advice.commands:
+        print(f"  next: {paint(command_line(argv), 'command')}")
+        if cost:
+            print_text(f"        cost: {cost}", hanging=14)
+
+
+# The image as a whole
+
+
+def advise(image: Image, path: str, problems: Sequence[Problem]) -> Advice:
+    """Returns what makes an image usable again, as far as that is necessary.
+
+    Args:
+        image: the image.
+        path: its file, as it was given.
+        problems: the problems that are known of it.
+    """
+    serious = [found for found in problems if found.is_serious]
+    outdated = [b for b in _bitmaps(image) if b.status in ("inconsistent", "stale")]
+    if not serious and not outdated and not _is_marked_corrupt(image):
+        return Advice()
+    if image.use_by_another_process() == "writer":
+        return ASK_THE_VM
+    try:
+        found = _advise(image, path, serious, outdated)
+    except ImageLockedError:
+        return ASK_THE_VM
+    return _printable(found)
+
+
+def advise_anew(path: str) -> Advice:
+    """Returns the advice for an image that a command has just changed, after a whole check.
+
+    There is no advice if the image cannot be read by now.
+    """
+    try:
+        with open(path) as image:
+            return advise(image, path, (*image.problems, *image.check().problems))
+    except ImageLockedError:
+        return ASK_THE_VM
+    except Qcow2BmError:
+        return Advice()
+
+
+def _advise(
+    image: Image, path: str, serious: Sequence[Problem], outdated: Sequence[Bitmap]
+) -> Advice:
+    refused = [found for found in serious if found.severity == "refused"]
+    if refused:
+        if all(found.kind.is_fittable for found in refused):
+            fitting = _fit_all(image, path)
+            if fitting:
+                return Advice("the disk was resized without its bitmaps", (fitting,))
+        repairing = _repair(path)
+        if repairing:
+            return Advice("the metadata can be repaired", (repairing,))
+        return Advice(f"no command of qcow2bm repairs that: {_BY_HAND}")
+    if outdated:
+        why = f"writes may be missing from {_listed(b.name for b in outdated)}"
+        salvaging = _salvage_all(image, path)
+        if salvaging:
+            return Advice(why, (salvaging,))
+        repairing = _repair(path)
+        if repairing:
+            return Advice(f"{why}; first the faults must be repaired", (repairing,))
+        return _by_qemu(image, path, why)
+    repairing = _repair(path)
+    if repairing:
+        return Advice("the metadata can be repaired", (repairing,))
+    if _is_marked_corrupt(image):
+        return _by_qemu(image, path, "the image has the corrupt bit, so no VM can write to it")
+    return _by_qemu(image, path, "the disk or its refcounts have faults")
+
+
+_BY_HAND = (
+    "restore the header or the file from a copy, and then run invalidate --all, since no bitmap is "
+    "to be trusted then"
+)
+
+
+def _is_marked_corrupt(image: Image) -> bool:
+    return any(found.bit == _CORRUPT for found in image.features("incompatible"))
+
+
+def _bitmaps(image: Image) -> Iterator[Bitmap]:
+    """Yields all bitmaps that stand for backups."""
+    for entry in image.directory:
+        bitmap = image.bitmap(entry.index)
+        if not bitmap.is_sentinel:
+            yield bitmap
+
+
+def _fit_all(image: Image, path: str) -> NextCommand | None:
+    def operate(edit: Edit) -> None:
+        for name in edit.names:
+            if not image.bitmaps[name].in_use:
+                edit.fit(name)
+
+    if not _has_room(path, _try(image, operate)):
+        return None
+    return NextCommand(_argv("fit", path, options=["--all"]))
+
+
+def _salvage_all(image: Image, path: str) -> NextCommand | None:
+    names = [b.name for b in _bitmaps(image) if b.status in ("inconsistent", "stale")]
+
+    def operate(edit: Edit) -> None:
+        for name in names:
+            edit.salvage(name)
+
+    if not _has_room(path, _try(image, operate)):
+        return None
+    argv = _argv("salvage", path, options=["--all", "--all-dirty"])
+    return NextCommand(argv, _IS_FULL if len(names) == 1 else f"{_IS_FULL}, by each of them")
+
+
+def _repair(path: str, *, is_whole: bool = False) -> NextCommand | None:
+    """Returns the command that repairs the image, unless it would change nothing.
+
+    With ``is_whole`` the command is returned only if it repairs all faults.
+    """
+    from qcow2bm import plan_repair  # which takes time to load
+
+    if not os.path.exists(path):
+        return None
+    try:
+        planned = plan_repair(path)
+    except ImageLockedError:
+        raise
+    except Qcow2BmError:
+        return None
+    if not _has_room(path, planned.plan) or (is_whole and planned.left):
+        return None
+    costs = []
+    if planned.lost:
+        lost = [lost.name for lost in planned.lost if lost.name is not None]
+        named = _listed(lost) if lost else "bitmaps whose names are not known"
+        each = "it" if len(lost) == 1 == len(planned.lost) else "each"
+        costs.append(f"drops {named}, so the next backup by {each} must be a full one")
+    if planned.renamed:
+        pairs = [f"{quoted(old)} to {quoted(new)}" for old, new in planned.renamed]
+        costs.append(f"renames {_some(pairs)}")
+    if planned.left:
+        costs.append(f"{count(len(planned.left), 'problem')} will be left")
+    undo = _undo_file(path)
+    options = ["--undo", undo] if undo else ["--no-undo"]
+    if not undo:
+        costs.append("it cannot be taken back")
+    return NextCommand(_argv("repair", path, options=options), "; ".join(costs))
+
+
+def _undo_file(path: str) -> str | None:
+    """Returns a name beside the image for the undo file; None if nothing can be written there."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isfile(path) or not os.access(folder, os.W_OK):
+        return None
+    names = (f"{path}.undo", *(f"{path}.undo{number}" for number in range(2, 100)))
+    return next((name for name in names if not os.path.lexists(name)), None)
+
+
+def _by_qemu(image: Image, path: str, why: str) -> Advice:
+    """Returns what QEMU's own tools do about it, and how to make again what they drop."""
+    if image.header.crypt_method:
+        return Advice(f"{why}: repair the disk with qemu-img check -r all, giving it the secret")
+    repairing = ["qemu-img", "check", "-r", "all", path]
+    first = [repairing]
+    if image.version < 3:
+        has_faults = any(found.is_fault for found in image.check().problems)
+        first = [["qemu-img", "amend", "-o", "compat=1.1", path], *[repairing] * has_faults]
+    bitmaps = list(_bitmaps(image))
+    if image.is_consistent or not bitmaps:
+        return Advice(why, tuple(map(NextCommand, first)))
+    remade = _remakeable(bitmaps)
+    cost = f"QEMU drops {_listed(b.name for b in bitmaps)}"
+    if remade:
+        which = "the same ones" if len(remade) == len(bitmaps) else _listed(b.name for b in remade)
+        cost += f"; the commands below make {which} anew, all dirty: {_IS_FULL}"
+    making = (command for bitmap in remade for command in _remake(bitmap, path))
+    more = map(NextCommand, first[1:])
+    return Advice(why, (NextCommand(first[0], cost), *more, *making))
+
+
+def _remakeable(bitmaps: Sequence[Bitmap]) -> list[Bitmap]:
+    """Returns those of stale bitmaps that can be made anew with the same name and granularity."""
+    found: dict[str, Bitmap] = {}
+    for bitmap in bitmaps:
+        is_named = bitmap.name and bitmap.name.isprintable()
+        if is_named and bitmap.granularity in _GRANULARITIES and len(found) < _MOST_REMADE:
+            found.setdefault(bitmap.name, bitmap)
+    return list(found.values())
+
+
+def _remake(bitmap: Bitmap, path: str) -> Iterator[NextCommand]:
+    name = _word(bitmap.name)
+    yield NextCommand(_argv("add", path, name, options=["-g", str(bitmap.granularity)]))
+    yield NextCommand(_argv("set", path, name, ALL_OF_THE_DISK))
+    if not bitmap.auto:
+        yield NextCommand(_argv("disable", path, name))
+
+
+# One bitmap
+
+
+def advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> Advice:
+    """Returns what makes a bitmap usable again for the next incremental backup.
+
+    Everything in the bitmap becomes dirty by it, so that the next backup saves the whole disk. But
+    `fit` keeps what is known to be clean, and `repair` may drop the bitmap.
+
+    Args:
+        image: the image.
+        path: its file, as it was given.
+        name: NAME as it was given.
+        reason: the reason of the verdict on the bitmap.
+
+    Raises:
+        ImageLockedError: another process writes to the image by now.
+    """
+    word = words_of(image, name)
+    if reason == "disabled":
+        return _printable(Advice("", _disabled(image, path, word)))
+    if reason in ("inconsistent", "stale"):
+        plan = _try(image, lambda edit: edit.salvage(find(image, word).name))
+        if _has_room(path, plan):
+            argv = _argv("salvage", path, word, options=["--all-dirty"])
+            return _printable(Advice("", (NextCommand(argv, _IS_FULL),)))
+        return _printable(_repair_or_qemu(image, path))
+    if reason == "missing":
+        return _printable(Advice("", _missing(image, path, word)))
+    if reason == "broken":
+        checking = NextCommand(_argv("check", path))
+        return _printable(Advice("", (checking, *_broken(image, path, word))))
+    return Advice()
+
+
+def _repair_or_qemu(image: Image, path: str) -> Advice:
+    repairing = _repair(path, is_whole=True)
+    if repairing:
+        return Advice("", (repairing,))
+    if any(found.severity == "refused" for found in image.problems):
+        return Advice()  # QEMU's own tools refuse the image, too
+    return _by_qemu(image, path, "")
+
+
+def _disabled(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
+    def operate(edit: Edit) -> None:
+        found = find(image, word).name
+        edit.set(found, 0, image.virtual_size)
+        edit.enable(found)
+
+    if not _has_room(path, _try(image, operate)):
+        return ()
+    return (
+        NextCommand(_argv("set", path, word, ALL_OF_THE_DISK), _IS_FULL),
+        NextCommand(_argv("enable", path, word)),
+    )
+
+
+def _missing(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
+    def operate(edit: Edit) -> None:
+        added = new_name(word)
+        edit.add(added)
+        edit.set(added, 0, image.virtual_size)
+
+    if not _has_room(path, _try(image, operate)):
+        return ()
+    return (
+        NextCommand(_argv("add", path, word)),
+        NextCommand(_argv("set", path, word, ALL_OF_THE_DISK), _IS_FULL),
+    )
+
+
+def _broken(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
+    if _has_room(path, _try(image, lambda edit: edit.fit(find(image, word).name))):
+        return (NextCommand(_argv("fit", path, word)),)
+    repairing = _repair(path, is_whole=True)
+    return (repairing,) if repairing else ()
+
+
+# Dry runs and words
+
+
+def _try(image: Image, operate: Callable[[Edit], None]) -> Plan | None:
+    """Returns what an edit would write; None if it would fail.
+
+    Raises:
+        ImageLockedError: another process writes to the image by now.
+    """
+    try:
+        with image.edit(dry_run=True) as edit:
+            operate(edit)
+            return edit.plan()
+    except ImageLockedError:
+        raise
+    except (Qcow2BmError, ValueError):
+        return None
+
+
+def _has_room(path: str, plan: Plan | None) -> bool:
+    """Whether a plan changes something, and the file system has room for all that it writes."""
+    if plan is None or not plan.steps:
+        return False
+    try:
+        system = os.statvfs(path)
+    except OSError:
+        return True  # the command will say what is wrong
+    return plan.length <= system.f_bavail * system.f_frsize
+
+
+def _argv(command: str, *words: str, options: Sequence[str] = ()) -> Argv:
+    """Returns a command; ``--`` stands before words that look like options."""
+    if any(word.startswith("-") for word in words):
+        return ["qcow2bm", command, *options, "--", *words]
+    return ["qcow2bm", command, *words, *options]
+
+
+def _word(name: str) -> str:
+    """Returns NAME as commands take it."""
+    return f"@{name}" if name.startswith("@") else name
+
+
+def _printable(advice: Advice) -> Advice:
+    """Returns the advice; without commands if a word is not the same in JSON and in a shell."""
+    words = (word for command in advice.commands for word in command.argv)
+    return advice if all(map(str.isprintable, words)) else advice._replace(commands=())
+
+
+def _listed(names: Iterator[str] | Sequence[str]) -> str:
+    """Returns names in one line, in quotes; of many only some."""
+    return _some([quoted(name) for name in names])
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _MOST_NAMED} more" if len(texts) > _MOST_NAMED else ""
+    return ", ".join(texts[:_MOST_NAMED]) + more

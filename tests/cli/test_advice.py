@@ -1,0 +1,135 @@
+"""What is advised can be run as it is, loses only what it names, and comes to an end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from support.broken_images import broken_images
+from support.console import run
+from support.following import advised, follow
+from support.images import Stored, build_image
+from support.spec_image import image, in_header, patched
+from support.verdict_images import image_of
+
+import qcow2bm
+from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+
+MOST_COMMANDS = 4
+CRASHED = Stored(b"crashed", flags=FLAG_AUTO | FLAG_IN_USE)
+SOUND = Stored(b"sound")
+
+
+def names_in(path: Path) -> set[str]:
+    with qcow2bm.open(path) as opened:
+        return {entry.name for entry in opened.directory if entry.name}
+
+
+@pytest.mark.spec("CLI-41", "CLI-42", "CLI-43", "CLI-44", "CLI-45")
+@pytest.mark.parametrize("part", range(10))
+def test_the_advice_for_broken_images_ends(part: int, tmp_path: Path) -> None:
+    path = tmp_path / "vm.qcow2"
+    for what, data in itertools.islice(broken_images(), part, None, 60):
+        path.write_bytes(data)
+        try:
+            before = names_in(path)
+        except qcow2bm.Qcow2BmError:
+            continue  # it is no image at all
+        followed = follow(tmp_path)
+        assert len(followed.commands) <= MOST_COMMANDS, what
+        # A fault can hide a name; what repair reads otherwise, it names as it reads it.
+        lost = (before & {"daily", "weekly", "crashed"}) - names_in(path)
+        assert all(f'"{name}"' in followed.costs for name in lost), (what, lost, followed)
+        for undo in tmp_path.glob("vm.qcow2.undo*"):
+            undo.unlink()
+
+
+@pytest.mark.spec("CLI-41")
+def test_a_path_is_quoted_for_the_shell(tmp_path: Path) -> None:
+    name = "my vm's; disk.qcow2"
+    (tmp_path / name).write_bytes(image_of(CRASHED).data)
+    ((command, cost),) = advised(run(["check", name], tmp_path).out)
+    assert command == "qcow2bm salvage 'my vm'\"'\"'s; disk.qcow2' --all --all-dirty"
+    assert cost == "the next incremental backup saves the whole disk"
+
+
+@pytest.mark.spec("CLI-42")
+@pytest.mark.parametrize("name", ["vm\x1b[31m.qcow2", "-vm\n.qcow2"])
+def test_a_path_that_cannot_be_printed_is_not_advised(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(image_of(CRASHED).data)
+    done = run(["check", "--", name], tmp_path)
+    assert 'writes may be missing from "crashed"' in done.out
+    assert advised(done.out) == []
+    assert "\x1b" not in done.out
+
+
+@pytest.mark.spec("CLI-42")
+def test_a_command_for_which_there_is_no_room_is_not_advised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        f_bavail, f_frsize = 1, 512
+
+    (tmp_path / "vm.qcow2").write_bytes(image_of(CRASHED).data)
+    assert advised(run(["check", "vm.qcow2"], tmp_path).out)
+    monkeypatch.setattr("os.statvfs", lambda path: Full)
+    assert "salvage" not in run(["check", "vm.qcow2"], tmp_path).out
+
+
+@pytest.mark.spec("CLI-41")
+@pytest.mark.parametrize("command", ["dump", "check"])
+def test_json_has_the_same_commands(tmp_path: Path, command: str) -> None:
+    (tmp_path / "vm.qcow2").write_bytes(image_of(CRASHED, SOUND).data)
+    document = json.loads(run([command, "--json", "vm.qcow2"], tmp_path).out)
+    assert document["next"] == [["qcow2bm", "salvage", "vm.qcow2", "--all", "--all-dirty"]]
+    assert advised(run([command, "vm.qcow2"], tmp_path).out)
+
+
+@pytest.mark.spec("CLI-44")
+@pytest.mark.parametrize(
+    ("what", "first"),
+    [
+        ("dirty", "qemu-img check -r all vm.qcow2"),
+        ("version 2", "qemu-img amend -o compat=1.1 vm.qcow2"),
+    ],
+)
+def test_what_qemu_drops_is_made_anew(tmp_path: Path, what: str, first: str) -> None:
+    off = Stored(b"@off", flags=0, granularity_bits=12)
+    if what == "dirty":
+        built = build_image(SOUND, off, autoclear=False, header={"incompatible_features": 1})
+    else:
+        built = build_image(SOUND, off, version=2)
+    (tmp_path / "vm.qcow2").write_bytes(built.data)
+    commands = [command for command, _ in advised(run(["check", "vm.qcow2"], tmp_path).out)]
+    assert commands == [
+        first,
+        "qcow2bm add vm.qcow2 sound -g 65536",
+        "qcow2bm set vm.qcow2 sound 0:",
+        "qcow2bm add vm.qcow2 @@off -g 4096",
+        "qcow2bm set vm.qcow2 @@off 0:",
+        "qcow2bm disable vm.qcow2 @@off",
+    ]
+
+
+@pytest.mark.spec("CLI-43")
+def test_a_header_that_nothing_here_repairs(tmp_path: Path) -> None:
+    (tmp_path / "vm.qcow2").write_bytes(patched(image(), *in_header(l1_size=0)))
+    done = run(["check", "vm.qcow2"], tmp_path)
+    assert advised(done.out) == []
+    assert "restore the header or the file from a copy" in " ".join(done.out.split())
+
+
+def test_after_a_repair_the_user_knows_how_to_go_on(tmp_path: Path) -> None:
+    broken = Stored(b"broken", type=2)
+    (tmp_path / "vm.qcow2").write_bytes(image_of(broken, CRASHED).data)
+    done = run(["repair", "vm.qcow2", "--undo", "vm.undo"], tmp_path)
+    assert done.status == 0
+    text = " ".join(done.out.split())
+    assert "QEMU opens the image now, so the VM can be started" in text
+    assert 'a full backup is due instead of the next incremental one by "broken"' in text
+    assert "to take it back: qcow2bm undo vm.qcow2 vm.undo" in text
+    assert [command for command, _ in advised(done.out)] == [
+        "qcow2bm salvage vm.qcow2 --all --all-dirty"
+    ]
