@@ -1,44 +1,47 @@
-"""The commands that `dump` prints for an image QEMU refuses: exactly as printed, they help."""
+"""The commands that `dump` advises for an image QEMU refuses: exactly as printed, they help."""
 
 from __future__ import annotations
 
-import re
+import shlex
 from pathlib import Path
 
 import pytest
 from support.console import run
+from support.following import advised
 from support.kinds import FITTABLE
 from support.problem_images import IDS, broken
 from support.qemu import Disk
 from support.spec_image import in_entry, patched
 
-from qcow2bm.problem_kinds import KINDS
+from qcow2bm.problem_kinds import EXTENSION_LENGTH, KINDS
 from qcow2bm.problems import BITMAPS_EXTENSION, DIRECTORY, ENTRY, REFUSED, TABLE
 
 REFUSED_IDS = [id for id in IDS if KINDS[id].severity == REFUSED]
 OF_BITMAPS = [
-    id for id in REFUSED_IDS if KINDS[id].structure in (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
+    id
+    for id in REFUSED_IDS
+    if KINDS[id].structure in (BITMAPS_EXTENSION, DIRECTORY, ENTRY, TABLE)
+    or KINDS[id] == EXTENSION_LENGTH
 ]
 WITHOUT_LOSS = [id for id in OF_BITMAPS if id in FITTABLE]
 OTHERWISE_BROKEN = ("bitmap-table.entry.unaligned",)
 """Its clusters are of another size than those its refcounts count."""
 
 
-def recipe(data: bytes, folder: Path) -> list[str]:
-    """The commands that the dump of an image prints; the image is then in the folder."""
+def recipe(data: bytes, folder: Path) -> list[list[str]]:
+    """The commands that the dump of an image advises; the image is then in the folder."""
     (folder / "vm.qcow2").write_bytes(data)
     result = run(["dump", "vm.qcow2"], folder)
     assert (result.status, result.err) == (2, "")
     assert "QEMU will not open this image\n" in result.out
-    return re.findall(r"^  (qcow2bm .*)$", result.out, re.MULTILINE)
+    return [shlex.split(command) for command, _ in advised(result.out)]
 
 
 @pytest.mark.spec("CLI-16")
 @pytest.mark.parametrize("id", WITHOUT_LOSS)
 def test_bitmaps_that_do_not_fit_are_made_to(id: str, tmp_path: Path) -> None:
     data = broken(id)
-    (command,) = recipe(data, tmp_path)
-    program, *arguments = command.replace("IMAGE", "vm.qcow2").split()
+    ((program, *arguments),) = recipe(data, tmp_path)
     assert program == "qcow2bm"
     assert run(arguments, tmp_path) == (0, "", "")
     disk = Disk(tmp_path / "vm.qcow2")
@@ -49,8 +52,7 @@ def test_bitmaps_that_do_not_fit_are_made_to(id: str, tmp_path: Path) -> None:
 @pytest.mark.spec("CLI-16")
 @pytest.mark.parametrize("id", [id for id in OF_BITMAPS if id not in WITHOUT_LOSS])
 def test_what_is_repaired_opens_and_is_sound(id: str, tmp_path: Path) -> None:
-    (command,) = recipe(broken(id), tmp_path)
-    program, *arguments = command.replace("IMAGE", "vm.qcow2").split()
+    ((program, *arguments),) = recipe(broken(id), tmp_path)
     assert program == "qcow2bm"
     done = run(arguments, tmp_path)
     assert (done.status, done.err) == (2 if id in OTHERWISE_BROKEN else 0, "")
@@ -84,8 +86,8 @@ def test_other_autoclear_bits_survive(tmp_path: Path) -> None:
     assert data[95] == 0b11
     entry = int.from_bytes(data[data.index(b"\x23\x85\x28\x75") + 24 :][:8], "big")
     data[entry + 16] = 9  # its type
-    (command,) = recipe(bytes(data), tmp_path)
-    assert run(command.replace("IMAGE", "vm.qcow2").split()[1:], tmp_path).status == 0
+    ((_, *arguments),) = recipe(bytes(data), tmp_path)
+    assert run(arguments, tmp_path).status == 0
     assert disk.path.read_bytes()[95] == 0b10
     assert disk.info()["format-specific"]["data"]["data-file-raw"] is True
     assert disk.check().returncode == 0

@@ -128,7 +128,7 @@ def test_who_writes_to_a_backing_file_or_a_backup_is_noticed(tmp_path: Path) -> 
         with qcow2bm.open(written, "r+"):  # which holds the locks of a writer
             done = run(arguments, tmp_path)
             assert (done.status, done.out) == (1, "")
-            message = "lock Is another process" if written == base else "in use by another process"
+            message = "lock Is another process" if written == base else "in use by this process"
             assert message in done.err
             assert len(done.err.splitlines()) == 2
     assert run(arguments, tmp_path).status == 0
