@@ -129,17 +129,18 @@ class Checker:
         """Returns the L1 tables of all snapshots, and checks that the snapshot table is whole."""
         from qcow2bm.format import snapshots  # few images have any
 
-        header, tables, length = self._file.header, [], 0
+        header, tables, length, padding = self._file.header, [], 0, 0
         for number, entry in enumerate(snapshot_entries(self._file)):
             tables.append(L1Table(entry.l1_table_offset, entry.l1_size, False))
             length += entry.size
+            padding = entry.padding_size
             if header.version > 2 and entry.extra_data_size < snapshots.MIN_EXTRA_DATA_SIZE:
                 reason = f"has {entry.extra_data_size} bytes of extra data, too few"
                 self._listing.add("snapshot-table.entry.incomplete", entry.offset, reason, number)
         start = header.snapshots_offset
         missing = max(0, min(header.nb_snapshots, MAX_SNAPSHOTS) - len(tables))
         self.others.add(start, length)
-        if missing or start + length > self._file.file_size:
+        if missing or start + length - padding > self._file.file_size:
             self.others.note(start + length + missing * snapshots.HEAD_LENGTH)
             reason = "reaches past the end of the file"
             self._listing.add("snapshot-table.past-eof", start, reason)

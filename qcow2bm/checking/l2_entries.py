@@ -36,6 +36,10 @@ RefcountsOf = Callable[[Numbers], Words]
 """A function that returns the stored refcounts of clusters, int64[n] to uint64[n]."""
 
 
+Times = int | Numbers
+"""How often entries count: one number for all of them, or one for each."""
+
+
 class _Note(NamedTuple):
     """What is wrong with entries of a batch: the numbers of the entries are int64[n]."""
 
@@ -76,7 +80,10 @@ class L2Entries:
         data = np.frombuffer(batch.read(self._file), ">u8")
         words = data.astype(np.uint64).reshape(-1, self._words)
         length = L2_ENTRY_LENGTH * self._words
-        each_times = np.repeat(times[batch.ranges], batch.lengths // length)
+        of_parts = times[batch.ranges]
+        each_times: Times = int(of_parts[0])
+        if (of_parts != each_times).any():
+            each_times = np.repeat(of_parts, batch.lengths // length)
         if self._words > 1:
             self._judge_subclusters(words[:, 0], words[:, 1])
         self._count(words[:, 0], each_times, is_active=is_active)
@@ -116,7 +123,7 @@ class L2Entries:
         )
         self._note("l2-table.entry.subclusters", is_wrong, "has subclusters that cannot be")
 
-    def _count(self, words: Words, times: Numbers, *, is_active: bool) -> None:
+    def _count(self, words: Words, times: Times, *, is_active: bool) -> None:
         is_compressed = (words & _COMPRESSED) != 0
         if is_compressed.any():
             self._count_compressed(words, times, is_compressed)
@@ -141,7 +148,7 @@ class L2Entries:
             self._note("l2-table.entry.copied", is_wrong, reason)
 
     def _count_data(
-        self, offsets: Numbers, times: Numbers, is_used: Flags, is_unaligned: Flags
+        self, offsets: Numbers, times: Times, is_used: Flags, is_unaligned: Flags
     ) -> None:
         """Counts clusters that are not compressed, by the host offsets to which entries lead."""
         is_outside = is_used & (offsets >= self._file.file_size)
@@ -149,12 +156,12 @@ class L2Entries:
         if is_outside.any():
             self._references.note(int(offsets[is_outside].max()) + 2 * self._file.cluster_size)
         is_plain = is_used & ~is_outside & ~is_unaligned
-        self._references.add_clusters(offsets[is_plain] >> self._bits, times[is_plain])
+        self._references.add_clusters(offsets[is_plain] >> self._bits, _of(times, is_plain))
         is_odd = is_unaligned & ~is_outside
         first = offsets[is_odd] >> self._bits
-        self._references.add_runs(Runs(first, first + 2), times[is_odd])
+        self._references.add_runs(Runs(first, first + 2), _of(times, is_odd))
 
-    def _count_compressed(self, words: Words, times: Numbers, is_compressed: Flags) -> None:
+    def _count_compressed(self, words: Words, times: Times, is_compressed: Flags) -> None:
         """Counts compressed clusters, which may begin anywhere and share clusters of the file."""
         is_wrong = is_compressed & ((words & _COPIED) != 0)
         self._note("l2-table.entry.compressed", is_wrong, "is compressed, and copied")
@@ -173,4 +180,9 @@ class L2Entries:
         is_inside = ~is_outside
         first = start[is_inside] >> self._bits
         stop = ((end[is_inside] - 1) >> self._bits) + 1
-        self._references.add_runs(Runs(first, stop), times[is_compressed][is_inside])
+        self._references.add_runs(Runs(first, stop), _of(_of(times, is_compressed), is_inside))
+
+
+def _of(times: Times, where: Flags) -> Times:
+    """Returns how often some of the entries count."""
+    return times if isinstance(times, int) else times[where]

@@ -159,6 +159,11 @@ class StoredRefcounts:
 
     def of(self, clusters: Numbers) -> NDArray[np.uint64]:
         """Returns the refcounts of clusters, int64[n] to uint64[n]; 0 where no block has one."""
+        if len(clusters):
+            only = int(np.searchsorted(self._firsts, clusters.min(), "right")) - 1
+            if only >= 0 and clusters.max() < self._stops[only]:  # one row has all
+                place = self._begins[only] - self._firsts[only]
+                return self._refcounts[clusters + place].astype(np.uint64)
         found = np.zeros(len(clusters), np.uint64)
         row = np.searchsorted(self._firsts, clusters, "right") - 1
         is_stored = row >= 0

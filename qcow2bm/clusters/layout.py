@@ -35,6 +35,7 @@ class SnapshotEntry(NamedTuple):
 
     offset: int
     size: int
+    padding_size: int
     extra_data_size: int
     l1_table_offset: int
     l1_size: int

@@ -78,9 +78,13 @@ class SnapshotHeader(NamedTuple):
 
 
 class SnapshotMeasure(NamedTuple):
-    """The size of an entry and of its extra data in bytes, and the place of its L1 table."""
+    """The sizes in bytes of an entry, its padding and its extra data; the place of its L1 table.
+
+    The padding is a part of the entry. QEMU does not write the padding of the last entry.
+    """
 
     size: int
+    padding_size: int
     extra_data_size: int
     l1_table_offset: int
     l1_size: int
@@ -92,7 +96,7 @@ def measure_entry(head: bytes) -> SnapshotMeasure:
     extra = fields["extra_data_size"]
     tail = extra + fields["id_str_size"] + fields["name_size"]
     size = HEAD_LENGTH + align_up(tail, 8)
-    return SnapshotMeasure(size, extra, fields["l1_table_offset"], fields["l1_size"])
+    return SnapshotMeasure(size, -tail % 8, extra, fields["l1_table_offset"], fields["l1_size"])
 
 
 def parse_snapshot_table(data: bytes, nb_snapshots: int, offset: int) -> tuple[SnapshotHeader, ...]:

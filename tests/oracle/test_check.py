@@ -213,6 +213,16 @@ def compare(base: Path, folder: Path, seed: int, count: int) -> Counter[int]:
     return ends
 
 
+@pytest.mark.parametrize("name", ["a", "abcdefgh", "a longer name of a snapshot"])
+def test_a_snapshot_table_at_the_end_of_the_file(tmp_path: Path, name: str) -> None:
+    """QEMU does not write the padding of the last entry, so the file ends before that."""
+    path = Disk.create(tmp_path / "vm.qcow2", 1 << 20).path
+    for number in range(2):
+        run_ok("qemu-img", "snapshot", "-c", name + str(number), path)
+        assert by_qemu(path).status == 0
+        assert by_us(path).status == 0
+
+
 @pytest.mark.spec("CHECK-2")
 def test_damaged_images(base: Path, tmp_path: Path) -> None:
     ends = compare(base, tmp_path, 0, 40)
