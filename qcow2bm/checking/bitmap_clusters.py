@@ -40,6 +40,8 @@ class BitmapClusters:
         """Reads nothing yet."""
         self._file = file
         self._tables = list(used_by_tables(file, directory))
+        runs = [part.clusters(file.cluster_size) for part in self._tables]
+        self._table_runs = Runs(*np.array(runs, np.int64).reshape(-1, 2).T)
         self._readable = list(readable_entries(file, directory))
         self._starts = np.array([entry.bitmap_table_offset for entry in self._readable], np.int64)
         sizes = np.array([entry.bitmap_table_size for entry in self._readable], np.int64)
@@ -51,14 +53,12 @@ class BitmapClusters:
         Raises:
             StorageError: reading failed.
         """
-        runs = [part.clusters(self._file.cluster_size) for part in self._tables]
-        if runs:
-            references.add_runs(Runs(*np.array(runs, np.int64).T))
+        references.add_runs(self._table_runs)
         for clusters, _, times in self._data():
             references.add_clusters(clusters, times)
 
     def shared_with(self, others: Runs) -> Iterator[SharedCluster]:
-        """Yields what bitmaps share with other clusters, which are joined.
+        """Yields what bitmaps share with others, which are in ascending order and do not overlap.
 
         Of each structure only the first cluster that it shares is yielded.
 
@@ -67,11 +67,10 @@ class BitmapClusters:
         """
         if not others.clusters:
             return
-        for part in self._tables:
-            found = Runs.of(*part.clusters(self._file.cluster_size)).overlaps(others)
-            if found.clusters:
-                cluster = int(found.firsts[0])
-                yield SharedCluster(part.structure, part.bitmap_index, cluster)
+        first_shared = self._table_runs.first_shared(others)
+        for number in np.flatnonzero(first_shared >= 0).tolist():
+            part = self._tables[number]
+            yield SharedCluster(part.structure, part.bitmap_index, int(first_shared[number]))
         shared = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
         for clusters, places, _ in self._data():
             is_shared = others.contain(clusters)
@@ -91,10 +90,10 @@ class BitmapClusters:
         this entry lies: int64[n] each.
         """
         file, size = self._file, np.uint64(self._file.cluster_size)
-        starts, ends, shared = disjoint_pieces(self._starts, self._ends)
+        starts, ends, times = disjoint_pieces(self._starts, self._ends)
         for batch in stored_parts(file, starts, ends).batches():
             words = np.frombuffer(batch.read(file), ">u8").astype(np.uint64)
             is_allocated = (words > 1) & (words & _OFFSET == words) & (words % size == 0)
             used = np.flatnonzero(is_allocated & (words < file.file_size))
             pieces, places = batch.places(ENTRY_LENGTH * used)
-            yield (words[used] // size).astype(np.int64), places, shared[pieces]
+            yield (words[used] // size).astype(np.int64), places, times[pieces]

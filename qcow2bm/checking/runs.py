@@ -57,15 +57,27 @@ class Runs(NamedTuple):
         return int((self.stops - self.firsts).sum())
 
     def contain(self, clusters: Numbers) -> Flags:
-        """Returns which clusters, int64[n], are in these runs, which are joined: bool[n]."""
+        """Returns which clusters, int64[n], are in these runs, bool[n].
+
+        The runs are in ascending order, and no two overlap.
+        """
         places = np.searchsorted(self.firsts, clusters, "right")
         is_inside: Flags = np.append(0, self.stops)[places] > clusters
         return is_inside
 
-    def overlaps(self, others: Runs) -> Runs:
-        """Returns what each run has in common with others, which are joined.
+    def first_shared(self, others: Runs) -> Numbers:
+        """Returns the first cluster of each run that others have, too, int64[n]; -1 if none.
 
-        The result is in the order of these runs.
+        The others are in ascending order, and no two of them overlap.
+        """
+        place = np.searchsorted(others.stops, self.firsts, "right")
+        first = np.append(others.firsts, np.iinfo(np.int64).max)[place]
+        return np.where(first < self.stops, np.maximum(first, self.firsts), -1)
+
+    def overlaps(self, others: Runs) -> Runs:
+        """Returns what each run has in common with others, in the order of these runs.
+
+        The others are in ascending order, and no two of them overlap.
         """
         low = np.searchsorted(others.stops, self.firsts, "right")
         high = np.searchsorted(others.firsts, self.stops, "left")

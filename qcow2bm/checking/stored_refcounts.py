@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcow2bm.checking.listing import Faults, Listing
-from qcow2bm.checking.parts import stored_parts
+from qcow2bm.checking.parts import Parts, stored_parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Numbers, groups
 from qcow2bm.clusters.file import ClusterFile
@@ -32,7 +32,7 @@ _WINDOW = 1 << 18
 
 
 class StoredRefcounts:
-    """The refcount table of an image, and all refcounts that do not lie in holes of the file.
+    """The refcount table of an image, and all refcounts that are not 0.
 
     Attributes:
         order: the base-2 logarithm of the width of a refcount in bits.
@@ -100,7 +100,7 @@ class StoredRefcounts:
         return self._table_offset + ENTRY_LENGTH * number
 
     def _read_blocks(self) -> None:
-        """Reads what the blocks have outside of holes.
+        """Reads what the blocks have outside of holes, and keeps what is not all zeros.
 
         That makes rows: runs of clusters whose refcounts lie one behind the other in `_refcounts`.
         The refcounts of all other clusters are 0.
@@ -108,19 +108,13 @@ class StoredRefcounts:
         starts, first_entries, blocks = np.unique(
             self.places, return_index=True, return_inverse=True
         )
-        parts = stored_parts(self._file, starts, starts + self._file.cluster_size)
-        lengths = parts.lengths * 8 >> self.order
-        self._refcounts: Counts = np.empty(int(lengths.sum()), f"u{max(8, 1 << self.order) // 8}")
-        done = 0
-        for batch in parts.batches():
-            found = parse_refcount_block(bytes(batch.read(self._file)), self.order)
-            self._refcounts[done : done + len(found)] = found
-            done += len(found)
+        parts, self._refcounts = self._read_parts(starts)
+        lengths = parts.lengths * 8 >> self.order  # in refcounts, as all that follows
         # The parts of one block follow one another.
         edges = np.searchsorted(parts.ranges, np.arange(len(starts) + 1))
         is_again = np.ones(len(blocks), bool)
         is_again[first_entries] = False
-        sizes = np.diff(np.append(0, np.cumsum(lengths))[edges])[blocks]  # in refcounts
+        sizes = np.diff(np.append(0, np.cumsum(lengths))[edges])[blocks]
         is_left_out = is_again & (np.cumsum(sizes * is_again) > MAX_SHARED_REFCOUNTS)
         rows = np.where(is_left_out, 0, np.diff(edges)[blocks])  # of each entry
         entries = np.repeat(np.arange(len(blocks)), rows)
@@ -129,6 +123,24 @@ class StoredRefcounts:
         within = (parts.starts - starts[parts.ranges]) * 8 >> self.order
         firsts = self.numbers[entries] * self.per_block + within[part]
         self._set_rows(firsts, lengths[part], (np.cumsum(lengths) - lengths)[part])
+
+    def _read_parts(self, starts: Numbers) -> tuple[Parts, Counts]:
+        """Reads the blocks at some host offsets, int64[n], as far as they are not zeros.
+
+        Returns the parts of the blocks that are not, and their refcounts one behind the other.
+        """
+        stored = stored_parts(self._file, starts, starts + self._file.cluster_size)
+        parts = [Parts(*np.zeros((3, 0), np.int64))]
+        found: list[Counts] = [np.zeros(0, f"u{max(8, 1 << self.order) // 8}")]
+        for batch in stored.batches():
+            data = parse_refcount_block(bytes(batch.read(self._file)), self.order)
+            refcounts: Counts = np.asarray(data)
+            lengths = batch.lengths * 8 >> self.order
+            is_used = np.maximum.reduceat(refcounts, np.cumsum(lengths) - lengths) > 0
+            parts.append(Parts(*(column[is_used] for column in batch)))
+            found.append(refcounts[np.repeat(is_used, lengths)])
+        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Parts(*columns), np.concatenate(found)
 
     def _set_rows(self, firsts: Numbers, lengths: Numbers, begins: Numbers) -> None:
         """Sets the rows: first clusters, lengths, and places in `_refcounts`, int64[n] each.
@@ -163,7 +175,8 @@ class StoredRefcounts:
             only = int(np.searchsorted(self._firsts, clusters.min(), "right")) - 1
             if only >= 0 and clusters.max() < self._stops[only]:  # one row has all
                 place = self._begins[only] - self._firsts[only]
-                return self._refcounts[clusters + place].astype(np.uint64)
+                same: NDArray[np.uint64] = self._refcounts[clusters + place].astype(np.uint64)
+                return same
         found = np.zeros(len(clusters), np.uint64)
         row = np.searchsorted(self._firsts, clusters, "right") - 1
         is_stored = row >= 0

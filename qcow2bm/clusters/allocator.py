@@ -125,7 +125,7 @@ class Allocator:
         self._cluster_size = file.cluster_size
         self._name = file.storage.name
         self.refcounts = Refcounts(file)
-        self._taken = taken if isinstance(taken, JoinedRuns) else JoinedRuns(taken)
+        self._taken = taken if isinstance(taken, JoinedRuns) else JoinedRuns.of(taken)
         self._near = near // self.refcounts.per_block
         self._limit = (capacity or _MAX_CLUSTER_END) // file.cluster_size
         self._can_grow = capacity is None

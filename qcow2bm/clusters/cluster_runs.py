@@ -18,30 +18,33 @@ class JoinedRuns:
     There can be millions, so the runs are kept as bare numbers.
     """
 
-    def __init__(self, runs: Iterable[Run], joined: tuple[bytes, bytes] = (b"", b"")) -> None:
-        """Sorts and joins runs; or takes ``joined`` ones: firsts and stops, uint64[n] each."""
-        some = join_runs(runs)
-        self._firsts = array("Q", (first for first, _ in some))
-        self._stops = array("Q", (stop for _, stop in some))
-        for numbers, side in zip((self._firsts, self._stops), joined, strict=True):
-            numbers.frombytes(side)
+    def __init__(self, firsts: array[int], stops: array[int]) -> None:
+        """Takes the first cluster of each run and the one behind its last, uint64[n] each."""
+        self._firsts = firsts
+        self._stops = stops
+
+    @classmethod
+    def of(cls, runs: Iterable[Run]) -> JoinedRuns:
+        """Sorts and joins runs."""
+        joined = join_runs(runs)
+        firsts, stops = (array("Q", (run[side] for run in joined)) for side in (0, 1))
+        return cls(firsts, stops)
 
     @classmethod
     def of_ranges(cls, starts: array[int], ends: array[int], cluster_size: int) -> JoinedRuns:
         """Returns the clusters of ranges of host bytes, uint64[n], that are whole clusters."""
         if len(starts) < _NUMPY_PAYS:
             ranges = zip(starts, ends, strict=True)
-            return cls((start // cluster_size, end // cluster_size) for start, end in ranges)
+            return cls.of((start // cluster_size, end // cluster_size) for start, end in ranges)
         import numpy as np
 
         order = np.argsort(np.frombuffer(starts, np.uint64), kind="stable")
         firsts, stops = (np.frombuffer(side, np.uint64)[order] for side in (starts, ends))
         reach = np.maximum.accumulate(stops)
         is_first = np.append(True, firsts[1:] > reach[:-1])
-        is_last = np.append(is_first[1:], True)
+        sides = firsts[is_first], reach[np.append(is_first[1:], True)]
         size = np.uint64(cluster_size)
-        sides = (firsts[is_first] // size).tobytes(), (reach[is_last] // size).tobytes()
-        return cls((), joined=sides)
+        return cls(*(array("Q", (side // size).tobytes()) for side in sides))
 
     def __iter__(self) -> Iterator[Run]:
         """Yields the runs."""
@@ -52,8 +55,9 @@ class JoinedRuns:
         place = bisect_right(self._firsts, cluster) - 1
         return place >= 0 and cluster < self._stops[place]
 
-    def __len__(self) -> int:
-        """How many clusters they have."""
+    @property
+    def clusters(self) -> int:
+        """How many clusters the runs have."""
         return sum(self._stops) - sum(self._firsts)
 
     @property

@@ -189,7 +189,7 @@ class GuestMap:
         elif is_exhaustive:
             leads = self._l1_leads()
             tables = map(self._parse, self._l2_tables(leads))
-        wanted = runs if isinstance(runs, JoinedRuns) else JoinedRuns(runs)
+        wanted = runs if isinstance(runs, JoinedRuns) else JoinedRuns.of(runs)
         found = _Matches(wanted, self._bits)
         for offset in leads:
             found.add_numbers(self._covered(offset))
@@ -241,7 +241,7 @@ class _Matches:
         self._bits = cluster_bits
         self._wanted: set[int] | JoinedRuns = wanted
         self._offsets: set[int] | None = None
-        if len(wanted) <= _FEW_CLUSTERS:
+        if wanted.clusters <= _FEW_CLUSTERS:
             self._wanted = {number for first, stop in wanted for number in range(first, stop)}
             self._offsets = {number << cluster_bits for number in self._wanted} - {0}
 

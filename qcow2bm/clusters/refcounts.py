@@ -76,6 +76,10 @@ class Refcounts:
         """Whether the refcount block with the number ``index`` exists."""
         return index < len(self._table) and self._table[index] != 0
 
+    def place(self, index: int) -> int:
+        """Returns the host offset of a block that exists."""
+        return self._table[index]
+
     def blocks(self) -> list[int]:
         """Returns the numbers of all refcount blocks, ascending."""
         return [number for number, word in enumerate(self._table) if word]
@@ -190,10 +194,15 @@ class Refcounts:
 
     def _end(self, blocks: Sequence[int]) -> int:
         """Returns what `end` returns, if only some blocks, which are ascending, are looked at."""
+        zeroes: set[int] = set()  # the host offsets of blocks, to which several entries may lead
         for index in reversed(blocks):
+            if self._table[index] in zeroes and index not in self._blocks:
+                continue
             block = self._blocks[index] if index in self._blocks else self.read_block(index)
             if data := block.tobytes().rstrip(b"\0"):
                 return index * self.per_block + ceil_div(len(data), block.itemsize)
+            if index not in self._blocks:
+                zeroes.add(self._table[index])
         return 0
 
     def add_block(self, index: int, cluster: int) -> None:

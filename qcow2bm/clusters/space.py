@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from qcow2bm.clusters.file import ClusterFile
@@ -41,7 +41,7 @@ def file_space(
 ) -> FileSpace:
     """Returns the used part of a file; the caller holds the locks of ``file``.
 
-    With ``count_free`` all refcount blocks are read, and numpy is loaded.
+    With ``count_free`` all refcount blocks are read that are no holes, and numpy is loaded.
 
     Raises:
         StorageError: reading failed.
@@ -50,8 +50,9 @@ def file_space(
         return FileSpace(None, None)
     try:
         refcounts = Refcounts(file)
-        end = _end(refcounts, file, None if count_free else _END_BYTES)
-        used = _used(refcounts, file) if count_free else None
+        blocks = _Blocks(refcounts, file, skip_holes=count_free)
+        end = blocks.end(None if count_free else _END_BYTES)
+        used = blocks.count_used() if count_free else None
     except (FormatError, LimitError):
         return FileSpace(None, None)
     free = None if end is None or used is None else end - used
@@ -59,35 +60,60 @@ def file_space(
     return FileSpace(end and end * size, free and free * size)
 
 
-def _blocks(refcounts: Refcounts, file: ClusterFile) -> Iterator[tuple[int, array[int]]]:
-    """Yields the refcounts of the file's clusters by blocks, the last block first.
+class _Blocks:
+    """The refcount blocks that count clusters of the file.
 
-    With each block comes the number of its first cluster.
+    Several entries of the refcount table may lead to one block, by mistake. What is known of it is
+    not found out again.
     """
-    clusters = ceil_div(file.file_size, file.cluster_size)
-    for index in reversed(refcounts.blocks()):
-        first = index * refcounts.per_block
-        if first < clusters:
-            yield first, refcounts.read_block(index)[: clusters - first]
 
+    def __init__(self, refcounts: Refcounts, file: ClusterFile, *, skip_holes: bool) -> None:
+        """With ``skip_holes``, blocks that are holes of the file are left out."""
+        self._refcounts = refcounts
+        self._clusters = ceil_div(file.file_size, file.cluster_size)
+        self._block_bytes = file.cluster_size
+        blocks = refcounts.stored_blocks() if skip_holes else refcounts.blocks()
+        self._indexes = [n for n in blocks if n * refcounts.per_block < self._clusters]
 
-def _end(refcounts: Refcounts, file: ClusterFile, limit_bytes: int | None) -> int | None:
-    """Returns the number of the cluster behind the last one in use.
+    def _read(self, index: int) -> array[int]:
+        """Returns the refcounts that a block has of clusters of the file."""
+        return self._refcounts.read_block(index)[: self._clusters - self._first(index)]
 
-    None if ``limit_bytes`` of refcount blocks have been read, and have nothing but zeros.
-    """
-    done = 0
-    for first, block in _blocks(refcounts, file):
-        if data := block.tobytes().rstrip(b"\0"):
-            return first + ceil_div(len(data), block.itemsize)
-        done += file.cluster_size
-        if limit_bytes is not None and done >= limit_bytes:
-            return None
-    return 0
+    def _first(self, index: int) -> int:
+        return index * self._refcounts.per_block
 
+    def _is_whole(self, index: int) -> bool:
+        """Whether all clusters that a block counts are in the file."""
+        return self._first(index + 1) <= self._clusters
 
-def _used(refcounts: Refcounts, file: ClusterFile) -> int:
-    """Returns how many clusters are in use."""
-    import numpy as np
+    def end(self, limit_bytes: int | None) -> int | None:
+        """Returns the number of the cluster behind the last one in use.
 
-    return sum(int(np.count_nonzero(block)) for _, block in _blocks(refcounts, file))
+        None if ``limit_bytes`` of refcount blocks have been read, and have nothing but zeros.
+        """
+        zeroes: set[int] = set()  # the host offsets of blocks
+        for index in reversed(self._indexes):
+            place = self._refcounts.place(index)
+            if place in zeroes:
+                continue
+            block = self._read(index)
+            if data := block.tobytes().rstrip(b"\0"):
+                return self._first(index) + ceil_div(len(data), block.itemsize)
+            if self._is_whole(index):
+                zeroes.add(place)
+            if limit_bytes is not None and self._block_bytes * len(zeroes) >= limit_bytes:
+                return None
+        return 0
+
+    def count_used(self) -> int:
+        """Returns how many clusters are in use."""
+        import numpy as np
+
+        counts: dict[int, int] = {}  # of whole blocks, by host offset
+        total = 0
+        for index in self._indexes:
+            place = self._refcounts.place(index)
+            if place not in counts or not self._is_whole(index):
+                counts[place] = int(np.count_nonzero(self._read(index)))
+            total += counts[place]
+        return total
