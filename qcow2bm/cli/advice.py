@@ -9,12 +9,14 @@ the file system has room for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2bm import Bitmap, Image, ImageLockedError, Problem, Qcow2BmError, open
+from qcow2bm import Bitmap, Image, ImageLockedError, NoRoomError, Problem, Qcow2BmError, open
 from qcow2bm.cli.images import find, new_name, words_of
-from qcow2bm.cli.output import command_line, count, quoted
+from qcow2bm.cli.output import command_line, count, quoted, size
 from qcow2bm.cli.terminal import paint, print_text
 
 if TYPE_CHECKING:
@@ -29,8 +31,14 @@ _IS_FULL = "the next incremental backup saves the whole disk"
 _MOST_NAMED = 4
 _MOST_REMADE = 16
 _GRANULARITIES = [1 << bits for bits in range(9, 32)]
-_CORRUPT = 1
-"""The number of the incompatible feature bit."""
+_CORRUPT, _LAST_KNOWN = 1, 4
+"""Numbers of incompatible feature bits."""
+
+_PASSED_ON = "/dev/fd/", "/dev/std", "/proc/"
+"""Paths that mean another file in the next process."""
+
+_UNDO_OVERHEAD = 64 << 10
+_MAX_FILE_NAME = 255
 
 
 class NextCommand(NamedTuple):
@@ -47,10 +55,12 @@ class Advice(NamedTuple):
         why: one line for people; empty if there is nothing to do.
         commands: are to be run in this order, each only if the one before it succeeded. There is
             none if no command helps; ``why`` then says what does.
+        forbids_start: whether no VM can be started on the image before that is done.
     """
 
     why: str = ""
     commands: tuple[NextCommand, ...] = ()
+    forbids_start: bool = False
 
     @property
     def as_json(self) -> list[Argv]:
@@ -58,9 +68,21 @@ class Advice(NamedTuple):
         return [command.argv for command in self.commands]
 
 
+class _NoRoomError(Exception):
+    """A command that would help has no room; ``missing`` is how many bytes are to be freed."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(missing)
+        self.missing = missing
+
+
 ASK_THE_VM = Advice(
     "another process writes to the image: if that process is a VM, ask the VM with the QMP command "
     "query-block, and look again when it is off"
+)
+END_THE_READER = Advice(
+    "another process reads the image, perhaps as the backing file of another disk, so nothing can "
+    "write to it: end that process, and look again"
 )
 
 
@@ -85,17 +107,29 @@ def advise(image: Image, path: str, problems: Sequence[Problem]) -> Advice:
         path: its file, as it was given.
         problems: the problems that are known of it.
     """
+    path = spelled(path)
     serious = [found for found in problems if found.is_serious]
     outdated = [b for b in _bitmaps(image) if b.status in ("inconsistent", "stale")]
     if not serious and not outdated and not _is_marked_corrupt(image):
         return Advice()
-    if image.use_by_another_process() == "writer":
-        return ASK_THE_VM
+    found = _with_use(image, path, lambda: _advise(image, path, serious, outdated))
+    is_refused = any(problem.severity == "refused" for problem in serious)
+    return _printable(path, found)._replace(forbids_start=is_refused or _is_marked_corrupt(image))
+
+
+def _with_use(image: Image, path: str, find: Callable[[], Advice]) -> Advice:
+    """Returns what is found, or why nothing can be written to the image."""
+    use = image.use_by_another_process()
+    if use in ("writer", "reader"):
+        return ASK_THE_VM if use == "writer" else END_THE_READER
+    if not os.access(path, os.W_OK):
+        return Advice("the image is to be changed, but this user cannot write to it")
     try:
-        found = _advise(image, path, serious, outdated)
+        return find()
     except ImageLockedError:
         return ASK_THE_VM
-    return _printable(found)
+    except _NoRoomError as error:
+        return Advice(f"the image is to be changed: free {size(error.missing)} for that first")
 
 
 def advise_anew(path: str) -> Advice:
@@ -124,9 +158,11 @@ def _advise(
         repairing = _repair(path)
         if repairing:
             return Advice("the metadata can be repaired", (repairing,))
+        if any(found.bit > _LAST_KNOWN for found in image.features("incompatible")):
+            return Advice("the image has features that are unknown here: use a newer program")
         return Advice(f"no command of qcow2bm repairs that: {_BY_HAND}")
     if outdated:
-        why = f"writes may be missing from {_listed(b.name for b in outdated)}"
+        why = f"writes may be missing from {_some([quoted(b.name) for b in outdated])}"
         salvaging = _salvage_all(image, path)
         if salvaging:
             return Advice(why, (salvaging,))
@@ -149,6 +185,7 @@ _BY_HAND = (
 
 
 def _is_marked_corrupt(image: Image) -> bool:
+    """Whether the image has the corrupt bit, with which QEMU only reads it."""
     return any(found.bit == _CORRUPT for found in image.features("incompatible"))
 
 
@@ -166,7 +203,7 @@ def _fit_all(image: Image, path: str) -> NextCommand | None:
             if not image.bitmaps[name].in_use:
                 edit.fit(name)
 
-    if not _has_room(path, _try(image, operate)):
+    if not _is_possible(path, image.file_size, _try(image, operate)):
         return None
     return NextCommand(_argv("fit", path, options=["--all"]))
 
@@ -178,7 +215,7 @@ def _salvage_all(image: Image, path: str) -> NextCommand | None:
         for name in names:
             edit.salvage(name)
 
-    if not _has_room(path, _try(image, operate)):
+    if not _is_possible(path, image.file_size, _try(image, operate)):
         return None
     argv = _argv("salvage", path, options=["--all", "--all-dirty"])
     return NextCommand(argv, _IS_FULL if len(names) == 1 else f"{_IS_FULL}, by each of them")
@@ -199,20 +236,22 @@ def _repair(path: str, *, is_whole: bool = False) -> NextCommand | None:
         raise
     except Qcow2BmError:
         return None
-    if not _has_room(path, planned.plan) or (is_whole and planned.left):
+    undo = _undo_file(path)
+    beside = planned.plan.length + _UNDO_OVERHEAD if undo else 0
+    size_bytes = os.path.getsize(path)
+    if (is_whole and planned.left) or not _is_possible(path, size_bytes, planned.plan, beside):
         return None
     costs = []
     if planned.lost:
         lost = [lost.name for lost in planned.lost if lost.name is not None]
-        named = _listed(lost) if lost else "bitmaps whose names are not known"
+        named = _all(lost) if lost else "bitmaps whose names are not known"
         each = "it" if len(lost) == 1 == len(planned.lost) else "each"
         costs.append(f"drops {named}, so the next backup by {each} must be a full one")
     if planned.renamed:
         pairs = [f"{quoted(old)} to {quoted(new)}" for old, new in planned.renamed]
-        costs.append(f"renames {_some(pairs)}")
+        costs.append(f"renames {', '.join(pairs)}")
     if planned.left:
         costs.append(f"{count(len(planned.left), 'problem')} will be left")
-    undo = _undo_file(path)
     options = ["--undo", undo] if undo else ["--no-undo"]
     if not undo:
         costs.append("it cannot be taken back")
@@ -224,30 +263,45 @@ def _undo_file(path: str) -> str | None:
     folder = os.path.dirname(path) or "."
     if not os.path.isfile(path) or not os.access(folder, os.W_OK):
         return None
-    names = (f"{path}.undo", *(f"{path}.undo{number}" for number in range(2, 100)))
+    stem = path if len(os.fsencode(os.path.basename(path))) < _MAX_FILE_NAME - 8 else "image"
+    names = (f"{stem}.undo", *(f"{stem}.undo{number}" for number in range(2, 100)))
     return next((name for name in names if not os.path.lexists(name)), None)
 
 
 def _by_qemu(image: Image, path: str, why: str) -> Advice:
     """Returns what QEMU's own tools do about it, and how to make again what they drop."""
+    bitmaps = list(_bitmaps(image))
+    dropped = [] if image.is_consistent else [entry.name or "" for entry in image.directory]
+    loss = f"QEMU drops {_all(dropped)}" if dropped else ""
     if image.header.crypt_method:
-        return Advice(f"{why}: repair the disk with qemu-img check -r all, giving it the secret")
+        also = f"; {loss} by it" if loss else ""
+        return Advice(f"{why}: repair it with qemu-img check -r all, giving it the secret{also}")
+    missing = _missing_file(image, path)
+    if missing is not None:
+        return Advice(f"{why}: put the file {quoted(missing)} back first, which it names")
     repairing = ["qemu-img", "check", "-r", "all", path]
     first = [repairing]
     if image.version < 3:
         has_faults = any(found.is_fault for found in image.check().problems)
         first = [["qemu-img", "amend", "-o", "compat=1.1", path], *[repairing] * has_faults]
-    bitmaps = list(_bitmaps(image))
-    if image.is_consistent or not bitmaps:
+    if not dropped:
         return Advice(why, tuple(map(NextCommand, first)))
     remade = _remakeable(bitmaps)
-    cost = f"QEMU drops {_listed(b.name for b in bitmaps)}"
     if remade:
-        which = "the same ones" if len(remade) == len(bitmaps) else _listed(b.name for b in remade)
-        cost += f"; the commands below make {which} anew, all dirty: {_IS_FULL}"
+        loss += f"; the commands below make {_all(b.name for b in remade)} anew, all dirty: "
+        loss += _IS_FULL
     making = (command for bitmap in remade for command in _remake(bitmap, path))
     more = map(NextCommand, first[1:])
-    return Advice(why, (NextCommand(first[0], cost), *more, *making))
+    return Advice(why, (NextCommand(first[0], loss), *more, *making))
+
+
+def _missing_file(image: Image, path: str) -> str | None:
+    """Returns the name of a backing file or data file that is a plain path and does not exist."""
+    for name in (image.backing_file, image.data_file):
+        is_plain = name is not None and ":" not in name.partition("/")[0]
+        if is_plain and not os.path.exists(os.path.join(os.path.dirname(path), name or "")):
+            return name
+    return None
 
 
 def _remakeable(bitmaps: Sequence[Bitmap]) -> list[Bitmap]:
@@ -282,24 +336,27 @@ def advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> A
         path: its file, as it was given.
         name: NAME as it was given.
         reason: the reason of the verdict on the bitmap.
-
-    Raises:
-        ImageLockedError: another process writes to the image by now.
     """
+    path = spelled(path)
+    return _printable(
+        path, _with_use(image, path, lambda: _advise_bitmap(image, path, name, reason))
+    )
+
+
+def _advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> Advice:
     word = words_of(image, name)
     if reason == "disabled":
-        return _printable(Advice("", _disabled(image, path, word)))
+        return Advice("", _disabled(image, path, word))
     if reason in ("inconsistent", "stale"):
         plan = _try(image, lambda edit: edit.salvage(find(image, word).name))
-        if _has_room(path, plan):
+        if _is_possible(path, image.file_size, plan):
             argv = _argv("salvage", path, word, options=["--all-dirty"])
-            return _printable(Advice("", (NextCommand(argv, _IS_FULL),)))
-        return _printable(_repair_or_qemu(image, path))
+            return Advice("", (NextCommand(argv, _IS_FULL),))
+        return _repair_or_qemu(image, path)
     if reason == "missing":
-        return _printable(Advice("", _missing(image, path, word)))
+        return Advice("", _missing(image, path, word))
     if reason == "broken":
-        checking = NextCommand(_argv("check", path))
-        return _printable(Advice("", (checking, *_broken(image, path, word))))
+        return Advice("", (NextCommand(_argv("check", path)), *_broken(image, path, word)))
     return Advice()
 
 
@@ -318,7 +375,7 @@ def _disabled(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
         edit.set(found, 0, image.virtual_size)
         edit.enable(found)
 
-    if not _has_room(path, _try(image, operate)):
+    if not _is_possible(path, image.file_size, _try(image, operate)):
         return ()
     return (
         NextCommand(_argv("set", path, word, ALL_OF_THE_DISK), _IS_FULL),
@@ -332,7 +389,7 @@ def _missing(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
         edit.add(added)
         edit.set(added, 0, image.virtual_size)
 
-    if not _has_room(path, _try(image, operate)):
+    if not _is_possible(path, image.file_size, _try(image, operate)):
         return ()
     return (
         NextCommand(_argv("add", path, word)),
@@ -341,7 +398,8 @@ def _missing(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
 
 
 def _broken(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
-    if _has_room(path, _try(image, lambda edit: edit.fit(find(image, word).name))):
+    plan = _try(image, lambda edit: edit.fit(find(image, word).name))
+    if _is_possible(path, image.file_size, plan):
         return (NextCommand(_argv("fit", path, word)),)
     repairing = _repair(path, is_whole=True)
     return (repairing,) if repairing else ()
@@ -355,6 +413,7 @@ def _try(image: Image, operate: Callable[[Edit], None]) -> Plan | None:
 
     Raises:
         ImageLockedError: another process writes to the image by now.
+        _NoRoomError: the image is as large as its device, and has no room.
     """
     try:
         with image.edit(dry_run=True) as edit:
@@ -362,19 +421,38 @@ def _try(image: Image, operate: Callable[[Edit], None]) -> Plan | None:
             return edit.plan()
     except ImageLockedError:
         raise
+    except NoRoomError as error:
+        raise _NoRoomError(error.missing) from error
     except (Qcow2BmError, ValueError):
         return None
 
 
-def _has_room(path: str, plan: Plan | None) -> bool:
-    """Whether a plan changes something, and the file system has room for all that it writes."""
+def _is_possible(path: str, image_size: int, plan: Plan | None, beside: int = 0) -> bool:
+    """Whether there is a plan, and it changes something.
+
+    Args:
+        path: the image.
+        image_size: its size in bytes.
+        plan: what would be written; None if that would fail.
+        beside: how many bytes are written to another file in the same folder.
+
+    Raises:
+        _NoRoomError: the file system has no room for what is written.
+    """
     if plan is None or not plan.steps:
         return False
-    try:
+    status = os.stat(path)
+    if stat.S_ISREG(status.st_mode):  # the plan itself has the limit of a device
+        is_sparse = status.st_blocks * 512 < status.st_size
+        start = 0 if is_sparse else image_size
+        needed = beside + sum(
+            max(0, write.offset + write.length - max(write.offset, start)) for write in plan.writes
+        )
         system = os.statvfs(path)
-    except OSError:
-        return True  # the command will say what is wrong
-    return plan.length <= system.f_bavail * system.f_frsize
+        missing = needed - system.f_bavail * system.f_frsize
+        if missing > 0:
+            raise _NoRoomError(missing)
+    return True
 
 
 def _argv(command: str, *words: str, options: Sequence[str] = ()) -> Argv:
@@ -389,15 +467,34 @@ def _word(name: str) -> str:
     return f"@{name}" if name.startswith("@") else name
 
 
-def _printable(advice: Advice) -> Advice:
-    """Returns the advice; without commands if a word is not the same in JSON and in a shell."""
-    words = (word for command in advice.commands for word in command.argv)
-    return advice if all(map(str.isprintable, words)) else advice._replace(commands=())
+def spelled(path: str) -> str:
+    """Returns a path as no program takes it for an option or for a protocol."""
+    is_odd = path.startswith("-") or ":" in path.partition("/")[0]
+    return f"./{path}" if is_odd else path
 
 
-def _listed(names: Iterator[str] | Sequence[str]) -> str:
-    """Returns names in one line, in quotes; of many only some."""
-    return _some([quoted(name) for name in names])
+def _printable(path: str, advice: Advice) -> Advice:
+    """Returns the advice; without commands if a word of them would not be the same in a shell."""
+    if not advice.commands:
+        return advice
+    words = [word for command in advice.commands for word in command.argv]
+    if all(map(_is_printable, words)) and not path.startswith(_PASSED_ON):
+        return advice
+    why = advice.why or "commands would help"
+    return Advice(f"{why}, but the path or a name cannot be given to a command: use another path")
+
+
+def _is_printable(word: str) -> bool:
+    try:
+        word.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return word.isprintable()
+
+
+def _all(names: Iterable[str]) -> str:
+    """Returns names in one line, in quotes."""
+    return ", ".join(map(quoted, names))
 
 
 def _some(texts: Sequence[str]) -> str:

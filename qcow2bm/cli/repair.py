@@ -17,7 +17,7 @@ from qcow2bm import (
     undo,
 )
 from qcow2bm.cli import files, output
-from qcow2bm.cli.advice import Advice, advise_anew, print_advice
+from qcow2bm.cli.advice import Advice, advise_anew, print_advice, spelled
 from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
 from qcow2bm.cli.messages import CommandError, about, say
 from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted, size
@@ -137,7 +137,7 @@ def _repair(arguments: Arguments) -> int:
     if arguments.output == "json":
         output.print_json(_document(arguments, done, advice))
     else:
-        _print(arguments, done)
+        _print(arguments, done, advice)
         print_advice(advice)
     is_needed = arguments.dry_run and done.plan.steps
     return output.PROBLEMS_FOUND if done.left or is_needed else 0
@@ -167,7 +167,7 @@ def _document(arguments: Arguments, done: Repair, advice: Advice) -> Document:
     }
 
 
-def _print(arguments: Arguments, done: Repair) -> None:
+def _print(arguments: Arguments, done: Repair, advice: Advice) -> None:
     is_done = bool(done.plan.steps) and not arguments.dry_run
     for lost in done.lost:
         print_text(f"{paint('lost', 'lost')}: {_name(lost)} ({lost.reason})")
@@ -192,18 +192,19 @@ def _print(arguments: Arguments, done: Repair) -> None:
         left = f", but {count(len(done.left), 'problem')} left" if done.left else ""
         print(f"repaired{left}")
     if is_done and arguments.undo is not None:
-        line = output.command_line(["qcow2bm", "undo", arguments.image, arguments.undo])
+        line = output.command_line(
+            ["qcow2bm", "undo", *map(spelled, (arguments.image, arguments.undo))]
+        )
         print(f"to take it back: {paint(line, 'command')}")
     if is_done:
-        _print_consequences(done)
+        _print_consequences(done, advice)
 
 
-def _print_consequences(done: Repair) -> None:
+def _print_consequences(done: Repair, advice: Advice) -> None:
     """Prints whether a VM can be started now, and which backups must be full ones."""
-    if any(found.severity == "refused" for found in done.problems) and not any(
-        found.severity == "refused" for found in done.left
-    ):
-        print("QEMU opens the image now, so the VM can be started")
+    was_refused = any(found.severity == "refused" for found in done.problems)
+    if was_refused and not advice.forbids_start:
+        print("QEMU does not refuse the metadata any more, so the VM can be started")
     for lost in done.lost:
         print_text(f"a full backup is due instead of the next incremental one by {_name(lost)}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -66,16 +68,83 @@ def test_a_path_that_cannot_be_printed_is_not_advised(tmp_path: Path, name: str)
 
 
 @pytest.mark.spec("CLI-42")
-def test_a_command_for_which_there_is_no_room_is_not_advised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("autoclear", [True, False])
+def test_if_there_is_no_room_nothing_is_advised_but_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autoclear: bool
 ) -> None:
+    """Above all not what drops bitmaps that could be salvaged."""
+
     class Full:
         f_bavail, f_frsize = 1, 512
 
-    (tmp_path / "vm.qcow2").write_bytes(image_of(CRASHED).data)
+    data = image_of(CRASHED, autoclear=autoclear).data
+    (tmp_path / "vm.qcow2").write_bytes(data)
     assert advised(run(["check", "vm.qcow2"], tmp_path).out)
     monkeypatch.setattr("os.statvfs", lambda path: Full)
-    assert "salvage" not in run(["check", "vm.qcow2"], tmp_path).out
+    for command in (["check", "vm.qcow2"], ["dump", "vm.qcow2"]):
+        done = run(command, tmp_path)
+        assert advised(done.out) == []
+        assert "the image is to be changed: free " in done.out
+    assert json.loads(run(["verdict", "--json", "vm.qcow2", "crashed"], tmp_path).out)["next"] == []
+
+
+@pytest.mark.spec("CLI-42")
+def test_what_this_user_cannot_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vm.qcow2").write_bytes(image_of(CRASHED).data)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    done = run(["check", "vm.qcow2"], tmp_path)
+    assert advised(done.out) == []
+    assert "this user cannot write to it" in done.out
+
+
+@pytest.mark.spec("CLI-41", "CLI-42")
+@pytest.mark.parametrize("name", ["-r.qcow2", "a:b.qcow2"])
+@pytest.mark.parametrize("fault", ["type", "corrupt bit"])
+def test_a_path_is_not_taken_for_an_option_or_a_protocol(
+    tmp_path: Path, name: str, fault: str
+) -> None:
+    if fault == "type":
+        data = image_of(Stored(b"broken", type=2), SOUND).data
+    else:
+        data = build_image(SOUND, header={"incompatible_features": 2}).data
+    (tmp_path / name).write_bytes(data)
+    ((command, _),) = advised(run(["check", "--", name], tmp_path).out)
+    assert f" ./{name}" in command
+    if fault == "type":
+        done = run(shlex.split(command)[1:], tmp_path)
+        assert done.status == 0
+        (undo,) = re.findall("^to take it back: qcow2bm (.*)$", done.out, re.MULTILINE)
+        assert run(shlex.split(undo), tmp_path).status == 0
+        assert (tmp_path / name).read_bytes() == data
+
+
+@pytest.mark.spec("CLI-41")
+def test_each_bitmap_that_is_dropped_is_named(tmp_path: Path) -> None:
+    names = [f"n{number}" for number in range(7)]
+    bitmaps = (Stored(name.encode(), type=2) for name in names)
+    (tmp_path / "vm.qcow2").write_bytes(build_image(*bitmaps).data)
+    ((_, cost),) = advised(run(["check", "vm.qcow2"], tmp_path).out)
+    assert re.findall('"(n[0-9])"', cost) == names
+
+
+@pytest.mark.spec("CLI-42")
+def test_a_file_that_the_image_names_must_be_there_for_qemu(tmp_path: Path) -> None:
+    built = build_image(SOUND, header={"incompatible_features": 2}, backing_name=b"base.img")
+    (tmp_path / "vm.qcow2").write_bytes(built.data)
+    done = run(["check", "vm.qcow2"], tmp_path)
+    assert advised(done.out) == []
+    assert 'put the file "base.img" back first' in " ".join(done.out.split())
+    (tmp_path / "base.img").touch()
+    assert advised(run(["check", "vm.qcow2"], tmp_path).out)
+
+
+def test_with_the_corrupt_bit_no_vm_can_be_started(tmp_path: Path) -> None:
+    broken = Stored(b"broken", type=2)
+    built = build_image(broken, SOUND, header={"incompatible_features": 2})
+    (tmp_path / "vm.qcow2").write_bytes(built.data)
+    done = run(["repair", "vm.qcow2", "--no-undo"], tmp_path)
+    assert "can be started" not in done.out
+    assert [command for command, _ in advised(done.out)] == ["qemu-img check -r all vm.qcow2"]
 
 
 @pytest.mark.spec("CLI-41")
@@ -127,7 +196,7 @@ def test_after_a_repair_the_user_knows_how_to_go_on(tmp_path: Path) -> None:
     done = run(["repair", "vm.qcow2", "--undo", "vm.undo"], tmp_path)
     assert done.status == 0
     text = " ".join(done.out.split())
-    assert "QEMU opens the image now, so the VM can be started" in text
+    assert "QEMU does not refuse the metadata any more, so the VM can be started" in text
     assert 'a full backup is due instead of the next incremental one by "broken"' in text
     assert "to take it back: qcow2bm undo vm.qcow2 vm.undo" in text
     assert [command for command, _ in advised(done.out)] == [

@@ -52,7 +52,7 @@ def test_what_is_said_of_a_repair_and_of_its_undoing(tmp_path: Path) -> None:
         0,
         f"{lost}\nfreed: 1 KiB (1024 bytes) in leaked clusters\nrepaired\n"
         "to take it back: qcow2bm undo vm.qcow2 'way back'\n"
-        "QEMU opens the image now, so the VM can be started\n"
+        "QEMU does not refuse the metadata any more, so the VM can be started\n"
         'a full backup is due instead of the next incremental one by "daily"\n'
         f"{salvage}",
         "",

@@ -17,7 +17,7 @@ from support.broken_images import broken_images
 from support.console import Result, environment, run
 from support.following import Followed, advised, follow
 from support.problem_images import in_version_2
-from support.qemu import Disk, held_by_storage_daemon, run_ok
+from support.qemu import Disk, StorageDaemon, held_by_storage_daemon, run_ok
 from support.qemu import run as run_tool
 from support.spec_image import Patch, in_header, patched
 from support.twin import KiB, MiB
@@ -158,6 +158,25 @@ def test_while_a_process_writes_to_the_image_no_command_is_advised(
         before = disk.path.read_bytes()
         assert run([command, "vm.qcow2"], tmp_path).status == 1
         assert disk.path.read_bytes() == before
+
+
+@pytest.mark.spec("CLI-42")
+@pytest.mark.parametrize("command", ["dump", "check"])
+def test_while_a_process_reads_the_image_no_command_is_advised(
+    disk: Disk, tmp_path: Path, command: str
+) -> None:
+    """A VM, for example, that has the image as the backing file of its disk."""
+    with StorageDaemon() as daemon:
+        daemon.open(disk, read_only=True)
+        done = run([command, "vm.qcow2"], tmp_path)
+        assert advised(done.out) == []
+        assert "end that process, and look again" in " ".join(done.out.split())
+        salvage = ["salvage", "vm.qcow2", "--all", "--all-dirty"]
+        assert run(salvage, tmp_path).status == 1
+    assert [words for words, _ in advised(run([command, "vm.qcow2"], tmp_path).out)] == [
+        "qcow2bm salvage vm.qcow2 --all --all-dirty"
+    ]
+    assert run(salvage, tmp_path).status == 0
 
 
 @pytest.mark.spec("CLI-44")
