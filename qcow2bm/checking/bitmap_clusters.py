@@ -12,7 +12,7 @@ import numpy as np
 
 from qcow2bm.bitmaps.directory import BitmapDirectory
 from qcow2bm.bitmaps.tables import readable_entries, used_by_tables
-from qcow2bm.checking.parts import disjoint_pieces, stored_parts
+from qcow2bm.checking.parts import Holes, disjoint_pieces, stored_parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Numbers, Runs
 from qcow2bm.clusters.file import ClusterFile
@@ -36,9 +36,10 @@ class BitmapClusters:
     Bitmap tables may overlap, by mistake. Each entry is read once, in whatever tables it lies.
     """
 
-    def __init__(self, file: ClusterFile, directory: BitmapDirectory) -> None:
+    def __init__(self, file: ClusterFile, directory: BitmapDirectory, holes: Holes) -> None:
         """Reads nothing yet."""
         self._file = file
+        self._holes = holes
         self._tables = list(used_by_tables(file, directory))
         runs = [part.clusters(file.cluster_size) for part in self._tables]
         self._table_runs = Runs(*np.array(runs, np.int64).reshape(-1, 2).T)
@@ -91,7 +92,7 @@ class BitmapClusters:
         """
         file, size = self._file, np.uint64(self._file.cluster_size)
         starts, ends, times = disjoint_pieces(self._starts, self._ends)
-        for batch in stored_parts(file, starts, ends).batches():
+        for batch in stored_parts(file, starts, ends, self._holes).batches():
             words = np.frombuffer(batch.read(file), ">u8").astype(np.uint64)
             is_allocated = (words > 1) & (words & _OFFSET == words) & (words % size == 0)
             used = np.flatnonzero(is_allocated & (words < file.file_size))

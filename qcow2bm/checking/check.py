@@ -14,6 +14,7 @@ from qcow2bm.checking.bitmap_clusters import BitmapClusters
 from qcow2bm.checking.differences import Differences
 from qcow2bm.checking.guest import GuestWalk, L1Table
 from qcow2bm.checking.listing import Listing
+from qcow2bm.checking.parts import Holes
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Runs
 from qcow2bm.checking.stored_refcounts import StoredRefcounts
@@ -64,7 +65,7 @@ def check(metadata: Metadata) -> Check:
         StorageError: reading failed.
     """
     with metadata.file.lock():
-        found = Checker(metadata).check
+        found = Checker(metadata, Holes()).check
         metadata.verify()
     return found
 
@@ -81,14 +82,17 @@ class Checker:
         check: what was found.
     """
 
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, holes: Holes) -> None:
         """Reads and counts everything; the caller holds the lock of ``metadata.file``.
+
+        ``holes`` says what is done with L1 tables, L2 tables and bitmap tables in holes.
 
         Raises:
             StorageError: reading failed.
         """
         file = metadata.file
         self._file = file
+        self._holes = holes
         self._directory = metadata.directory
         self._listing = Listing()
         self._tails: dict[tuple[int, int], _Tail] = {}  # by place and length of what counts
@@ -119,7 +123,7 @@ class Checker:
                 walked.append(table)
             elif not table.is_active:  # a fault of the active one is a problem of the header
                 self._listing.add("l1-table.invalid", table.offset, "of a snapshot cannot be one")
-        GuestWalk(self._file, self.disk, self.stored.of, self._listing).walk(walked)
+        GuestWalk(self._file, self.disk, self.stored.of, self._listing, self._holes).walk(walked)
         crypto = self._file.find(extensions.CRYPTO)
         if crypto and len(crypto.data) == extensions.CRYPTO_LENGTH:
             place = extensions.parse_crypto_header(crypto.data)
@@ -148,7 +152,7 @@ class Checker:
 
     def _walk_bitmaps(self) -> None:
         if self._directory.is_consistent:
-            clusters = BitmapClusters(self._file, self._directory)
+            clusters = BitmapClusters(self._file, self._directory, self._holes)
             clusters.count(self.others)
             self._report_overlaps(clusters)
             for entry in readable_entries(self._file, self._directory):

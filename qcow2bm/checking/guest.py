@@ -14,7 +14,7 @@ import numpy as np
 from qcow2bm.checking.cluster_counts import ClusterCounts
 from qcow2bm.checking.l2_entries import L2Entries, RefcountsOf, Words
 from qcow2bm.checking.listing import Faults, Listing
-from qcow2bm.checking.parts import disjoint_pieces, stored_parts
+from qcow2bm.checking.parts import Holes, disjoint_pieces, stored_parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Flags, Numbers, Runs
 from qcow2bm.clusters.file import ClusterFile
@@ -49,10 +49,16 @@ class GuestWalk:
     """
 
     def __init__(
-        self, file: ClusterFile, references: References, refcounts: RefcountsOf, listing: Listing
+        self,
+        file: ClusterFile,
+        references: References,
+        refcounts: RefcountsOf,
+        listing: Listing,
+        holes: Holes,
     ) -> None:
         """``refcounts`` returns stored refcounts, with which copied bits are compared."""
         self._file = file
+        self._holes = holes
         self._references = references
         self._refcounts = refcounts
         self._listing = listing
@@ -109,7 +115,7 @@ class GuestWalk:
         starts = np.array([table.offset for table in tables], np.int64)
         ends = np.array([table.end for table in tables], np.int64)
         starts, ends, shared = disjoint_pieces(starts, ends)
-        for batch in stored_parts(self._file, starts, ends).batches():
+        for batch in stored_parts(self._file, starts, ends, self._holes).batches():
             words = np.frombuffer(batch.read(self._file), ">u8").astype(np.uint64)
             used = np.flatnonzero(words)
             pieces, places = batch.places(L1_ENTRY_LENGTH * used)
@@ -162,7 +168,8 @@ class GuestWalk:
     def _walk_l2_tables(self, clusters: Numbers, times: Numbers, *, is_active: bool) -> None:
         """Counts the references of the L2 tables in some clusters, each ``times`` times."""
         starts = clusters << self._bits
-        parts = stored_parts(self._file, starts, starts + self._file.cluster_size)
+        ends = starts + self._file.cluster_size
+        parts = stored_parts(self._file, starts, ends, self._holes)
         for batch in parts.batches():
             self._l2_entries.count(batch, starts, times, is_active=is_active)
 

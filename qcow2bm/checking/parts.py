@@ -98,15 +98,36 @@ def disjoint_pieces(starts: Numbers, ends: Numbers) -> tuple[Numbers, Numbers, N
     return places[:-1][is_used], places[1:][is_used], times[is_used]
 
 
-def stored_parts(file: ClusterFile, starts: Numbers, ends: Numbers) -> Parts:
+class Holes:
+    """What is done with the holes of a file.
+
+    Attributes:
+        are_read: whether they are read, because the storage may be wrong about them.
+        nb_bytes: how many bytes of ranges were not read so far, because they are in holes.
+    """
+
+    def __init__(self, *, are_read: bool = False) -> None:
+        self.are_read = are_read
+        self.nb_bytes = 0
+
+
+def stored_parts(file: ClusterFile, starts: Numbers, ends: Numbers, holes: Holes) -> Parts:
     """Returns the parts of ranges that are in no hole of the file, in whole sectors.
 
-    ``starts`` and ``ends`` are host bytes, int64[n], in any order. No two ranges overlap. Each
-    begins with a sector.
+    ``starts`` and ``ends`` are host bytes, int64[n], in any order. No two ranges overlap, and they
+    begin in the file.
 
     Raises:
         StorageError: the storage could not be asked.
     """
+    if holes.are_read:
+        return Parts(np.arange(len(starts)), starts, ends)
+    found = _outside_of_holes(file, starts, ends)
+    holes.nb_bytes += int((ends - starts).sum() - found.lengths.sum())
+    return found
+
+
+def _outside_of_holes(file: ClusterFile, starts: Numbers, ends: Numbers) -> Parts:
     order = np.argsort(starts, kind="stable")
     starts, ends = starts[order], ends[order]
     found = []

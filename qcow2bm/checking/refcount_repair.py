@@ -14,6 +14,7 @@ from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.checking.bitmap_clusters import BitmapClusters
 from qcow2bm.checking.check import Checker
 from qcow2bm.checking.findings import Findings
+from qcow2bm.checking.parts import Holes
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Numbers, Runs
 from qcow2bm.checking.stored_refcounts import Counts, StoredRefcounts
@@ -22,6 +23,9 @@ from qcow2bm.format.refcounts import build_refcount_block
 from qcow2bm.problem_kinds import BITMAPS_GONE
 from qcow2bm.problems import REFUSED, UNUSABLE
 from qcow2bm.units import ceil_div
+
+MAX_HOLE_BYTES = 64 << 20
+"""The limit for the bytes of tables in holes that are read before clusters are freed."""
 
 
 def can_set_refcounts(earlier: Sequence[Findings], now: Findings) -> bool:
@@ -53,18 +57,24 @@ def refcount_writes(metadata: Metadata) -> list[Write]:
 
     Leaked clusters are freed, except those that a stale bitmaps extension names: they are the
     last trace of its bitmaps. The refcount of a cluster that the disk does not use is set to the
-    number of references. Returns nothing if a reference could not be followed.
+    number of references. Returns nothing if a reference could not be followed. Nothing is freed if
+    so many tables seem to lie in holes that reading them would take too long.
 
     Raises:
         StorageError: reading failed.
     """
-    checker = Checker(metadata)
+    holes = Holes()
+    checker = Checker(metadata, holes)
+    # If the storage is wrong about a hole, clusters to which a table there leads look like leaks.
+    can_free = holes.nb_bytes <= MAX_HOLE_BYTES
+    if holes.nb_bytes and can_free:
+        checker = Checker(metadata, Holes(are_read=True))
     if not checker.check.is_complete:
         return []
     file, stored = metadata.file, checker.stored
     stale = References(file)
     if metadata.directory.extension and not metadata.directory.is_consistent:
-        BitmapClusters(file, metadata.directory).count(stale)
+        BitmapClusters(file, metadata.directory, Holes(are_read=can_free)).count(stale)
     end = max(checker.disk.clusters, checker.others.clusters)
     limit = (1 << (1 << stored.order)) - 1
     writes: list[Write] = []
@@ -79,7 +89,7 @@ def refcount_writes(metadata: Metadata) -> list[Write]:
         part = wanted[: stop - first]
         # Where the disk uses a cluster, L1 and L2 entries may have to change, too: only QEMU
         # does that.
-        is_leak = (part > used) & (named == 0) & (disk == 0)
+        is_leak = (part > used) & (named == 0) & (disk == 0) & can_free
         is_low = (part < used) & (disk == 0) & (used <= limit)
         part[is_leak | is_low] = used[is_leak | is_low]
         writes += _sectors(stored, entry, np.flatnonzero(wanted != block), wanted)
@@ -107,8 +117,9 @@ def undercounted_bitmaps(metadata: Metadata) -> frozenset[int]:
     Raises:
         StorageError: reading failed.
     """
-    too_low = Checker(metadata).differences.too_low
-    clusters = BitmapClusters(metadata.file, metadata.directory)
+    holes = Holes()
+    too_low = Checker(metadata, holes).differences.too_low
+    clusters = BitmapClusters(metadata.file, metadata.directory, holes)
     found = {shared.bitmap_index for shared in clusters.shared_with(too_low)}
     return frozenset(index for index in found if index is not None)
 

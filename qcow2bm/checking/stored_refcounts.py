@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcow2bm.checking.listing import Faults, Listing
-from qcow2bm.checking.parts import Parts, stored_parts
+from qcow2bm.checking.parts import Holes, Parts, stored_parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Numbers, groups
 from qcow2bm.clusters.file import ClusterFile
@@ -129,7 +129,8 @@ class StoredRefcounts:
 
         Returns the parts of the blocks that are not, and their refcounts one behind the other.
         """
-        stored = stored_parts(self._file, starts, starts + self._file.cluster_size)
+        ends = starts + self._file.cluster_size
+        stored = stored_parts(self._file, starts, ends, Holes())
         parts = [Parts(*np.zeros((3, 0), np.int64))]
         found: list[Counts] = [np.zeros(0, f"u{max(8, 1 << self.order) // 8}")]
         for batch in stored.batches():

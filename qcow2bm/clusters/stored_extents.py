@@ -32,12 +32,12 @@ def stored_extents(
 ) -> Iterator[StoredExtent]:
     """Yields the extents of a file that are in no hole, as far as any range reaches into them.
 
-    The extents are whole sectors, in ascending order. The storage is asked at most twice for each
-    extent, or for each range if there are fewer ranges.
+    The extents are whole sectors, in ascending order. The storage is asked at most three times for
+    each extent of the file, and extents in which no range lies are skipped.
 
     Args:
         file: the image.
-        starts: the first bytes of the ranges, ascending, each at the start of a sector.
+        starts: the first bytes of the ranges, ascending.
         ends: the bytes behind the ranges, of which no two overlap.
 
     Raises:
@@ -46,10 +46,10 @@ def stored_extents(
     number = position = 0
     while number < len(starts):
         position = max(position, int(starts[number]))
-        start = file.next_data(position) // _SECTOR * _SECTOR
-        if start >= file.file_size:
+        data = file.next_data(position)
+        if data >= file.file_size:
             return
-        start = max(start, position)
+        start = max(data // _SECTOR * _SECTOR, position)
         number = bisect_right(ends, start, number)
         if number < len(starts) and starts[number] <= start:
             end = align_up(max(file.next_hole(start), start + 1), _SECTOR)

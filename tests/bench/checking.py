@@ -9,9 +9,10 @@ rounds are compared: times depend on the machine and its load, ratios hardly do.
 machine are in README.md, "Measured".
 
 The image is of a disk of 16 TiB, of which 10 GiB are allocated, with a bitmap of 32 MiB that is
-random. Two raw files of 4 GiB are compared as `salvage --compare` does: equal, full of random
-bytes, in the page cache if there is room for them; one also as a qcow2 image. Needs qemu-utils,
-and 13 GB in the folder for temporary files.
+random. Then come sparse images of less than 1 MB that claim much, which are made by
+tests/support/sparse_images.py. Two raw files of 4 GiB are compared as `salvage --compare` does:
+equal, full of random bytes, in the page cache if there is room for them; one also as a qcow2 image.
+Needs qemu-utils, and 13 GB in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from statistics import median
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support.sparse_images import IMAGES  # noqa: E402
 
 import qcow2bm  # noqa: E402
 from qcow2bm.compare.content import Content, RawContent  # noqa: E402
@@ -41,6 +44,11 @@ from qcow2bm.storage.file import FileStorage  # noqa: E402
 
 DISK, ALLOCATED, GRANULARITY = 16 << 40, "10G", 64 << 10
 COMPARED = 4 << 30
+SPARSE = (
+    "20,000 refcount blocks in holes",
+    "clusters of the disk that are far apart",
+    "an L1 table that leads to one L2 table",
+)
 
 
 def make_image(path: Path) -> None:
@@ -97,7 +105,20 @@ def compare(
                 times[name].append(time.perf_counter() - start)
     a, b = median(times["ours"]), median(times["theirs"])
     ratio = f"{b / a:5.2f}x faster" if b > a else f"{a / b:5.2f}x slower"
-    print(f"{title:<50}{a * 1e3:9.1f} ms {b * 1e3:9.1f} ms  {ratio}")
+    print(f"{title:<65}{a * 1e3:9.1f} ms {b * 1e3:9.1f} ms  {ratio}")
+
+
+def compare_sparse(path: Path, name: str, rounds: int) -> None:
+    """Measures how long a sparse image takes that hardly stores anything."""
+    IMAGES[name](path)
+
+    def ours() -> None:
+        qcow2bm.check(path)
+
+    def theirs() -> None:  # the status says what is wrong with the image
+        subprocess.run(["qemu-img", "check", path], capture_output=True)
+
+    compare(f"{name}: check / qemu-img check", ours, theirs, rounds)
 
 
 def main() -> None:
@@ -118,6 +139,8 @@ def main() -> None:
         compare("check / qemu-img check", lambda: run(*python, "check", path), theirs, rounds)
         dry_run = "repair", path, "--dry-run"
         compare("repair --dry-run / qemu-img check", lambda: run(*python, *dry_run), theirs, rounds)
+        for name in SPARSE:
+            compare_sparse(Path(folder, "sparse.qcow2"), name, rounds)
         old, new, image = make_disks(Path(folder))
         title = "two raw files of 4 GiB / cmp"
         compare(title, lambda: differing(old, new), lambda: run("cmp", old, new), rounds)
