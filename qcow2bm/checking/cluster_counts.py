@@ -20,7 +20,7 @@ CHUNK = 1 << _CHUNK_BITS
 _MANY_STEPS = CHUNK // 32
 """How often counts must change within a chunk before an array of counts takes less memory."""
 
-_MAX_WAITING_BYTES = 4 << 20
+_MAX_WAITING_BYTES = 1 << 19
 _ARRAY_BYTES = 128  # what an array takes beside its elements
 
 
