@@ -11,12 +11,20 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2bm import Bitmap, Image, ImageLockedError, NoRoomError, Problem, Qcow2BmError, open
-from qcow2bm.cli.images import find, new_name, words_of
-from qcow2bm.cli.output import command_line, count, quoted, size
+from qcow2bm.cli.images import (
+    find,
+    is_outdated,
+    new_name,
+    not_in_use,
+    outdated,
+    word_for,
+    words_of,
+)
+from qcow2bm.cli.output import command_line, count, listed, quoted, size
 from qcow2bm.cli.terminal import paint, print_text
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ ALL_OF_THE_DISK = "0:"
 _IS_FULL = "the next incremental backup saves the whole disk"
 _MOST_NAMED = 4
 _MOST_REMADE = 16
+_MAX_NAME = 1023
 _GRANULARITIES = [1 << bits for bits in range(9, 32)]
 _CORRUPT, _LAST_KNOWN = 1, 4
 """Numbers of incompatible feature bits."""
@@ -109,10 +118,10 @@ def advise(image: Image, path: str, problems: Sequence[Problem]) -> Advice:
     """
     path = spelled(path)
     serious = [found for found in problems if found.is_serious]
-    outdated = [b for b in _bitmaps(image) if b.status in ("inconsistent", "stale")]
-    if not serious and not outdated and not _is_marked_corrupt(image):
+    missing_writes = [bitmap for bitmap in _bitmaps(image) if is_outdated(bitmap)]
+    if not serious and not missing_writes and not _is_marked_corrupt(image):
         return Advice()
-    found = _with_use(image, path, lambda: _advise(image, path, serious, outdated))
+    found = _with_use(image, path, lambda: _advise(image, path, serious, missing_writes))
     is_refused = any(problem.severity == "refused" for problem in serious)
     return _printable(path, found)._replace(forbids_start=is_refused or _is_marked_corrupt(image))
 
@@ -128,6 +137,8 @@ def _with_use(image: Image, path: str, find: Callable[[], Advice]) -> Advice:
         return find()
     except ImageLockedError:
         return ASK_THE_VM
+    except FileNotFoundError:
+        return Advice("the image is not at this path any more")
     except _NoRoomError as error:
         return Advice(f"the image is to be changed: free {size(error.missing)} for that first")
 
@@ -147,7 +158,7 @@ def advise_anew(path: str) -> Advice:
 
 
 def _advise(
-    image: Image, path: str, serious: Sequence[Problem], outdated: Sequence[Bitmap]
+    image: Image, path: str, serious: Sequence[Problem], missing_writes: Sequence[Bitmap]
 ) -> Advice:
     refused = [found for found in serious if found.severity == "refused"]
     if refused:
@@ -161,8 +172,8 @@ def _advise(
         if any(found.bit > _LAST_KNOWN for found in image.features("incompatible")):
             return Advice("the image has features that are unknown here: use a newer program")
         return Advice(f"no command of qcow2bm repairs that: {_BY_HAND}")
-    if outdated:
-        why = f"writes may be missing from {_some([quoted(b.name) for b in outdated])}"
+    if missing_writes:
+        why = f"writes may be missing from {listed((b.name for b in missing_writes), _MOST_NAMED)}"
         salvaging = _salvage_all(image, path)
         if salvaging:
             return Advice(why, (salvaging,))
@@ -199,23 +210,22 @@ def _bitmaps(image: Image) -> Iterator[Bitmap]:
 
 def _fit_all(image: Image, path: str) -> NextCommand | None:
     def operate(edit: Edit) -> None:
-        for name in edit.names:
-            if not image.bitmaps[name].in_use:
-                edit.fit(name)
+        for name in not_in_use(image, edit.names):
+            edit.fit(name)
 
-    if not _is_possible(path, image.file_size, _try(image, operate)):
+    if not _is_possible(path, _try(image, operate)):
         return None
     return NextCommand(_argv("fit", path, options=["--all"]))
 
 
 def _salvage_all(image: Image, path: str) -> NextCommand | None:
-    names = [b.name for b in _bitmaps(image) if b.status in ("inconsistent", "stale")]
+    names = outdated(image)
 
     def operate(edit: Edit) -> None:
         for name in names:
             edit.salvage(name)
 
-    if not _is_possible(path, image.file_size, _try(image, operate)):
+    if not _is_possible(path, _try(image, operate)):
         return None
     argv = _argv("salvage", path, options=["--all", "--all-dirty"])
     return NextCommand(argv, _IS_FULL if len(names) == 1 else f"{_IS_FULL}, by each of them")
@@ -238,13 +248,12 @@ def _repair(path: str, *, is_whole: bool = False) -> NextCommand | None:
         return None
     undo = _undo_file(path)
     beside = planned.plan.length + _UNDO_OVERHEAD if undo else 0
-    size_bytes = os.path.getsize(path)
-    if (is_whole and planned.left) or not _is_possible(path, size_bytes, planned.plan, beside):
+    if (is_whole and planned.left) or not _is_possible(path, planned.plan, beside):
         return None
     costs = []
     if planned.lost:
         lost = [lost.name for lost in planned.lost if lost.name is not None]
-        named = _all(lost) if lost else "bitmaps whose names are not known"
+        named = listed(lost) if lost else "bitmaps whose names are not known"
         each = "it" if len(lost) == 1 == len(planned.lost) else "each"
         costs.append(f"drops {named}, so the next backup by {each} must be a full one")
     if planned.renamed:
@@ -263,7 +272,8 @@ def _undo_file(path: str) -> str | None:
     folder = os.path.dirname(path) or "."
     if not os.path.isfile(path) or not os.access(folder, os.W_OK):
         return None
-    stem = path if len(os.fsencode(os.path.basename(path))) < _MAX_FILE_NAME - 8 else "image"
+    is_long = len(os.fsencode(f"{os.path.basename(path)}.undo99")) > _MAX_FILE_NAME
+    stem = os.path.join(os.path.dirname(path), "image") if is_long else path
     names = (f"{stem}.undo", *(f"{stem}.undo{number}" for number in range(2, 100)))
     return next((name for name in names if not os.path.lexists(name)), None)
 
@@ -272,7 +282,7 @@ def _by_qemu(image: Image, path: str, why: str) -> Advice:
     """Returns what QEMU's own tools do about it, and how to make again what they drop."""
     bitmaps = list(_bitmaps(image))
     dropped = [] if image.is_consistent else [entry.name or "" for entry in image.directory]
-    loss = f"QEMU drops {_all(dropped)}" if dropped else ""
+    loss = f"QEMU drops {listed(dropped)}" if dropped else ""
     if image.header.crypt_method:
         also = f"; {loss} by it" if loss else ""
         return Advice(f"{why}: repair it with qemu-img check -r all, giving it the secret{also}")
@@ -288,7 +298,7 @@ def _by_qemu(image: Image, path: str, why: str) -> Advice:
         return Advice(why, tuple(map(NextCommand, first)))
     remade = _remakeable(bitmaps)
     if remade:
-        loss += f"; the commands below make {_all(b.name for b in remade)} anew, all dirty: "
+        loss += f"; the commands below make {listed(b.name for b in remade)} anew, all dirty: "
         loss += _IS_FULL
     making = (command for bitmap in remade for command in _remake(bitmap, path))
     more = map(NextCommand, first[1:])
@@ -308,14 +318,15 @@ def _remakeable(bitmaps: Sequence[Bitmap]) -> list[Bitmap]:
     """Returns those of stale bitmaps that can be made anew with the same name and granularity."""
     found: dict[str, Bitmap] = {}
     for bitmap in bitmaps:
-        is_named = bitmap.name and bitmap.name.isprintable()
+        name = bitmap.name
+        is_named = name.isprintable() and 0 < len(name.encode()) <= _MAX_NAME
         if is_named and bitmap.granularity in _GRANULARITIES and len(found) < _MOST_REMADE:
-            found.setdefault(bitmap.name, bitmap)
+            found.setdefault(name, bitmap)
     return list(found.values())
 
 
 def _remake(bitmap: Bitmap, path: str) -> Iterator[NextCommand]:
-    name = _word(bitmap.name)
+    name = word_for(bitmap.name)
     yield NextCommand(_argv("add", path, name, options=["-g", str(bitmap.granularity)]))
     yield NextCommand(_argv("set", path, name, ALL_OF_THE_DISK))
     if not bitmap.auto:
@@ -349,7 +360,7 @@ def _advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> 
         return Advice("", _disabled(image, path, word))
     if reason in ("inconsistent", "stale"):
         plan = _try(image, lambda edit: edit.salvage(find(image, word).name))
-        if _is_possible(path, image.file_size, plan):
+        if _is_possible(path, plan):
             argv = _argv("salvage", path, word, options=["--all-dirty"])
             return Advice("", (NextCommand(argv, _IS_FULL),))
         return _repair_or_qemu(image, path)
@@ -366,7 +377,7 @@ def _repair_or_qemu(image: Image, path: str) -> Advice:
         return Advice("", (repairing,))
     if any(found.severity == "refused" for found in image.problems):
         return Advice()  # QEMU's own tools refuse the image, too
-    return _by_qemu(image, path, "")
+    return _by_qemu(image, path, "the disk or its refcounts have faults")
 
 
 def _disabled(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
@@ -375,7 +386,7 @@ def _disabled(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
         edit.set(found, 0, image.virtual_size)
         edit.enable(found)
 
-    if not _is_possible(path, image.file_size, _try(image, operate)):
+    if not _is_possible(path, _try(image, operate)):
         return ()
     return (
         NextCommand(_argv("set", path, word, ALL_OF_THE_DISK), _IS_FULL),
@@ -389,7 +400,7 @@ def _missing(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
         edit.add(added)
         edit.set(added, 0, image.virtual_size)
 
-    if not _is_possible(path, image.file_size, _try(image, operate)):
+    if not _is_possible(path, _try(image, operate)):
         return ()
     return (
         NextCommand(_argv("add", path, word)),
@@ -399,7 +410,7 @@ def _missing(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
 
 def _broken(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
     plan = _try(image, lambda edit: edit.fit(find(image, word).name))
-    if _is_possible(path, image.file_size, plan):
+    if _is_possible(path, plan):
         return (NextCommand(_argv("fit", path, word)),)
     repairing = _repair(path, is_whole=True)
     return (repairing,) if repairing else ()
@@ -427,12 +438,11 @@ def _try(image: Image, operate: Callable[[Edit], None]) -> Plan | None:
         return None
 
 
-def _is_possible(path: str, image_size: int, plan: Plan | None, beside: int = 0) -> bool:
+def _is_possible(path: str, plan: Plan | None, beside: int = 0) -> bool:
     """Whether there is a plan, and it changes something.
 
     Args:
         path: the image.
-        image_size: its size in bytes.
         plan: what would be written; None if that would fail.
         beside: how many bytes are written to another file in the same folder.
 
@@ -444,7 +454,7 @@ def _is_possible(path: str, image_size: int, plan: Plan | None, beside: int = 0)
     status = os.stat(path)
     if stat.S_ISREG(status.st_mode):  # the plan itself has the limit of a device
         is_sparse = status.st_blocks * 512 < status.st_size
-        start = 0 if is_sparse else image_size
+        start = 0 if is_sparse else status.st_size
         needed = beside + sum(
             max(0, write.offset + write.length - max(write.offset, start)) for write in plan.writes
         )
@@ -460,11 +470,6 @@ def _argv(command: str, *words: str, options: Sequence[str] = ()) -> Argv:
     if any(word.startswith("-") for word in words):
         return ["qcow2bm", command, *options, "--", *words]
     return ["qcow2bm", command, *words, *options]
-
-
-def _word(name: str) -> str:
-    """Returns NAME as commands take it."""
-    return f"@{name}" if name.startswith("@") else name
 
 
 def spelled(path: str) -> str:
@@ -490,13 +495,3 @@ def _is_printable(word: str) -> bool:
     except UnicodeEncodeError:
         return False
     return word.isprintable()
-
-
-def _all(names: Iterable[str]) -> str:
-    """Returns names in one line, in quotes."""
-    return ", ".join(map(quoted, names))
-
-
-def _some(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _MOST_NAMED} more" if len(texts) > _MOST_NAMED else ""
-    return ", ".join(texts[:_MOST_NAMED]) + more

@@ -21,9 +21,9 @@ from qcow2bm.cli.arguments import (
     byte_range,
     size,
 )
-from qcow2bm.cli.images import find, new_name, open_to_edit
+from qcow2bm.cli.images import find, new_name, not_in_use, open_to_edit
 from qcow2bm.cli.messages import about, say
-from qcow2bm.cli.output import print_dry_run, quoted
+from qcow2bm.cli.output import listed, print_dry_run
 from qcow2bm.cli.parser import Parser, UsageError
 from qcow2bm.units import escape
 
@@ -273,7 +273,7 @@ def _each(operation: Callable[[Edit, str], None]) -> Operation:
 def _chosen(arguments: Arguments, image: Image, edit: Edit) -> list[str]:
     """The names of the bitmaps that are meant: with --all, those that are not in use."""
     if arguments.all:
-        return [name for name in edit.names if not image.bitmaps[name].in_use]
+        return not_in_use(image, edit.names)
     # All are looked up first: a number means an entry of the image as it was.
     return [find(image, name).name for name in arguments.names]
 
@@ -286,9 +286,8 @@ def _enable(arguments: Arguments, image: Image, edit: Edit) -> str | None:
     if not disabled:
         return None
     was, it = ("was", "it") if len(disabled) == 1 else ("were", "them")
-    return (
-        f"{_listed(disabled)} {was} disabled: all that was written meanwhile is missing from {it}"
-    )
+    names = listed(disabled, _MOST_LISTED)
+    return f"{names} {was} disabled: all that was written meanwhile is missing from {it}"
 
 
 def _invalidate(arguments: Arguments, image: Image, edit: Edit) -> str | None:
@@ -298,14 +297,8 @@ def _invalidate(arguments: Arguments, image: Image, edit: Edit) -> str | None:
         edit.invalidate(name)
     if trusted:
         return None
-    what = "any bitmap of the image" if arguments.all else _listed(chosen)
+    what = "any bitmap of the image" if arguments.all else listed(chosen, _MOST_LISTED)
     return f"nothing to do: no program trusts {what}"
-
-
-def _listed(names: list[str]) -> str:
-    """Some names for a message of one line, in quotes."""
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return ", ".join(map(quoted, names[:_MOST_LISTED])) + more
 
 
 _OPERATIONS: dict[str, Operation] = {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from qcow2bm import BackupVerdict, Bitmap, BitmapError, BitmapNotFoundError, Image, open
 from qcow2bm.cli.arguments import EditingArguments
@@ -34,6 +35,21 @@ def find(image: Image, name: str) -> Bitmap:
     return image.bitmaps[_plain(name)]
 
 
+def not_in_use(image: Image, names: Iterable[str]) -> list[str]:
+    """Returns those of some bitmaps that --all means: those that are not in use."""
+    return [name for name in names if not image.bitmaps[name].in_use]
+
+
+def is_outdated(bitmap: Bitmap) -> bool:
+    """Whether writes may be missing from a bitmap, and the bitmap stands for a backup."""
+    return bitmap.status in ("inconsistent", "stale") and not bitmap.is_sentinel
+
+
+def outdated(image: Image) -> list[str]:
+    """Returns the names of the bitmaps that `salvage --all` means."""
+    return [name for name, bitmap in image.bitmaps.items() if is_outdated(bitmap)]
+
+
 def judge(image: Image, name: str) -> BackupVerdict:
     """The verdict on the bitmap that NAME on the command line means, also if there is none.
 
@@ -58,6 +74,11 @@ def words_of(image: Image, name: str) -> str:
         return name
     numbers = [entry.index for entry in image.directory if entry.name == plain]
     return f"@{numbers[0]}" if len(numbers) == 1 else name
+
+
+def word_for(name: str) -> str:
+    """Returns the word that means the bitmap of a name."""
+    return f"@{name}" if name.startswith("@") else name
 
 
 def new_name(name: str) -> str:

@@ -78,6 +78,13 @@ def quoted(name: str) -> str:
     return f'"{escape(name)}"'
 
 
+def listed(names: Iterable[str], most: int | None = None) -> str:
+    """Names in one line, in quotes; if there are more than ``most``, only so many, and how many."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if most is not None and len(known) > most else ""
+    return ", ".join(map(quoted, known[:most])) + more
+
+
 def print_plan(plan: Plan) -> None:
     """Prints what a dry run would write."""
     if not plan.steps:

@@ -12,7 +12,7 @@ from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
 from qcow2bm.cli.advice import Advice, advise_anew, print_advice
 from qcow2bm.cli.arguments import NAME_NOTE, EditingArguments, add_editing, add_image
-from qcow2bm.cli.images import find, open_to_edit
+from qcow2bm.cli.images import find, open_to_edit, outdated
 from qcow2bm.cli.messages import CommandError, about, progress, say
 from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser, UsageError
@@ -130,24 +130,19 @@ def run(arguments: Arguments) -> int:
 
 
 def _chosen(arguments: Arguments, image: Image) -> list[str]:
-    """The names of the bitmaps that are meant; with --all none of a sentinel."""
-    if not arguments.all:
-        return [find(image, name).name for name in arguments.names]
-    return [
-        name
-        for name, bitmap in image.bitmaps.items()
-        if bitmap.status in ("inconsistent", "stale") and not bitmap.is_sentinel
-    ]
+    """The names of the bitmaps that are meant."""
+    if arguments.all:
+        return outdated(image)
+    return [find(image, name).name for name in arguments.names]
 
 
 def _salvage(arguments: Arguments, image: Image, names: Sequence[str]) -> Plan | None:
     """Salvages the bitmaps; in a dry run, returns what would be written instead."""
     if arguments.trust_stale and names:
+        were, them = ("was", "it") if len(names) == 1 else ("were", "them")
         say(
-            f"warning: writes since {', '.join(map(quoted, names))} "
-            f"{'was' if len(names) == 1 else 'were'} last stored are missing from "
-            f"{'it' if len(names) == 1 else 'them'}, and so from all backups that rely on "
-            f"{'it' if len(names) == 1 else 'them'}"
+            f"warning: writes since {output.listed(names)} {were} last stored are missing from "
+            f"{them}, and so from all backups that rely on {them}"
         )
     _require_salvageable(image, names)
     changed = _changed(arguments, image, names[0]) if arguments.compared else None

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 
 from qcow2bm import BackupReason, BackupVerdict, ImageLockedError, open
 from qcow2bm.cli import output
-from qcow2bm.cli.advice import NextCommand, advise_bitmap
+from qcow2bm.cli.advice import Advice, advise_bitmap
 from qcow2bm.cli.arguments import NAME_NOTE, OutputArguments, add_image, add_output
 from qcow2bm.cli.images import judge
 from qcow2bm.cli.messages import about
@@ -60,46 +59,46 @@ def define(parser: Parser) -> None:
 
 def run(arguments: Arguments) -> int:
     """Prints the verdict; returns the exit status."""
-    verdict, commands = _judge(arguments)
+    verdict, advice = _judge(arguments)
     if arguments.output == "json":
-        output.print_json(_document(arguments, verdict, commands))
+        output.print_json(_document(arguments, verdict, advice))
     else:
-        _print(arguments, verdict, commands)
+        _print(arguments, verdict, advice)
     return STATUSES[verdict.reason]
 
 
-def _judge(arguments: Arguments) -> tuple[BackupVerdict, Sequence[NextCommand]]:
-    """Returns the verdict, and the commands that help."""
+def _judge(arguments: Arguments) -> tuple[BackupVerdict, Advice]:
+    """Returns the verdict, and what helps."""
     path, name = arguments.image, arguments.name
     try:
         with about(path), open(path) as image:
             verdict = judge(image, name)
             if verdict.usable:
-                return verdict, []
-            return verdict, advise_bitmap(image, path, name, verdict.reason).commands
+                return verdict, Advice()
+            return verdict, advise_bitmap(image, path, name, verdict.reason)
     except ImageLockedError as error:
         message = (
             f"bitmap {quoted(name)} may be outdated in the image, because another process "
             f"{error.held}: if that process is a VM, ask the VM with the QMP command query-block"
         )
-        return BackupVerdict("running", message), []
+        return BackupVerdict("running", message), Advice()
 
 
-def _print(arguments: Arguments, verdict: BackupVerdict, commands: Sequence[NextCommand]) -> None:
+def _print(arguments: Arguments, verdict: BackupVerdict, advice: Advice) -> None:
     answer = "yes" if verdict.usable else "no"
     dirty = f"; {size(verdict.dirty_bytes)} dirty" if verdict.dirty_bytes is not None else ""
     # `check` succeeds with another status than 0 if there is something to repair.
     then = "; " if verdict.reason == "broken" else " && "
-    costs = "; ".join(command.cost for command in commands if command.cost)
+    costs = "; ".join(command.cost for command in advice.commands if command.cost)
     following = f"; cost: {costs}" if costs else ""
-    if commands:
-        following += f"; next: {then.join(shlex.join(command.argv) for command in commands)}"
+    if advice.commands:
+        following += f"; next: {then.join(shlex.join(argv) for argv in advice.as_json)}"
+    elif advice.why:
+        following = f"; {advice.why}"
     print(f"{escape(arguments.image)}: {answer}: {verdict.message}{dirty}{following}")
 
 
-def _document(
-    arguments: Arguments, verdict: BackupVerdict, commands: Sequence[NextCommand]
-) -> Document:
+def _document(arguments: Arguments, verdict: BackupVerdict, advice: Advice) -> Document:
     return {
         **output.head(arguments.image),
         "bitmap": json_text(arguments.name),
@@ -107,5 +106,5 @@ def _document(
         "reason": verdict.reason,
         "message": json_text(verdict.message),
         "dirty-bytes": verdict.dirty_bytes,
-        "next": [command.argv for command in commands],
+        "next": advice.as_json,
     }

@@ -112,7 +112,7 @@ def held_locks(file: io.FileIO, path: str, role: Role, timeout: float = 0) -> It
             raise
 
 
-_Identity = tuple[int, int]
+_Identity = tuple[int, int, int]
 _written_here = Counter[_Identity]()
 """The files for which this process holds the locks of a writer; the kernel does not tell."""
 
@@ -131,8 +131,9 @@ def _noted(file: io.FileIO, role: Role) -> Iterator[None]:
 
 
 def _identity(file: io.FileIO) -> _Identity:
+    """The process, so that a fork knows of nothing, and the device and the inode."""
     status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino
+    return os.getpid(), status.st_dev, status.st_ino
 
 
 def use_by_another_process(file: io.FileIO) -> OtherUse | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.broken_images import broken_images
 from support.console import run
-from support.following import advised, follow
+from support.following import advised, follow, names_in
 from support.images import Stored, build_image
 from support.spec_image import image, in_header, patched
 from support.verdict_images import image_of
@@ -22,11 +22,6 @@ from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 MOST_COMMANDS = 4
 CRASHED = Stored(b"crashed", flags=FLAG_AUTO | FLAG_IN_USE)
 SOUND = Stored(b"sound")
-
-
-def names_in(path: Path) -> set[str]:
-    with qcow2bm.open(path) as opened:
-        return {entry.name for entry in opened.directory if entry.name}
 
 
 @pytest.mark.spec("CLI-41", "CLI-42", "CLI-43", "CLI-44", "CLI-45")
@@ -86,6 +81,55 @@ def test_if_there_is_no_room_nothing_is_advised_but_room(
         assert advised(done.out) == []
         assert "the image is to be changed: free " in done.out
     assert json.loads(run(["verdict", "--json", "vm.qcow2", "crashed"], tmp_path).out)["next"] == []
+
+
+def test_an_image_that_is_moved_away_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vm.qcow2").write_bytes(image_of(CRASHED).data)
+
+    def move(path: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr("os.statvfs", move)
+    done = run(["check", "vm.qcow2"], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    assert "the image is not at this path any more" in done.out
+
+
+@pytest.mark.spec("CLI-42")
+def test_a_verdict_says_why_no_command_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vm.qcow2").write_bytes(image_of(CRASHED).data)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    done = run(["verdict", "vm.qcow2", "crashed"], tmp_path)
+    assert done.status == 4
+    assert done.out.endswith("; the image is to be changed, but this user cannot write to it\n")
+
+
+@pytest.mark.spec("CLI-42")
+def test_the_undo_file_of_a_long_name_lies_beside_the_image(tmp_path: Path) -> None:
+    name = "v" * 245 + ".qcow2"
+    (tmp_path / "images").mkdir()
+    data = image_of(Stored(b"broken", type=2), SOUND).data
+    (tmp_path / "images" / name).write_bytes(data)
+    ((command, _),) = advised(run(["check", f"images/{name}"], tmp_path).out)
+    assert command.endswith("--undo images/image.undo")
+    assert run(shlex.split(command)[1:], tmp_path).status == 0
+
+
+@pytest.mark.spec("CLI-44")
+def test_a_bitmap_that_cannot_be_made_anew_is_only_named_as_dropped(tmp_path: Path) -> None:
+    long = Stored(b"n" * 1024)
+    built = build_image(SOUND, long, autoclear=False, header={"incompatible_features": 1})
+    (tmp_path / "vm.qcow2").write_bytes(built.data)
+    (first, *others) = advised(run(["check", "vm.qcow2"], tmp_path).out)
+    assert "n" * 1024 in first[1]
+    assert [command for command, _ in others] == [
+        "qcow2bm add vm.qcow2 sound -g 65536",
+        "qcow2bm set vm.qcow2 sound 0:",
+    ]
 
 
 @pytest.mark.spec("CLI-42")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.broken_images import broken_images
 from support.console import Result, environment, run
-from support.following import Followed, advised, follow
+from support.following import Followed, advised, follow, names_in
 from support.problem_images import in_version_2
 from support.qemu import Disk, StorageDaemon, held_by_storage_daemon, run_ok
 from support.qemu import run as run_tool
@@ -52,11 +52,6 @@ def content(path: Path) -> str | None:
     if run_tool("qemu-img", "convert", "-O", "raw", path, raw).returncode:
         return None
     return sha256(raw.read_bytes()).hexdigest()
-
-
-def names_in(path: Path) -> set[str]:
-    with qcow2bm.open(path) as image:
-        return {entry.name for entry in image.directory if entry.name}
 
 
 def require_done(path: Path, followed: Followed, what: str) -> str:

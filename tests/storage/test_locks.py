@@ -683,3 +683,21 @@ def test_a_second_image_of_this_process_is_told_from_a_running_machine(
     with pytest.raises(ImageLockedError, match="is a VM running on it") as caught:
         qcow2bm.open(path, mode)
     assert not caught.value.is_own
+
+
+def test_a_forked_process_does_not_take_the_locks_of_its_parent_for_its_own(path: Path) -> None:
+    path.write_bytes(small_image().data)
+    with qcow2bm.open(path, "r+"):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                qcow2bm.open(path)
+            except ImageLockedError as error:
+                os.write(writing, b"own" if error.is_own else b"of another process")
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            assert pipe.read() == b"of another process"

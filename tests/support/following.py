@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from support.console import Result, run
 
+import qcow2bm
+
 Run = Callable[[Sequence[str]], Result]
 """Runs a program that does not belong to this library."""
 
@@ -29,6 +31,12 @@ class Followed(NamedTuple):
     commands: list[str]
     costs: str
     last: Result
+
+
+def names_in(path: Path) -> set[str]:
+    """The names of all bitmaps in the directory of an image."""
+    with qcow2bm.open(path) as image:
+        return {entry.name for entry in image.directory if entry.name}
 
 
 def advised(output: str) -> list[tuple[str, str]]:
