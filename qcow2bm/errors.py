@@ -23,7 +23,8 @@ The errors are divided by whose fault it is, and by what the caller may do next:
     ├─ EvidenceError             nothing proves that saved bitmaps are still true of the disk
     ├─ CommitError               a commit failed; says whether the edit took effect
     └─ QmpError                  a running QEMU could not be asked
-       └─ QmpRefusedError           QEMU refused the command
+       ├─ QmpRefusedError           QEMU refused the command
+       └─ QmpTimeoutError           QEMU did not answer in time
 
 Plain ``ValueError`` and ``TypeError`` are raised for bad arguments. Every error is built from
 typed attributes, survives pickle, and has a message of one printable line.
@@ -56,6 +57,7 @@ Hint = Literal[
     "remove-all",
     "remove-bitmap",
     "rename-copies",
+    "run-again",
     "salvage-or-remove-all",
     "undo",
     "unlocked",
@@ -95,6 +97,7 @@ _HINTS: dict[Hint, str] = {
     "remove-all": "remove all bitmaps with Edit.remove_all",
     "remove-bitmap": "make room with Edit.remove",
     "rename-copies": "try again, or call qcow2bm.rescue.rename_copies when the machine is off",
+    "run-again": "call the same function again, which completes or removes what was begun",
     "salvage-or-remove-all": "salvage the bitmaps, or remove all of them with Edit.remove_all",
     "undo": "read it with qcow2bm.parse_undo, and take back the repair with qcow2bm.undo",
     "unlocked": "read it without locks with force_share=True",
@@ -486,11 +489,20 @@ class QmpError(Qcow2BmError):
     Whether QEMU executed the command is unknown, except for a `QmpRefusedError`.
     """
 
-    def __init__(self, command: str, reason: str) -> None:
+    def __init__(self, command: str, reason: str, hint: Hint | None = None) -> None:
         self.command, self.reason = command, reason
         what = f"the QMP command {command}" if command else "connecting to QMP"
-        super().__init__(f"{what} failed: {reason}", command, reason)
+        super().__init__(f"{what} failed: {reason}", command, reason, hint, hint=hint)
 
 
 class QmpRefusedError(QmpError):
     """QEMU refused the ``command``, and did nothing; ``reason`` is the answer of QEMU."""
+
+
+class QmpTimeoutError(QmpError):
+    """QEMU did not answer the ``command`` within ``seconds``, and may still execute it."""
+
+    def __init__(self, command: str, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(command, f"no answer within {seconds:g} seconds", "run-again")
+        self._arguments = command, seconds

@@ -143,6 +143,19 @@ def add_restoring(parser: Parser, text: str) -> None:
     add_editing(parser)
 
 
+def add_timeout(parser: Parser, condition: str = "") -> None:
+    """Adds --timeout, for a command that asks a running VM; ``condition`` says when it does."""
+    from qcow2bm import rescue  # which commands about images do without
+
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=rescue.DEFAULT_TIMEOUT,
+        help=f"{condition}how many seconds QEMU may take to answer each QMP command",
+    )
+
+
 def size(text: str) -> int:
     """A size in bytes, such as 64k."""
     try:

@@ -16,6 +16,7 @@ from qcow2bm.cli.arguments import (
     add_editing,
     add_image,
     add_output,
+    add_timeout,
 )
 from qcow2bm.cli.images import open_to_edit
 from qcow2bm.cli.messages import about
@@ -38,6 +39,7 @@ class QmpArguments(OutputArguments):
     """The values of arguments that all commands but ``rescue finish`` have."""
 
     qmp: str
+    timeout: float
     nodes: list[str]
 
 
@@ -131,6 +133,7 @@ def _add_qmp(parser: Parser) -> None:
     parser.add_argument(
         "--qmp", metavar="SOCKET", required=True, help="the QMP socket on which the VM listens"
     )
+    add_timeout(parser)
     parser.add_argument(
         "--node",
         dest="nodes",
@@ -149,7 +152,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _start(arguments: StartArguments) -> int:
-    with about(arguments.qmp, ValueError), rescue.Monitor(arguments.qmp) as monitor:
+    with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
         done = rescue.lift_vetoes(monitor, arguments.nodes, dry_run=arguments.dry_run)
     if arguments.output == "json":
         dry_run = arguments.dry_run
@@ -160,7 +163,7 @@ def _start(arguments: StartArguments) -> int:
 
 
 def _arm(arguments: ArmArguments) -> int:
-    with about(arguments.qmp, ValueError), rescue.Monitor(arguments.qmp) as monitor:
+    with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
         done = rescue.arm(monitor, arguments.nodes, set_mapping=arguments.set)
     if arguments.output == "json":
         print_json(rescue_output.arm_as_json(arguments.qmp, done))
@@ -172,7 +175,7 @@ def _arm(arguments: ArmArguments) -> int:
 def _verdict(arguments: VerdictArguments) -> int:
     is_for_people = arguments.output == "human"
     done = []
-    with about(arguments.qmp, ValueError), rescue.Monitor(arguments.qmp) as monitor:
+    with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
         found = rescue.judge(monitor, arguments.nodes)
         for verdict in found.nodes:
             if is_for_people:  # before the evidence is removed
@@ -186,6 +189,10 @@ def _verdict(arguments: VerdictArguments) -> int:
     elif not done:
         rescue_output.print_no_verdict(is_unguarded=is_unguarded)
     return _status([is_unguarded, *(not one.is_safe for one in done)])
+
+
+def _connect(arguments: QmpArguments) -> rescue.Monitor:
+    return rescue.Monitor(arguments.qmp, arguments.timeout)
 
 
 def _finish(arguments: FinishArguments) -> int:

@@ -17,6 +17,7 @@ from qcow2bm.cli.arguments import (
     add_output,
     add_reading,
     add_restoring,
+    add_timeout,
 )
 from qcow2bm.cli.images import valid_bitmaps
 from qcow2bm.cli.messages import CommandError, about, say
@@ -57,6 +58,7 @@ class SaveArguments(ReadingArguments):
     names: list[str]
     sentinel: bool
     qmp: str | None
+    timeout: float
     node: str | None
 
 
@@ -81,7 +83,10 @@ def _define_save(parser: Parser) -> None:
         "qcow2bm sidecar save --qmp vm.sock --node disk vm.bitmaps",
     )
     parser.epilog = _SAVE_EPILOG
-    parser.usage = "%(prog)s [-U] [--sentinel] [-q] (IMAGE | --qmp SOCKET [--node NODE]) FILE"
+    parser.usage = (
+        "%(prog)s [-U] [--sentinel] [-q] IMAGE FILE\n"
+        "       %(prog)s --qmp SOCKET [--node NODE] [--timeout SECONDS] [-q] FILE"
+    )
     parser.add_word("names", "IMAGE FILE", "the image to save from, and the new file", "*")
     parser.add_argument(
         "--sentinel",
@@ -94,6 +99,7 @@ def _define_save(parser: Parser) -> None:
         help="save from the VM that listens on this QMP socket, instead of IMAGE",
     )
     parser.add_argument("--node", metavar="NODE", help="with --qmp: the node or device of the VM")
+    add_timeout(parser, "with --qmp: ")
     add_reading(parser)
 
 
@@ -172,7 +178,7 @@ def _from_vm(address: str, arguments: SaveArguments) -> tuple[sidecar.Sidecar, l
     from qcow2bm import rescue
 
     try:
-        with rescue.Monitor(address) as monitor:
+        with rescue.Monitor(address, arguments.timeout) as monitor:
             saved, left_out = rescue.save_sidecar(monitor, arguments.node)
     except rescue.NodeChoiceError as error:
         listed = ", ".join(map(quoted, error.nodes))

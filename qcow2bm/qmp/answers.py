@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import NoReturn
 
 from qcow2bm.errors import QmpError
 from qcow2bm.units import escape
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one alone, which is no character
 
 
 class Answer:
@@ -52,16 +55,25 @@ class Answer:
         return found.items() if found else []
 
     def text(self) -> str:
-        """Returns a string."""
-        if not isinstance(self._value, str):
+        """Returns a string, which can be encoded as UTF-8."""
+        if not isinstance(self._value, str) or _SURROGATE.search(self._value):
             self._reject("a string")
         return self._value
 
     def number(self) -> int:
-        """Returns an integer."""
+        """Returns an integer, from 0 to the largest that QEMU has, 2^63 - 1."""
         if not isinstance(self._value, int) or isinstance(self._value, bool):
             self._reject("an integer")
+        if not 0 <= self._value < 1 << 63:
+            self._reject("an integer from 0 to 2^63 - 1")
         return self._value
+
+    def power_of_two(self) -> int:
+        """Returns an integer that is a power of two: a granularity or a cluster size."""
+        number = self.number()
+        if number.bit_count() != 1:
+            self._reject("a power of two")
+        return number
 
     def flag(self) -> bool:
         """Returns a boolean."""

@@ -9,12 +9,12 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qcow2bm.errors import QmpError, QmpRefusedError, UnsupportedError
+from qcow2bm.errors import QmpError, QmpRefusedError, QmpTimeoutError, UnsupportedError
 from qcow2bm.qmp.actions import Action
 from qcow2bm.qmp.answers import Answer
 from qcow2bm.units import escape
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 LENT = "qcow2bm-scratch"
 """The label of the open files that are lent to QEMU."""
 
+DEFAULT_TIMEOUT: float = 120
+"""How many seconds each command may take, unless the caller says otherwise.
+
+QEMU answers no command while it stores a bitmap, which may take seconds on a slow disk.
+"""
+
 _GREETING_SECONDS = 10  # QEMU greets at once, unless it serves another client
+_GOODBYE_SECONDS = 5
 _HOST_AND_PORT = re.compile(r"\[?([^/\[\]]+)\]?:(\d{1,5})")
 
 
@@ -33,20 +40,24 @@ class Monitor:
     """A connection to the QMP server of a running QEMU; a context manager for one thread.
 
     *Guarantees*: every command is sent once. If the connection is lost before the answer comes,
-    `QmpError` is raised, and only a new connection can tell whether QEMU did the command.
+    `QmpError` is raised, and only a new connection can tell whether QEMU did the command. No call
+    waits for longer than the timeout, whatever the server sends or leaves out. Events that QEMU
+    sends are dropped.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Connects to a QMP server.
 
         Args:
             address: the path of a unix socket, or HOST:PORT.
+            timeout: how many seconds QEMU may take to answer each command.
 
         Raises:
             UnsupportedError: the package qemu.qmp is not installed.
             QmpError: there is no such server, or it does not answer.
         """
         self._client = _new_client()
+        self._timeout = timeout
         self._runner = asyncio.Runner()
         self._is_closed = False
         try:
@@ -59,9 +70,9 @@ class Monitor:
         from qemu.qmp import ConnectError
 
         where = _parse(address)
-        connecting = self._client.connect(where)
+        seconds = min(_GREETING_SECONDS, self._timeout)
         try:
-            self._runner.run(asyncio.wait_for(connecting, _GREETING_SECONDS))
+            self._run(self._client.connect(where), seconds)
         except TimeoutError as error:
             reason = (
                 "no greeting: another client is connected, QEMU hangs, or this is no QMP server"
@@ -89,23 +100,34 @@ class Monitor:
         self._is_closed = True
         try:
             with suppress(Exception):  # if it is lost, the command under way has raised that
-                self._runner.run(self._client.disconnect())
+                self._run(self._client.disconnect(), _GOODBYE_SECONDS)
         finally:
             self._runner.close()
+
+    def _run(self, step: Coroutine[Any, Any, object], seconds: float) -> object:
+        """Runs a coroutine to its end; raises `TimeoutError` if that takes longer."""
+        return self._runner.run(asyncio.wait_for(step, seconds))
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:
         """Sends a command, and returns what QEMU answers.
 
         Raises:
             QmpRefusedError: QEMU refuses the command.
+            QmpTimeoutError: QEMU does not answer in time. The connection is closed then, because
+                QEMU would answer no later command before this one.
             QmpError: the connection is lost.
         """
         from qemu.qmp import ExecuteError, QMPError
 
+        if self._is_closed:
+            raise QmpError(command, "the connection is closed")
         try:
-            value = self._runner.run(self._client.execute(command, arguments))
+            value = self._run(self._client.execute(command, arguments), self._timeout)
         except ExecuteError as error:
             raise QmpRefusedError(command, _one_line(str(error))) from error
+        except TimeoutError as error:
+            self.close()
+            raise QmpTimeoutError(command, self._timeout) from error
         except (QMPError, OSError, EOFError) as error:
             raise QmpError(command, f"the connection is lost ({_one_line(str(error))})") from error
         return Answer(command, value)
@@ -141,7 +163,10 @@ def _new_client() -> QMPClient:
         raise UnsupportedError(feature) from error
     # qemu.qmp logs what it raises, and without a handler Python would print that.
     logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
-    return QMPClient("qcow2bm")
+    client = QMPClient("qcow2bm")
+    # This listener would keep all events until they are asked for, which is never.
+    client.events.event_filter = lambda event: False
+    return client
 
 
 def _why(error: BaseException) -> str:

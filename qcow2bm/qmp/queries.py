@@ -136,7 +136,7 @@ def _node(answer: Answer) -> Node:
         name,
         answer["drv"].text(),
         image["virtual-size"].number(),
-        cluster_size.number() if cluster_size else None,
+        cluster_size.power_of_two() if cluster_size else None,
         answer["ro"].flag(),
         active.flag() if active else None,
         tuple(bitmaps),
@@ -151,7 +151,7 @@ def _bitmap(node: str, answer: Answer) -> NodeBitmap | None:
     return NodeBitmap(
         node,
         name.text(),
-        answer["granularity"].number(),
+        answer["granularity"].power_of_two(),
         answer["count"].number(),
         answer["recording"].flag(),
         answer["persistent"].flag(),

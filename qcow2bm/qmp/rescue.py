@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.arm import ArmedNode, ArmReport, Obstacle, arm
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
 from qcow2bm.qmp.copies import CopyRename, rename_copies
 from qcow2bm.qmp.machine import BitmapMapping, Node, NodeBitmap
 from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, Omission, save_sidecar
@@ -35,6 +35,7 @@ from qcow2bm.qmp.verdict import Verdict, VerdictReport, VerdictWord, judge
 from qcow2bm.qmp.veto import BitmapRescue, Proof, RescueOutcome, RescueReport, lift_vetoes
 
 __all__ = [
+    "DEFAULT_TIMEOUT",
     "Answer",
     "ArmReport",
     "ArmedNode",

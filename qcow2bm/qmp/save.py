@@ -10,7 +10,7 @@ is lent over the socket: QEMU needs access to no folder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryFile
 from typing import BinaryIO, NamedTuple, cast
 
@@ -125,8 +125,10 @@ def _lent(monitor: Monitor, descriptor: int) -> Iterator[str]:
     try:
         yield f"/dev/fdset/{fdset}"
     finally:
-        with suppress(QmpError):  # the next command of this module or of a rescue does it
+        try:
             monitor.take_back(fdset)
+        except QmpError as error:  # the next command of this module or of a rescue does it
+            logger.warning("QEMU keeps a temporary file open until the next command: %s", error)
 
 
 def _store(

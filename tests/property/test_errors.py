@@ -62,8 +62,9 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     ),
     errors.ComparisonError: (names, words, st.sampled_from(FAULTS), words),
     errors.EvidenceError: (words,),
-    errors.QmpError: (words, words),
-    errors.QmpRefusedError: (words, words),
+    errors.QmpError: (words, words, hints),
+    errors.QmpRefusedError: (words, words, hints),
+    errors.QmpTimeoutError: (words, st.floats(0, 1e6)),
 }
 some_error = st.sampled_from(list(ARGUMENTS)).flatmap(
     lambda kind: st.builds(kind, *ARGUMENTS[kind])
@@ -150,6 +151,7 @@ def test_a_hint_names_no_command_and_no_option(hint: errors.Hint) -> None:
         (errors.ImageLockedError("disk", "is writing to it"), StorageError),
         (errors.ChangedWhileReadingError("disk", "header"), StorageError),
         (errors.QmpRefusedError("cont", "no"), errors.QmpError),
+        (errors.QmpTimeoutError("cont", 9), errors.QmpError),
     ],
 )
 def test_an_error_is_also_what_python_would_raise(
@@ -180,6 +182,11 @@ def test_an_error_is_also_what_python_would_raise(
         (errors.BitmapExistsError("a"), 'bitmap "a" already exists'),
         (errors.QmpError("", "no greeting"), "connecting to QMP failed: no greeting"),
         (errors.QmpRefusedError("cont", "no"), "the QMP command cont failed: no"),
+        (
+            errors.QmpTimeoutError("cont", 2.5),
+            "the QMP command cont failed: no answer within 2.5 seconds; call the same function "
+            "again, which completes or removes what was begun",
+        ),
         (errors.StorageError("a\x1b", 0, 0, "failed"), "a\\x1b: failed"),
         (errors.StorageError("a", 16, 8, "failed"), "a: failed (reading 8 bytes at 0x10)"),
         (

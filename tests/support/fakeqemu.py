@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import qcow2bm
+from qcow2bm import Qcow2BmError
 
 SIZE = 64 << 20
 
@@ -27,6 +28,9 @@ GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "
 
 CHANGES = {"transaction", "migrate-set-parameters", "blockdev-add", "blockdev-del", "add-fd",
            "remove-fd", "block-dirty-bitmap-add", "human-monitor-command"}  # fmt: skip
+
+EVENT = {"event": "BLOCK_IO_ERROR", "data": {"reason": 1000 * "x"},
+         "timestamp": {"seconds": 1, "microseconds": 2}}  # fmt: skip
 
 Arguments = dict[str, Any]
 
@@ -124,6 +128,9 @@ class FakeQemu:
         below: the node below a node, and what the edge to it is called.
         refuse: asked for each command and each action of a transaction; a text refuses it.
         after: called after each command.
+        alter: gets each command and the answer to it, and returns the answer that is sent.
+        silent_at: the command that is never answered, as no later command is.
+        floods_at: the command that is answered by events without end.
         during: called before each action of a transaction, which works on what there is then.
     """
 
@@ -142,6 +149,8 @@ class FakeQemu:
         self.refuse: Callable[[str, Arguments], str | None] = lambda command, arguments: None
         self.answers: dict[str, object] = {}
         self.after: Callable[[str], None] = lambda command: None
+        self.alter: Callable[[str, object], object] = lambda command, answer: answer
+        self.silent_at = self.floods_at = ""
         self.during: Callable[[str, Arguments], None] | None = None
 
     @property
@@ -164,6 +173,7 @@ class FakeQemu:
             try:
                 yield str(path)
             finally:
+                path.unlink(missing_ok=True)
                 server.shutdown(socket.SHUT_RDWR)
                 thread.join(10)
                 for descriptor in self.descriptors:
@@ -187,14 +197,19 @@ class FakeQemu:
             command, arguments = request["execute"], request.get("arguments") or {}
             answer: dict[str, object] = {"id": request["id"]} if "id" in request else {}
             try:
-                answer["return"] = self._do(command, arguments)
-            except RefusedError as error:
+                answer["return"] = self.alter(command, self._do(command, arguments))
+            except (RefusedError, LookupError, TypeError, ValueError, Qcow2BmError) as error:
                 answer["error"] = {"class": "GenericError", "desc": str(error)}
             if _changes(command, arguments) and self.hang_up_after is not None:
                 self.hang_up_after -= 1
                 if self.hang_up_after < 0:
                     self.hang_up_after = None
                     return
+            while command == self.floods_at:
+                send(EVENT)
+            if command == self.silent_at:
+                client.recv(1)
+                return
             send(answer)
 
     def _do(self, command: str, arguments: Arguments) -> object:

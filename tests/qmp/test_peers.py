@@ -1,0 +1,236 @@
+"""QMP peers that answer wrongly, fall silent, or send events without end."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fakeqemu import FakeBitmap, FakeQemu
+
+from qcow2bm import rescue
+from qcow2bm.errors import Qcow2BmError, QmpError, QmpTimeoutError
+from qcow2bm.qmp.names import SCRATCH_NODE
+
+Way = tuple[str | int, ...]
+"""The way to a field of an answer."""
+
+WRONG: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 1 << 64, 1.5, "", "x", "\ud800", "\x1b[1m\n"),
+    *([], [None], [{}], {}, {"a": 1}, ["x"], 5000 * [[]]),
+)
+"""The values that a field is replaced by; the field is also left out."""
+
+LEFT_OUT = object()
+
+
+def _verdict(monitor: rescue.Monitor) -> None:
+    for verdict in rescue.judge(monitor).nodes:
+        rescue.settle(monitor, verdict, "all-dirty")
+
+
+FUNCTIONS: dict[str, Callable[[rescue.Monitor], object]] = {
+    "start": rescue.lift_vetoes,
+    "arm": lambda monitor: rescue.arm(monitor, set_mapping=True),
+    "verdict": _verdict,
+    "save": rescue.save_sidecar,
+}
+
+
+def machine(function: str) -> FakeQemu:
+    """A machine for which the function has work to do."""
+    fake = FakeQemu()
+    fake.nodes["disk"].active = True
+    fake.devices["disk"] = "virtio0"
+    fake.bitmaps["a"] = FakeBitmap(bits={1, 2, 3}, vetoed=True)
+    fake.bitmaps["b"] = FakeBitmap(4096, {7}, recording=False)
+    fake.mapping = [{"node-name": "disk", "alias": "d", "bitmaps": [{"name": "a", "alias": "a"}]}]
+    if function == "verdict":
+        name = "00000000-0000-4000-8000-000000000000"
+        fake.bitmaps["qcow2bm-sentinel-" + name] = FakeBitmap(bits={1, 5})
+        fake.bitmaps["qcow2bm-twin-" + name] = FakeBitmap(bits={1}, persistent=False)
+    return fake
+
+
+def ways_in(value: object, way: Way = ()) -> Iterator[Way]:
+    """The ways to an answer and to all of its fields."""
+    yield way
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from ways_in(inner, (*way, key))
+
+
+def replaced(answer: Any, way: Way, value: object) -> Any:
+    """An answer with another value for one field."""
+    if not way:
+        return None if value is LEFT_OUT else value
+    answer = deepcopy(answer)
+    *outer, last = way
+    place = answer
+    for key in outer:
+        place = place[key]
+    if value is LEFT_OUT:
+        del place[last]
+    else:
+        place[last] = value
+    return answer
+
+
+def answers_of(function: str, folder: Path) -> list[object]:
+    """The answers to the commands that the function sends to a sound machine, in their order."""
+    answers: list[object] = []
+    fake = machine(function)
+
+    def alter(command: str, answer: object) -> object:
+        answers.append(deepcopy(answer))
+        return answer
+
+    fake.alter = alter
+    with fake.serving(folder / "sound") as address, rescue.Monitor(address) as monitor:
+        FUNCTIONS[function](monitor)
+    return answers
+
+
+def try_with(function: str, address: Path, altered: dict[int, list[tuple[Way, object]]]) -> bool:
+    """Whether the function accepts the answers of a peer some of whose answers are altered.
+
+    Each error must be one of this library, and one printable line. A second call, to a peer that
+    answers properly, must succeed and leave nothing behind.
+    """
+    fake = machine(function)
+    number = -1
+
+    def alter(command: str, answer: object) -> object:
+        nonlocal number
+        number += 1
+        for way, value in altered.get(number, ()):
+            with suppress(TypeError, LookupError):  # another change has removed this field
+                answer = replaced(answer, way, value)
+        return answer
+
+    fake.alter = alter
+    message = ""
+    with fake.serving(address):
+        try:
+            with rescue.Monitor(str(address), timeout=30) as monitor:
+                FUNCTIONS[function](monitor)
+        except (Qcow2BmError, ValueError) as error:
+            message = str(error) or "without a message\n"
+        assert message.isprintable(), (altered, message)
+        altered = {}
+        with rescue.Monitor(str(address), timeout=30) as monitor:
+            FUNCTIONS[function](monitor)
+    assert SCRATCH_NODE not in fake.nodes
+    assert fake.descriptors == []
+    assert {"a", "b"} <= set(fake.bitmaps)
+    assert fake.bitmaps["a"].bits >= {1, 2, 3}
+    return not message
+
+
+@pytest.mark.spec("RESCUE-21")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_each_field_is_wrong(function: str, tmp_path: Path) -> None:
+    answers = answers_of(function, tmp_path)
+    places = [(n, way) for n, answer in enumerate(answers) for way in ways_in(answer)]
+    cases = [(n, way, value) for n, way in places for value in (LEFT_OUT, *WRONG)]
+    tried = cases[:: max(1, len(cases) // 200)]
+    accepted = sum(try_with(function, tmp_path / "s", {n: [(way, v)]}) for n, way, v in tried)
+    assert 0 < accepted < len(tried)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_many_fields_are_wrong(
+    function: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = answers_of(function, tmp_path)
+    places = [(n, way) for n, answer in enumerate(answers) for way in ways_in(answer)]
+    values = (LEFT_OUT, *WRONG)
+    tries: list[dict[int, list[tuple[Way, object]]]] = [
+        {n: [(way, value)]} for n, way in places for value in values
+    ]
+    chance = random.Random(11)
+    for _ in range(200):
+        altered: dict[int, list[tuple[Way, object]]] = {}
+        for n, way in chance.sample(places, 3):
+            altered.setdefault(n, []).append((way, chance.choice(values)))
+        tries.append(altered)
+    accepted = sum(try_with(function, tmp_path / "s", altered) for altered in tries)
+    with capsys.disabled():
+        print(f"\n{function}: {len(tries)} peers that answer wrongly, {accepted} accepted")
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("query-fdsets", None),
+        ("query-fdsets", "x"),
+        ("query-fdsets", [{"fdset-id": 1}]),
+        ("add-fd", {}),
+        ("add-fd", []),
+        ("x-debug-block-dirty-bitmap-sha256", {}),
+        ("x-debug-block-dirty-bitmap-sha256", []),
+    ],
+)
+def test_the_error_names_the_command(command: str, wrong: object, tmp_path: Path) -> None:
+    fake = machine("save")
+    fake.alter = lambda sent, answer: wrong if sent == command else answer
+    with fake.serving(tmp_path / "s") as address, rescue.Monitor(address) as monitor:
+        if wrong == [{"fdset-id": 1}]:  # an fdset without files, which QEMU may have
+            rescue.save_sidecar(monitor)
+            return
+        with pytest.raises(QmpError) as caught:
+            rescue.save_sidecar(monitor)
+    assert caught.value.command == command
+
+
+@pytest.mark.spec("RESCUE-20")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_peer_falls_silent_at_each_command(function: str, tmp_path: Path) -> None:
+    sent = machine(function)
+    with sent.serving(tmp_path / "sound") as address, rescue.Monitor(address) as monitor:
+        FUNCTIONS[function](monitor)
+    for command in dict.fromkeys(command for command, _ in sent.commands):
+        fake = machine(function)
+        fake.silent_at = command
+        with fake.serving(tmp_path / "s") as address:
+            with rescue.Monitor(address, timeout=0.2) as monitor:
+                if command == "remove-fd":  # all is saved, and the file is taken back later
+                    FUNCTIONS[function](monitor)
+                else:
+                    with pytest.raises(QmpTimeoutError, match="completes or removes") as caught:
+                        FUNCTIONS[function](monitor)
+                    assert (caught.value.command, caught.value.seconds) == (command, 0.2)
+                with pytest.raises(QmpError, match="the connection is closed"):
+                    monitor.execute("query-status")
+            fake.silent_at = ""
+            with rescue.Monitor(address) as monitor:
+                FUNCTIONS[function](monitor)
+        assert SCRATCH_NODE not in fake.nodes
+        assert fake.descriptors == []
+
+
+def test_events_without_end_take_no_memory_and_end_at_the_deadline(tmp_path: Path) -> None:
+    fake = machine("start")
+    fake.floods_at = "query-status"
+    with fake.serving(tmp_path / "s") as address, rescue.Monitor(address, timeout=1) as monitor:
+        tracemalloc.start()
+        try:
+            with pytest.raises(QmpTimeoutError):
+                monitor.execute("query-status")
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert most < 48 << 20  # qemu.qmp buffers twice 10 MB
+
+
+def test_a_silent_server_is_not_waited_for(tmp_path: Path) -> None:
+    fake = machine("start")
+    fake.silent_at = "qmp_capabilities"
+    with fake.serving(tmp_path / "s") as address, pytest.raises(QmpError, match="no greeting"):
+        rescue.Monitor(address, timeout=0.2)
