@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 
 from qcow2bm.errors import StorageError
@@ -33,6 +34,8 @@ class UndoFile:
             StorageError: the file is there already, or is no place to write to.
         """
         require_new(path)
+        if os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode):
+            raise StorageError(path, 0, 0, "is a device, and keeps nothing: choose a new name")
         self.path = path
         self.fault: StorageError | None = None
 

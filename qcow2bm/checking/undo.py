@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.tables import has_readable_table
@@ -83,8 +83,7 @@ def plan_undo(storage: Storage, undo: UndoLog, *, is_asserted: bool = False) -> 
 def _is_undone(storage: Storage, undo: UndoLog) -> bool:
     """Whether every sector that the repair wrote is as it was before."""
     return storage.size() == undo.file_size and all(
-        _read(storage, place, SECTOR_SIZE) == contents[0]
-        for place, contents in _sectors(storage, undo).items()
+        stored == next(contents) for _, stored, contents in _sectors(storage, undo)
     )
 
 
@@ -93,8 +92,8 @@ def _require_unchanged(storage: Storage, undo: UndoLog) -> None:
 
     That program may need what an undo would take back.
     """
-    for place, contents in _sectors(storage, undo).items():
-        if _read(storage, place, SECTOR_SIZE) not in contents:
+    for place, stored, contents in _sectors(storage, undo):
+        if stored not in contents:
             raise _changed(f"at {place:#x} are bytes that neither the repair nor an undo wrote")
     trial = DryRunStorage(storage)
     for step in undo.steps:
@@ -108,33 +107,36 @@ def _changed(reason: str) -> StateError:
     return StateError(f"another than the repair left ({reason})", "as the repair left it")
 
 
-def _sectors(storage: Storage, undo: UndoLog) -> dict[int, list[bytes]]:
-    """Returns the contents of each sector that the repair wrote: before, and after each step.
-
-    The bytes of a sector that no step wrote are those that are stored now.
-    """
-    content: dict[int, bytearray] = {}
-    for step in reversed(undo.steps):  # so that the first content wins
-        for place, inside, part in _parts(step.offset, step.old):
-            if place not in content:
-                content[place] = bytearray(_read(storage, place, SECTOR_SIZE))
-            content[place][inside : inside + len(part)] = part
-    found = {place: [bytes(before)] for place, before in content.items()}
+def _sectors(storage: Storage, undo: UndoLog) -> Iterator[tuple[int, bytes, Iterator[bytes]]]:
+    """Yields each sector that the repair wrote: its offset, what is stored, and `_contents`."""
+    writers: dict[int, list[UndoStep]] = {}
     for step in undo.steps:
-        for place, inside, part in _parts(step.offset, step.new):
-            content[place][inside : inside + len(part)] = part
-            found[place].append(bytes(content[place]))
-    return found
+        first = step.offset - step.offset % SECTOR_SIZE
+        for place in range(first, step.offset + len(step.new), SECTOR_SIZE):
+            writers.setdefault(place, []).append(step)
+    for place, steps in writers.items():
+        stored = _read(storage, place, SECTOR_SIZE)
+        yield place, stored, _contents(place, stored, steps)
 
 
-def _parts(offset: int, data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yields the bytes by sectors: start of the sector, first byte within the sector, bytes."""
-    done = 0
-    while done < len(data):
-        inside = (offset + done) % SECTOR_SIZE
-        part = data[done : done + SECTOR_SIZE - inside]
-        yield offset + done - inside, inside, part
-        done += len(part)
+def _contents(place: int, stored: bytes, steps: Sequence[UndoStep]) -> Iterator[bytes]:
+    """Yields the contents that a sector had: before the repair, and after each of the steps.
+
+    The bytes of the sector that no step wrote are those that are stored now.
+    """
+    content = bytearray(stored)
+    for step in reversed(steps):  # so that the first content wins
+        _overlay(content, place, step.offset, step.old)
+    yield bytes(content)
+    for step in steps:
+        _overlay(content, place, step.offset, step.new)
+        yield bytes(content)
+
+
+def _overlay(content: bytearray, place: int, offset: int, data: bytes) -> None:
+    """Writes into ``content``, which is at ``place``, the part of ``data`` that is there."""
+    start, stop = max(place, offset), min(place + len(content), offset + len(data))
+    content[start - place : stop - place] = data[start - offset : stop - offset]
 
 
 def _read(storage: Storage, offset: int, length: int) -> bytes:

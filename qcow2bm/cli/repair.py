@@ -215,7 +215,7 @@ def _name(lost: LostBitmap) -> str:
 
 def _undo(arguments: UndoArguments) -> int:
     with about(files.name_of(arguments.file)):
-        changes = parse_undo(b"".join(files.read_pieces(arguments.file)))
+        changes = parse_undo(files.read_pieces(arguments.file))
     try:
         if arguments.dry_run:
             plan = plan_undo(

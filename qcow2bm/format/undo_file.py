@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from construct import Bytes, Int8ub, Int32ub, Int64ub, Struct
 
-from qcow2bm.errors import FormatError, UnsupportedError
+from qcow2bm.errors import FormatError, LimitError, UnsupportedError
+from qcow2bm.format.piece_source import PieceSource
 from qcow2bm.format.schema import build, field_offsets, parse
 
 MAGIC = b"\x89qbmundo"
@@ -19,6 +20,12 @@ VERSION = 1
 DIGEST_BYTES = 32
 
 WRITE, BARRIER = 1, 0
+
+MAX_STEPS = 1 << 18
+"""The most steps of an undo file: more than any repair takes that was seen."""
+
+MAX_BYTES = 1 << 30
+"""The greatest length of an undo file without its seal."""
 
 _HEAD = Struct(
     "magic" / Bytes(8),
@@ -78,7 +85,14 @@ def build_seal(mtime_ns: int) -> bytes:
 
 
 def build_undo(undo: UndoLog) -> Iterator[bytes]:
-    """Builds the bytes of an undo file, piece by piece, without its seal."""
+    """Builds the bytes of an undo file, piece by piece, without its seal.
+
+    Raises:
+        LimitError: the repair has too many steps, or writes too many bytes.
+    """
+    _require_steps(len(undo.steps))
+    lengths = (STEP_BYTES + len(step.old) + len(step.new) for step in undo.steps)
+    _require_bytes(HEAD_BYTES + sum(lengths) + DIGEST_BYTES)
     digest = hashlib.sha256()
     for piece in _pieces(undo.file_size, undo.state, undo.steps):
         digest.update(piece)
@@ -97,38 +111,49 @@ def _pieces(file_size: int, state: bytes, steps: Sequence[UndoStep]) -> Iterator
         yield step.new
 
 
-def parse_undo(data: bytes) -> UndoLog:
+def parse_undo(data: bytes | Iterable[bytes]) -> UndoLog:
     """Parses an undo file.
+
+    Args:
+        data: the whole file, or the file in pieces of any size.
 
     Raises:
         FormatError: ``data`` is not an undo file, or is damaged, or is cut off.
         UnsupportedError: this library does not know the version of the undo file.
+        LimitError: there are more steps or bytes than `build_undo` writes.
     """
-    found = parse(_HEAD, data[:HEAD_BYTES], "undo file", 0, _OFFSETS)
+    source = PieceSource("undo file", (data,) if isinstance(data, bytes) else data)
+    found = parse(_HEAD, source.take(HEAD_BYTES), "undo file", 0, _OFFSETS)
     if found.magic != MAGIC:
         raise FormatError("undo file", "magic", 0, "is not the magic of an undo file")
     if found.version != VERSION:
         raise UnsupportedError(f"version {found.version} of undo files, only version {VERSION}")
-    end = len(data)
-    steps, place = [], HEAD_BYTES
-    for number in range(found.nb_steps):
-        step = parse(_STEP, data[place : place + STEP_BYTES], f"step {number}", place)
-        middle = place + STEP_BYTES + step.length
-        stop = middle + step.length
-        if (
-            stop > end
-            or step.type not in (WRITE, BARRIER)
-            or (step.type == WRITE) != bool(step.length)
-        ):
-            raise FormatError(f"step {number}", "", place, "is invalid")
-        old, new = data[place + STEP_BYTES : middle], data[middle:stop]
-        steps.append(UndoStep(step.offset, old, new))
-        place = stop
-    if hashlib.sha256(data[:place]).digest() != data[place : place + DIGEST_BYTES]:
-        raise FormatError("undo file", "sha256", place, "does not match: the file is damaged")
-    return UndoLog(
-        found.file_size, found.state, tuple(steps), _sealed(data[place + DIGEST_BYTES :])
-    )
+    _require_steps(found.nb_steps)
+    steps = [_parse_step(source, number) for number in range(found.nb_steps)]
+    source.take_digest()
+    mtime_ns = _sealed(source.rest(SEAL_BYTES))
+    return UndoLog(found.file_size, found.state, tuple(steps), mtime_ns)
+
+
+def _parse_step(source: PieceSource, number: int) -> UndoStep:
+    place = source.offset
+    step = parse(_STEP, source.take(STEP_BYTES), f"step {number}", place)
+    if step.type not in (WRITE, BARRIER) or (step.type == WRITE) != bool(step.length):
+        raise FormatError(f"step {number}", "", place, "is invalid")
+    _require_bytes(source.offset + 2 * step.length)
+    if step.type == BARRIER:
+        return BARRIER_STEP
+    return UndoStep(step.offset, source.take(step.length), source.take(step.length))
+
+
+def _require_steps(count: int) -> None:
+    if count > MAX_STEPS:
+        raise LimitError("the number of steps of an undo file", count, MAX_STEPS)
+
+
+def _require_bytes(length: int) -> None:
+    if length > MAX_BYTES:
+        raise LimitError("the length of an undo file in bytes", length, MAX_BYTES)
 
 
 def _sealed(seal: bytes) -> int | None:

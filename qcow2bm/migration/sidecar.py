@@ -17,6 +17,7 @@ from qcow2bm.bits.pure_python import dirty_bytes
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.errors import BitmapError, FormatError, LimitError
 from qcow2bm.format import sidecar
+from qcow2bm.format.piece_source import PieceSource
 from qcow2bm.format.sidecar import Head
 from qcow2bm.storage.memory import MemoryStorage
 from qcow2bm.units import ceil_div, decode_name, encode_name
@@ -148,7 +149,7 @@ def read_sidecar(pieces: Iterable[bytes], limit_bytes: int = MAX_BYTES) -> Sidec
         UnsupportedError: the sidecar, or the header in it, has a version that is not supported.
         LimitError: there are too many bits.
     """
-    source = _Source(pieces)
+    source = PieceSource("sidecar", pieces)
     head = sidecar.parse_head(source.take(sidecar.HEAD_BYTES))
     header = source.take(head.header_size)
     bitmaps: dict[str, SavedBitmap] = {}
@@ -160,13 +161,15 @@ def read_sidecar(pieces: Iterable[bytes], limit_bytes: int = MAX_BYTES) -> Sidec
             raise FormatError(f"bitmap {number}", "name", place, "is there twice")
         bitmaps[bitmap.name] = bitmap
         length += len(bitmap.octets)
-    source.end()
+    source.take_digest()
+    if source.rest(0):
+        raise FormatError("sidecar", "", source.offset, "has bytes after its end")
     if header:
         parse_saved_header(header)
     return Sidecar(head.disk_size, header, tuple(bitmaps.values()))
 
 
-def _read_bitmap(source: _Source, number: int, disk_size: int, limit_bytes: int) -> SavedBitmap:
+def _read_bitmap(source: PieceSource, number: int, disk_size: int, limit_bytes: int) -> SavedBitmap:
     structure, place = f"bitmap {number}", source.offset
     record = sidecar.parse_bitmap(source.take(sidecar.BITMAP_BYTES), place, number)
     name = decode_name(source.take(record.name_size))
@@ -207,50 +210,3 @@ def _decompressed(pieces: Iterable[bytes], length: int) -> bytearray | None:
     except zlib.error:
         return None
     return octets if decompressor.eof and end == length else None
-
-
-class _Source:
-    """Takes bytes in order, and computes the digest of those that were taken.
-
-    Attributes:
-        offset: how many bytes were taken.
-    """
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self.offset = 0
-        self._pieces = iter(pieces)
-        self._waiting = bytearray()
-        self._digest = hashlib.sha256()
-
-    def take(self, length: int) -> bytes:
-        """Returns the next ``length`` bytes."""
-        data = self._take(length)
-        self._digest.update(data)
-        return data
-
-    def pieces(self, length: int) -> Iterator[bytes]:
-        """Yields the next ``length`` bytes, piece by piece; the caller has to take all."""
-        while length:
-            piece = self.take(min(length, _PIECE))
-            length -= len(piece)
-            yield piece
-
-    def _take(self, length: int) -> bytes:
-        while len(self._waiting) < length:
-            piece = next(self._pieces, None)
-            if piece is None:
-                end = self.offset + len(self._waiting)
-                raise FormatError("sidecar", "", end, "is cut off: copy it again")
-            self._waiting += piece
-        data = bytes(self._waiting[:length])
-        del self._waiting[:length]
-        self.offset += length
-        return data
-
-    def end(self) -> None:
-        """Takes the digest at the end of the file, and compares it."""
-        place, expected = self.offset, self._digest.digest()
-        if self._take(sidecar.DIGEST_BYTES) != expected:
-            raise FormatError("sidecar", "sha256", place, "does not match: the file is damaged")
-        if self._waiting or any(self._pieces):
-            raise FormatError("sidecar", "", self.offset, "has bytes after its end")

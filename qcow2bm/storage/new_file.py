@@ -20,6 +20,9 @@ def require_new(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        if os.path.islink(path):
+            reason = "is a link to a file that does not exist: choose another name"
+            raise StorageError(path, 0, 0, reason) from None
         return
     except OSError as error:
         raise StorageError.from_os(error, path, 0, 0, "writing") from error
@@ -92,7 +95,7 @@ def new_file(path: str) -> Iterator[str]:
         OSError: the system could not do it.
     """
     folder, name = os.path.split(path)
-    descriptor, part = tempfile.mkstemp(".part", f".{name[:100]}.", folder or ".")
+    descriptor, part = tempfile.mkstemp(".part", f".{_shortened(name)}.", folder or ".")
     try:
         try:
             yield part
@@ -104,6 +107,15 @@ def new_file(path: str) -> Iterator[str]:
     finally:
         os.unlink(part)
     _sync_folder(folder or ".")
+
+
+def _shortened(name: str) -> str:
+    """Returns whole characters from the beginning of a name, which take at most 100 bytes.
+
+    A file system allows 255 bytes for a name, and the temporary name is longer than this.
+    """
+    beginning = os.fsencode(name)[:100]
+    return beginning.decode(errors="ignore")
 
 
 def _umask() -> int:

@@ -121,6 +121,12 @@ def command(*arguments: str | Path) -> Callable[[], object]:
     return run
 
 
+def is_listening(socket: Path) -> bool:
+    """Returns whether a server listens at the path: the path is there shortly before that."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(f" {socket}") and " 00010000 " in line for line in lines)
+
+
 def nbdinfo(image: Path) -> Callable[[], object]:
     """Returns a function that serves the image with its bitmap, and lists the map as JSON."""
 
@@ -130,7 +136,7 @@ def nbdinfo(image: Path) -> Callable[[], object]:
             ["qemu-nbd", "-r", "-f", "qcow2", "-B", "b", "-k", socket, "-t", image]
         )
         try:
-            while not socket.exists():
+            while not is_listening(socket):
                 time.sleep(0.001)
             subprocess.run(
                 ["nbdinfo", "--map=qemu:dirty-bitmap:b", "--json", f"nbd+unix:///?socket={socket}"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from support.images import Stored, build_image
 from support.jsonspec import check_dry_run, check_repair, failure_in
 from support.problem_images import HUGE, IDS, broken
 from support.spec_image import image
+
+from qcow2bm.format.undo_file import DIGEST_BYTES, MAGIC, MAX_STEPS, VERSION
 
 REPAIR = ["repair", "vm.qcow2"]
 UNDO = ["undo", "vm.qcow2", "way back"]
@@ -110,13 +114,23 @@ def test_lossless(tmp_path: Path) -> None:
 def test_the_way_back_is_not_overwritten_and_nothing_else_either(tmp_path: Path) -> None:
     before = written(tmp_path, LOST)
     (tmp_path / "there").write_bytes(b"precious")
-    for path in ("there", "vm.qcow2", ".", "no/folder"):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for path in ("there", "vm.qcow2", ".", "no/folder", "dangling", "/dev/null", "/dev/full"):
         done = run([*REPAIR, "--undo", path], tmp_path)
         assert (done.status, done.out) == (1, "")
-        assert len(done.err.splitlines()) == 1
+        (line,) = done.err.splitlines()
+        assert line.startswith(f"qcow2bm: {path}: ")
     assert content(tmp_path) == before
     assert (tmp_path / "there").read_bytes() == b"precious"
-    assert sorted(os.listdir(tmp_path)) == ["there", "vm.qcow2"]
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "there", "vm.qcow2"]
+
+
+def test_the_longest_name_of_an_undo_file(tmp_path: Path) -> None:
+    before = written(tmp_path, LOST)
+    for name in (255 * "n", 63 * "\U0001f4be", 85 * "\N{CLOUD}"):
+        assert run([*REPAIR, "--undo", name], tmp_path).status == 0
+        assert run(["undo", "vm.qcow2", name], tmp_path).status == 0
+        assert content(tmp_path) == before
 
 
 @pytest.mark.spec("REPAIR-6")
@@ -173,3 +187,45 @@ def test_the_dry_run_of_undo_for_programs(tmp_path: Path) -> None:
     assert run([*REPAIR, "--undo", "way back"], tmp_path).status == 0
     done = run([*UNDO, "--dry-run", "--output=json"], tmp_path)
     check_dry_run(json.loads(done.out))
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/urandom", "."])
+def test_an_endless_undo_file_is_not_read_to_its_end(path: str, tmp_path: Path) -> None:
+    written(tmp_path, LOST)
+    done = run(["undo", "vm.qcow2", path], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"qcow2bm: {path}: ")
+
+
+def forged_undo(steps: int, each: bytes) -> bytes:
+    """An undo file without a sound digest, all of whose steps are alike."""
+    head = MAGIC + struct.pack(">IIQ", VERSION, steps, 1 << 20) + bytes(DIGEST_BYTES)
+    return head + steps * each + bytes(DIGEST_BYTES)
+
+
+@pytest.mark.spec("REPAIR-6")
+@pytest.mark.parametrize(
+    ("steps", "each", "message"),
+    [
+        (MAX_STEPS, struct.pack(">BIQ2s", 1, 1, 65536, b"ab"), "does not match"),
+        (MAX_STEPS, struct.pack(">BIQ", 0, 0, 0), "does not match"),
+        (MAX_STEPS + 1, struct.pack(">BIQ", 0, 0, 0), "more than the limit of 262144"),
+        (1, struct.pack(">BIQ", 1, (1 << 32) - 1, 0), "more than the limit of 1073741824"),
+        (1, struct.pack(">BIQ", 1, 1 << 28, 0), "is cut off"),
+    ],
+)
+def test_a_forged_undo_file_takes_little_memory(
+    steps: int, each: bytes, message: str, tmp_path: Path
+) -> None:
+    written(tmp_path, LOST)
+    (tmp_path / "forged").write_bytes(forged_undo(steps, each))
+    tracemalloc.start()
+    try:
+        done = run(["undo", "vm.qcow2", "forged"], tmp_path)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (done.status, done.out) == (1, "")
+    assert message in done.err
+    assert most < 64 << 20
