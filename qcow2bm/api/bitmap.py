@@ -143,11 +143,14 @@ class Bitmap:
 
     @property
     def backup_reason(self) -> BackupReason:
-        """The reason of `verdict`, for which no bits are read; raises as `Image.problems` does.
+        """The reason of `verdict`, as far as header and metadata of bitmaps can tell.
 
         "usable" if the next incremental backup can use the bitmap; "disabled" if the bitmap is
         valid but does not record; "broken" also if the status is "valid" but `repair` would drop
-        the bitmap; else the status.
+        the bitmap; else the status. Neither bits nor L2 tables are read: `verdict` also finds a
+        bitmap "broken" that shares clusters with the disk, or has bits far behind its end.
+
+        Raises as `Image.problems` does.
         """
         return self._judge_for_backup()[0]
 
@@ -159,9 +162,14 @@ class Bitmap:
         Raises:
             As `Image.verdict` does.
         """
+        from qcow2bm.checking.check import check  # it takes time to load numpy
+
         self._image.require_idle()
         reason, problem = self._judge_for_backup()
         name = self._label
+        if reason in (USABLE, DISABLED):
+            problem = check(self._image.metadata).fault_of(self.index)
+            reason = BROKEN if problem else reason
         if reason in (USABLE, DISABLED):
             return BackupVerdict(
                 reason, _message(name, reason), self.totals(with_extents=False).dirty_bytes

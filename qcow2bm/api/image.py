@@ -353,9 +353,9 @@ class Image:
         If there is no such bitmap, the reason is "missing"; nothing is raised. If several bitmaps
         have the name, the verdict is that on the first of them: none of them is usable.
 
-        *Guarantees*: if the verdict is "usable", the image records every write since the bitmap
-        was made or cleared, as far as the header and the metadata of bitmaps can tell; `check` also
-        reads refcounts and L2 tables. That does not hold in two cases: a VM writes to the image
+        *Guarantees*: if the verdict is "usable", the bitmap has every write since it was made or
+        cleared, as far as the image can tell: `check` is made, and finds no fault for which
+        `repair` would drop the bitmap. That does not hold in two cases: a VM writes to the image
         while it is read with ``force_share``; or the image, or its header, was restored from an
         older copy (then use `Edit.invalidate`).
 

@@ -55,6 +55,20 @@ class Check(NamedTuple):
     is_complete: bool
     end: int
 
+    def fault_of(self, index: int) -> str:
+        """Returns the fault for which `repair` drops a bitmap; "" if there is none.
+
+        ``index`` is that of the bitmap in the directory.
+        """
+        for found in self.problems:
+            if found.bitmap_index == index:
+                is_fatal = found.is_fault and not found.kind.costs_no_bitmap
+            else:  # a directory that was overwritten costs all bitmaps
+                is_fatal = found.kind.is_overlap and found.structure == DIRECTORY
+            if is_fatal:
+                return found.message
+        return ""
+
 
 def check(metadata: Metadata) -> Check:
     """Follows every reference in an image, and compares the references with the refcounts.

@@ -127,6 +127,7 @@ def test_unaligned_entries_and_subclusters() -> None:
 
 
 @pytest.mark.spec("CHECK-3")
+@pytest.mark.spec("STAT-7")
 @pytest.mark.parametrize(
     ("patches", "id", "index"),
     [
@@ -143,8 +144,15 @@ def test_bitmaps_that_share_clusters_with_the_disk(
     found = [problem for problem in checked(data).problems if problem.id == id]
     assert [problem.bitmap_index for problem in found] == [index]
     assert "also used by the disk itself" in found[0].message
+    with qcow2bm.open(data) as opened:
+        for number, entry in enumerate(opened.directory):
+            bitmap = opened.bitmap(number)
+            if index in (None, number) and bitmap.status == "valid":
+                assert (bitmap.verdict().reason, entry.index) == ("broken", number)
+                assert found[0].message in bitmap.verdict().message
 
 
+@pytest.mark.spec("STAT-7")
 @pytest.mark.parametrize("bit", [160, 161, 500, 4095])
 def test_bits_behind_the_disk(bit: int) -> None:
     octets = bytearray(512)
@@ -154,6 +162,8 @@ def test_bits_behind_the_disk(bit: int) -> None:
     # QEMU leaves bits set in the last word of 64, and no program does behind it.
     assert problem.id == ("bitmap-data.tail" if bit < 192 else "bitmap-data.beyond")
     assert problem.bitmap_index == 0
+    with qcow2bm.open(data) as opened:
+        assert opened.verdict("b").reason == ("usable" if bit < 192 else "broken")
     octets[bit // 8] = 0
     octets[0] = 255
     data = build_image(Stored(b"b", [bytes(octets)]), size=160 * 65536, cluster_bits=9).data

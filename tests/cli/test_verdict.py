@@ -284,19 +284,3 @@ def test_a_path_that_json_cannot_have_gets_no_commands(tmp_path: Path) -> None:
     assert done.status == 4
     assert len(done.out.splitlines()) == 1
     assert "next:" not in done.out
-
-
-def test_no_numpy_is_loaded_for_yes(tmp_path: Path) -> None:
-    (tmp_path / "vm.qcow2").write_bytes(golden_images.sound().data)
-    code = (
-        "import sys; from qcow2bm.cli import main; status = main(sys.argv[1:]); "
-        "sys.exit(status or 10 * bool({'numpy', 'qcow2bm.checking'} & sys.modules.keys()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "verdict", "vm.qcow2", "daily"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        check=False,
-    )
-    assert done.returncode == 0
