@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from qcow2bm import Qcow2BmError
-from qcow2bm.cli.commands import parse
-from qcow2bm.cli.failure import WatchedOutput, failure_of, print_failure
-from qcow2bm.cli.messages import FAILED, CommandError, say
+from qcow2bm.cli.commands import Call, parse
+from qcow2bm.cli.messages import FAILED, CommandError, WatchedOutput, say
 from qcow2bm.cli.parser import UsageError
 from qcow2bm.cli.terminal import colors
 
@@ -36,8 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         call.parser.error(str(error))
     except (CommandError, Qcow2BmError, MemoryError) as error:
-        failure = failure_of(error, call.parser)
-        if getattr(call.arguments, "output", None) == "json" and not output.is_begun:
-            print_failure(failure)
-        say(failure.message)
+        _report(error, call, is_begun=output.is_begun)
         return FAILED
+
+
+def _report(error: Exception, call: Call, *, is_begun: bool) -> None:
+    """Prints a failure, and what helps; as a document only if no other one ``is_begun``."""
+    # Only failures need these modules.
+    from qcow2bm.cli.advice import advise_after
+    from qcow2bm.cli.failure import failure_of, print_failure
+    from qcow2bm.cli.next_command import Advice, say_advice
+
+    failure = failure_of(error, call.parser)
+    advice = Advice()
+    image = getattr(call.arguments, "image", None)
+    if image is not None and failure.subject == image:
+        advice = advise_after(failure.error, image)
+    if getattr(call.arguments, "output", None) == "json" and not is_begun:
+        print_failure(failure, advice.as_json)
+    say(failure.message)
+    say_advice(advice)

@@ -12,26 +12,38 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from qcow2bm import Bitmap, Image, ImageLockedError, NoRoomError, Problem, Qcow2BmError, open
+from qcow2bm import (
+    Bitmap,
+    BitmapBrokenError,
+    BitmapError,
+    BitmapInconsistentError,
+    BitmapStaleError,
+    FormatError,
+    Image,
+    ImageLockedError,
+    NoRoomError,
+    Problem,
+    Qcow2BmError,
+    open,
+)
 from qcow2bm.cli.images import (
     find,
+    is_marked_corrupt,
     is_outdated,
+    needs_help,
     new_name,
     not_in_use,
     outdated,
     word_for,
     words_of,
 )
-from qcow2bm.cli.output import command_line, count, listed, quoted, size
-from qcow2bm.cli.terminal import paint, print_text
+from qcow2bm.cli.next_command import Advice, Argv, NextCommand
+from qcow2bm.cli.output import count, listed, quoted, size
 
 if TYPE_CHECKING:
     from qcow2bm import BackupReason, Edit, Plan
-
-Argv = list[str]
-"""A command as a list of words."""
 
 ALL_OF_THE_DISK = "0:"
 
@@ -40,41 +52,14 @@ _MOST_NAMED = 4
 _MOST_REMADE = 16
 _MAX_NAME = 1023
 _GRANULARITIES = [1 << bits for bits in range(9, 32)]
-_CORRUPT, _LAST_KNOWN = 1, 4
-"""Numbers of incompatible feature bits."""
+_LAST_KNOWN = 4
+"""The highest number of an incompatible feature bit that is known here."""
 
 _PASSED_ON = "/dev/fd/", "/dev/std", "/proc/"
 """Paths that mean another file in the next process."""
 
 _UNDO_OVERHEAD = 64 << 10
 _MAX_FILE_NAME = 255
-
-
-class NextCommand(NamedTuple):
-    """A command that helps, and what is lost by it; the cost is empty if nothing is lost."""
-
-    argv: Argv
-    cost: str = ""
-
-
-class Advice(NamedTuple):
-    """What to do next, and why.
-
-    Attributes:
-        why: one line for people; empty if there is nothing to do.
-        commands: are to be run in this order, each only if the one before it succeeded. There is
-            none if no command helps; ``why`` then says what does.
-        forbids_start: whether no VM can be started on the image before that is done.
-    """
-
-    why: str = ""
-    commands: tuple[NextCommand, ...] = ()
-    forbids_start: bool = False
-
-    @property
-    def as_json(self) -> list[Argv]:
-        """The commands alone, as documents have them under "next"."""
-        return [command.argv for command in self.commands]
 
 
 class _NoRoomError(Exception):
@@ -95,14 +80,29 @@ END_THE_READER = Advice(
 )
 
 
-def print_advice(advice: Advice) -> None:
-    """Prints why something is to be done, and the commands, ready to be pasted into a shell."""
-    if advice.why:
-        print_text(advice.why, hanging=0)
-    for argv, cost in advice.commands:
-        print(f"  next: {paint(command_line(argv), 'command')}")
-        if cost:
-            print_text(f"        cost: {cost}", hanging=14)
+# After a failure
+
+
+def advise_after(error: BaseException, path: str) -> Advice:
+    """Returns what helps after a command failed because of the state that an image is in.
+
+    Args:
+        error: the error that ended the command.
+        path: the image, as it was given.
+    """
+    if not isinstance(error, _OF_A_STATE):
+        return Advice()
+    try:
+        with open(path) as image:
+            name = error.name if isinstance(error, BitmapError) else None
+            if name is not None and name in image.bitmaps:
+                return advise_bitmap(image, path, word_for(name), image.verdict(name).reason)
+            return advise(image, path, (*image.problems, *image.check().problems))
+    except Qcow2BmError:
+        return Advice()  # the error that ended the command says more
+
+
+_OF_A_STATE = BitmapInconsistentError, BitmapStaleError, BitmapBrokenError, FormatError
 
 
 # The image as a whole
@@ -117,13 +117,13 @@ def advise(image: Image, path: str, problems: Sequence[Problem]) -> Advice:
         problems: the problems that are known of it.
     """
     path = spelled(path)
+    if not needs_help(image, problems):
+        return Advice()
     serious = [found for found in problems if found.is_serious]
     missing_writes = [bitmap for bitmap in _bitmaps(image) if is_outdated(bitmap)]
-    if not serious and not missing_writes and not _is_marked_corrupt(image):
-        return Advice()
     found = _with_use(image, path, lambda: _advise(image, path, serious, missing_writes))
     is_refused = any(problem.severity == "refused" for problem in serious)
-    return _printable(path, found)._replace(forbids_start=is_refused or _is_marked_corrupt(image))
+    return _printable(path, found)._replace(forbids_start=is_refused or is_marked_corrupt(image))
 
 
 def _with_use(image: Image, path: str, find: Callable[[], Advice]) -> Advice:
@@ -184,7 +184,7 @@ def _advise(
     repairing = _repair(path)
     if repairing:
         return Advice("the metadata can be repaired", (repairing,))
-    if _is_marked_corrupt(image):
+    if is_marked_corrupt(image):
         return _by_qemu(image, path, "the image has the corrupt bit, so no VM can write to it")
     return _by_qemu(image, path, "the disk or its refcounts have faults")
 
@@ -193,11 +193,6 @@ _BY_HAND = (
     "restore the header or the file from a copy, and then run invalidate --all, since no bitmap is "
     "to be trusted then"
 )
-
-
-def _is_marked_corrupt(image: Image) -> bool:
-    """Whether the image has the corrupt bit, with which QEMU only reads it."""
-    return any(found.bit == _CORRUPT for found in image.features("incompatible"))
 
 
 def _bitmaps(image: Image) -> Iterator[Bitmap]:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from qcow2bm import Image, Problem, open
+from qcow2bm import Check, Image, Problem, open
+from qcow2bm import problems as structures
 from qcow2bm.cli import output
-from qcow2bm.cli.advice import Advice, advise, print_advice
+from qcow2bm.cli.advice import advise
 from qcow2bm.cli.arguments import (
     OutputArguments,
     ReadingArguments,
@@ -18,6 +20,7 @@ from qcow2bm.cli.arguments import (
     add_reading,
 )
 from qcow2bm.cli.messages import about
+from qcow2bm.cli.next_command import Advice, print_advice
 from qcow2bm.cli.output import Document, count, quoted
 from qcow2bm.cli.parser import Parser
 from qcow2bm.cli.terminal import paint, print_text
@@ -34,10 +37,15 @@ clusters, and no errors; 64 wrong usage
 """
 
 
+_MOST_ALIKE = 3
+"""How many problems of one kind are listed without --all."""
+
+
 class Arguments(OutputArguments, ReadingArguments):
     """The values of the arguments of ``check``."""
 
     image: str
+    all: bool
 
 
 def define(parser: Parser) -> None:
@@ -46,6 +54,11 @@ def define(parser: Parser) -> None:
     parser.examples = ("qcow2bm check vm.qcow2", "qcow2bm check -U --json vm.qcow2")
     parser.epilog = _EPILOG
     add_image(parser)
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="list every problem, also those that follow from others",
+    )
     add_output(parser)
     add_reading(parser)
 
@@ -62,7 +75,7 @@ def run(arguments: Arguments) -> int:
         if arguments.output == "json":
             output.print_json(_document(image, problems, checked.leaked_clusters, advice))
         else:
-            _print(image, problems, checked.leaked_clusters)
+            _print(image, problems, checked, is_all=arguments.all)
             output.print_refusal(problems)
             print_advice(advice)
     return _status(problems)
@@ -94,19 +107,52 @@ def _document(
     }
 
 
-def _print(image: Image, problems: Sequence[Problem], leaked_clusters: int) -> None:
+def _print(image: Image, problems: Sequence[Problem], checked: Check, *, is_all: bool) -> None:
+    following = [] if is_all else _following(image, problems, checked)
+    alike: dict[str, list[Problem]] = {}
     for found in problems:
+        if found not in following:
+            alike.setdefault(found.id, []).append(found)
+    for group in alike.values():
+        _print_alike(image, group, len(group) if is_all else _MOST_ALIKE)
+    if following:
+        kinds = Counter(found.id for found in following)
+        listed = ", ".join(f"{number} {id}" for id, number in kinds.items())
+        more = f"{count(len(following), 'more problem')} of clusters"
+        print_text(f"{more}, which may follow from these: {listed} (--all lists them)")
+    if problems:
+        print()
+    if checked.leaked_clusters:
+        size = format_size(checked.leaked_clusters * image.cluster_size)
+        print(f"{count(checked.leaked_clusters, 'cluster')} leaked: {size}")
+    errors = sum(found.severity in ("refused", "unusable") for found in problems)
+    print(count(errors, "error") if errors else "no errors")
+
+
+def _print_alike(image: Image, alike: Sequence[Problem], most: int) -> None:
+    """Prints problems of one kind, and explains the kind once."""
+    for found in alike[:most]:
         name = output.owner_of(image, found)
         label = "" if name is None else f"bitmap {quoted(name)}: "
         print_text(f"{paint(found.severity, found.severity)}: {label}{found.message}")
-        if found.qemu_message:
-            print_text(f'    QEMU says "{found.qemu_message}"')
-        output.print_wrapped(found.meaning, indent="    ")
-        print_text(f"    ({found.id})")
-    if problems:
-        print()
-    if leaked_clusters:
-        size = format_size(leaked_clusters * image.cluster_size)
-        print(f"{count(leaked_clusters, 'cluster')} leaked: {size}")
-    errors = sum(found.severity in ("refused", "unusable") for found in problems)
-    print(count(errors, "error") if errors else "no errors")
+    if len(alike) > most:
+        print_text(f"    and {len(alike) - most} more like these (--all lists them)")
+    kind = alike[0]
+    if kind.qemu_message:
+        print_text(f'    QEMU says "{kind.qemu_message}"')
+    output.print_wrapped(kind.meaning, indent="    ")
+    print_text(f"    ({kind.id})")
+
+
+def _following(image: Image, problems: Sequence[Problem], checked: Check) -> list[Problem]:
+    """Returns the problems of refcounts that may be there because of other problems.
+
+    If a reference could not be followed, what it leads to was not counted. If two structures use
+    the same cluster, its refcount cannot be right for both.
+    """
+    size = image.cluster_size
+    of_clusters = [found for found in problems if found.structure == structures.CLUSTER]
+    if not checked.is_complete:
+        return of_clusters
+    shared = {found.offset // size for found in problems if found.kind.is_overlap}
+    return [found for found in of_clusters if found.offset // size in shared]

@@ -30,6 +30,20 @@ _LOADING = {
 }
 
 
+_INSTALLED = {
+    "bash": "share/bash-completion/completions/qcow2bm",
+    "zsh": "share/zsh/site-functions/_qcow2bm",
+    "fish": "share/fish/vendor_completions.d/qcow2bm.fish",
+}
+"""The place of the script for each shell below the prefix of an installation."""
+
+
+def scripts() -> Iterator[tuple[str, str]]:
+    """Yields the place of each script below the prefix of an installation, and its text."""
+    for shell, place in _INSTALLED.items():
+        yield place, _SCRIPTS[shell]()
+
+
 def define(parser: Parser) -> None:
     """Adds the commands with their second words."""
     for shell in _FILES:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qcow2bm import Bitmap, FormatError, Image, LimitError, Problem, Snapshot, open
 from qcow2bm.cli import output
-from qcow2bm.cli.advice import Advice, advise, print_advice
 from qcow2bm.cli.arguments import (
     NAME_NOTE,
     OutputArguments,
@@ -27,8 +26,9 @@ from qcow2bm.cli.dump_bitmap import (
     space_as_json,
     write_lists_as_json,
 )
-from qcow2bm.cli.images import find
+from qcow2bm.cli.images import find, needs_help
 from qcow2bm.cli.messages import about
+from qcow2bm.cli.next_command import Advice, print_advice
 from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted, size
 from qcow2bm.cli.parser import Parser
 from qcow2bm.cli.terminal import paint, print_text
@@ -113,7 +113,11 @@ def run(arguments: Arguments) -> int:
             bitmaps = [image.bitmap(entry.index) for entry in image.directory]
         else:
             bitmaps = [find(image, arguments.bitmap)]
-        advice = advise(image, arguments.image, problems)
+        advice = Advice()
+        if needs_help(image, problems):
+            from qcow2bm.cli.advice import advise  # which takes time to load
+
+            advice = advise(image, arguments.image, problems)
         show = _print_json if arguments.output == "json" else _print
         show(image, bitmaps, problems, advice, selection, has_free=arguments.space)
     return output.status_of(problems)

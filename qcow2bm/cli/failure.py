@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from errno import errorcode
-from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple
 
 from qcow2bm import (
     BitmapBrokenError,
@@ -37,6 +37,7 @@ from qcow2bm import (
 )
 from qcow2bm.cli.hints import explain
 from qcow2bm.cli.messages import CommandError, discard_output
+from qcow2bm.cli.output import SCHEMA, json_text, json_text_or_null, print_json
 from qcow2bm.cli.parser import Parser
 from qcow2bm.units import escape
 
@@ -106,58 +107,16 @@ def failure_of(error: Exception, parser: Parser) -> Failure:
     return Failure(None, f"{parser.path[-1]}: {reason}", error)
 
 
-class WatchedOutput:
-    """Standard output while a command runs; it knows whether the command has printed anything.
-
-    As a context manager, it takes the place of standard output.
-
-    Attributes:
-        is_begun: whether anything was printed. Then no document may follow.
-    """
-
-    def __init__(self) -> None:
-        self._stream = sys.stdout
-        self.is_begun = False
-
-    def __enter__(self) -> WatchedOutput:
-        sys.stdout = cast("TextIO", self)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        sys.stdout = self._stream
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Writes a text."""
-        self.is_begun = True
-        return self._stream.write(text)
-
-    @property
-    def buffer(self) -> BinaryIO:
-        """What takes bytes, which the caller asks for only to write some."""
-        self.is_begun = True
-        return self._stream.buffer
-
-
-def print_failure(failure: Failure) -> None:
-    """Prints a failure as a document.
+def print_failure(failure: Failure, following: Sequence[Sequence[str]]) -> None:
+    """Prints a failure as a document; ``following`` are the commands that help.
 
     If standard output does not take it, nothing more is said: the command has failed already.
 
     Raises:
         BrokenPipeError: the reader of standard output has gone away.
     """
-    from qcow2bm.cli.output import print_json  # which sound commands load themselves
-
     try:
-        print_json(document(failure))
+        print_json(document(failure, following))
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -165,10 +124,8 @@ def print_failure(failure: Failure) -> None:
         discard_output()
 
 
-def document(failure: Failure) -> dict[str, Any]:
+def document(failure: Failure, following: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
     """Returns a failure as "failure" in spec/json.md."""
-    from qcow2bm.cli.output import SCHEMA, json_text, json_text_or_null
-
     row = next(ERRORS[kind] for kind in type(failure.error).__mro__ if kind in ERRORS)
     facts = {name.replace("_", "-"): _fact(failure.error, name) for name in row.facts}
     hint = getattr(failure.error, "hint", None)
@@ -176,12 +133,11 @@ def document(failure: Failure) -> dict[str, Any]:
         "schema": SCHEMA,
         "filename": json_text_or_null(failure.subject),
         "error": {"id": row.id, "message": json_text(failure.message), "hint": hint, **facts},
+        "next": list(following),
     }
 
 
 def _fact(error: BaseException, name: str) -> object:
-    from qcow2bm.cli.output import json_text
-
     value = getattr(error, name)
     if name == "bitmaps":
         return [{"name": json_text(name), "bytes": size} for name, size in value]

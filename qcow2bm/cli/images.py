@@ -8,9 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from qcow2bm import BackupVerdict, Bitmap, BitmapError, BitmapNotFoundError, Image, open
+from qcow2bm import BackupVerdict, Bitmap, BitmapError, BitmapNotFoundError, Image, Problem, open
 from qcow2bm.cli.arguments import EditingArguments
 from qcow2bm.units import decode_name, escape
+
+_CORRUPT = 1
+"""The number of the incompatible feature bit "corrupt"."""
 
 
 def open_to_edit(path: str, arguments: EditingArguments) -> Image:
@@ -43,6 +46,20 @@ def not_in_use(image: Image, names: Iterable[str]) -> list[str]:
 def is_outdated(bitmap: Bitmap) -> bool:
     """Whether writes may be missing from a bitmap, and the bitmap stands for a backup."""
     return bitmap.status in ("inconsistent", "stale") and not bitmap.is_sentinel
+
+
+def needs_help(image: Image, problems: Iterable[Problem]) -> bool:
+    """Whether a command is to be advised; ``problems`` are those that are known of the image."""
+    return (
+        any(found.is_serious for found in problems)
+        or is_marked_corrupt(image)
+        or any(map(is_outdated, map(image.bitmap, range(len(image.directory)))))
+    )
+
+
+def is_marked_corrupt(image: Image) -> bool:
+    """Whether the image has the corrupt bit, with which QEMU only reads it."""
+    return any(found.bit == _CORRUPT for found in image.features("incompatible"))
 
 
 def outdated(image: Image) -> list[str]:

@@ -1,4 +1,4 @@
-"""The messages of a command on standard error: failures, warnings, and progress.
+"""Standard output as a command uses it, and its messages on standard error.
 
 *Spec*: spec/cli.md, "Exit status".
 """
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import TracebackType
+from typing import Any, BinaryIO, TextIO, cast
 
 from qcow2bm import CommitError, Qcow2BmError, StorageError
 from qcow2bm.cli.hints import explain
@@ -51,13 +53,62 @@ def about(subject: str, *more_errors: type[Exception]) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error, unless standard error is closed or broken."""
+    """Prints a message on standard error, unless standard error is closed or broken."""
+    _print_error(f"qcow2bm: {text}")
+
+
+def say_more(text: str) -> None:
+    """Prints one more line of the message that `say` printed last."""
+    _print_error(f"  {text}")
+
+
+def _print_error(line: str) -> None:
     if sys.stderr is None:
         return
     try:
-        print(f"qcow2bm: {text}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         sys.stderr = None  # or the interpreter tries again when it exits, and changes the status
+
+
+class WatchedOutput:
+    """Standard output while a command runs; it knows whether the command has printed anything.
+
+    As a context manager, it takes the place of standard output.
+
+    Attributes:
+        is_begun: whether anything was printed. Then no document may follow.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout
+        self.is_begun = False
+
+    def __enter__(self) -> WatchedOutput:
+        sys.stdout = cast("TextIO", self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        sys.stdout = self._stream
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text."""
+        self.is_begun = True
+        return self._stream.write(text)
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """What takes bytes, which the caller asks for only to write some."""
+        self.is_begun = True
+        return self._stream.buffer
 
 
 def discard_output() -> None:

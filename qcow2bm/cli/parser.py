@@ -263,23 +263,41 @@ class Parser(argparse.ArgumentParser):
             return value
         return super()._get_values(action, arg_strings)
 
+    def help_of(self, option: argparse.Action) -> str:
+        """Returns what the help says of an option, with its default."""
+        return _Formatter(self.prog).help_of(option)
+
+    def format_usage_of_all(self) -> str:
+        """Returns the usage with all words, as --help has it."""
+        self._complete_help()
+        return self.format_usage()
+
     def format_help(self) -> str:
-        """The text of --help. Only for this argparse is told of words and commands."""
-        if not self._is_help_complete:
-            self._is_help_complete = True
-            for dest, metavar, text, nargs, _ in self.words:
-                self.add_argument(dest, metavar=metavar, help=text, nargs=nargs)
-            if self.commands:
-                usage = self.format_usage().removeprefix("usage: ").rstrip()
-                self.usage = f"{usage} COMMAND ..."
-                self.notes = (f"{self.prog} COMMAND --help explains a command, with examples.",)
-            groups: dict[str, Any] = {}
-            for word, command in self.commands.items():
-                if command.group not in groups:
-                    groups[command.group] = self.add_argument_group(command.group)
-                groups[command.group].add_argument(word, help=command.summary)
-            self.epilog = "\n\n".join((*self._shown_examples(), *self.notes, self.epilog or ""))
-        return super().format_help()
+        """Returns the text of --help."""
+        self._complete_help()
+        own = self.epilog
+        self.epilog = "\n\n".join((*self._shown_examples(), *self.notes, own or ""))
+        try:
+            return super().format_help()
+        finally:
+            self.epilog = own
+
+    def _complete_help(self) -> None:
+        """Tells argparse of words and commands, which it needs only to describe them."""
+        if self._is_help_complete:
+            return
+        self._is_help_complete = True
+        for dest, metavar, text, nargs, _ in self.words:
+            self.add_argument(dest, metavar=metavar, help=text, nargs=nargs)
+        if self.commands:
+            usage = self.format_usage().removeprefix("usage: ").rstrip()
+            self.usage = f"{usage} COMMAND ..."
+            self.notes = (f"{self.prog} COMMAND --help explains a command, with examples.",)
+        groups: dict[str, Any] = {}
+        for word, command in self.commands.items():
+            if command.group not in groups:
+                groups[command.group] = self.add_argument_group(command.group)
+            groups[command.group].add_argument(word, help=command.summary)
 
     def _shown_examples(self) -> Iterable[str]:
         if self.examples:
@@ -317,6 +335,10 @@ class _Formatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=columns() - 2)
+
+    def help_of(self, option: argparse.Action) -> str:
+        """Returns the help of an option, with its default and all else filled in."""
+        return " ".join(self._expand_help(option).split())
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """Adds the default to what the help says of an option that takes a value."""

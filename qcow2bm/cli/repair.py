@@ -17,9 +17,10 @@ from qcow2bm import (
     undo,
 )
 from qcow2bm.cli import files, output
-from qcow2bm.cli.advice import Advice, advise_anew, print_advice, spelled
+from qcow2bm.cli.advice import advise_anew, spelled
 from qcow2bm.cli.arguments import EditingArguments, add_editing, add_image
 from qcow2bm.cli.messages import CommandError, about, say
+from qcow2bm.cli.next_command import Advice, print_advice
 from qcow2bm.cli.output import Document, count, json_text, json_text_or_null, quoted, size
 from qcow2bm.cli.parser import Parser
 from qcow2bm.cli.terminal import paint, print_text

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from qcow2bm import ComparisonError, Image, Plan
 from qcow2bm.cli import output
-from qcow2bm.cli.advice import Advice, advise_anew, print_advice
+from qcow2bm.cli.advice import advise_anew
 from qcow2bm.cli.arguments import NAME_NOTE, EditingArguments, add_editing, add_image
 from qcow2bm.cli.images import find, open_to_edit, outdated
 from qcow2bm.cli.messages import CommandError, about, progress, say
+from qcow2bm.cli.next_command import Advice, print_advice
 from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser, UsageError
 from qcow2bm.cli.terminal import print_text

@@ -9,10 +9,11 @@ import shlex
 
 from qcow2bm import BackupReason, BackupVerdict, ImageLockedError, open
 from qcow2bm.cli import output
-from qcow2bm.cli.advice import Advice, advise_bitmap
+from qcow2bm.cli.advice import advise_bitmap
 from qcow2bm.cli.arguments import NAME_NOTE, OutputArguments, add_image, add_output
 from qcow2bm.cli.images import judge
 from qcow2bm.cli.messages import about
+from qcow2bm.cli.next_command import Advice
 from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser
 from qcow2bm.units import escape

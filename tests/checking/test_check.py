@@ -299,9 +299,10 @@ def test_whatever_is_wrong_the_command_says_what_it_means(id: str, tmp_path: Pat
     severities = {problem["severity"] for problem in document["problems"]}
     errors = bool(severities & {"refused", "unusable"})
     assert done.status == (2 if errors else 3 if "leak" in severities else 0)
-    text = run(["check", "vm.qcow2"], tmp_path)
+    text = run(["check", "--all", "vm.qcow2"], tmp_path)
     assert (text.status, text.err) == (done.status, "")
     assert f"({id}" in text.out
+    assert all(problem["message"] in text.out for problem in document["problems"])
     assert ("QEMU will not open this image" in text.out) == ("refused" in severities)
 
 
@@ -353,3 +354,33 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     done = run(["check", "vm.qcow2"], tmp_path)
     assert (done.status, done.out) == (1, "")
     assert len(done.err.splitlines()) == 1
+
+
+@pytest.mark.spec("CLI-46")
+def test_what_follows_is_counted_and_each_kind_is_explained_once(tmp_path: Path) -> None:
+    def lines(*options: str) -> list[str]:
+        done = run(["check", "vm.qcow2", *options], tmp_path)
+        assert (done.status, done.err) == (2, "")
+        return done.out.splitlines()
+
+    entries = [(L2 + 8 * n, word(1 << 40)) for n in range(1, 10)]
+    (tmp_path / "vm.qcow2").write_bytes(
+        with_disk(*entries, refcount(27, 1), (BEHIND + 60 * CLUSTER, b"x"))
+    )
+    shown, every = lines(), lines("--all")
+    fault, more, following = "unusable: l2 table", "like these (--all", "1 more problem of clusters"
+    assert [sum(line.lower().startswith(fault) for line in each) for each in (shown, every)] == [
+        *(3, 9)
+    ]
+    assert "    and 6 more like these (--all lists them)" in shown
+    assert not any(more in line or following in line for line in every)
+    assert shown.count("    (l2-table.entry.past-eof)") == 1
+    assert every.count("    (l2-table.entry.past-eof)") == 1
+    (line,) = [line for line in shown if line.startswith(following)]
+    assert line.endswith("may follow from these: 1 cluster.refcount.leak (--all lists them)")
+    assert any("(cluster.refcount.leak)" in line for line in every)
+    assert not any("(cluster.refcount.leak)" in line for line in shown)
+    assert [line for line in shown if "errors" in line] == ["9 errors"]
+    shared = with_disk((DATA, bytes(CLUSTER)), (TABLES[DAILY], word(DATA)))
+    (tmp_path / "vm.qcow2").write_bytes(shared)
+    assert any("these: 1 cluster.refcount.too-low" in line for line in lines())

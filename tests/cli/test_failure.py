@@ -91,6 +91,33 @@ def test_a_failure_is_a_document_with_an_id(folder: Path, command: str) -> None:
     assert (plain.status, plain.out, plain.err) == (1, "", result.err)
 
 
+@pytest.mark.spec("CLI-47")
+@pytest.mark.parametrize(
+    ("command", "following"),
+    [
+        ("map crashed.qcow2 daily", "salvage crashed.qcow2 daily --all-dirty"),
+        ("clear crashed.qcow2 daily", "salvage crashed.qcow2 daily --all-dirty"),
+        ("add stale.qcow2 new", "salvage stale.qcow2 --all --all-dirty"),
+        ("remove vm.qcow2 nope", ""),
+        ("map vm.qcow2 nope", ""),
+    ],
+)
+def test_the_command_that_helps_follows_and_works(
+    command: str, following: str, tmp_path: Path, folder: Path
+) -> None:
+    name = command.split()[1]
+    (tmp_path / name).write_bytes((folder / name).read_bytes())
+    done = run(command.split(), tmp_path)
+    _, *more = done.err.splitlines()
+    assert done.status == 1
+    assert [line for line in more if "next:" in line] == (
+        [f"  next: qcow2bm {following}"] if following else []
+    )
+    if following:
+        assert run(following.split(), tmp_path).status == 0
+        assert run(command.split(), tmp_path).status == 0
+
+
 def test_every_command_that_has_json_is_tried() -> None:
     have = {parser.path for parser in parsers() if parser.has_option("--output")}
     tried = {tuple(command.split()) for command in FAILURES}

@@ -109,7 +109,9 @@ def test_output(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> N
         path.write_text(shown, encoding="utf-8")
     assert path.read_text(encoding="utf-8") == shown
     assert result.status == case.status
-    assert len(result.err.splitlines()) == 1 if case.status == 1 else True
+    if case.status == 1:
+        _, *more = result.err.splitlines()
+        assert all(line.startswith("  ") for line in more)
     if case.status == 1 and "--output=json" in case.arguments:
         failure_in(result.out, result.err)
     elif case.status == 1:

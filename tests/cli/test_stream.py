@@ -43,7 +43,8 @@ def dumped(folder: Path, name: str = "stream") -> tuple[int, Any]:
 
 
 def failed(done: Result) -> bool:
-    (line,) = done.err.splitlines()
+    line, *more = done.err.splitlines()
+    assert all(one.startswith("  ") for one in more)
     return (done.status, done.out) == (1, "") and line.startswith("qcow2bm: ")
 
 

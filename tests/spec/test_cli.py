@@ -63,9 +63,10 @@ def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
 
 def failed(done: Done, *, in_json: bool = False) -> bool:
     """Whether a command ended as a command that failed must end."""
-    (line,) = done.err.splitlines()
+    line, *more = done.err.splitlines()
     if in_json:
         return done.status == 1 and bool(failure_in(done.out, done.err))
+    assert all(one.startswith("  ") for one in more)
     return done.status == 1 and line.startswith("qcow2bm: ") and done.out == ""
 
 

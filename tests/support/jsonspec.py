@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from typing import Any
 
 from support.specreader import page
@@ -74,12 +75,16 @@ def check_failure(document: object) -> None:
 def failure_in(out: str, err: str) -> dict[str, Any]:
     """Returns the document of a command that failed.
 
-    Raises AssertionError unless ``out`` is nothing but that document, and ``err`` one line that
-    says the same.
+    Raises AssertionError unless ``out`` is nothing but that document, and ``err`` says the same: a
+    line, and the commands that help.
     """
     document: dict[str, Any] = json.loads(out)
     check_failure(document)
-    assert err == f"qcow2bm: {document['error']['message']}\n"
+    message, *more = err.splitlines()
+    assert message == f"qcow2bm: {document['error']['message']}"
+    assert all(line.startswith("  ") for line in more)
+    commands = [line.removeprefix("  next: ") for line in more if line.startswith("  next: ")]
+    assert [shlex.split(command) for command in commands] == document["next"]
     return document
 
 
