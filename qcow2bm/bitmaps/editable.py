@@ -34,7 +34,7 @@ def require_editable(metadata: Metadata) -> None:
             reason += ": repair the image first (qemu-img check -r all)"
             raise FormatError("header", "incompatible_features", offset, reason)
     for found in metadata.problems:
-        if (found.breaks_bitmap or found.kind.forbids_edit) and not found.kind.is_fittable:
+        if (found.is_fault or found.kind.forbids_edit) and not found.kind.is_fittable:
             raise as_error(found, "; an image with such a fault is not edited")
     shared = metadata.survey.first_shared
     if shared is not None:

@@ -327,8 +327,11 @@ def test_granularities_can_be_as_far_apart_as_qemu_s() -> None:
     beyond = build_image(
         Stored(b"fine", granularity_bits=9), Stored(b"coarse", granularity_bits=32), size=1 << 20
     )
-    with pytest.raises(LimitError, match="granularities"):
-        plan_of(beyond.data, lambda edit: edit.merge("fine", "coarse"))
+    with qcow2bm.open(beyond.data) as other, pytest.raises(LimitError, match="granularities"):
+        plan_of(
+            build_image(Stored(b"fine", granularity_bits=9), size=1 << 20).data,
+            lambda edit: edit.merge("fine", other.bitmaps["coarse"]),
+        )
 
 
 # --- fit --------------------------------------------------------------------------------------

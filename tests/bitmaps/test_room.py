@@ -154,10 +154,10 @@ def test_a_refcount_table_of_the_largest_size_is_no_other_case(
 
 
 def test_another_limit_has_nothing_to_do_with_room() -> None:
-    fine, coarse = Stored(b"fine", granularity_bits=9), Stored(b"coarse", granularity_bits=40)
-    with qcow2bm.open(build_image(fine, coarse).data, "r+") as opened, opened.edit() as edit:
+    data = build_image(size=1 << 42, cluster_bits=16).data
+    with qcow2bm.open(data, "r+") as opened, opened.edit() as edit:
         with pytest.raises(qcow2bm.LimitError) as raised:
-            edit.merge("fine", "coarse")
+            edit.add("fine", 512)
         assert (raised.value.missing, raised.value.bitmaps) == (None, ())
 
 
