@@ -20,7 +20,6 @@ from qcow2bm.errors import (
     BitmapInconsistentError,
     BitmapNotFoundError,
     BitmapStaleError,
-    StateError,
 )
 from qcow2bm.format.directory import (
     FLAG_NAMES,
@@ -59,7 +58,7 @@ class Bitmap:
         """The image, if nothing has outdated this Bitmap; raises `StateError` otherwise."""
         if self._revision != self._opened.revision:
             subject = f'the Bitmap "{escape(self._entry.name or "")}"'
-            raise StateError("outdated by a commit", "looked up again", subject)
+            raise self._opened.outdated_error(subject)
         return self._opened
 
     @property

@@ -19,6 +19,9 @@ from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.storage.interface import Storage, WritableStorage
 from qcow2bm.storage.write_guard import WriteGuard
 
+TRACKED = "being tracked"
+"""The state of an image from the beginning of tracking to its end."""
+
 
 class Loaded(NamedTuple):
     """The metadata of an image, and the revision of the image at which it was read."""
@@ -142,6 +145,13 @@ class OpenImage:
     def end(self) -> None:
         """Records that the edit or the tracking has ended."""
         self._activity = None
+
+    def outdated_error(self, subject: str) -> StateError:
+        """Returns the error for using a ``subject`` that a change of the image has outdated."""
+        if self._activity and self._activity.state == TRACKED:
+            required = "read through a second image, which is opened with force_share=True"
+            return StateError("of an image that is being tracked", required, subject)
+        return StateError("outdated by a commit", "looked up again", subject)
 
     def outdate(self) -> None:
         """Makes each `Bitmap` from before raise `StateError`, since the image has changed."""

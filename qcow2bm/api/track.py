@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
-from qcow2bm.api.open_image import OpenImage
+from qcow2bm.api.open_image import TRACKED, OpenImage
 from qcow2bm.bitmaps.status import BROKEN, VALID
 from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.errors import BitmapError, CommitError, LimitError, StorageError
@@ -54,7 +54,7 @@ def begin(
         ) from error
     opened.outdate()
     tracker = Tracker(storage, store, on_end=lambda: _end(opened))
-    opened.begin("being tracked", tracker.give_up)
+    opened.begin(TRACKED, tracker.give_up)
     return tracker
 
 

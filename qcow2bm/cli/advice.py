@@ -131,8 +131,13 @@ def _with_use(image: Image, path: str, find: Callable[[], Advice]) -> Advice:
     use = image.use_by_another_process()
     if use in ("writer", "reader"):
         return ASK_THE_VM if use == "writer" else END_THE_READER
-    if not os.access(path, os.W_OK):
-        return Advice("the image is to be changed, but this user cannot write to it")
+    try:
+        os.close(os.open(path, os.O_RDWR))  # os.access knows nothing of devices that are read-only
+    except FileNotFoundError:
+        return Advice("the image is not at this path any more")
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        return Advice(f"the image is to be changed, but it cannot be written to ({reason})")
     try:
         return find()
     except ImageLockedError:

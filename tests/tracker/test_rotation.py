@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,25 @@ def test_a_rotation_divides_the_marks(names: tuple[bytes, ...]) -> None:
         assert granules(data, "z") == old | {10, 20, 30}
     expected = {"a": ("valid", False), "b": ("valid", False), "c": ("valid", True)}
     assert {name: found for name, found in facts(data).items() if name in expected} == expected
+
+
+@pytest.mark.spec("TRACK-22")
+def test_what_was_rotated_away_is_read_through_a_second_image(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(image(b"a"))
+    old = granules(bytearray(path.read_bytes()), "a")
+    with qcow2bm.open(path, "r+") as opened, opened.track() as tracker:
+        tracker.mark(10 * GRANULE, 1)
+        tracker.rotate("a", "b")
+        with pytest.raises(qcow2bm.StateError, match="opened with force_share=True"):
+            opened.bitmaps["a"].count()
+        tracker.mark(20 * GRANULE, 1)
+        tracker.flush()
+        with qcow2bm.open(path, force_share=True) as beside:
+            assert beside.bitmaps["a"].count() == GRANULE * len(old | {10})
+            assert beside.bitmaps["b"].status == "inconsistent"
+        tracker.mark(30 * GRANULE, 1)
+    assert granules(bytearray(path.read_bytes()), "b") == {20, 30}
 
 
 @pytest.mark.spec("TRACK-13")
