@@ -92,6 +92,8 @@ def _require_unchanged(storage: Storage, undo: UndoLog) -> None:
 
     That program may need what an undo would take back.
     """
+    if storage.size() < undo.file_size:  # a repair makes no file shorter
+        raise _changed("the file is shorter than it was before the repair")
     for place, stored, contents in _sectors(storage, undo):
         if stored not in contents:
             raise _changed(f"at {place:#x} are bytes that neither the repair nor an undo wrote")

@@ -27,6 +27,8 @@ MAX_STEPS = 1 << 18
 MAX_BYTES = 1 << 30
 """The greatest length of an undo file without its seal."""
 
+_LONGEST_FILE = (1 << 63) - 1  # what systems can have at most
+
 _HEAD = Struct(
     "magic" / Bytes(8),
     "version" / Int32ub,
@@ -138,7 +140,8 @@ def parse_undo(data: bytes | Iterable[bytes]) -> UndoLog:
 def _parse_step(source: PieceSource, number: int) -> UndoStep:
     place = source.offset
     step = parse(_STEP, source.take(STEP_BYTES), f"step {number}", place)
-    if step.type not in (WRITE, BARRIER) or (step.type == WRITE) != bool(step.length):
+    is_wrong = (step.type == WRITE) != bool(step.length) or step.type not in (WRITE, BARRIER)
+    if is_wrong or step.offset + step.length > _LONGEST_FILE:
         raise FormatError(f"step {number}", "", place, "is invalid")
     _require_bytes(source.offset + 2 * step.length)
     if step.type == BARRIER:
