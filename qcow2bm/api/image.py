@@ -440,7 +440,8 @@ class Image:
             StateError: the image is closed, being edited, or being tracked.
             BitmapError: a bitmap is missing, not valid, or disabled, or would be left out.
             CommitError: a write or barrier failed.
-            FormatError, UnsupportedError, LimitError, StorageError: as for an edit.
+            UnsupportedError: as for an edit; or this is a free-threaded Python.
+            FormatError, LimitError, StorageError: as for an edit.
         """
         from qcow2bm.api.track import begin  # loads numpy
 

@@ -11,6 +11,7 @@ from qcow2bm.bitmaps.status import BROKEN, VALID
 from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.errors import BitmapError, CommitError, LimitError, StorageError
 from qcow2bm.migration.sentinel import is_sentinel
+from qcow2bm.tracker.recorder import require_global_lock
 from qcow2bm.tracker.tracker import Tracker
 from qcow2bm.units import escape
 
@@ -29,6 +30,7 @@ def begin(
     generation: bool | None,
 ) -> Tracker:
     """See `Image.track`; the image is open for writing, and nothing else goes on."""
+    require_global_lock()
     storage = opened.guard
     assert storage is not None
     store = TrackedStore(storage)

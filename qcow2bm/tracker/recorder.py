@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qcow2bm.bitmaps.tracked_bitmap import PIECE_BYTES
 from qcow2bm.bits import pure_python
 from qcow2bm.bits.ranges import checked, outside
-from qcow2bm.errors import StateError
+from qcow2bm.errors import StateError, UnsupportedError
 from qcow2bm.tracker.fanout import Recording
 
 if TYPE_CHECKING:
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
 _PIECE_SHIFT = (8 * PIECE_BYTES).bit_length() - 1  # from a bit to its piece
 _BATCH_RANGES = 4096  # marked under one lock: others wait so long at most
 _BATCH_PIECES = 64
+
+
+def require_global_lock() -> None:
+    """Returns if Python runs one thread at a time, by its global interpreter lock.
+
+    `TrackedBitmap.take` untouches a piece before it copies the piece. Without the global lock no
+    other thread need see these two, and the two of a mark, in this order.
+
+    Raises:
+        UnsupportedError: this Python runs threads in parallel (free-threaded Python).
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        feature = (
+            "tracking in a free-threaded Python, where a mark could be lost; run Python with the "
+            "environment variable PYTHON_GIL=1"
+        )
+        raise UnsupportedError(feature)
 
 
 class Refusal(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -353,3 +354,16 @@ def test_closing_the_image_leaves_in_use() -> None:
         tracker.mark(0, 1)
     assert data == before
     assert flags(data)["daily"] == FLAG_AUTO | FLAG_IN_USE
+
+
+@pytest.mark.spec("TRACK-23")
+def test_a_python_without_the_global_lock_tracks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build_image(Stored(b"a"), size=1 << 30).data
+    before = bytes(data)
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with qcow2bm.open(data, "r+") as image:
+        with pytest.raises(qcow2bm.UnsupportedError, match=r"free-threaded.* PYTHON_GIL=1"):
+            image.track()
+        assert data == before
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True)
+        image.track().stop()
