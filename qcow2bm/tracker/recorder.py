@@ -36,7 +36,8 @@ def require_global_lock() -> None:
     Raises:
         UnsupportedError: this Python runs threads in parallel (free-threaded Python).
     """
-    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    is_free_threaded = "t" in getattr(sys, "abiflags", "")  # PEP 703
+    if is_free_threaded and getattr(sys.flags, "gil", None) != 1:
         feature = (
             "tracking in a free-threaded Python, where a mark could be lost; run Python with the "
             "environment variable PYTHON_GIL=1"

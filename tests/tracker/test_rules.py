@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -360,10 +361,10 @@ def test_closing_the_image_leaves_in_use() -> None:
 def test_a_python_without_the_global_lock_tracks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = build_image(Stored(b"a"), size=1 << 30).data
     before = bytes(data)
-    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    monkeypatch.setattr(sys, "abiflags", "t")
     with qcow2bm.open(data, "r+") as image:
         with pytest.raises(qcow2bm.UnsupportedError, match=r"free-threaded.* PYTHON_GIL=1"):
             image.track()
         assert data == before
-        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True)
+        monkeypatch.setattr(sys, "flags", SimpleNamespace(gil=1))
         image.track().stop()
