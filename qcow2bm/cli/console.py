@@ -10,7 +10,7 @@ import os
 import sys
 
 from qcow2bm.cli import main
-from qcow2bm.cli.messages import FAILED, discard_output, fail
+from qcow2bm.cli.messages import FAILED, OutputFile, discard_output, fail
 
 
 def run() -> int:
@@ -40,7 +40,7 @@ def _output() -> io.TextIOWrapper:
     takes only a part, the rest is lost without an error. Characters of names that the terminal's
     encoding does not have are escaped.
     """
-    raw = io.FileIO(1, "w", closefd=False)
+    raw = OutputFile()
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return io.TextIOWrapper(
         io.BufferedWriter(raw, 1 << 16), encoding, "backslashreplace", line_buffering=raw.isatty()

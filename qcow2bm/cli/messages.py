@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import TracebackType
-from typing import Any, BinaryIO, TextIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
 
 from qcow2bm import CommitError, Qcow2BmError, StorageError
 from qcow2bm.cli.hints import explain
 from qcow2bm.units import escape
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 FAILED = 1
 
@@ -111,12 +114,33 @@ class WatchedOutput:
         return self._stream.buffer
 
 
+class OutputFile(io.FileIO):
+    """The file of standard output, which drops what it gets once it is told to."""
+
+    def __init__(self) -> None:
+        """Opens standard output once more; to close this leaves standard output open."""
+        super().__init__(1, "w", closefd=False)
+        self._drops = False
+
+    def drop(self) -> None:
+        """Lets all later writes succeed and do nothing."""
+        self._drops = True
+
+    def write(self, data: Buffer, /) -> int:
+        """Writes as a file does; returns how many bytes were written."""
+        return memoryview(data).nbytes if self._drops else super().write(data)
+
+
 def discard_output() -> None:
     """Drops what could not be written; otherwise the interpreter would try again at its end."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
-        sys.stdout = io.TextIOWrapper(io.BytesIO())
+        file = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+        if isinstance(file, OutputFile):
+            file.drop()
+        else:
+            sys.stdout = io.TextIOWrapper(io.BytesIO())
 
 
 def fail(subject: str, reason: str) -> int:
