@@ -138,10 +138,13 @@ def print_settlement(done: rescue.Settlement, migration: str) -> None:
     for bitmap, fate, reason in done.bitmaps:
         more = f": {reason}" if reason else ""
         print_text(f"  {quoted(bitmap.name)} {_FATES.get(fate, fate)}{more}")
-    if verdict.is_bad and done.is_armed and not done.obstacle:
+    can_decide = verdict.is_bad and done.is_armed and not done.obstacle
+    if can_decide and verdict.concerned:
         print_text(
             "  decide before the VM quits, or these are stored as valid: --remove or --all-dirty"
         )
+    elif can_decide:
+        print_text("  no bitmap is in doubt: --remove disarms the node")
     if verdict.word == "touched":
         print_text("  what the guest remembers of the disk may be wrong: decide, then shut it down")
     if verdict.word == "untouched" and migration in ("cancelled", "failed") and not done.is_armed:

@@ -177,10 +177,12 @@ class Machine(NamedTuple):
         if self.status in _WITHOUT_DISKS:
             state = f"in state {escape(self.status)}, without its disks"
             raise StateError(state, f"running: {_USE_CONT}", "the machine")
-        actives = {node.is_active for node in self.nodes if node.bitmaps}
+        # An inactive disk has no bitmaps in memory, so nodes without bitmaps count as well.
+        actives = {node.is_active for node in self.nodes}
         if False in actives:
             raise StateError("inactive", f"active: {_USE_CONT}", "a disk")
-        # A destination that has not run yet looks the same, and does not have its disks yet.
-        if self.migration == "completed" and not self.is_running and None in actives:
+        # A destination that has not run yet looks the same, and does not have its disks yet. QEMU
+        # activates all disks at once, so one that is active is proof enough.
+        if self.migration == "completed" and not self.is_running and True not in actives:
             state = f"in state {escape(self.status)} after a migration that completed"
             raise StateError(state, f"running: {_USE_CONT}", "the machine")

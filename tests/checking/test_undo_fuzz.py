@@ -78,10 +78,13 @@ def outcome(image: bytes, file: bytes, *, is_asserted: bool) -> str:
         qcow2bm.plan_undo(bytes(image), log, is_asserted=is_asserted)
         qcow2bm.undo(data, log, is_asserted=is_asserted)
     except qcow2bm.Qcow2BmError as error:
-        assert str(error).isprintable()
-        assert data == image
-        return type(error).__name__
-    return "done"
+        message = str(error)
+        end = type(error).__name__
+    else:
+        return "done"
+    assert message.isprintable()
+    assert data == image
+    return end
 
 
 def ends(seed: int, count: int) -> Counter[str]:

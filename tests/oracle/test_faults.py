@@ -6,6 +6,7 @@ QEMU made; then some faults that need several changes; then random ones.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from random import Random
 
@@ -48,7 +49,12 @@ EDGES_BY_WIDTH = {
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with StorageDaemon() as daemon:
-        yield Lab(tmp_path_factory.mktemp("faults"), daemon)
+        folder = tmp_path_factory.mktemp("faults")
+        # The path of the data file is in the image. Its length must not be a multiple of 8, or the
+        # header extension that holds the path would have no padding to be taken for more of it.
+        padding = "p" if len(os.fsencode(folder / "p" / "data-file" / "data")) % 8 else "pp"
+        (folder / padding).mkdir()
+        yield Lab(folder / padding, daemon)
 
 
 def judge(lab: Lab, base: str, changes: Mapping[str, Change]) -> Finding:

@@ -239,6 +239,25 @@ def test_a_disk_that_is_not_here_is_found_by_an_empty_write(
 
 
 @pytest.mark.spec("RESCUE-1")
+@pytest.mark.parametrize("active", [None, False])
+def test_a_machine_without_its_disks_has_no_bitmaps_in_memory(
+    qemu: FakeQemu, address: str, active: bool | None
+) -> None:
+    """A destination that has not run yet: only then QEMU loads the bitmaps."""
+    qemu.bitmaps.clear()
+    qemu.status, qemu.migration, qemu.nodes["disk"].active = "paused", "completed", active
+    for function in (lift_vetoes, arm):
+        with pytest.raises(StateError), Monitor(address) as monitor:
+            function(monitor)
+        with pytest.raises(StateError), Monitor(address) as monitor:
+            function(monitor, ["disk"])
+    assert qemu.changes() == []
+    qemu.status = "running"
+    if active is None:
+        assert not started(address).bitmaps
+
+
+@pytest.mark.spec("RESCUE-1")
 def test_where_it_cannot_be_found_out(qemu: FakeQemu, address: str) -> None:
     qemu.refuse = lambda name, _: "not found" if name == "human-monitor-command" else None
     qemu.status, qemu.migration = "paused", "completed"
