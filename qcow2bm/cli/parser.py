@@ -107,6 +107,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+        self.color = False  # or Python 3.14 colors the help, whatever --color says
         self.path = path
         self.examples: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()

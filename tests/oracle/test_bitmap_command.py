@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from support import console, qemu
 from support.qemu import Disk, StorageDaemon, held_by_storage_daemon
+from support.qemu_facts import fact
 from support.specreader import page
 from support.twin import SECTOR, KiB, MiB
 
@@ -64,7 +65,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(folder / "bigger.qcow2", 20 * MiB)
     make(folder / "tiny.qcow2", 10240, cluster_size=512)
     make(folder / "big-clusters.qcow2", cluster_size="2M")
-    make(folder / "zstd.qcow2", compression_type="zstd", refcount_bits=1)
+    zstd = {} if fact("zstd") == "no" else {"compression_type": "zstd"}
+    make(folder / "zstd.qcow2", refcount_bits=1, **zstd)
     make(folder / "odd:x,y.qcow2")
     make(folder / "luks.qcow2", **{"encrypt.format": "luks"})
     make(folder / "data.qcow2", data_file=folder / "data.ext")
@@ -582,7 +584,8 @@ class Bench:
     def call_theirs(self, arguments: Sequence[str]) -> Side:
         filled = [text.replace("{folder}", str(self.theirs)) for text in arguments]
         done = qemu.run("env", "-C", self.theirs, "qemu-img", "bitmap", *filled)
-        found = re.search(r"qemu-img: (?!warning)(.*)", done.stderr, re.DOTALL)
+        # Before its words, QEMU 10.0 and later say how they were called, if an option is wrong.
+        found = re.search(r"qemu-img(?: bitmap)?: (?!warning)(.*)", done.stderr, re.DOTALL)
         return self._side(self.theirs, done.returncode, found[1] if found else "")
 
     def call_ours(self, arguments: Sequence[str]) -> Side:
@@ -612,15 +615,17 @@ def fixed_part(text: str) -> str:
     """What a message of qemu-img begins with, without what it says twice or only QEMU knows."""
     line = text.partition("\n")[0]
     line = re.sub("(Invalid granularity specified).*", r"\1", line)
+    line = re.sub("(Need at least one of .*)--remove-all, ", r"\1", line)
     line = re.sub(r"(Could not open '.*?': )Could not open '.*': ", r"\1", line)
     return re.sub(r" in '#block\d+': .*", "", line)
 
 
 def differences(theirs: Side, ours: Side) -> set[str]:
     said = ours.line.replace('\\"', '"')  # quotes are escaped
+    is_usage = "\nTry '" in theirs.line and fact("usage") != "qemu-img"
     found = {
         "status": theirs.status != ours.status,
-        "message": not said.startswith(fixed_part(theirs.line)),
+        "message": not (is_usage or said.startswith(fixed_part(theirs.line))),
         "bitmaps": theirs.images != ours.images,
     }
     return {what for what, is_different in found.items() if is_different}
@@ -659,11 +664,33 @@ def name_of(arguments: Sequence[str]) -> str:
     return escape(" ".join(arguments))[:100]
 
 
+class Changed(NamedTuple):
+    """A row of spec/compatibility.md about a call, and what it has for QEMU 7.2."""
+
+    id: str
+    as_of_7_2: str
+
+
+CHANGED = {
+    "--add -g 0x10k vm.qcow2": Changed("hex-suffix", "yes"),
+    "--add -g .5M vm.qcow2": Changed("leading-point", "no"),
+    "--add --f qcow2 vm.qcow2": Changed("long-format", "no"),
+    "--add --format qcow2 vm.qcow2": Changed("long-format", "no"),
+    "--remove-all": Changed("remove-all", "no"),
+    "--rem vm.qcow2": Changed("remove-all", "no"),
+    "--r vm.qcow2": Changed("remove-all", "no"),
+}
+"""Calls of which another version thinks otherwise than QEMU 7.2, which this library follows."""
+
+
 @pytest.mark.spec("IMG-1", "IMG-2", "IMG-3", "IMG-5")
 @pytest.mark.parametrize("call", CALLS, ids=[name_of(call.arguments) for call in CALLS])
 def test_a_call_does_what_qemu_img_does(bench: Bench, call: Call) -> None:
     found = compare(bench, call.arguments)
-    if call.deviation:
+    changed = CHANGED.get(" ".join(call.arguments[:-1]))
+    if changed and fact(changed.id) != changed.as_of_7_2:
+        assert bool(found) != bool(call.deviation)
+    elif call.deviation:
         assert found, "no deviation any more"
         assert found <= set(DEVIATIONS[call.deviation].differs.split())
     else:

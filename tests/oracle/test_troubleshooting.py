@@ -20,6 +20,7 @@ import pytest
 from support.console import Result, run
 from support.qemu import Disk, QmpError, StorageDaemon, run_ok
 from support.qemu import run as run_tool
+from support.qemu_facts import fact
 from support.specreader import SPEC, page
 from support.twin import KiB, MiB
 from support.vm import NOWHERE, Machine
@@ -261,8 +262,9 @@ def test_a_bitmap_of_an_image_open_for_reading(disk: Disk, tmp_path: Path) -> No
         place: dict[str, Any] = {"node": "disk", "name": "daily"}
         with StorageDaemon() as daemon:
             daemon.open(disk)
-            for command in ("clear", "remove"):
-                refused(partial(daemon.execute, f"block-dirty-bitmap-{command}", place), message)
+            refused(partial(daemon.execute, "block-dirty-bitmap-clear", place), message)
+            remove = partial(daemon.execute, "block-dirty-bitmap-remove", place)
+            refused(remove, fact("read-only-remove"))
             daemon.execute(
                 "block-dirty-bitmap-add", {"node": "disk", "name": "other", "persistent": False}
             )
