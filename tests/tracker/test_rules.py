@@ -362,6 +362,7 @@ def test_a_python_without_the_global_lock_tracks_nothing(monkeypatch: pytest.Mon
     data = build_image(Stored(b"a"), size=1 << 30).data
     before = bytes(data)
     monkeypatch.setattr(sys, "abiflags", "t")
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(gil=None))
     with qcow2bm.open(data, "r+") as image:
         with pytest.raises(qcow2bm.UnsupportedError, match=r"free-threaded.* PYTHON_GIL=1"):
             image.track()
