@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from construct import Int8ub, Int16ub, Int32ub, Struct
+from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from qcow2bm.format.schema import flat_struct
 from qcow2bm.format.stream import U64, parse_string
@@ -33,6 +33,15 @@ _XBZRLE_ENCODING = 1
 _XBZRLE = flat_struct(Struct("encoding" / Int8ub, "length" / Int16ub))
 _COMPRESSED = flat_struct(Struct("length" / Int32ub))
 
+_MAPPED_BLOCK = Struct(
+    "version" / Int32ub,
+    "page_size" / Int64ub,
+    "bitmap_offset" / Int64ub,
+    "pages_offset" / Int64ub,
+)
+_MAPPED = flat_struct(_MAPPED_BLOCK)
+_MAPPED_VERSION = 1
+
 PAGE_SIZE = 4096
 PAGE_BITS = range(10, 17)  # the bits below the page size hold the flags
 
@@ -48,12 +57,14 @@ class Options(NamedTuple):
     """The facts in a stream that change the layout of pages and blocks.
 
     If ``has_block_page_size``, blocks of huge pages state their page size. If
-    ``has_block_address``, every block states its address.
+    ``has_block_address``, every block states its address. If ``is_mapped``, the pages of a block
+    are not in records, but follow the block, after a bitmap and a gap.
     """
 
     page_size: int = PAGE_SIZE
     has_block_page_size: bool = False
     has_block_address: bool = False
+    is_mapped: bool = False
 
 
 def parse_page(buffer: StreamBuffer, page_size: int) -> PageHeader:
@@ -104,3 +115,22 @@ def parse_block(buffer: StreamBuffer, options: Options) -> int:
     if options.has_block_address:
         buffer.read(U64)
     return length
+
+
+def parse_mapped_block(buffer: StreamBuffer, length: int) -> int:
+    """Parses the header between a block of so many bytes and its pages.
+
+    Returns:
+        The offset in the stream of the first byte behind the pages.
+
+    Raises:
+        FormatError: the version is unknown, or the bitmap or the pages are not behind the header.
+    """
+    version, _, bitmap_offset, pages_offset = buffer.read(_MAPPED)
+    if version != _MAPPED_VERSION:
+        reason = f"is {version}, must be {_MAPPED_VERSION}"
+        buffer.reject("mapped ram block", "version", reason, _MAPPED.size)
+    if not buffer.offset <= bitmap_offset <= pages_offset:
+        reason = f"is {pages_offset}, not behind the bitmap at {bitmap_offset}"
+        buffer.reject("mapped ram block", "pages_offset", reason, U64.size)
+    return pages_offset + length

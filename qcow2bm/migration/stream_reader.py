@@ -41,6 +41,7 @@ class StreamReader:
         self._section = Section(0, 0)
         self._sections: dict[int, bytes] = {}
         self._left = 0  # bytes of a package, or of RAM blocks, or capabilities, that are to come
+        self._pages_end = 0
         self._options = stream_ram.Options()
         self._records = BitmapRecords()
 
@@ -138,9 +139,12 @@ class StreamReader:
             self._state = self._subsection
             return
         name = stream.parse_string(self._window)
-        if name != b"x-ignore-shared":
+        if name == b"x-ignore-shared":
+            self._options = self._options._replace(has_block_address=True)
+        elif name == b"mapped-ram":
+            self._options = self._options._replace(is_mapped=True)
+        else:
             raise UnsupportedError(f'capability "{_text(name)}" in a migration stream')
-        self._options = self._options._replace(has_block_address=True)
         self._left -= 1
 
     def _next(self) -> None:
@@ -252,7 +256,20 @@ class StreamReader:
         length = stream_ram.parse_block(self._window, self._options)
         if length > self._left:
             self._reject("ram block", "length", f"is {length}, of {self._left} that are left")
+        if self._options.is_mapped:
+            self._pages_end = stream_ram.parse_mapped_block(self._window, length)
+            self._state = self._pages
         self._left -= length
+
+    def _pages(self) -> None:
+        """The pages of a block, in a file that gives each page a fixed place; they are skipped."""
+        left = self._pages_end - self._window.offset
+        length = min(left, self._window.length)
+        self._window.skip(length)
+        self._window.commit()
+        if length < left:
+            raise NeedDataError
+        self._state = self._block
 
     def _dirty_bitmap(self) -> None:
         """A record of a dirty-bitmap section."""

@@ -21,6 +21,7 @@ from support.streams import (
     came,
     command,
     envelope,
+    mapped,
     memory,
     more,
     outcome,
@@ -114,6 +115,22 @@ def test_shared_memory_has_addresses() -> None:
 
 
 @pytest.mark.spec("STREAM-1")
+@pytest.mark.parametrize("size", [1, 7, 4096, 1 << 20])
+def test_mapped_ram_is_passed_over(size: int) -> None:
+    data = mapped([ONE], [(8, 5000), (0, 0)])
+    found = read_stream(data[start : start + size] for start in range(0, len(data), size))
+    assert [came(bitmap) for bitmap in found.complete] == [sent(ONE)]
+    assert "is cut off" in str(read_stream([data[:6000]]).fault)
+
+
+@pytest.mark.spec("STREAM-11")
+def test_mapped_ram_that_lies_elsewhere() -> None:
+    assert "version" in str(refusal(mapped([ONE], version=2)))
+    for gaps in ((8, 7), (-1, 10), (1 << 62, 1)):
+        assert "pages_offset" in str(refusal(mapped([ONE], [gaps])))
+
+
+@pytest.mark.spec("STREAM-1")
 def test_blocks_of_huge_pages_say_so_where_memory_may_come_late() -> None:
     huge = struct.pack(">Q", 1 << 21)
     blocks = memory((b"small", PAGE, b""), (b"huge", 1 << 21, huge), (b"s", PAGE, b""))
@@ -147,9 +164,9 @@ def test_a_package_is_passed_over() -> None:
         ),
         (
             envelope(
-                subsection(b"configuration/capabilities", b"\0\0\0\1" + string(b"mapped-ram"))
+                subsection(b"configuration/capabilities", b"\0\0\0\1" + string(b"new-layout"))
             ),
-            'capability "mapped-ram"',
+            'capability "new-layout"',
         ),
     ],
 )
@@ -284,7 +301,7 @@ def test_every_beginning_of_a_stream(form: str) -> None:
     data = FORMS[form]([ONE, TWO])
     truth = [sent(ONE), sent(TWO)]
     last = len(data)
-    if form == "precopy":
+    if form in ("precopy", "mapped"):
         last = data.index(FULL) + 1  # of a device one byte says all
     elif form == "section-only":
         last = len(data) - 5  # the footer may be missing

@@ -159,6 +159,32 @@ def test_a_stream_of_qemu(disk: Disk, tmp_path: Path, how: str) -> None:
     assert {bitmap.node_alias for bitmap in bitmaps.all} == {"disk"}
 
 
+@pytest.mark.spec("STREAM-3")
+@pytest.mark.parametrize(
+    "capabilities", [(), ("multifd",), ("mapped-ram",), ("mapped-ram", "multifd")]
+)
+def test_a_file_of_qemu(disk: Disk, tmp_path: Path, capabilities: tuple[str, ...]) -> None:
+    """QEMU writes to the file itself; with mapped-ram each page has its place in the file."""
+    path = tmp_path / "stream"
+    with Machine(disk.path) as machine:
+        for made in MADE:
+            add(machine, made)
+        expected = truth(machine)
+        if fact("mapped-ram") == "no" and "mapped-ram" in capabilities:
+            with pytest.raises(QmpError, match="does not accept value 'mapped-ram'"):
+                machine.enable("dirty-bitmaps", *capabilities)
+            return
+        machine.enable("dirty-bitmaps", *capabilities)
+        if fact("mapped-ram") == "no" or capabilities == ("multifd",):
+            with pytest.raises(QmpError):  # no file: yet; or it needs mapped-ram
+                machine.migrate(f"file:{path}")
+            return
+        machine.execute("migrate-set-parameters", {"downtime-limit": FOREVER})
+        machine.migrate(f"file:{path}")
+        machine.wait_for_migration("completed")
+    assert came(read_stream(pieces(path))) == expected
+
+
 def test_aliases_and_a_changed_persistence(disk: Disk, tmp_path: Path) -> None:
     path = tmp_path / "stream"
     aliases = {"fine": ("a", None), "transient": ("ü" * 127, True), "one": ("c", False)}

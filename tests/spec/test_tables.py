@@ -52,6 +52,7 @@ FIELD_TABLES: dict[tuple[str, str], Any] = {
     ("stream.md", "Sections"): stream._SECTION,
     ("stream.md", "Parts and footers"): stream._PART,
     ("stream.md", "Commands"): stream._COMMAND,
+    ("stream.md", "Mapped block"): stream_ram._MAPPED_BLOCK,
     ("stream.md", "Names"): stream_bitmap._NAME,
     ("stream.md", "Start"): stream_bitmap._START,
     ("stream.md", "Bits"): stream_bitmap._BITS,

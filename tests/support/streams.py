@@ -151,7 +151,39 @@ def whole(bitmaps: Sequence[OutgoingBitmap]) -> bytes:
     return b"".join(write_stream(bitmaps, "pc-i440fx-7.2"))
 
 
-FORMS = {"precopy": precopy, "postcopy": postcopy, "section-only": section_only, "whole": whole}
+MAPPED = subsection(b"configuration/capabilities", b"\0\0\0\1" + string(b"mapped-ram"))
+
+
+def mapped(
+    bitmaps: Sequence[OutgoingBitmap],
+    gaps: Sequence[tuple[int, int]] = ((8, 40),),
+    version: int = 1,
+) -> bytes:
+    """A file in which each page of memory has its place.
+
+    Each block has a page. Of each, ``gaps`` has the bytes between its header and the bits that say
+    which pages were written, and those between the header and the pages.
+    """
+    sent = parts(bitmaps)
+    data = envelope(MAPPED) + b"\x01" + struct.pack(">I", 2) + string(b"ram")
+    data += struct.pack(">IIQ", 0, 4, PAGE * len(gaps) | 4)
+    for number, (before, gap) in enumerate(gaps):
+        data += string(b"block%d" % number) + struct.pack(">Q", PAGE)
+        here = len(data) + 28
+        data += struct.pack(">IQQQ", version, PAGE, here + before, here + gap)
+        data += bytes(max(0, gap)) + b"\xff" * PAGE
+    data += RAM_EOS + _footer(2, True)
+    data += start(b"dirty-bitmap", sent.begin + EOS, 3) + more(3, RAM_EOS, 2)
+    return data + more(3, sent.bits + sent.end + EOS, 3) + FULL + EOF + VMDESCRIPTION
+
+
+FORMS = {
+    "precopy": precopy,
+    "postcopy": postcopy,
+    "section-only": section_only,
+    "whole": whole,
+    "mapped": mapped,
+}
 
 
 class Outcome(NamedTuple):
