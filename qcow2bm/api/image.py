@@ -355,9 +355,10 @@ class Image:
 
         *Guarantees*: if the verdict is "usable", the bitmap has every write since it was made or
         cleared, as far as the image can tell: `check` is made, and finds no fault for which
-        `repair` would drop the bitmap. That does not hold in two cases: a VM writes to the image
-        while it is read with ``force_share``; or the image, or its header, was restored from an
-        older copy (then use `Edit.invalidate`).
+        `repair` would drop the bitmap. That does not hold in three cases: a VM writes to the image
+        while it is read with ``force_share``; the image, or its header, was restored from an older
+        copy (then use `Edit.invalidate`); or a sentinel beside the bitmap is inconsistent, so that
+        a machine that had the disk ended without storing its bitmaps (then take a full backup).
 
         Raises:
             StateError: the image is closed, being edited, or being tracked.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from qcow2bm import Qcow2BmError
 from qcow2bm.cli.commands import Call, parse
@@ -47,11 +48,12 @@ def _report(error: Exception, call: Call, *, is_begun: bool) -> None:
     from qcow2bm.cli.next_command import Advice, say_advice
 
     failure = failure_of(error, call.parser)
+    say(failure.message)
     advice = Advice()
     image = getattr(call.arguments, "image", None)
     if image is not None and failure.subject == image:
-        advice = advise_after(failure.error, image)
+        with suppress(Qcow2BmError, MemoryError, OSError):  # the error that is told says more
+            advice = advise_after(failure.error, image)
     if getattr(call.arguments, "output", None) == "json" and not is_begun:
         print_failure(failure, advice.as_json)
-    say(failure.message)
     say_advice(advice)

@@ -8,6 +8,7 @@ the file system has room for it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import sys
@@ -19,6 +20,7 @@ from qcow2bm import (
     BitmapBrokenError,
     BitmapError,
     BitmapInconsistentError,
+    BitmapNotFoundError,
     BitmapStaleError,
     FormatError,
     Image,
@@ -59,6 +61,7 @@ _PASSED_ON = "/dev/fd/", "/dev/std", "/proc/"
 """Paths that mean another file in the next process."""
 
 _UNDO_OVERHEAD = 64 << 10
+_BLKROGET = 0x125E  # of Linux: whether a block device is read-only
 _MAX_FILE_NAME = 255
 
 
@@ -132,13 +135,8 @@ def _with_use(image: Image, path: str, find: Callable[[], Advice]) -> Advice:
     if use in ("writer", "reader"):
         return ASK_THE_VM if use == "writer" else END_THE_READER
     try:
-        os.close(os.open(path, os.O_RDWR))  # os.access knows nothing of devices that are read-only
-    except FileNotFoundError:
-        return Advice("the image is not at this path any more")
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        return Advice(f"the image is to be changed, but it cannot be written to ({reason})")
-    try:
+        if not _is_writable(path):
+            return Advice("the image is to be changed, but it cannot be written to")
         return find()
     except ImageLockedError:
         return ASK_THE_VM
@@ -146,6 +144,19 @@ def _with_use(image: Image, path: str, find: Callable[[], Advice]) -> Advice:
         return Advice("the image is not at this path any more")
     except _NoRoomError as error:
         return Advice(f"the image is to be changed: free {size(error.missing)} for that first")
+
+
+def _is_writable(path: str) -> bool:
+    """Whether this user can write to a file, or to a block device, which is not opened for that."""
+    if not os.access(path, os.W_OK):
+        return False
+    if not stat.S_ISBLK(os.stat(path).st_mode):
+        return True
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return not int.from_bytes(fcntl.ioctl(descriptor, _BLKROGET, bytes(4)), sys.byteorder)
+    finally:
+        os.close(descriptor)
 
 
 def advise_anew(path: str) -> Advice:
@@ -178,6 +189,9 @@ def _advise(
             return Advice("the image has features that are unknown here: use a newer program")
         return Advice(f"no command of qcow2bm repairs that: {_BY_HAND}")
     if missing_writes:
+        finishing = _finish_rescue(image, path)
+        if finishing:
+            return Advice("a rescue was interrupted", (finishing,))
         why = f"writes may be missing from {listed((b.name for b in missing_writes), _MOST_NAMED)}"
         salvaging = _salvage_all(image, path)
         if salvaging:
@@ -356,9 +370,15 @@ def advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> A
 
 def _advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> Advice:
     word = words_of(image, name)
+    bitmap = _found(image, word)
+    if bitmap and bitmap.is_sentinel:
+        return Advice()  # to salvage it would be to lose the evidence of a crash
     if reason == "disabled":
         return Advice("", _disabled(image, path, word))
     if reason in ("inconsistent", "stale"):
+        finishing = _finish_rescue(image, path)
+        if finishing:
+            return Advice("", (finishing,))
         plan = _try(image, lambda edit: edit.salvage(find(image, word).name))
         if _is_possible(path, plan):
             argv = _argv("salvage", path, word, options=["--all-dirty"])
@@ -408,10 +428,39 @@ def _missing(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
     )
 
 
+def _found(image: Image, word: str) -> Bitmap | None:
+    """Returns the bitmap that a word means; None if there is none, or there are several."""
+    try:
+        return find(image, word)
+    except BitmapNotFoundError:
+        return None
+
+
+def _is_only_too_long_or_short(image: Image, bitmap: Bitmap) -> bool:
+    """Whether no fault of a bitmap is another than that its table does not fit the disk."""
+    problems = (*image.problems, *image.check().problems)
+    faults = [found for found in problems if found.bitmap_index == bitmap.index and found.is_fault]
+    return all(fault.kind.is_fittable for fault in faults)
+
+
+def _finish_rescue(image: Image, path: str) -> NextCommand | None:
+    """Returns the command that puts the copies of an interrupted rescue in their places."""
+    from qcow2bm import rescue  # which takes time to load
+
+    def operate(edit: Edit) -> None:
+        rescue.rename_copies(image, edit)
+
+    if not _is_possible(path, _try(image, operate)):
+        return None
+    return NextCommand(["qcow2bm", "rescue", "finish", path])
+
+
 def _broken(image: Image, path: str, word: str) -> tuple[NextCommand, ...]:
-    plan = _try(image, lambda edit: edit.fit(find(image, word).name))
-    if _is_possible(path, plan):
-        return (NextCommand(_argv("fit", path, word)),)
+    bitmap = _found(image, word)
+    if bitmap and _is_only_too_long_or_short(image, bitmap):
+        name = bitmap.name
+        if _is_possible(path, _try(image, lambda edit: edit.fit(name))):
+            return (NextCommand(_argv("fit", path, word)),)
     repairing = _repair(path, is_whole=True)
     return (repairing,) if repairing else ()
 

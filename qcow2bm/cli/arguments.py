@@ -150,7 +150,7 @@ def add_timeout(parser: Parser, condition: str = "") -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=seconds,
+        type=some_seconds,
         default=rescue.DEFAULT_TIMEOUT,
         help=f"{condition}how many seconds QEMU may take to answer each QMP command",
     )
@@ -170,6 +170,14 @@ def byte_range(text: str) -> tuple[int, int | None]:
     if not colon:
         raise ArgumentTypeError(f'"{escape(text)}" is no range: write START:LENGTH')
     return size(start), size(length) if length else None
+
+
+def some_seconds(text: str) -> float:
+    """A number of seconds that is not 0."""
+    number = seconds(text)
+    if not number:
+        raise ArgumentTypeError(f'"{escape(text)}" is too few seconds')
+    return number
 
 
 def seconds(text: str) -> float:

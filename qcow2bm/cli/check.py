@@ -37,6 +37,12 @@ clusters, and no errors; 64 wrong usage
 """
 
 
+_LEADING = (
+    *(structures.L1_TABLE, structures.L2_TABLE, structures.SNAPSHOT_TABLE),
+    *(structures.DIRECTORY, structures.ENTRY, structures.TABLE),
+)
+"""The structures that lead to clusters."""
+
 _MOST_ALIKE = 3
 """How many problems of one kind are listed without --all."""
 
@@ -108,7 +114,7 @@ def _document(
 
 
 def _print(image: Image, problems: Sequence[Problem], checked: Check, *, is_all: bool) -> None:
-    following = [] if is_all else _following(image, problems, checked)
+    following = [] if is_all else _following(image, problems)
     alike: dict[str, list[Problem]] = {}
     for found in problems:
         if found not in following:
@@ -144,15 +150,19 @@ def _print_alike(image: Image, alike: Sequence[Problem], most: int) -> None:
     print_text(f"    ({kind.id})")
 
 
-def _following(image: Image, problems: Sequence[Problem], checked: Check) -> list[Problem]:
+def _following(image: Image, problems: Sequence[Problem]) -> list[Problem]:
     """Returns the problems of refcounts that may be there because of other problems.
 
-    If a reference could not be followed, what it leads to was not counted. If two structures use
-    the same cluster, its refcount cannot be right for both.
+    If a table is damaged, what it leads to was not counted, and seems to leak. If two structures
+    use the same cluster, its refcount cannot be right for both.
     """
     size = image.cluster_size
-    of_clusters = [found for found in problems if found.structure == structures.CLUSTER]
-    if not checked.is_complete:
-        return of_clusters
     shared = {found.offset // size for found in problems if found.kind.is_overlap}
-    return [found for found in of_clusters if found.offset // size in shared]
+    is_cut = any(found.is_fault and found.structure in _LEADING for found in problems)
+    return [
+        found
+        for found in problems
+        if found.structure == structures.CLUSTER
+        and not found.kind.stands_for_more
+        and (found.offset // size in shared or (is_cut and found.severity == "leak"))
+    ]

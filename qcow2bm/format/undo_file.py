@@ -113,7 +113,7 @@ def _pieces(file_size: int, state: bytes, steps: Sequence[UndoStep]) -> Iterator
         yield step.new
 
 
-def parse_undo(data: bytes | Iterable[bytes]) -> UndoLog:
+def parse_undo(data: bytes | bytearray | memoryview | Iterable[bytes]) -> UndoLog:
     """Parses an undo file.
 
     Args:
@@ -124,7 +124,8 @@ def parse_undo(data: bytes | Iterable[bytes]) -> UndoLog:
         UnsupportedError: this library does not know the version of the undo file.
         LimitError: there are more steps or bytes than `build_undo` writes.
     """
-    source = PieceSource("undo file", (data,) if isinstance(data, bytes) else data)
+    pieces = (bytes(data),) if isinstance(data, bytes | bytearray | memoryview) else data
+    source = PieceSource("undo file", pieces)
     found = parse(_HEAD, source.take(HEAD_BYTES), "undo file", 0, _OFFSETS)
     if found.magic != MAGIC:
         raise FormatError("undo file", "magic", 0, "is not the magic of an undo file")

@@ -69,7 +69,7 @@ class Answer:
         return self._value
 
     def power_of_two(self) -> int:
-        """Returns an integer that is a power of two: a granularity or a cluster size."""
+        """Returns an integer that is a power of two, such as a granularity."""
         number = self.number()
         if number.bit_count() != 1:
             self._reject("a power of two")

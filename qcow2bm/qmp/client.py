@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import re
+import socket
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -53,26 +54,30 @@ class Monitor:
             timeout: how many seconds QEMU may take to answer each command.
 
         Raises:
+            ValueError: the timeout is not positive.
             UnsupportedError: the package qemu.qmp is not installed.
             QmpError: there is no such server, or it does not answer.
         """
+        if not timeout > 0:
+            raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
         self._client = _new_client()
         self._timeout = timeout
+        self._socket: socket.socket | None = None
         self._runner = asyncio.Runner()
         self._is_closed = False
         try:
             self._connect(address)
         except BaseException:
-            self._runner.close()
+            self._end()
             raise
 
     def _connect(self, address: str) -> None:
         from qemu.qmp import ConnectError
 
-        where = _parse(address)
         seconds = min(_GREETING_SECONDS, self._timeout)
         try:
-            self._run(self._client.connect(where), seconds)
+            self._socket = _connected(_parse(address), seconds)
+            self._run(self._client.connect(self._socket), seconds)
         except TimeoutError as error:
             reason = (
                 "no greeting: another client is connected, QEMU hangs, or this is no QMP server"
@@ -102,7 +107,19 @@ class Monitor:
             with suppress(Exception):  # if it is lost, the command under way has raised that
                 self._run(self._client.disconnect(), _GOODBYE_SECONDS)
         finally:
-            self._runner.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._hang_up()
+        self._runner.close()
+        if self._socket:
+            self._socket.close()
+
+    def _hang_up(self) -> None:
+        """Ends the connection at once; or what is not sent yet would be waited for."""
+        if self._socket:
+            with suppress(OSError):  # the server has done so
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _run(self, step: Coroutine[Any, Any, object], seconds: float) -> object:
         """Runs a coroutine to its end; raises `TimeoutError` if that takes longer."""
@@ -126,6 +143,7 @@ class Monitor:
         except ExecuteError as error:
             raise QmpRefusedError(command, _one_line(str(error))) from error
         except TimeoutError as error:
+            self._hang_up()
             self.close()
             raise QmpTimeoutError(command, self._timeout) from error
         except (QMPError, OSError, EOFError) as error:
@@ -153,6 +171,22 @@ class Monitor:
     def transaction(self, actions: Sequence[Action]) -> None:
         """Has QEMU do all the actions, or none of them; raises as `execute` does."""
         self.execute("transaction", {"actions": list(actions)})
+
+
+def _connected(where: str | tuple[str, int], seconds: float) -> socket.socket:
+    """Returns a socket that is connected to a path, or to a host and a port; raises `OSError`."""
+    if isinstance(where, str):
+        connected = socket.socket(socket.AF_UNIX)
+        try:
+            connected.settimeout(seconds)
+            connected.connect(where)
+        except BaseException:
+            connected.close()
+            raise
+    else:
+        connected = socket.create_connection(where, seconds)
+    connected.setblocking(False)
+    return connected
 
 
 def _new_client() -> QMPClient:

@@ -136,11 +136,17 @@ def _node(answer: Answer) -> Node:
         name,
         answer["drv"].text(),
         image["virtual-size"].number(),
-        cluster_size.power_of_two() if cluster_size else None,
+        _cluster_size(cluster_size),
         answer["ro"].flag(),
         active.flag() if active else None,
         tuple(bitmaps),
     )
+
+
+def _cluster_size(answer: Answer | None) -> int | None:
+    """A cluster size that a qcow2 image can have; what is no image may have any other."""
+    number = answer.number() if answer else 0
+    return number if number.bit_count() == 1 else None
 
 
 def _bitmap(node: str, answer: Answer) -> NodeBitmap | None:

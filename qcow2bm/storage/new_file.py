@@ -114,8 +114,10 @@ def _shortened(name: str) -> str:
 
     A file system allows 255 bytes for a name, and the temporary name is longer than this.
     """
-    beginning = os.fsencode(name)[:100]
-    return beginning.decode(errors="ignore")
+    beginning = name[:100]
+    while len(os.fsencode(beginning)) > 100:
+        beginning = beginning[:-1]
+    return beginning
 
 
 def _umask() -> int:

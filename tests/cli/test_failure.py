@@ -312,7 +312,10 @@ def test_if_the_reader_of_a_failure_has_gone_away_the_program_ends_by_sigpipe(fo
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        assert started(["dump", "--json", "missing"], folder, writing) == (-signal.SIGPIPE, b"")
+        assert started(["dump", "--json", "missing"], folder, writing) == (
+            -signal.SIGPIPE,
+            b"qcow2bm: missing: No such file or directory\n",
+        )
     finally:
         os.close(writing)
 

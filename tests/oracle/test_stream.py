@@ -171,7 +171,7 @@ def test_a_file_of_qemu(disk: Disk, tmp_path: Path, capabilities: tuple[str, ...
             add(machine, made)
         expected = truth(machine)
         if fact("mapped-ram") == "no" and "mapped-ram" in capabilities:
-            with pytest.raises(QmpError, match="does not accept value 'mapped-ram'"):
+            with pytest.raises(QmpError, match="mapped-ram"):
                 machine.enable("dirty-bitmaps", *capabilities)
             return
         machine.enable("dirty-bitmaps", *capabilities)

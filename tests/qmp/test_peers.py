@@ -234,3 +234,35 @@ def test_a_silent_server_is_not_waited_for(tmp_path: Path) -> None:
     fake.silent_at = "qmp_capabilities"
     with fake.serving(tmp_path / "s") as address, pytest.raises(QmpError, match="no greeting"):
         rescue.Monitor(address, timeout=0.2)
+
+
+def test_a_peer_stops_reading_in_the_middle_of_a_command(tmp_path: Path) -> None:
+    """What is not sent yet must not be waited for, either."""
+    fake = machine("start")
+    fake.deaf = True
+    with (
+        fake.serving(tmp_path / "s") as address,
+        rescue.Monitor(address, timeout=0.3) as monitor,
+        pytest.raises(QmpTimeoutError),
+    ):
+        monitor.execute("query-status", {"much": (8 << 20) * "x"})
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_is_positive(timeout: float) -> None:
+    with pytest.raises(ValueError, match="must be more than 0"):
+        rescue.Monitor("nowhere", timeout)
+
+
+def test_the_cluster_size_of_another_kind_of_node_is_of_no_interest(tmp_path: Path) -> None:
+    fake = machine("start")
+
+    def alter(command: str, answer: Any) -> Any:
+        if command == "query-named-block-nodes":
+            other = {"node-name": "san", "ro": False, "drv": "iscsi", "active": True}
+            answer.append(other | {"image": {"virtual-size": 512, "cluster-size": 15 << 20}})
+        return answer
+
+    fake.alter = alter
+    with fake.serving(tmp_path / "s") as address, rescue.Monitor(address) as monitor:
+        assert all(one.is_safe for one in rescue.lift_vetoes(monitor).bitmaps)

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -131,6 +132,7 @@ class FakeQemu:
         alter: gets each command and the answer to it, and returns the answer that is sent.
         silent_at: the command that is never answered, as no later command is.
         floods_at: the command that is answered by events without end.
+        deaf: whether nothing is read once the client has chosen its capabilities.
         during: called before each action of a transaction, which works on what there is then.
     """
 
@@ -151,6 +153,7 @@ class FakeQemu:
         self.after: Callable[[str], None] = lambda command: None
         self.alter: Callable[[str, object], object] = lambda command, answer: answer
         self.silent_at = self.floods_at = ""
+        self.deaf = False
         self.during: Callable[[str, Arguments], None] | None = None
 
     @property
@@ -174,6 +177,7 @@ class FakeQemu:
                 yield str(path)
             finally:
                 path.unlink(missing_ok=True)
+                self.deaf = False
                 server.shutdown(socket.SHUT_RDWR)
                 thread.join(10)
                 for descriptor in self.descriptors:
@@ -211,6 +215,8 @@ class FakeQemu:
                 client.recv(1)
                 return
             send(answer)
+            while self.deaf:
+                time.sleep(0.01)
 
     def _do(self, command: str, arguments: Arguments) -> object:
         if command == "qmp_capabilities":
