@@ -8,11 +8,11 @@ the file system has room for it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcow2bm import (
@@ -61,7 +61,6 @@ _PASSED_ON = "/dev/fd/", "/dev/std", "/proc/"
 """Paths that mean another file in the next process."""
 
 _UNDO_OVERHEAD = 64 << 10
-_BLKROGET = 0x125E  # of Linux: whether a block device is read-only
 _MAX_FILE_NAME = 255
 
 
@@ -148,15 +147,16 @@ def _with_use(image: Image, path: str, find: Callable[[], Advice]) -> Advice:
 
 def _is_writable(path: str) -> bool:
     """Whether this user can write to a file, or to a block device, which is not opened for that."""
+    found = os.stat(path)
     if not os.access(path, os.W_OK):
         return False
-    if not stat.S_ISBLK(os.stat(path).st_mode):
+    if not stat.S_ISBLK(found.st_mode):
         return True
-    descriptor = os.open(path, os.O_RDONLY)
+    number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
     try:
-        return not int.from_bytes(fcntl.ioctl(descriptor, _BLKROGET, bytes(4)), sys.byteorder)
-    finally:
-        os.close(descriptor)
+        return Path("/sys/dev/block", number, "ro").read_text().strip() != "1"
+    except OSError:
+        return True  # nothing says otherwise
 
 
 def advise_anew(path: str) -> Advice:
