@@ -6,7 +6,6 @@ What passes for valid is held against a second opinion: all ways to read it must
 from __future__ import annotations
 
 import random
-import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from support.images import ONES, ZEROES, Built, Stored, Word, build_image, extension
 from support.model import Model
 from support.mutants import different
+from support.traced_memory import traced_memory
 
 import qcow2bm
 from qcow2bm.format.directory import FLAG_IN_USE
@@ -46,18 +46,6 @@ def little_memory(limit: int = 2 << 30) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-@contextmanager
-def traced() -> Iterator[list[int]]:
-    """Afterwards, the most bytes that were in use at once."""
-    peak: list[int] = []
-    tracemalloc.start()
-    try:
-        yield peak
-        peak.append(tracemalloc.get_traced_memory()[1])
-    finally:
-        tracemalloc.stop()
 
 
 def use_everything(data: bytes | bytearray) -> Sequence[str]:
@@ -190,9 +178,9 @@ def test_a_small_file_takes_little_memory(claims: list[tuple[str, str, int]]) ->
         image.plant(value, structure, 0, field)
     data = cut(image) if claims[0][0] != "bitmaps-extension" else image.data
     survives(data)  # whatever is loaded on first use is loaded now
-    with little_memory(), traced() as peak:
+    with little_memory(), traced_memory() as memory:
         survives(data)
-    assert peak[0] < MAX_MEMORY
+    assert memory.peak < MAX_MEMORY
 
 
 def test_bits_that_nobody_could_hold_are_refused() -> None:
@@ -417,7 +405,7 @@ def test_the_most_bitmaps_an_image_can_have() -> None:
 def test_what_an_entry_takes_in_memory() -> None:
     count = 4096
     image = build_image(*(Stored(b"name %d" % number) for number in range(count)))
-    with traced() as peak:
+    with traced_memory() as memory:
         opened = qcow2bm.open(image.data)
         assert opened.bitmap(count - 1).status == "valid"
-    assert peak[0] < 2048 * count
+    assert memory.peak < 2048 * count

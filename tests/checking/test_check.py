@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from support.spec_image import (
     with_disk,
     word,
 )
+from support.traced_memory import traced_memory
 
 import qcow2bm
 from qcow2bm.checking.check import Check
@@ -250,14 +250,9 @@ def test_memory_does_not_grow_with_what_an_image_claims(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(1 << 42)
     checked(with_disk())  # loads all there is to load
-    tracemalloc.start()
-    try:
-        with qcow2bm.open(path) as opened:
-            assert opened.check().problems == ()
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 4 << 20
+    with traced_memory() as memory, qcow2bm.open(path) as opened:
+        assert opened.check().problems == ()
+    assert memory.peak < 4 << 20
 
 
 @given(

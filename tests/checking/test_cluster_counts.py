@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable
 from unittest import mock
 
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
+from support.traced_memory import traced_memory
 
 from qcow2bm.checking import cluster_counts
 from qcow2bm.checking.cluster_counts import CHUNK, ClusterCounts
@@ -88,33 +88,25 @@ def test_they_are_those_of_an_array(
 def test_memory_grows_with_the_clusters_and_not_with_their_numbers(far: int) -> None:
     """A million clusters in a row, and 20,000 far apart."""
     counts = ClusterCounts()
-    tracemalloc.start()
-    try:
+    with traced_memory() as memory:
         if far == 1:
             for start in range(0, 1 << 20, 8192):
                 counts.add(np.arange(start, start + 8192))
         else:
             counts.add(far * np.arange(20_000))
         assert counts.counts(0, 1)[0] == 1
-        kept, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert kept < 1 << 20
-    assert peak < 8 << 20
+    assert memory.kept < 1 << 20
+    assert memory.peak < 8 << 20
 
 
 def test_a_chunk_whose_counts_change_often_takes_a_byte_for_each_cluster() -> None:
     counts = ClusterCounts()
     clusters = np.random.default_rng(1).permutation(1 << 20)[: 1 << 19]
-    tracemalloc.start()
-    try:
+    with traced_memory() as memory:
         for part in np.split(clusters, 64):
             counts.add(part)
         assert int(counts.counts(0, 1 << 20).sum()) == 1 << 19
-        kept, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert kept < 3 << 20
+    assert memory.kept < 3 << 20
 
 
 numbers = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=12)

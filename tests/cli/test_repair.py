@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from support.images import Stored, build_image
 from support.jsonspec import check_dry_run, check_repair, failure_in
 from support.problem_images import HUGE, IDS, broken
 from support.spec_image import image
+from support.traced_memory import traced_memory
 
 from qcow2bm.format.undo_file import DIGEST_BYTES, MAGIC, MAX_STEPS, VERSION
 
@@ -220,12 +220,8 @@ def test_a_forged_undo_file_takes_little_memory(
 ) -> None:
     written(tmp_path, LOST)
     (tmp_path / "forged").write_bytes(forged_undo(steps, each))
-    tracemalloc.start()
-    try:
+    with traced_memory() as memory:
         done = run(["undo", "vm.qcow2", "forged"], tmp_path)
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
     assert (done.status, done.out) == (1, "")
     assert message in done.err
-    assert most < 64 << 20
+    assert memory.peak < 64 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import tracemalloc
 import zlib
 from collections import Counter
 from functools import partial
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.images import build_image
 from support.mutants import different
+from support.traced_memory import traced_memory
 
 from qcow2bm.errors import BitmapError, FormatError, LimitError, Qcow2BmError, UnsupportedError
 from qcow2bm.format import sidecar
@@ -169,8 +169,7 @@ def test_memory_is_bounded(what: str) -> None:
         octets = random.Random(1).randbytes(size)
         bitmap = bitmap._replace(octets=octets)
         data = b"".join(write_sidecar(bitmap.disk_size, b"", [bitmap]))
-    tracemalloc.start()
-    try:
+    with traced_memory() as memory:
         if what == "noise":
             assert read_sidecar(data[n : n + 65536] for n in range(0, len(data), 65536)).bitmaps
         elif what == "endless":
@@ -179,10 +178,7 @@ def test_memory_is_bounded(what: str) -> None:
         else:
             with pytest.raises(FormatError):
                 read_sidecar([data])
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < (1 << 20 if what == "bomb" else 4 * size)
+    assert memory.peak < (1 << 20 if what == "bomb" else 4 * size)
 
 
 def test_what_cannot_be_written() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import tracemalloc
 from collections.abc import Sequence
 
 import pytest
@@ -35,6 +34,7 @@ from support.streams import (
     string,
     subsection,
 )
+from support.traced_memory import traced_memory
 
 from qcow2bm.bitmaps.directory import MAX_BITMAPS
 from qcow2bm.errors import FormatError, LimitError, Qcow2BmError, StateError, UnsupportedError
@@ -411,12 +411,9 @@ def test_a_stream_takes_no_more_memory_than_its_bitmaps(data: bytes) -> None:
             pass
 
     read()
-    tracemalloc.start()
-    try:
+    with traced_memory() as memory:
         read()
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    finally:
-        tracemalloc.stop()
+    assert memory.peak < 1 << 20
 
 
 def test_bits_are_a_view_that_cannot_be_written_to() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.fakeqemu import FakeBitmap, FakeQemu
+from support.traced_memory import traced_memory
 
 from qcow2bm import rescue
 from qcow2bm.errors import Qcow2BmError, QmpError, QmpTimeoutError
@@ -218,15 +218,14 @@ def test_a_peer_falls_silent_at_each_command(function: str, tmp_path: Path) -> N
 def test_events_without_end_take_no_memory_and_end_at_the_deadline(tmp_path: Path) -> None:
     fake = machine("start")
     fake.floods_at = "query-status"
-    with fake.serving(tmp_path / "s") as address, rescue.Monitor(address, timeout=1) as monitor:
-        tracemalloc.start()
-        try:
-            with pytest.raises(QmpTimeoutError):
-                monitor.execute("query-status")
-            _, most = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-    assert most < 48 << 20  # qemu.qmp buffers twice 10 MB
+    with (
+        fake.serving(tmp_path / "s") as address,
+        rescue.Monitor(address, timeout=1) as monitor,
+        traced_memory() as memory,
+        pytest.raises(QmpTimeoutError),
+    ):
+        monitor.execute("query-status")
+    assert memory.peak < 48 << 20  # qemu.qmp buffers twice 10 MB
 
 
 def test_a_silent_server_is_not_waited_for(tmp_path: Path) -> None:
