@@ -182,6 +182,16 @@ class Problem(NamedTuple):
         return self.severity in (REFUSED, UNUSABLE)
 
     @property
+    def costs_bitmap(self) -> bool:
+        """Whether a repair drops the bitmap at fault because of this problem."""
+        return self.is_fault and not self.kind.costs_no_bitmap
+
+    @property
+    def costs_every_bitmap(self) -> bool:
+        """Whether a check that finds this problem lets a repair drop all bitmaps."""
+        return self.kind.is_overlap and self.structure == DIRECTORY
+
+    @property
     def breaks_bitmap(self) -> bool:
         """Whether the bitmap at fault must not be read because of this problem."""
         return self.is_fault and not self.kind.keeps_status

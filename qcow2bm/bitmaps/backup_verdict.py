@@ -56,6 +56,6 @@ def backup_reason(
     if status != VALID:
         return status, reason
     for found in problems:
-        if found.is_fault and not found.kind.costs_no_bitmap:
+        if found.costs_bitmap:
             return BROKEN, found.message
     return (USABLE if entry.auto else DISABLED), ""

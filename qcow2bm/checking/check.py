@@ -61,11 +61,8 @@ class Check(NamedTuple):
         ``index`` is that of the bitmap in the directory.
         """
         for found in self.problems:
-            if found.bitmap_index == index:
-                is_fatal = found.is_fault and not found.kind.costs_no_bitmap
-            else:  # a directory that was overwritten costs all bitmaps
-                is_fatal = found.kind.is_overlap and found.structure == DIRECTORY
-            if is_fatal:
+            is_of_bitmap = found.bitmap_index == index
+            if found.costs_every_bitmap or (is_of_bitmap and found.costs_bitmap):
                 return found.message
         return ""
 

@@ -27,7 +27,7 @@ from qcow2bm.format.extensions import BITMAPS, BitmapsExtension, build_bitmaps_e
 from qcow2bm.format.features import AUTOCLEAR_BITMAPS
 from qcow2bm.problem_errors import as_error
 from qcow2bm.problem_kinds import EXTENSION_LENGTH
-from qcow2bm.problems import DIRECTORY, REFCOUNT_TABLE, Problem
+from qcow2bm.problems import REFCOUNT_TABLE, Problem
 from qcow2bm.units import ceil_div, decode_name
 
 _MOST_GROWTH_BYTES = 1 << 30  # beside twice the size: every image that was cut off fits in
@@ -102,11 +102,7 @@ class DirectoryRepair:
             return Plan()
         if not directory.extension:
             return self._plan_without_extension(header)
-        overlaps = (
-            found
-            for found in self._findings.check.problems
-            if found.kind.is_overlap and found.structure == DIRECTORY
-        )
+        overlaps = (found for found in self._findings.check.problems if found.costs_every_bitmap)
         distrust = metadata.distrust or next(overlaps, None)
         if distrust:
             return self._drop_all(header, distrust.message)
@@ -176,7 +172,7 @@ class DirectoryRepair:
         if _essence(entry) not in self._agreed:
             return "the directory can be read in several ways, and not in all of them it is there"
         for found in self._by_entry.get(entry.index, ()):
-            if found.is_fault and not found.kind.costs_no_bitmap:
+            if found.costs_bitmap:
                 return found.message
         return ""
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
+from typing import TextIO, cast
 
 from qcow2bm import Qcow2BmError
 from qcow2bm.cli.commands import Call, parse
-from qcow2bm.cli.messages import FAILED, CommandError, WatchedOutput, say
+from qcow2bm.cli.messages import FAILED, CommandError, say
 from qcow2bm.cli.parser import UsageError
+from qcow2bm.cli.standard_output import WatchedOutput
 from qcow2bm.cli.terminal import colors
 
 
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     call = parse(sys.argv[1:] if argv is None else argv)
     output = WatchedOutput()
     try:
-        with output, colors(call.arguments.color):
+        with redirect_stdout(cast("TextIO", output)), colors(call.arguments.color):
             return call.run(call.arguments)
     except UsageError as error:
         call.parser.error(str(error))

@@ -99,7 +99,7 @@ def advise_after(error: BaseException, path: str) -> Advice:
             name = error.name if isinstance(error, BitmapError) else None
             if name is not None and name in image.bitmaps:
                 return advise_bitmap(image, path, word_for(name), image.verdict(name).reason)
-            return advise(image, path, (*image.problems, *image.check().problems))
+            return advise(image, path, _checked(image))
     except Qcow2BmError:
         return Advice()  # the error that ended the command says more
 
@@ -166,11 +166,16 @@ def advise_anew(path: str) -> Advice:
     """
     try:
         with open(path) as image:
-            return advise(image, path, (*image.problems, *image.check().problems))
+            return advise(image, path, _checked(image))
     except ImageLockedError:
         return ASK_THE_VM
     except Qcow2BmError:
         return Advice()
+
+
+def _checked(image: Image) -> tuple[Problem, ...]:
+    """Returns all problems that a reader and a check find."""
+    return (*image.problems, *image.check().problems)
 
 
 def _advise(
@@ -438,9 +443,11 @@ def _found(image: Image, word: str) -> Bitmap | None:
 
 def _is_only_too_long_or_short(image: Image, bitmap: Bitmap) -> bool:
     """Whether no fault of a bitmap is another than that its table does not fit the disk."""
-    problems = (*image.problems, *image.check().problems)
-    faults = [found for found in problems if found.bitmap_index == bitmap.index and found.is_fault]
-    return all(fault.kind.is_fittable for fault in faults)
+    return all(
+        found.kind.is_fittable
+        for found in _checked(image)
+        if found.bitmap_index == bitmap.index and found.is_fault
+    )
 
 
 def _finish_rescue(image: Image, path: str) -> NextCommand | None:

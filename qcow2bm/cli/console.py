@@ -10,7 +10,8 @@ import os
 import sys
 
 from qcow2bm.cli import main
-from qcow2bm.cli.messages import FAILED, OutputFile, discard_output, fail
+from qcow2bm.cli.messages import FAILED, fail
+from qcow2bm.cli.standard_output import OutputFile, discard_output
 
 
 def run() -> int:

@@ -36,9 +36,10 @@ from qcow2bm import (
     UnsupportedError,
 )
 from qcow2bm.cli.hints import explain
-from qcow2bm.cli.messages import CommandError, discard_output
+from qcow2bm.cli.messages import CommandError
 from qcow2bm.cli.output import SCHEMA, json_text, json_text_or_null, print_json
 from qcow2bm.cli.parser import Parser
+from qcow2bm.cli.standard_output import discard_output
 from qcow2bm.units import escape
 
 

@@ -37,7 +37,13 @@ _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
     "remove-all": (("", "remove all bitmaps with remove --all"),),
     "remove-bitmap": (("", "make room: qcow2bm remove IMAGE NAME"),),
     "rename-copies": (("", "try again, or when the VM is off, run: qcow2bm rescue finish IMAGE"),),
-    "run-again": (("", "run the same command again, which completes or removes what was begun"),),
+    "run-again": (
+        (
+            "",
+            "run the same command again, which completes or removes what was begun; --timeout "
+            "SECONDS gives QEMU more time",
+        ),
+    ),
     "salvage-or-remove-all": (
         ("", "salvage the bitmaps, or remove all of them with remove --all"),
     ),

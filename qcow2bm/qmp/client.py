@@ -41,9 +41,9 @@ class Monitor:
     """A connection to the QMP server of a running QEMU; a context manager for one thread.
 
     *Guarantees*: every command is sent once. If the connection is lost before the answer comes,
-    `QmpError` is raised, and only a new connection can tell whether QEMU did the command. No call
-    waits for longer than the timeout, whatever the server sends or leaves out. Events that QEMU
-    sends are dropped.
+    `QmpError` is raised, and only a new connection can tell whether QEMU did the command. No
+    command waits for longer than the timeout, whatever the server sends or leaves out. Events that
+    QEMU sends are dropped.
     """
 
     def __init__(self, address: str, timeout: float = DEFAULT_TIMEOUT) -> None:
