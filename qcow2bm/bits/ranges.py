@@ -31,9 +31,11 @@ def checked(ranges: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     if ranges.ndim != 2 or ranges.shape[1] != 2 or ranges.dtype.kind not in "iu":
         shape = f"{ranges.dtype}{list(ranges.shape)}"
         raise ValueError(f"ranges are {shape}, must be int64[n, 2]")
-    bad = (ranges < 0).any(axis=1) | (ranges > size).any(axis=1)
+    # First: if a type cannot hold ``size``, comparing may damage memory (numpy 2.0 to 2.2). What is
+    # too large for int64 becomes negative.
     signed = ranges.astype(np.int64, copy=False)
-    bad |= signed.sum(axis=1) > size  # no overflow: neither number is above size
+    bad = ((signed < 0) | (signed > size)).any(axis=1)
+    bad |= signed.sum(axis=1) > size  # an overflow does no harm: such a range is bad already
     if bad.any():
         start, length = ranges[bad][0].tolist()
         raise outside(start, length, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -435,6 +437,24 @@ def test_arrays_of_any_integers_do(dtype: str) -> None:
     backwards = np.ascontiguousarray(ranges[::-1])[::-1]
     _, audit = edit(image.data, lambda edit: edit.reset_many("daily", backwards))
     assert audit.dirty(audit.bitmaps[0]) == {0, 10, 11 - 0} - {10}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_arrays_of_narrow_integers_damage_no_memory(dtype: str) -> None:
+    """Some versions of numpy write anywhere if a type is compared with what it cannot hold.
+
+    Damage is only seen later, so it must not be done to the process that runs the tests.
+    """
+    program = (
+        "import numpy as np\n"
+        "from qcow2bm.bits.ranges import checked\n"
+        f"ranges = np.array([[0, 1], [100, 50], [7, 0]], {dtype!r})[::-1]\n"
+        "for _ in range(5000):\n"
+        "    found = checked(ranges, 1 << 40)\n"
+        "    assert found.tolist() == ranges.tolist()\n"
+        "    assert not (found == 1).any(axis=1).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_an_iterator_of_ranges_does() -> None:
