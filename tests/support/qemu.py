@@ -202,9 +202,12 @@ class StorageDaemon:
             if "return" in answer:
                 return answer["return"]
 
-    def open(self, disk: Disk, *, read_only: bool = True) -> None:
-        """Opens a disk as the node "disk", without its backing file."""
-        node = {
+    def open(self, disk: Disk, *, read_only: bool = True, active: bool = True) -> None:
+        """Opens a disk as the node "disk", without its backing file.
+
+        Only a QEMU that has blockdev-set-active can open a disk that is not ``active``.
+        """
+        node: dict[str, object] = {
             "node-name": "disk",
             "driver": "qcow2",
             "read-only": read_only,
@@ -213,6 +216,8 @@ class StorageDaemon:
         }
         if disk.encryption:
             node["encrypt"] = {"format": disk.encryption, "key-secret": "key"}
+        if not active:
+            node["active"] = False
         self.execute("blockdev-add", node)
 
     def close(self) -> None:
