@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from support.model import Bitmaps
 from support.qemu import Disk, StorageDaemon, run, run_ok
+from support.qemu_facts import fact
 
 import qcow2bm
 from qcow2bm.storage.interface import WritableStorage
@@ -99,6 +100,8 @@ class Twin:
             key: value.replace("{folder}", str(folder)) if isinstance(value, str) else value
             for key, value in kind.options.items()
         }
+        if options.get("compression_type") == "zstd" and fact("zstd") == "no":
+            options["compression_type"] = "zlib"
         arguments: tuple[str, ...] = ()
         if kind.has_backing:
             base = Disk.create(folder / "base", kind.size)
