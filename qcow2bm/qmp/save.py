@@ -9,17 +9,14 @@ is lent over the socket: QEMU needs access to no folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from tempfile import TemporaryFile
-from typing import BinaryIO, NamedTuple, cast
+from collections.abc import Sequence
+from typing import BinaryIO, NamedTuple
 
 from qcow2bm.api import open, sidecar
-from qcow2bm.clusters.empty_image import build_empty_image
-from qcow2bm.errors import BitmapError, QmpError, StateError, StorageError
+from qcow2bm.errors import BitmapError, QmpError, StateError
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
-from qcow2bm.qmp import actions, scratch
+from qcow2bm.qmp import actions, scratch, scratch_image
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE
@@ -88,8 +85,8 @@ def save_sidecar(monitor: Monitor, name: str | None = None) -> MachineSidecar:
     if not usable:
         reasons = (f'bitmap "{escape(b.name)}" is {reason}' for b, reason in left_out)
         raise ValueError("; ".join(reasons) or "has no persistent bitmaps")
-    with _blank(node.virtual_size) as file:
-        digests = _store(monitor, node, usable, file.fileno())
+    with scratch_image.blank(node.virtual_size) as file:
+        digests = _store(monitor, node, usable, file)
         bitmaps = _read(file, usable, digests)
     logger.info('saved %d bitmaps of node "%s"', len(bitmaps), escape(node.name))
     return MachineSidecar(Sidecar(node.virtual_size, b"", tuple(bitmaps)), left_out)
@@ -104,42 +101,13 @@ def _chosen(machine: Machine, name: str | None) -> Node:
     return nodes[0]
 
 
-@contextmanager
-def _blank(virtual_size: int) -> Iterator[BinaryIO]:
-    """Has an image without bitmaps, in a file without a name, for the duration of the block."""
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(TemporaryFile(buffering=0))
-            blank = build_empty_image(virtual_size)
-            file.write(blank.head)
-            file.truncate(blank.length)
-        except OSError as error:
-            raise StorageError.from_os(error, "a temporary file", 0, 0, "writing") from error
-        yield cast("BinaryIO", file)
-
-
-@contextmanager
-def _lent(monitor: Monitor, descriptor: int) -> Iterator[str]:
-    """Lends QEMU an open file for the duration of the block; yields the path that QEMU opens."""
-    fdset = monitor.lend(descriptor)
-    try:
-        yield f"/dev/fdset/{fdset}"
-    finally:
-        try:
-            monitor.take_back(fdset)
-        except QmpError as error:  # the next command of this module or of a rescue does it
-            logger.warning("QEMU keeps a temporary file open until the next command: %s", error)
-
-
 def _store(
-    monitor: Monitor, node: Node, bitmaps: Sequence[NodeBitmap], descriptor: int
+    monitor: Monitor, node: Node, bitmaps: Sequence[NodeBitmap], file: BinaryIO
 ) -> list[str | None]:
     """Has QEMU store copies of bitmaps in an image; returns their digests, where it gives them."""
-    with _lent(monitor, descriptor) as path:
-        options = {"driver": "qcow2", "file": {"driver": "file", "filename": path}}
-        with scratch.scratch_node(monitor, options):
-            monitor.transaction([*map(_added, bitmaps), *(_merged(node, b) for b in bitmaps)])
-            return [query_digest(monitor, b._replace(node=SCRATCH_NODE)) for b in bitmaps]
+    with scratch_image.lent(monitor, file):
+        monitor.transaction([*map(_added, bitmaps), *(_merged(node, b) for b in bitmaps)])
+        return [query_digest(monitor, b._replace(node=SCRATCH_NODE)) for b in bitmaps]
 
 
 def _added(bitmap: NodeBitmap) -> actions.Action:

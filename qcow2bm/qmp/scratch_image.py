@@ -1,0 +1,64 @@
+"""An image that QEMU has open for the time of one command: a file without a name.
+
+QEMU is lent the file over the socket, so it needs access to no folder. The image is the scratch
+node: bitmaps are merged into it, and QEMU stores them when the node is removed; or QEMU loads the
+bitmaps that the image has, and they are merged from it.
+
+*Spec*: spec/sidecar.md, "A running machine"; spec/live.md, "Names".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryFile
+from typing import BinaryIO, cast
+
+from qcow2bm.clusters.empty_image import build_empty_image
+from qcow2bm.errors import QmpError, StorageError
+from qcow2bm.log import logger
+from qcow2bm.qmp import scratch
+from qcow2bm.qmp.client import Monitor
+
+
+@contextmanager
+def blank(virtual_size: int) -> Iterator[BinaryIO]:
+    """Has an image without bitmaps, in a file without a name, for the duration of the block.
+
+    Raises:
+        StorageError: there is no room for temporary files.
+        FormatError: no image can have a disk of ``virtual_size`` bytes.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(TemporaryFile(buffering=0))
+            image = build_empty_image(virtual_size)
+            file.write(image.head)
+            file.truncate(image.length)
+        except OSError as error:
+            raise StorageError.from_os(error, "a temporary file", 0, 0, "writing") from error
+        yield cast("BinaryIO", file)
+
+
+@contextmanager
+def lent(monitor: Monitor, file: BinaryIO, *, read_only: bool = False) -> Iterator[None]:
+    """Has QEMU open an image as the scratch node for the duration of the block.
+
+    At the end QEMU stores the bitmaps that the node has, unless it is ``read_only``.
+
+    Raises:
+        QmpError: QEMU does not answer, or refuses.
+    """
+    fdset = monitor.lend(file.fileno())
+    try:
+        below = {"driver": "file", "filename": f"/dev/fdset/{fdset}"}
+        options: dict[str, object] = {"driver": "qcow2", "file": below}
+        if read_only:
+            options["read-only"] = True
+        with scratch.scratch_node(monitor, options):
+            yield
+    finally:
+        try:
+            monitor.take_back(fdset)
+        except QmpError as error:  # the next command that has a scratch node does it
+            logger.warning("QEMU keeps a temporary file open until the next command: %s", error)
