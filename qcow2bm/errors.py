@@ -423,10 +423,10 @@ class EvidenceError(Qcow2BmError):
     ``reason`` says what the proof lacks.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, hint: Hint | None = "assert-unchanged") -> None:
         self.reason = reason
         facts = f"the disk may have been written to since the bitmaps were saved: {reason}"
-        super().__init__(facts, reason, hint="assert-unchanged")
+        super().__init__(facts, reason, hint, hint=hint)
 
 
 CommitOutcome = Literal["old", "new", "unknown"]

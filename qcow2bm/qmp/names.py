@@ -1,15 +1,18 @@
-"""The names of the bitmaps and nodes that a rescue adds.
+"""The names of the bitmaps and nodes that this library adds to a running machine.
 
-*Spec*: spec/rescue.md, "Names".
+*Spec*: spec/rescue.md, "Names"; spec/live.md, "Names".
 """
 
 from __future__ import annotations
+
+from uuid import UUID
 
 from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 
 COPY_PREFIX = "qcow2bm-rescue-"
 TWIN_PREFIX = "qcow2bm-twin-"
 SCRATCH_NODE = "qcow2bm-scratch"
+TAIL_PREFIX = "qcow2bm-tail-"
 COMPARED = tuple(f"qcow2bm-compared-{number}" for number in range(4))
 """Copies of a sentinel and its twin, while the two are compared."""
 
@@ -33,6 +36,11 @@ def sentinel_of(name: str) -> str:
     """Returns the name of the sentinel whose twin is ``name``; "" if it is no twin."""
     sentinel = PREFIX + name.removeprefix(TWIN_PREFIX)
     return sentinel if name.startswith(TWIN_PREFIX) and is_sentinel(sentinel) else ""
+
+
+def tail_of(uuid: UUID) -> str:
+    """Returns the name of the tail that an offload leaves on each node."""
+    return f"{TAIL_PREFIX}{uuid}"
 
 
 def is_evidence(name: str) -> bool:

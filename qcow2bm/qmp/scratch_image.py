@@ -9,14 +9,17 @@ bitmaps that the image has, and they are merged from it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryFile
 from typing import BinaryIO, cast
 
+from qcow2bm.api import open
 from qcow2bm.clusters.empty_image import build_empty_image
 from qcow2bm.errors import QmpError, StorageError
 from qcow2bm.log import logger
+from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import scratch
 from qcow2bm.qmp.client import Monitor
 
@@ -41,6 +44,25 @@ def blank(virtual_size: int) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def with_bitmap(bitmap: SavedBitmap) -> Iterator[BinaryIO]:
+    """Has an image with one bitmap, which is disabled, for the duration of the block.
+
+    Raises as `blank` does.
+    """
+    image = build_empty_image(bitmap.disk_size)
+    data = bytearray(image.head.ljust(image.length, b"\0"))
+    with open(data, "r+") as opened, opened.edit() as edit:
+        edit.load(bitmap.name, bitmap.granularity, bitmap.octets, enabled=False)
+    with blank(bitmap.disk_size) as file:
+        try:
+            file.seek(0)
+            file.write(data)
+        except OSError as error:
+            raise StorageError.from_os(error, "a temporary file", 0, 0, "writing") from error
+        yield file
+
+
+@contextmanager
 def lent(monitor: Monitor, file: BinaryIO, *, read_only: bool = False) -> Iterator[None]:
     """Has QEMU open an image as the scratch node for the duration of the block.
 
@@ -49,7 +71,8 @@ def lent(monitor: Monitor, file: BinaryIO, *, read_only: bool = False) -> Iterat
     Raises:
         QmpError: QEMU does not answer, or refuses.
     """
-    fdset = monitor.lend(file.fileno())
+    with _descriptor(file, read_only=read_only) as descriptor:
+        fdset = monitor.lend(descriptor)
     try:
         below = {"driver": "file", "filename": f"/dev/fdset/{fdset}"}
         options: dict[str, object] = {"driver": "qcow2", "file": below}
@@ -62,3 +85,19 @@ def lent(monitor: Monitor, file: BinaryIO, *, read_only: bool = False) -> Iterat
             monitor.take_back(fdset)
         except QmpError as error:  # the next command that has a scratch node does it
             logger.warning("QEMU keeps a temporary file open until the next command: %s", error)
+
+
+@contextmanager
+def _descriptor(file: BinaryIO, *, read_only: bool) -> Iterator[int]:
+    """Has a descriptor with the access that QEMU will ask for: it takes no other."""
+    if not read_only:
+        yield file.fileno()
+        return
+    try:
+        descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY)
+    except OSError as error:
+        raise StorageError.from_os(error, "a temporary file", 0, 0) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -55,14 +55,23 @@ def write_new(path: str, pieces: Iterable[bytes]) -> None:
         raise StorageError.from_os(error, path, 0, 0, "writing") from error
 
 
-def append(path: str, data: bytes) -> None:
+def append(path: str, data: bytes, end: int | None = None) -> None:
     """Appends ``data`` to a file and makes it durable.
 
+    Args:
+        path: of a file that is there.
+        data: what follows the file's content.
+        end: where the content ends, if an earlier call may have written a part of its data.
+
     Raises:
-        StorageError: writing failed.
+        StorageError: writing failed. A part of ``data`` may be in the file.
     """
     try:
-        with open(path, "ab") as file:
+        with open(path, "r+b") as file:
+            if end is None:
+                file.seek(0, os.SEEK_END)
+            else:
+                file.truncate(file.seek(end))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -27,6 +27,7 @@ ROWS = (
     ("checking",),
     ("api",),
     ("serve", "qmp", "compare"),
+    ("live",),
     ("__init__",),
     ("cli",),
     ("__main__",),

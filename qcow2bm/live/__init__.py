@@ -1,0 +1,36 @@
+"""Short stops of machines on unmodified QEMU: their bitmaps are taken out while the guest runs.
+
+QEMU stores every persistent bitmap when the machine stops. `offload` copies the bitmaps into a
+file and removes them from QEMU. One coarse bitmap for each disk, the tail, records what is written
+from then on, and takes hardly any time to store. `restore` puts the bitmaps back into whichever
+machine has the disks then, and adds to them what the tail recorded; `restore_offline` does the same
+in an image.
+
+========================  ======================  ======================
+command                   function                returns
+========================  ======================  ======================
+``live offload``          `offload`               `OffloadReport`
+``live restore --qmp``    `restore`               `RestoreReport`
+``live restore``          `restore_offline`       `RestoreReport`
+========================  ======================  ======================
+
+*Spec*: spec/live.md.
+"""
+
+from __future__ import annotations
+
+from qcow2bm.live.offload import OffloadReport, Omission, offload
+from qcow2bm.live.restore import BitmapReturn, RestoreReport, restore, restore_offline
+from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
+
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "BitmapReturn",
+    "Monitor",
+    "OffloadReport",
+    "Omission",
+    "RestoreReport",
+    "offload",
+    "restore",
+    "restore_offline",
+]
