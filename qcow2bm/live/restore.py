@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
+from uuid import uuid4
 
-from qcow2bm.api import Image
+from qcow2bm.api import Bitmap, Edit, Image
 from qcow2bm.bitmaps.status import VALID
 from qcow2bm.errors import BitmapError, EvidenceError, QmpError, QmpRefusedError
 from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
@@ -212,25 +213,38 @@ def restore_offline(path: str, image: Image) -> RestoreReport:
     tail_name = tail_of(planned_node.uuid)
     with image.edit() as edit:
         for number, (node, planned) in enumerate(file.plan.bitmaps):
-            if node is not planned_node:
-                continue
-            found = image.bitmaps.get(planned.name)
-            copy = file.read_copy(number) if file.has_copy(number) else None
-            if not found and copy:
-                edit.load(planned.name, planned.granularity, copy.octets, planned.enabled)
-            elif not found or found.status != VALID or found.granularity != planned.granularity:
-                status = f"is {found.status} in the image" if found else "is not in the image"
-                raise BitmapError(planned.name, f"{status}, and cannot be put back")
-            else:
-                if copy and found.sha256() != copy.sha256():
-                    raise BitmapError(planned.name, "has other bits than its copy in the file")
+            if node is planned_node:
+                copy = file.read_copy(number) if file.has_copy(number) else None
+                _put_into(edit, image.bitmaps.get(planned.name), planned, copy)
                 if planned.enabled:
-                    edit.enable(planned.name)
-            if planned.enabled:
-                edit.merge(planned.name, tail_name)
+                    edit.merge(planned.name, tail_name)
         edit.remove(tail_name)
     names = (bitmap.name for bitmap in planned_node.bitmaps)
     return RestoreReport(tuple(BitmapReturn(planned_node.name, n, "restored") for n in names))
+
+
+def _put_into(
+    edit: Edit, found: Bitmap | None, planned: PlannedBitmap, copy: SavedBitmap | None
+) -> None:
+    """Gives the edit a bitmap with the bits of its copy, whatever the image has of it."""
+    name, granularity, enabled = planned
+    if not found:
+        if not copy:
+            raise BitmapError(name, "is neither in the image nor in the file")
+        edit.load(name, granularity, copy.octets, enabled)
+        return
+    if found.status != VALID or found.granularity != granularity:
+        raise BitmapError(name, f"is {found.status} in the image, with other properties")
+    if copy and found.sha256() != copy.sha256():
+        if not enabled:
+            raise BitmapError(name, "has other bits than its copy in the file")
+        # It was put back into the machine, and has recorded since.
+        second = tail_of(uuid4())  # which no bitmap is called
+        edit.load(second, granularity, copy.octets, enabled=False)
+        edit.merge(name, second)
+        edit.remove(second)
+    if enabled:
+        edit.enable(name)
 
 
 def _planned_for(file: OffloadFile, image: Image) -> PlannedNode:

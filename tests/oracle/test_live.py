@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from support.vm import Machine
 
 import qcow2bm
 from qcow2bm import live
+from qcow2bm.qmp.answers import Answer
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 
@@ -114,3 +118,140 @@ def test_back_into_the_image_of_a_machine_that_is_off(disk: Disk, tmp_path: Path
     with qcow2bm.open(disk.path, "r+") as image:
         live.restore_offline(str(path), image)
     assert_back(disk)
+
+
+class Interrupted(BaseException):
+    """The tool was killed."""
+
+
+class CutMonitor(live.Monitor):
+    """A connection that is lost before or after a command, by its number."""
+
+    def __init__(self, address: Path, number: int, *, is_sent: bool) -> None:
+        self._left, self._is_sent = number, is_sent
+        super().__init__(str(address))
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:
+        self._left -= 1
+        if self._left == -1 and not self._is_sent:
+            raise Interrupted
+        if self._left < -1:  # whatever the library does about it, it is gone
+            raise Interrupted
+        answer = super().execute(command, arguments)
+        if self._left == -1:
+            raise Interrupted
+        return answer
+
+
+def is_interrupted(
+    work: Callable[[live.Monitor], object], address: Path, number: int, *, is_sent: bool
+) -> bool:
+    """Does work with a tool that is killed at a command; returns whether there were so many."""
+    with CutMonitor(address, number, is_sent=is_sent) as monitor:
+        try:
+            work(monitor)
+        except Interrupted:
+            return True
+    return False
+
+
+def put_back_offline(disk: Disk, path: Path) -> None:
+    """Restores if the offload has begun; otherwise the bitmaps have recorded everything."""
+    with qcow2bm.open(disk.path) as image:
+        has_tail = any(name.startswith("qcow2bm-tail-") for name in image.bitmaps)
+    if has_tail:
+        with qcow2bm.open(disk.path, "r+") as image:
+            live.restore_offline(str(path), image)
+
+
+Ending = Literal["again", "restore", "offline", "killed"]
+ENDINGS: tuple[Ending, ...] = ("again", "restore", "offline", "killed")
+COMMANDS = 120  # more than there are
+
+
+def after_an_interruption(
+    machine: Machine, disk: Disk, address: Path, path: Path, ending: Ending
+) -> None:
+    """Writes, and then puts the bitmaps back, or lets QEMU die."""
+    write(machine)
+    if ending == "again":
+        offload(address, path)
+        write(machine)
+    if ending in ("again", "restore") and path.exists():
+        assert all(one.is_safe for one in restore(address, path).bitmaps)
+    if ending == "killed":
+        machine.kill()
+        assert_nothing_is_wrong(disk, path)
+        return
+    machine.quit()
+    if ending == "offline":
+        put_back_offline(disk, path)
+    assert_back(disk)
+
+
+def assert_nothing_is_wrong(disk: Disk, path: Path) -> None:
+    """QEMU died: what recorded is not valid, as without an offload, and cannot be put back."""
+    with qcow2bm.open(disk.path) as image:
+        valid = {name for name, bitmap in image.bitmaps.items() if bitmap.status == "valid"}
+    assert valid <= {"off"}
+    if path.exists():
+        with (
+            qcow2bm.open(disk.path, "r+") as image,
+            pytest.raises(qcow2bm.EvidenceError, match="tail"),
+        ):
+            live.restore_offline(str(path), image)
+
+
+@pytest.mark.spec("LIVE-3")
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(1, marks=pytest.mark.deep), pytest.param(17, id="some")],
+)
+def test_every_interruption_of_an_offload(
+    disk: Disk, tmp_path: Path, ending: Ending, step: int
+) -> None:
+    """The tool is killed before or after each command; then the bitmaps come back."""
+    original = disk.path.read_bytes()
+    runs = 0
+    for number in range(0, COMMANDS, step):
+        for is_sent in (False, True):
+            address, path = tmp_path / f"qmp{runs}", tmp_path / f"offloaded{runs}"
+            disk.path.write_bytes(original)
+            with Machine(disk.path, monitor=address) as machine:
+                work = partial(live.offload, path=str(path))
+                if not is_interrupted(work, address, number, is_sent=is_sent):
+                    assert runs
+                    print(f"{ending}: {runs} interruptions of an offload, no write missing")
+                    return
+                after_an_interruption(machine, disk, address, path, ending)
+            runs += 1
+    raise AssertionError("an offload has more commands")
+
+
+@pytest.mark.spec("LIVE-3")
+@pytest.mark.parametrize("ending", ["restore", "offline", "killed"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(1, marks=pytest.mark.deep), pytest.param(17, id="some")],
+)
+def test_every_interruption_of_a_restore(
+    disk: Disk, tmp_path: Path, ending: Ending, step: int
+) -> None:
+    original = disk.path.read_bytes()
+    runs = 0
+    for number in range(0, COMMANDS, step):
+        for is_sent in (False, True):
+            address, path = tmp_path / f"qmp{runs}", tmp_path / f"offloaded{runs}"
+            disk.path.write_bytes(original)
+            with Machine(disk.path, monitor=address) as machine:
+                offload(address, path)
+                write(machine)
+                work = partial(live.restore, path=str(path))
+                if not is_interrupted(work, address, number, is_sent=is_sent):
+                    assert runs
+                    print(f"{ending}: {runs} interruptions of a restore, no write missing")
+                    return
+                after_an_interruption(machine, disk, address, path, ending)
+            runs += 1
+    raise AssertionError("a restore has more commands")
