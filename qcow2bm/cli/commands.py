@@ -69,6 +69,7 @@ COMMANDS_BY_GROUP = {
         ),
     },
     "keep the bitmaps of a running VM": {
+        "live": Row("live", "make the stop of a running VM short, whatever bitmaps it has"),
         "rescue": Row("rescue", "keep the bitmaps of a running VM through a migration that fails"),
     },
     "use this program": {

@@ -12,6 +12,8 @@ command                   function                returns
 ``live offload``          `offload`               `OffloadReport`
 ``live restore --qmp``    `restore`               `RestoreReport`
 ``live restore``          `restore_offline`       `RestoreReport`
+``live status``           `status`                `LiveStatus`
+``live remove``           `remove`                nothing
 ========================  ======================  ======================
 
 *Spec*: spec/live.md.
@@ -20,17 +22,27 @@ command                   function                returns
 from __future__ import annotations
 
 from qcow2bm.live.offload import OffloadReport, Omission, offload
+from qcow2bm.live.remove import remove
 from qcow2bm.live.restore import BitmapReturn, RestoreReport, restore, restore_offline
+from qcow2bm.live.status import BitmapStatus, LiveStatus, NodeStatus, OffloadedBitmap, status
+from qcow2bm.live.tail import DEFAULT_GRANULARITY as DEFAULT_TAIL_GRANULARITY
 from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
 
 __all__ = [
+    "DEFAULT_TAIL_GRANULARITY",
     "DEFAULT_TIMEOUT",
     "BitmapReturn",
+    "BitmapStatus",
+    "LiveStatus",
     "Monitor",
+    "NodeStatus",
     "OffloadReport",
+    "OffloadedBitmap",
     "Omission",
     "RestoreReport",
     "offload",
+    "remove",
     "restore",
     "restore_offline",
+    "status",
 ]

@@ -11,10 +11,12 @@ from uuid import uuid4
 
 from qcow2bm.api import Bitmap, Edit, Image
 from qcow2bm.bitmaps.status import VALID
+from qcow2bm.clusters.plan import Plan
 from qcow2bm.errors import BitmapError, EvidenceError, QmpError, QmpRefusedError
 from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
 from qcow2bm.live import tail
 from qcow2bm.live.offload_file import OffloadFile
+from qcow2bm.live.place import has_all, is_as_planned, node_of
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch, scratch_image
@@ -51,9 +53,14 @@ class BitmapReturn(NamedTuple):
 
 
 class RestoreReport(NamedTuple):
-    """The result of `restore`: what became of each bitmap of the plan."""
+    """The result of `restore` or `restore_offline`.
+
+    ``bitmaps`` is what became of each bitmap, or would become of it. ``plan`` is what would be
+    written in a dry run; else it is None.
+    """
 
     bitmaps: tuple[BitmapReturn, ...]
+    plan: Plan | None = None
 
 
 def restore(
@@ -87,7 +94,7 @@ def restore(
     machine = query_machine(monitor)
     machine.require_settled()
     scratch.discard_leftover(monitor)
-    places = [_place(file, machine, planned) for planned in file.plan.nodes]
+    places = [_judged(file, machine, planned) for planned in file.plan.nodes]
     done: list[BitmapReturn] = []
     number = 0
     for node, planned in zip(places, file.plan.nodes, strict=True):
@@ -106,30 +113,15 @@ def restore(
     return RestoreReport(tuple(done))
 
 
-def _place(file: OffloadFile, machine: Machine, planned: PlannedNode) -> Node:
+def _judged(file: OffloadFile, machine: Machine, planned: PlannedNode) -> Node:
     """Returns the node that the bitmaps belong to, if every write to it is known."""
-    tails = [node for node in machine.nodes if node.find(tail_of(planned.uuid))]
-    nodes = tails or [node for node in machine.nodes if node.name == planned.name]
-    if len(nodes) != 1:
-        reason = "no node" if not nodes else "more than one node"
-        subject = f'for the bitmaps of node "{escape(planned.name)}"'
-        raise EvidenceError(f"{reason} of the machine has the tail {subject}", None)
-    if not tails and all(_is_as_planned(nodes[0].find(b.name), b) for b in planned.bitmaps):
-        return nodes[0]
-    reason = tail.why_unusable(file.plan, planned, nodes[0])
+    node = node_of(machine, planned)
+    if not node.find(tail_of(planned.uuid)) and has_all(node, planned):
+        return node
+    reason = tail.why_unusable(file.plan, planned, node)
     if reason:
-        raise EvidenceError(f'node "{escape(nodes[0].name)}": {reason}', None)
-    return nodes[0]
-
-
-def _is_as_planned(found: NodeBitmap | None, planned: PlannedBitmap) -> bool:
-    return (
-        found is not None
-        and found.is_usable
-        and found.is_persistent
-        and found.granularity == planned.granularity
-        and found.is_recording == planned.enabled
-    )
+        raise EvidenceError(f'node "{escape(node.name)}": {reason}', None)
+    return node
 
 
 def _put_back(monitor: Monitor, file: OffloadFile, number: int, node: Node) -> BitmapReturn:
@@ -139,7 +131,7 @@ def _put_back(monitor: Monitor, file: OffloadFile, number: int, node: Node) -> B
     if not found and not file.has_copy(number):
         reason = "it is neither in the machine nor in the file: take a full backup"
         return result._replace(outcome="lost", reason=reason)
-    if found and not _is_as_planned(found._replace(is_recording=planned.enabled), planned):
+    if found and not is_as_planned(found, planned):
         reason = found.why_unusable or "another bitmap of this name is there"
         return result._replace(outcome="left", reason=reason)
     tail_name = tail_of(planned_node.uuid) if planned.enabled else None
@@ -194,13 +186,14 @@ def _with_copy(monitor: Monitor, copy: SavedBitmap, work: list[actions.Action]) 
         monitor.transaction(work)
 
 
-def restore_offline(path: str, image: Image) -> RestoreReport:
+def restore_offline(path: str, image: Image, *, dry_run: bool = False) -> RestoreReport:
     """Puts bitmaps back into the image of a machine that is off, in one edit; ``live restore``.
 
     Args:
         path: of the offload file. The tail in the image tells which bitmaps of the file are those
             of this image.
-        image: the image, open for editing.
+        image: the image; it is open for editing, or for reading in a dry run.
+        dry_run: write nothing.
 
     Raises:
         EvidenceError: the tail is missing, or may miss writes.
@@ -211,7 +204,7 @@ def restore_offline(path: str, image: Image) -> RestoreReport:
     file = OffloadFile.read(path)
     planned_node = _planned_for(file, image)
     tail_name = tail_of(planned_node.uuid)
-    with image.edit() as edit:
+    with image.edit(dry_run=dry_run) as edit:
         for number, (node, planned) in enumerate(file.plan.bitmaps):
             if node is planned_node:
                 copy = file.read_copy(number) if file.has_copy(number) else None
@@ -219,8 +212,10 @@ def restore_offline(path: str, image: Image) -> RestoreReport:
                 if planned.enabled:
                     edit.merge(planned.name, tail_name)
         edit.remove(tail_name)
+        plan = edit.plan() if dry_run else None
     names = (bitmap.name for bitmap in planned_node.bitmaps)
-    return RestoreReport(tuple(BitmapReturn(planned_node.name, n, "restored") for n in names))
+    bitmaps = tuple(BitmapReturn(planned_node.name, name, "restored") for name in names)
+    return RestoreReport(bitmaps, plan)
 
 
 def _put_into(

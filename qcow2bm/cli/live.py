@@ -1,0 +1,272 @@
+"""The commands ``live offload``, ``live restore``, ``live status`` and ``live remove``.
+
+*Spec*: spec/live.md; spec/cli.md, "Short stops".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qcow2bm import live
+from qcow2bm.cli import live_output
+from qcow2bm.cli.arguments import (
+    EditingArguments,
+    OutputArguments,
+    add_editing,
+    add_output,
+    add_timeout,
+    size,
+)
+from qcow2bm.cli.images import open_to_edit
+from qcow2bm.cli.messages import about
+from qcow2bm.cli.output import PROBLEMS_FOUND, print_dry_run, print_json
+from qcow2bm.cli.parser import Arguments, Parser, UsageError
+
+_SOCKET_NOTE = """\
+SOCKET is the path of the VM's QMP socket. No other program can be connected to it, since QEMU
+serves one at a time.
+
+"""
+
+_OFFLOAD_EPILOG = f"""\
+{_SOCKET_NOTE}FILE is made if there is none. If the command was interrupted, the same command goes
+on; live restore takes everything back. Until live restore, other programs do not see the bitmaps,
+and no backup can go by them.
+
+exit status: 0 done; 1 the command failed; 2 done, but a persistent bitmap stays in the VM; 64 wrong
+usage
+"""
+
+_RESTORE_EPILOG = f"""\
+{_SOCKET_NOTE}The bitmaps are put back into the VM that runs on the disks now, whichever it is; or
+into the image, when no VM runs on it. Each bitmap that records gets what was written meanwhile, as
+coarse as the tail.
+
+exit status: 0 done; 1 the command failed; 2 done, but a bitmap is lost or was left as it was; 64
+wrong usage
+"""
+
+_STATUS_EPILOG = f"""\
+{_SOCKET_NOTE}exit status: 0 fine; 1 the command failed; 2 a bitmap is lost or in doubt; 64 wrong
+usage
+"""
+
+_REMOVE_EPILOG = f"""\
+{_SOCKET_NOTE}exit status: 0 removed; 1 the command failed, and removed nothing; 64 wrong usage
+"""
+
+
+class OffloadArguments(OutputArguments):
+    """The values of the arguments of ``live offload``."""
+
+    qmp: str
+    timeout: float
+    nodes: list[str]
+    file: str
+    tail_granularity: int
+    dry_run: bool
+
+
+class RestoreArguments(EditingArguments):
+    """The values of the arguments of ``live restore``."""
+
+    qmp: str | None
+    timeout: float
+    names: list[str]
+
+
+class StatusArguments(OutputArguments):
+    """The values of the arguments of ``live status``."""
+
+    qmp: str
+    timeout: float
+    names: list[str]
+
+
+class RemoveArguments(Arguments):
+    """The values of the arguments of ``live remove``."""
+
+    qmp: str
+    timeout: float
+    node: str | None
+    names: list[str]
+
+
+def define(parser: Parser) -> None:
+    """Adds the commands with their second words."""
+    summary = "take the bitmaps out of a running VM into a file, so that its stop is short"
+    parser.add_command("offload", summary, _define_offload)
+    summary = "put such bitmaps back, with what was written meanwhile"
+    parser.add_command("restore", summary, _define_restore)
+    summary = "show the bitmaps of a running VM, and how far an offload is"
+    parser.add_command("status", summary, _define_status)
+    parser.add_command("remove", "remove bitmaps from a running VM", _define_remove)
+
+
+def _define_offload(parser: Parser) -> None:
+    parser.namespace = OffloadArguments
+    parser.examples = (
+        "qcow2bm live offload --qmp vm.sock vm.bitmaps --dry-run",
+        "qcow2bm live offload --qmp vm.sock vm.bitmaps",
+    )
+    parser.epilog = _OFFLOAD_EPILOG
+    parser.add_word("file", "FILE", "the file that gets the bitmaps")
+    _add_qmp(parser)
+    parser.add_argument(
+        "--node",
+        dest="nodes",
+        metavar="NODE",
+        action="append",
+        default=[],
+        help="only this node or device of the VM; can be repeated; by default all",
+    )
+    parser.add_argument(
+        "--tail-granularity",
+        metavar="SIZE",
+        type=size,
+        default=live.DEFAULT_TAIL_GRANULARITY,
+        help="how many bytes of the disk count as written for each write meanwhile (default: 4M)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be taken out")
+    add_output(parser)
+
+
+def _define_restore(parser: Parser) -> None:
+    parser.namespace = RestoreArguments
+    parser.examples = (
+        "qcow2bm live restore --qmp vm.sock vm.bitmaps",
+        "qcow2bm live restore vm.bitmaps vm.qcow2",
+    )
+    parser.epilog = _RESTORE_EPILOG
+    parser.usage = (
+        "%(prog)s --qmp SOCKET [--timeout SECONDS] [--output {human,json}] FILE\n"
+        "       %(prog)s [--dry-run] [--output {human,json}] FILE IMAGE"
+    )
+    parser.add_word("names", "FILE IMAGE", "the file with the bitmaps, and the image", "*")
+    _add_qmp(parser, is_required=False)
+    add_editing(parser, has_result=True)
+
+
+def _define_status(parser: Parser) -> None:
+    parser.namespace = StatusArguments
+    parser.examples = (
+        "qcow2bm live status --qmp vm.sock",
+        "qcow2bm live status --qmp vm.sock vm.bitmaps",
+    )
+    parser.epilog = _STATUS_EPILOG
+    parser.usage = "%(prog)s --qmp SOCKET [--timeout SECONDS] [--output {human,json}] [FILE]"
+    parser.add_word("names", "FILE", "the file of an offload", "*")
+    _add_qmp(parser)
+    add_output(parser)
+
+
+def _define_remove(parser: Parser) -> None:
+    parser.namespace = RemoveArguments
+    parser.examples = ("qcow2bm live remove --qmp vm.sock daily",)
+    parser.epilog = _REMOVE_EPILOG
+    parser.add_word("names", "NAME", "the name of a bitmap", "+")
+    _add_qmp(parser)
+    parser.add_argument("--node", metavar="NODE", help="the node or device that has the bitmaps")
+
+
+def _add_qmp(parser: Parser, *, is_required: bool = True) -> None:
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", required=is_required, help="the QMP socket of the VM"
+    )
+    add_timeout(parser)
+
+
+def run(arguments: Arguments) -> int:
+    """Runs one of the commands; returns the exit status."""
+    return _RUN[arguments.action](arguments)
+
+
+def _offload(arguments: OffloadArguments) -> int:
+    is_for_people = arguments.output == "human"
+    with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
+        done = live.offload(
+            monitor,
+            arguments.file,
+            arguments.nodes,
+            tail_granularity=arguments.tail_granularity,
+            dry_run=arguments.dry_run,
+            on_progress=live_output.print_taken_out if is_for_people else _ignore,
+        )
+    if is_for_people:
+        live_output.print_offload(arguments.qmp, arguments.file, done, dry_run=arguments.dry_run)
+    else:
+        dry_run = arguments.dry_run
+        print_json(
+            live_output.offload_as_json(arguments.qmp, arguments.file, done, dry_run=dry_run)
+        )
+    return PROBLEMS_FOUND if done.left else 0
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+def _restore(arguments: RestoreArguments) -> int:
+    given = arguments.names
+    if len(given) != (2 if arguments.qmp is None else 1):
+        raise UsageError("give FILE and IMAGE, or --qmp and FILE")
+    if arguments.qmp is None:
+        return _restore_offline(arguments, *given)
+    if arguments.dry_run or arguments.no_lock or arguments.wait:
+        raise UsageError("--dry-run, --no-lock and --wait are for an IMAGE, not for --qmp")
+    with about(arguments.qmp), _connect(arguments) as monitor:
+        done = live.restore(monitor, given[0])
+    return _print_restore(arguments, arguments.qmp, "qmp", given[0], done)
+
+
+def _restore_offline(arguments: RestoreArguments, file: str, path: str) -> int:
+    with about(path), open_to_edit(path, arguments) as image:
+        done = live.restore_offline(file, image, dry_run=arguments.dry_run)
+    if done.plan is not None:
+        print_dry_run(arguments, path, done.plan)
+        return 0
+    return _print_restore(arguments, path, "image", file, done)
+
+
+def _print_restore(
+    arguments: RestoreArguments, subject: str, kind: str, file: str, done: live.RestoreReport
+) -> int:
+    if arguments.output == "human":
+        live_output.print_restore(done)
+    else:
+        print_json(live_output.restore_as_json(subject, kind, file, done))
+    return 0 if all(one.is_safe for one in done.bitmaps) else PROBLEMS_FOUND
+
+
+def _status(arguments: StatusArguments) -> int:
+    if len(arguments.names) > 1:
+        raise UsageError("give one FILE at most")
+    file = arguments.names[0] if arguments.names else None
+    with about(arguments.qmp), _connect(arguments) as monitor:
+        found = live.status(monitor, file)
+    if arguments.output == "human":
+        live_output.print_status(arguments.qmp, file, found)
+    else:
+        print_json(live_output.status_as_json(arguments.qmp, file, found))
+    return PROBLEMS_FOUND if live_output.is_bad(found) else 0
+
+
+def _remove(arguments: RemoveArguments) -> int:
+    with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
+        live.remove(monitor, arguments.names, arguments.node)
+    return 0
+
+
+def _connect(
+    arguments: OffloadArguments | RestoreArguments | StatusArguments | RemoveArguments,
+) -> live.Monitor:
+    return live.Monitor(arguments.qmp or "", arguments.timeout)
+
+
+_RUN: dict[str, Callable[[Any], int]] = {
+    "offload": _offload,
+    "restore": _restore,
+    "status": _status,
+    "remove": _remove,
+}

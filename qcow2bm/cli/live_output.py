@@ -1,0 +1,217 @@
+"""The output of the commands ``live``: for people, and for programs.
+
+*Spec*: spec/live.md; spec/json.md, "live offload", "live restore" and "live status".
+"""
+
+from __future__ import annotations
+
+from qcow2bm import live
+from qcow2bm.cli.output import (
+    Document,
+    command_line,
+    count,
+    head,
+    json_text,
+    print_facts,
+    quoted,
+    size,
+)
+from qcow2bm.cli.terminal import print_text
+from qcow2bm.units import format_size
+
+
+def _restore_command(qmp: str, file: str) -> list[str]:
+    return ["qcow2bm", "live", "restore", "--qmp", qmp, file]
+
+
+def _offload_command(qmp: str, file: str) -> list[str]:
+    return ["qcow2bm", "live", "offload", "--qmp", qmp, file]
+
+
+# live offload
+
+
+def print_taken_out(node: str, name: str) -> None:
+    """Prints that a bitmap was taken out."""
+    print_text(f"{quoted(name)} of node {quoted(node)} is in the file, and out of the VM")
+
+
+def print_offload(qmp: str, file: str, done: live.OffloadReport, *, dry_run: bool) -> None:
+    """Prints what ``live offload`` did, or would do."""
+    bitmaps = done.plan.bitmaps
+    for node, bitmap in bitmaps if dry_run else ():
+        print_text(f"{quoted(bitmap.name)} of node {quoted(node.name)} would be taken out")
+    for left, reason in done.left:
+        print_text(f"{quoted(left.name)} of node {quoted(left.node)} stays: {reason}")
+    now, before = format_size(done.after), format_size(done.before)
+    does = "would then store" if dry_run else "now stores"
+    print_text(f"a stop {does} at most {now} of bits; with all bitmaps in the VM, {before}")
+    if not dry_run:
+        command = command_line(_restore_command(qmp, file))
+        print_text(
+            f"to put {count(len(bitmaps), 'bitmap')} back, run this with the socket of the VM that "
+            f"has the disks then: {command}"
+        )
+
+
+def offload_as_json(qmp: str, file: str, done: live.OffloadReport, *, dry_run: bool) -> Document:
+    """The document that ``live offload`` prints."""
+    return {
+        **head(qmp, "qmp"),
+        "filename": json_text(file),
+        "dry-run": dry_run,
+        "tail-granularity": done.plan.tail_granularity,
+        "stop-bytes-before": done.before,
+        "stop-bytes": done.after,
+        "bitmaps": [
+            {
+                "node": node.name,
+                "name": json_text(bitmap.name),
+                "granularity": bitmap.granularity,
+                "enabled": bitmap.enabled,
+            }
+            for node, bitmap in done.plan.bitmaps
+        ],
+        "left": [
+            {"node": bitmap.node, "name": json_text(bitmap.name), "reason": reason}
+            for bitmap, reason in done.left
+        ],
+    }
+
+
+# live restore
+
+_OUTCOMES = {
+    "restored": "is back, with every write",
+    "kept": "was there already",
+    "left": "is left as it was",
+    "lost": "is lost",
+}
+
+
+def print_restore(done: live.RestoreReport) -> None:
+    """Prints what ``live restore`` did."""
+    for one in done.bitmaps:
+        more = f": {one.reason}" if one.reason else ""
+        place = f"{quoted(one.name)} of node {quoted(one.node)}"
+        print_text(f"{place} {_OUTCOMES[one.outcome]}{more}")
+
+
+def restore_as_json(subject: str, kind: str, file: str, done: live.RestoreReport) -> Document:
+    """The document that ``live restore`` prints; ``kind`` says what the ``subject`` is."""
+    return {
+        **head(file),
+        "qmp": json_text(subject) if kind == "qmp" else None,
+        "image": json_text(subject) if kind == "image" else None,
+        "bitmaps": [
+            {
+                "node": one.node,
+                "name": json_text(one.name),
+                "outcome": one.outcome,
+                "reason": one.reason or None,
+            }
+            for one in done.bitmaps
+        ],
+    }
+
+
+# live status
+
+_STEPS = {
+    "planned": "nothing was done",
+    "begun": "the offload has begun",
+    "offloaded": "the bitmaps are in the file",
+    "restoring": "some bitmaps were put back",
+    "restored": "the bitmaps were put back",
+    "in-doubt": "in doubt",
+}
+
+
+def is_bad(found: live.LiveStatus) -> bool:
+    """Whether a bitmap of the file is lost or in doubt."""
+    return any(
+        node.step == "in-doubt" or any(bitmap.where == "lost" for bitmap in node.bitmaps)
+        for node in found.nodes
+    )
+
+
+def _next(qmp: str, file: str | None, found: live.LiveStatus) -> list[list[str]]:
+    """The commands that can follow, the one that goes on first."""
+    steps = {node.step for node in found.nodes}
+    if file is None or "in-doubt" in steps:
+        return []
+    going_on, back = _offload_command(qmp, file), _restore_command(qmp, file)
+    if steps & {"planned", "begun"} and "restoring" not in steps:
+        return [going_on, back]
+    return [back] if steps & {"offloaded", "restoring", "begun"} else []
+
+
+def print_status(qmp: str, file: str | None, found: live.LiveStatus) -> None:
+    """Prints what ``live status`` found."""
+    print_facts(
+        [
+            ("VM", found.machine),
+            ("last migration", found.migration or "none"),
+            ("a stop stores", f"at most {size(found.stop_bytes)} of bits"),
+        ]
+    )
+    for bitmap, stop_bytes in found.bitmaps:
+        print(f"\nbitmap {quoted(bitmap.name)} of node {quoted(bitmap.node)}")
+        state = bitmap.why_unusable or ("recording" if bitmap.is_recording else "disabled")
+        stored = f", {format_size(stop_bytes)} at a stop" if bitmap.is_persistent else ""
+        print_facts(
+            [
+                ("state", f"{state}, {'persistent' if bitmap.is_persistent else 'transient'}"),
+                ("granularity", size(bitmap.granularity)),
+                ("dirty", f"{size(bitmap.dirty_bytes)}{stored}"),
+            ],
+            indent="  ",
+        )
+    for node in found.nodes:
+        reason = f": {node.reason}" if node.reason else ""
+        print()
+        print_text(f"offload of node {quoted(node.node)}: {_STEPS[node.step]}{reason}")
+        for offloaded in node.bitmaps:
+            print_text(f"  {quoted(offloaded.name)}: {_WHERE[offloaded.where]}")
+    for command in _next(qmp, file, found):
+        print_text(f"next: {command_line(command)}")
+
+
+_WHERE = {"machine": "in the VM", "file": "in the file", "lost": "lost"}
+
+
+def status_as_json(qmp: str, file: str | None, found: live.LiveStatus) -> Document:
+    """The document that ``live status`` prints."""
+    return {
+        **head(qmp, "qmp"),
+        "filename": None if file is None else json_text(file),
+        "status": found.machine,
+        "migration": found.migration or None,
+        "stop-bytes": found.stop_bytes,
+        "bitmaps": [
+            {
+                "node": bitmap.node,
+                "name": json_text(bitmap.name),
+                "granularity": bitmap.granularity,
+                "dirty-bytes": bitmap.dirty_bytes,
+                "recording": bitmap.is_recording,
+                "persistent": bitmap.is_persistent,
+                "busy": bitmap.is_busy,
+                "inconsistent": bitmap.is_inconsistent,
+                "stop-bytes": stop_bytes,
+            }
+            for bitmap, stop_bytes in found.bitmaps
+        ],
+        "nodes": [
+            {
+                "node": node.node,
+                "step": node.step,
+                "reason": node.reason or None,
+                "bitmaps": [
+                    {"name": json_text(one.name), "where": one.where} for one in node.bitmaps
+                ],
+            }
+            for node in found.nodes
+        ],
+        "next": [list(map(json_text, command)) for command in _next(qmp, file, found)],
+    }

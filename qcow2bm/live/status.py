@@ -1,0 +1,154 @@
+"""What bitmaps a running machine has, what a stop would store, and how far an offload is.
+
+*Spec*: spec/live.md, "Status".
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from qcow2bm.errors import EvidenceError
+from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
+from qcow2bm.live import tail
+from qcow2bm.live.offload_file import OffloadFile
+from qcow2bm.live.place import has_all, node_of
+from qcow2bm.live.stop import bytes_at_stop
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.machine import Machine, NodeBitmap
+from qcow2bm.qmp.names import tail_of
+from qcow2bm.qmp.queries import query_machine
+
+Step = Literal["planned", "begun", "offloaded", "restoring", "restored", "in-doubt"]
+Where = Literal["machine", "file", "lost"]
+
+
+class BitmapStatus(NamedTuple):
+    """A bitmap in QEMU's memory; a stop stores at most ``stop_bytes`` of its bits."""
+
+    bitmap: NodeBitmap
+    stop_bytes: int
+
+
+class OffloadedBitmap(NamedTuple):
+    """A bitmap of an offload file, and where its bits are."""
+
+    node: str
+    name: str
+    where: Where
+
+
+class NodeStatus(NamedTuple):
+    """How far the offload of a node is.
+
+    Attributes:
+        node: the name of the node in the file.
+        step: "planned": nothing was done. "begun": the tail records, and bitmaps are left in the
+            machine. "offloaded": all bitmaps are in the file alone. "restoring": some bitmaps were
+            put back. "restored": all bitmaps are in the machine, and the tail is gone. "in-doubt":
+            writes may be missing from the tail.
+        reason: why it is in doubt; "" at any other step.
+        bitmaps: the bitmaps of the node, in the order of the file.
+    """
+
+    node: str
+    step: Step
+    reason: str
+    bitmaps: tuple[OffloadedBitmap, ...]
+
+
+class LiveStatus(NamedTuple):
+    """The result of `status`.
+
+    Attributes:
+        machine: as query-status has it, such as ``running``.
+        migration: as query-migrate has it; "" if there was none.
+        bitmaps: all bitmaps that have a name.
+        nodes: the nodes of the offload file; none without a file.
+    """
+
+    machine: str
+    migration: str
+    bitmaps: tuple[BitmapStatus, ...]
+    nodes: tuple[NodeStatus, ...]
+
+    @property
+    def stop_bytes(self) -> int:
+        """How many bytes of bits a stop stores now, at most."""
+        return sum(one.stop_bytes for one in self.bitmaps)
+
+
+def status(monitor: Monitor, path: str | None = None) -> LiveStatus:
+    """Returns what a machine has, and how far the offload of a file is; ``live status``.
+
+    It sends only queries. If there was a migration, and QEMU does not tell whether its disks are
+    active, one of them is an empty write; see `Machine.require_settled`.
+
+    Args:
+        monitor: the machine.
+        path: of the offload file; None for the machine alone.
+
+    Raises:
+        StateError: QEMU has ejected a disk.
+        QmpError: QEMU does not answer.
+        StorageError: the file cannot be read.
+        FormatError: the file is no offload file, or is damaged.
+    """
+    machine = query_machine(monitor)
+    file = None if path is None else OffloadFile.read(path)
+    bitmaps = tuple(
+        BitmapStatus(
+            bitmap,
+            bytes_at_stop(machine, [bitmap])
+            if bitmap.is_persistent and not node.is_read_only
+            else 0,
+        )
+        for node in machine.nodes
+        for bitmap in node.bitmaps
+    )
+    nodes = tuple(_status(file, machine, planned) for planned in file.plan.nodes) if file else ()
+    return LiveStatus(machine.status, machine.migration, bitmaps, nodes)
+
+
+def _status(file: OffloadFile, machine: Machine, planned: PlannedNode) -> NodeStatus:
+    copied = {
+        bitmap.name
+        for number, (node, bitmap) in enumerate(file.plan.bitmaps)
+        if node is planned and file.has_copy(number)
+    }
+    step: Step
+    try:
+        node = node_of(machine, planned)
+    except EvidenceError as error:
+        return NodeStatus(planned.name, "in-doubt", error.reason, _bitmaps(planned, {}, copied))
+    there = {bitmap.name: bitmap for bitmap in node.bitmaps}
+    bitmaps = _bitmaps(planned, there, copied)
+    reason = ""
+    if not node.find(tail_of(planned.uuid)):
+        if not has_all(node, planned):
+            reason = tail.why_unusable(file.plan, planned, node)
+            step = "in-doubt"
+        else:
+            step = "restored" if copied else "planned"
+    elif reason := tail.why_unusable(file.plan, planned, node):
+        step = "in-doubt"
+    elif any(_is_back(there.get(bitmap.name), bitmap, copied) for bitmap in planned.bitmaps):
+        step = "restoring"
+    else:
+        step = "begun" if any(one.where == "machine" for one in bitmaps) else "offloaded"
+    return NodeStatus(planned.name, step, reason, bitmaps)
+
+
+def _bitmaps(
+    planned: PlannedNode, there: dict[str, NodeBitmap], copied: set[str]
+) -> tuple[OffloadedBitmap, ...]:
+    def where(name: str) -> Where:
+        if name in there:
+            return "machine"
+        return "file" if name in copied else "lost"
+
+    return tuple(OffloadedBitmap(planned.name, b.name, where(b.name)) for b in planned.bitmaps)
+
+
+def _is_back(found: NodeBitmap | None, planned: PlannedBitmap, copied: set[str]) -> bool:
+    """Returns whether a bitmap was put back: before an offload ends none records."""
+    return found is not None and found.is_recording and planned.name in copied
