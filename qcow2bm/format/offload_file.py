@@ -87,7 +87,7 @@ class PlannedNode(NamedTuple):
     bitmaps: tuple[PlannedBitmap, ...]
 
 
-class Plan(NamedTuple):
+class OffloadPlan(NamedTuple):
     """What is to be taken out of a machine; ``tail_granularity`` is in bytes."""
 
     tail_granularity: int
@@ -140,7 +140,7 @@ def build_record_head(head: RecordHead) -> bytes:
     return build(_RECORD, head._asdict(), "record")
 
 
-def parse_plan(data: bytes, offset: int) -> Plan:
+def parse_plan(data: bytes, offset: int) -> OffloadPlan:
     """Parses the payload of the record of the plan, which is at ``offset``.
 
     Raises:
@@ -167,10 +167,10 @@ def parse_plan(data: bytes, offset: int) -> Plan:
         name = decode_name(node.name)
         uuid = UUID(bytes=node.uuid)
         nodes.append(PlannedNode(uuid, name, node.disk_size, tuple(bitmaps)))
-    return Plan(tail_granularity, tuple(nodes))
+    return OffloadPlan(tail_granularity, tuple(nodes))
 
 
-def build_plan(plan: Plan) -> bytes:
+def build_plan(plan: OffloadPlan) -> bytes:
     """Builds the payload of the record of the plan.
 
     Raises:

@@ -21,24 +21,49 @@ command                   function                returns
 
 from __future__ import annotations
 
+from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
 from qcow2bm.live.offload import OffloadReport, Omission, offload
 from qcow2bm.live.remove import remove
-from qcow2bm.live.restore import BitmapReturn, RestoreReport, restore, restore_offline
-from qcow2bm.live.status import BitmapStatus, LiveStatus, NodeStatus, OffloadedBitmap, status
+from qcow2bm.live.restore import (
+    BitmapReturn,
+    RestoreOutcome,
+    RestoreReport,
+    restore,
+    restore_offline,
+)
+from qcow2bm.live.status import (
+    BitmapPlace,
+    BitmapStatus,
+    LiveStatus,
+    NodeStatus,
+    OffloadedBitmap,
+    OffloadStep,
+    status,
+)
 from qcow2bm.live.tail import DEFAULT_GRANULARITY as DEFAULT_TAIL_GRANULARITY
+from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
+from qcow2bm.qmp.machine import NodeBitmap
 
 __all__ = [
     "DEFAULT_TAIL_GRANULARITY",
     "DEFAULT_TIMEOUT",
+    "Answer",
+    "BitmapPlace",
     "BitmapReturn",
     "BitmapStatus",
     "LiveStatus",
     "Monitor",
+    "NodeBitmap",
     "NodeStatus",
+    "OffloadPlan",
     "OffloadReport",
+    "OffloadStep",
     "OffloadedBitmap",
     "Omission",
+    "PlannedBitmap",
+    "PlannedNode",
+    "RestoreOutcome",
     "RestoreReport",
     "offload",
     "remove",

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from qcow2bm.api import open, sidecar
 from qcow2bm.errors import BitmapError, EvidenceError, QmpError
-from qcow2bm.format.offload_file import Plan, PlannedBitmap, PlannedNode
+from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
 from qcow2bm.live import tail
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.stop import bytes_at_stop, most_bytes, stored_bitmaps
@@ -43,7 +43,7 @@ class OffloadReport(NamedTuple):
         after: how many it has to store now, at most, or would have to.
     """
 
-    plan: Plan
+    plan: OffloadPlan
     left: tuple[Omission, ...]
     before: int
     after: int
@@ -116,7 +116,7 @@ def _require_granularity(granularity: int) -> None:
         raise ValueError(f"the granularity of the tail is {granularity}, {reason}")
 
 
-def _planned(machine: Machine, names: Sequence[str], tail_granularity: int) -> Plan:
+def _planned(machine: Machine, names: Sequence[str], tail_granularity: int) -> OffloadPlan:
     chosen = machine.select(names, lambda node: bool(_usable(node)))
     nodes = []
     for node in chosen:
@@ -126,7 +126,7 @@ def _planned(machine: Machine, names: Sequence[str], tail_granularity: int) -> P
         nodes.append(PlannedNode(uuid4(), node.name, node.virtual_size, tuple(bitmaps)))
     if not nodes:
         raise ValueError("there is no persistent bitmap that can be taken out")
-    return Plan(tail_granularity, tuple(nodes))
+    return OffloadPlan(tail_granularity, tuple(nodes))
 
 
 def _usable(node: Node) -> list[NodeBitmap]:
@@ -136,7 +136,7 @@ def _usable(node: Node) -> list[NodeBitmap]:
     return [b for b in node.subjects if b.is_persistent and b.is_usable]
 
 
-def _left(machine: Machine, plan: Plan) -> Iterator[Omission]:
+def _left(machine: Machine, plan: OffloadPlan) -> Iterator[Omission]:
     taken = {(node.name, bitmap.name) for node, bitmap in plan.bitmaps}
     taken |= {(node.name, tail_of(node.uuid)) for node in plan.nodes}
     for bitmap in stored_bitmaps(machine):

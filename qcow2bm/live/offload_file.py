@@ -9,13 +9,21 @@ record.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, Self
 
 from qcow2bm.api import sidecar
 from qcow2bm.errors import FormatError, StorageError
 from qcow2bm.format import offload_file
-from qcow2bm.format.offload_file import COPY, DIGEST_BYTES, PLAN, RECORD_BYTES, Plan, RecordHead
+from qcow2bm.format.offload_file import (
+    COPY,
+    DIGEST_BYTES,
+    PLAN,
+    RECORD_BYTES,
+    OffloadPlan,
+    RecordHead,
+)
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
 from qcow2bm.storage import new_file
 
@@ -37,7 +45,7 @@ class OffloadFile:
         plan: what is to be taken out of the machine.
     """
 
-    def __init__(self, path: str, plan: Plan, copies: dict[int, _Place], end: int) -> None:
+    def __init__(self, path: str, plan: OffloadPlan, copies: dict[int, _Place], end: int) -> None:
         """Use `create` or `read`. ``end`` is where the last whole record ends, in bytes."""
         self.path = path
         self.plan = plan
@@ -45,7 +53,7 @@ class OffloadFile:
         self._end = end
 
     @classmethod
-    def create(cls, path: str, plan: Plan) -> Self:
+    def create(cls, path: str, plan: OffloadPlan) -> Self:
         """Makes a new file that has the plan alone.
 
         Raises:
@@ -130,7 +138,7 @@ def _record(type: int, number: int, payload: bytes) -> bytes:
 def _whole_records(file: BinaryIO) -> Iterator[tuple[RecordHead, _Place]]:
     """Yields the records of a file that is at its first one.
 
-    The last record may be a part of one, or garbage: appending it was interrupted.
+    The last record may be a part of one, with zeros after it: appending it was interrupted.
 
     Raises:
         FormatError: a record that another one follows is damaged.
@@ -144,7 +152,7 @@ def _whole_records(file: BinaryIO) -> Iterator[tuple[RecordHead, _Place]]:
         stored = file.read(DIGEST_BYTES)
         after = file.tell()
         if stored != digest.digest():
-            if file.read(1):
+            if any(any(piece) for piece in _pieces(file, sys.maxsize)):
                 reason = "does not match: the file is damaged"
                 raise FormatError("record", "sha256", place + head.size, reason)
             return
@@ -159,7 +167,7 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
         yield piece
 
 
-def _read_plan(file: BinaryIO, head: RecordHead, place: _Place) -> Plan:
+def _read_plan(file: BinaryIO, head: RecordHead, place: _Place) -> OffloadPlan:
     if head.type != PLAN or head.size > offload_file.MAX_PLAN_BYTES:
         raise FormatError("record", "type", place.offset - RECORD_BYTES, "is not that of a plan")
     file.seek(place.offset)

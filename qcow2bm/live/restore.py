@@ -26,7 +26,7 @@ from qcow2bm.qmp.names import SCRATCH_NODE, tail_of
 from qcow2bm.qmp.queries import query_digest, query_machine
 from qcow2bm.units import escape
 
-Outcome = Literal["restored", "kept", "left", "lost"]
+RestoreOutcome = Literal["restored", "kept", "left", "lost"]
 
 
 class BitmapReturn(NamedTuple):
@@ -43,7 +43,7 @@ class BitmapReturn(NamedTuple):
 
     node: str
     name: str
-    outcome: Outcome
+    outcome: RestoreOutcome
     reason: str = ""
 
     @property

@@ -18,8 +18,8 @@ from qcow2bm.qmp.machine import Machine, NodeBitmap
 from qcow2bm.qmp.names import tail_of
 from qcow2bm.qmp.queries import query_machine
 
-Step = Literal["planned", "begun", "offloaded", "restoring", "restored", "in-doubt"]
-Where = Literal["machine", "file", "lost"]
+OffloadStep = Literal["planned", "begun", "offloaded", "restoring", "restored", "in-doubt"]
+BitmapPlace = Literal["machine", "file", "lost"]
 
 
 class BitmapStatus(NamedTuple):
@@ -34,7 +34,7 @@ class OffloadedBitmap(NamedTuple):
 
     node: str
     name: str
-    where: Where
+    where: BitmapPlace
 
 
 class NodeStatus(NamedTuple):
@@ -51,7 +51,7 @@ class NodeStatus(NamedTuple):
     """
 
     node: str
-    step: Step
+    step: OffloadStep
     reason: str
     bitmaps: tuple[OffloadedBitmap, ...]
 
@@ -115,7 +115,7 @@ def _status(file: OffloadFile, machine: Machine, planned: PlannedNode) -> NodeSt
         for number, (node, bitmap) in enumerate(file.plan.bitmaps)
         if node is planned and file.has_copy(number)
     }
-    step: Step
+    step: OffloadStep
     try:
         node = node_of(machine, planned)
     except EvidenceError as error:
@@ -141,7 +141,7 @@ def _status(file: OffloadFile, machine: Machine, planned: PlannedNode) -> NodeSt
 def _bitmaps(
     planned: PlannedNode, there: dict[str, NodeBitmap], copied: set[str]
 ) -> tuple[OffloadedBitmap, ...]:
-    def where(name: str) -> Where:
+    def where(name: str) -> BitmapPlace:
         if name in there:
             return "machine"
         return "file" if name in copied else "lost"

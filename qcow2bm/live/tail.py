@@ -8,7 +8,7 @@ made. Otherwise the bitmaps that were taken out miss writes.
 
 from __future__ import annotations
 
-from qcow2bm.format.offload_file import Plan, PlannedNode
+from qcow2bm.format.offload_file import OffloadPlan, PlannedNode
 from qcow2bm.qmp.machine import Node
 from qcow2bm.qmp.names import tail_of
 
@@ -17,7 +17,7 @@ MAX_GRANULARITY = 128 << 20
 """A coarser bitmap makes the source of a migration with the capability dirty-bitmaps spin."""
 
 
-def why_unusable(plan: Plan, planned: PlannedNode, node: Node) -> str:
+def why_unusable(plan: OffloadPlan, planned: PlannedNode, node: Node) -> str:
     """Returns why the tail on a node may miss writes; "" if it has all of them."""
     tail = node.find(tail_of(planned.uuid))
     if not tail:

@@ -46,7 +46,7 @@ def test_opening_an_image_needs_no_numpy() -> None:
     assert "numpy" not in loaded
 
 
-MODULES = ("compare", "new_file", "problems", "rescue", "sidecar", "stream", "units")
+MODULES = ("compare", "live", "new_file", "problems", "rescue", "sidecar", "stream", "units")
 LITERALS = (
     *("BackupReason", "CommitOutcome", "EntryKind", "Hint", "Op", "OtherUse", "Policy", "Severity"),
     *("State", "Status"),
@@ -124,6 +124,7 @@ ALIASES = {"DiskOutcome", "FilePath", "Kind", "Ranges", "Removable", "Self", "So
 # Methods of public classes that only this library calls.
 INTERNAL = {
     "compare.ServedContent.reader",
+    "live.Monitor.transaction",
     "rescue.Monitor.transaction",
     "stream.StreamBitmap.add",
     "stream.StreamBitmaps.add",
@@ -133,7 +134,7 @@ STANDARD = {
     *("Any", "Literal", "NamedTuple", "NoReturn", "None", "annotations"),
     *("Callable", "Collection", "Iterable", "Iterator", "Mapping", "Sequence"),
     *("AbstractContextManager", "TracebackType"),
-    *("Buffer", "NDArray", "np", "os"),
+    *("Buffer", "NDArray", "UUID", "np", "os"),
 }
 
 

@@ -76,15 +76,15 @@ def test_what_every_reading_command_has() -> None:
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
         "dump, map, check, verdict, repair, undo, salvage, stream dump, stream restore, "
-        "sidecar load, sidecar dump, edits, rescues",
+        "sidecar load, sidecar dump, edits, live offload, live restore, live status, rescues",
         "dump, map, check, stream write, sidecar save",
     )
-    assert (
-        of["--dry-run"]
-        == "repair, undo, salvage, edits, stream restore, sidecar load, rescue start, rescue finish"
+    assert of["--dry-run"] == (
+        "repair, undo, salvage, edits, stream restore, sidecar load, live offload, live restore, "
+        "rescue start, rescue finish"
     )
     assert {of["--wait"], of["--no-lock"]} == {
-        "repair, undo, salvage, edits, stream restore, sidecar load, rescue finish"
+        "repair, undo, salvage, edits, stream restore, sidecar load, live restore, rescue finish"
     }
 
 
