@@ -73,6 +73,7 @@ class RestoreArguments(EditingArguments):
 
     qmp: str | None
     timeout: float
+    is_alone: bool
     names: list[str]
 
 
@@ -140,11 +141,18 @@ def _define_restore(parser: Parser) -> None:
     )
     parser.epilog = _RESTORE_EPILOG
     parser.usage = (
-        "%(prog)s --qmp SOCKET [--timeout SECONDS] [--output {human,json}] FILE\n"
+        "%(prog)s --qmp SOCKET [--timeout SECONDS] [--assert-alone] [--output {human,json}] FILE\n"
         "       %(prog)s [--dry-run] [--output {human,json}] FILE IMAGE"
     )
     parser.add_word("names", "FILE IMAGE", "the file with the bitmaps, and the image", "*")
     _add_qmp(parser, is_required=False)
+    parser.add_argument(
+        "--assert-alone",
+        dest="is_alone",
+        action="store_true",
+        help="with --qmp: you know that no other VM wrote to the disks, if the VM goes on after it "
+        "migrated",
+    )
     add_editing(parser, has_result=True)
 
 
@@ -216,7 +224,7 @@ def _restore(arguments: RestoreArguments) -> int:
     if arguments.dry_run or arguments.no_lock or arguments.wait:
         raise UsageError("--dry-run, --no-lock and --wait are for an IMAGE, not for --qmp")
     with about(arguments.qmp), _connect(arguments) as monitor:
-        done = live.restore(monitor, given[0])
+        done = live.restore(monitor, given[0], is_alone=arguments.is_alone)
     return _print_restore(arguments, arguments.qmp, "qmp", given[0], done)
 
 

@@ -23,7 +23,7 @@ from qcow2bm.qmp import actions, scratch, scratch_image
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE, tail_of
-from qcow2bm.qmp.queries import query_digest, query_machine
+from qcow2bm.qmp.queries import has_capability, query_digest, query_machine
 from qcow2bm.units import escape
 
 RestoreOutcome = Literal["restored", "kept", "left", "lost"]
@@ -67,6 +67,7 @@ def restore(
     monitor: Monitor,
     path: str,
     *,
+    is_alone: bool = False,
     on_progress: Callable[[BitmapReturn], None] = lambda done: None,
 ) -> RestoreReport:
     """Puts bitmaps back into the machine that has the disks now; ``live restore --qmp``.
@@ -81,6 +82,8 @@ def restore(
     Args:
         monitor: the machine.
         path: of the offload file.
+        is_alone: whether the caller asserts that no other machine wrote to the disks, if this
+            machine goes on after it migrated with the capability dirty-bitmaps.
         on_progress: called with the result for each bitmap.
 
     Raises:
@@ -93,6 +96,8 @@ def restore(
     file = OffloadFile.read(path)
     machine = query_machine(monitor)
     machine.require_settled()
+    if not is_alone:
+        _require_alone(monitor, machine)
     scratch.discard_leftover(monitor)
     places = [_judged(file, machine, planned) for planned in file.plan.nodes]
     done: list[BitmapReturn] = []
@@ -111,6 +116,21 @@ def restore(
             logger.info('live restore: the tail of node "%s" is removed', escape(node.name))
         done += returned
     return RestoreReport(tuple(done))
+
+
+def _require_alone(monitor: Monitor, machine: Machine) -> None:
+    """Raises where the tails are as this machine has them, and another may have written since.
+
+    With the capability, QEMU keeps its bitmaps in memory when it gives the disks away. Without it,
+    QEMU loads what the image has when the disks come back.
+    """
+    has_left = machine.migration == "completed" and machine.is_source
+    if has_left and has_capability(monitor, "dirty-bitmaps"):
+        reason = (
+            "this machine migrated with the capability dirty-bitmaps, and goes on: its tail lacks "
+            "what the destination wrote, if the destination ran"
+        )
+        raise EvidenceError(reason, "assert-alone")
 
 
 def _judged(file: OffloadFile, machine: Machine, planned: PlannedNode) -> Node:

@@ -133,12 +133,14 @@ class Machine(NamedTuple):
         migration: the status of the last migration, as query-migrate has it; "" if there was none.
         mapping: the block-bitmap-mapping; None if none was ever set.
         nodes: the block nodes but the scratch node, in the order of their names.
+        is_source: whether the last migration went from here to elsewhere.
     """
 
     status: str
     migration: str
     mapping: BitmapMapping | None
     nodes: tuple[Node, ...]
+    is_source: bool = False
 
     @property
     def is_running(self) -> bool:

@@ -28,7 +28,9 @@ def query_machine(monitor: Monitor) -> Machine:
         QmpError: QEMU does not answer, or a field of its answer is missing.
     """
     status = monitor.execute("query-status")["status"].text()
-    migration = monitor.execute("query-migrate").get("status")
+    answer = monitor.execute("query-migrate")
+    migration = answer.get("status")
+    is_source = answer.get("total-time") is not None  # which a destination does not know
     mapping = _mapping(monitor.execute("query-migrate-parameters"))
     block = monitor.execute("query-block")
     nodes = query_nodes(monitor)  # before the devices are parsed: QEMU may have ejected a disk
@@ -37,7 +39,8 @@ def query_machine(monitor: Monitor) -> Machine:
     nodes = [node._replace(alias=aliases.get(node.name, node.name)) for node in nodes]
     if migration and migration.text() != "none":
         nodes = [_probed(monitor, node) for node in nodes]
-    return Machine(status, migration.text() if migration else "", mapping, tuple(nodes))
+    last = migration.text() if migration else ""
+    return Machine(status, last, mapping, tuple(nodes), is_source)
 
 
 def query_nodes(monitor: Monitor) -> list[Node]:
@@ -57,6 +60,13 @@ def query_nodes(monitor: Monitor) -> list[Node]:
         raise StateError(state, required, "the machine") from error
     nodes = [_node(one) for one in answer.items() if one["node-name"].text() != SCRATCH_NODE]
     return sorted(nodes, key=lambda node: node.name)
+
+
+def has_capability(monitor: Monitor, name: str) -> bool:
+    """Returns whether a migration capability is on. Raises as `query_machine` does."""
+    answer = monitor.execute("query-migrate-capabilities")
+    states = {one["capability"].text(): one["state"].flag() for one in answer.items()}
+    return states.get(name, False)
 
 
 def query_bitmap(monitor: Monitor, node: str, name: str) -> NodeBitmap | None:

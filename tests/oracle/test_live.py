@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+from support.offloaded import (
+    BEFORE,
+    CASES,
+    GRANULARITIES,
+    MEANWHILE,
+    SIZE,
+    TAIL,
+    Range,
+    make_disk,
+    offloaded,
+)
 from support.qemu import Disk
-from support.twin import KiB, MiB
+from support.specreader import page
 from support.vm import Machine
 
 import qcow2bm
@@ -19,28 +30,13 @@ from qcow2bm.qmp.answers import Answer
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 
-SIZE = 256 * MiB + 512
-GRANULARITIES = {"daily": 64 * KiB, "fine": 4 * KiB, "off": 64 * KiB, "größe \N{SNOWMAN}": MiB}
-TAIL = 4 * MiB
-
-Ranges = list[tuple[int, int]]
-
-BEFORE: Ranges = [(MiB, 3 * MiB), (SIZE - 512, 512)]
-MEANWHILE: Ranges = [(70 * MiB + 512, 512), (133 * MiB, 64 * KiB)]
-
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Disk:
-    """A disk with bitmaps that record, and the bitmap ``off``, which does not."""
-    disk = Disk.create(tmp_path / "disk.qcow2", SIZE)
-    for name, granularity in GRANULARITIES.items():
-        disk.add(name, granularity)
-    disk.io(*(f"write {start} {length}" for start, length in BEFORE))
-    disk.bitmap("off", "--disable")
-    return disk
+    return make_disk(tmp_path)
 
 
-def widened(ranges: Ranges, granularity: int) -> set[int]:
+def widened(ranges: Sequence[Range], granularity: int) -> set[int]:
     """The numbers of the granules that ranges touch."""
     return {
         granule
@@ -56,7 +52,7 @@ def granules(path: Path, name: str) -> set[int]:
         return set(np.flatnonzero(bits).tolist())
 
 
-def assert_back(disk: Disk, meanwhile: Ranges = MEANWHILE) -> None:
+def assert_back(disk: Disk, meanwhile: Sequence[Range] = MEANWHILE) -> None:
     """Every bitmap is as before, and has every write, and no more than the tail's granularity."""
     assert disk.check().returncode == 0
     with qcow2bm.open(disk.path) as image:
@@ -92,32 +88,41 @@ def write(machine: Machine) -> None:
         machine.write(start, length)
 
 
-@pytest.mark.spec("LIVE-1")
-def test_out_and_back_in_the_same_machine(disk: Disk, tmp_path: Path) -> None:
-    address, path = tmp_path / "qmp", tmp_path / "offloaded"
-    with Machine(disk.path, monitor=address) as machine:
-        report = offload(address, path)
-        assert report.left == ()
-        (tail,) = machine.bitmaps()
-        assert tail.startswith("qcow2bm-tail-")
-        write(machine)
-        done = restore(address, path).bitmaps
-        assert {(one.outcome, one.reason) for one in done} == {("restored", "")}
-        assert {*machine.bitmaps()} == {*GRANULARITIES}
-        machine.quit()
-    assert_back(disk)
+ROWS = {row["case"]: row["bitmaps"] for row in page("live.md").table("Cases").rows}
 
 
-@pytest.mark.spec("LIVE-2")
-def test_back_into_the_image_of_a_machine_that_is_off(disk: Disk, tmp_path: Path) -> None:
-    address, path = tmp_path / "qmp", tmp_path / "offloaded"
-    with Machine(disk.path, monitor=address) as machine:
-        offload(address, path)
-        write(machine)
-        machine.quit()
-    with qcow2bm.open(disk.path, "r+") as image:
-        live.restore_offline(str(path), image)
-    assert_back(disk)
+def test_the_table_has_the_cases() -> None:
+    assert [*ROWS] == [name.replace("`", "") for name in CASES]
+
+
+@pytest.mark.spec("LIVE-6")
+@pytest.mark.spec("LIVE-7")
+@pytest.mark.spec("LIVE-8")
+@pytest.mark.spec("LIVE-10")
+@pytest.mark.spec("LIVE-12")
+@pytest.mark.spec("LIVE-14")
+@pytest.mark.parametrize("case", CASES)
+def test_what_becomes_of_the_bitmaps(case: str, tmp_path: Path) -> None:
+    outcome = ROWS[case.replace("`", "")]
+    with offloaded(tmp_path) as scene:
+        if outcome == "every write":
+            CASES[case](scene)
+            assert_back(scene.disk, scene.written)
+            return
+        reason = REASONS[outcome.removeprefix("refused: ")]
+        with pytest.raises(qcow2bm.EvidenceError, match=reason):
+            CASES[case](scene)
+        scene.source.kill()
+    with qcow2bm.open(scene.disk.path) as image:
+        valid = {name for name, bitmap in image.bitmaps.items() if bitmap.status == "valid"}
+    assert not valid & {*GRANULARITIES}
+
+
+REASONS = {
+    "no tail": "tail is gone|no tail of this file",
+    "another size": "the disk has 269485056 bytes, and had 268435968",
+    "another machine may have written": "its tail lacks what the destination wrote",
+}
 
 
 class Interrupted(BaseException):

@@ -1,0 +1,208 @@
+"""Plays what happens to a machine between live offload and live restore, with real QEMUs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from support.qemu import Disk
+from support.twin import KiB, MiB
+from support.vm import NOWHERE, Machine
+
+import qcow2bm
+from qcow2bm import live
+
+SIZE = 256 * MiB + 512
+TAIL = 4 * MiB
+GRANULARITIES = {"daily": 64 * KiB, "fine": 4 * KiB, "off": 64 * KiB, "größe \N{SNOWMAN}": MiB}
+
+Range = tuple[int, int]  # start, length
+
+BEFORE: tuple[Range, ...] = ((MiB, 3 * MiB), (SIZE - 512, 512))
+MEANWHILE: tuple[Range, ...] = ((70 * MiB + 512, 512), (133 * MiB, 64 * KiB))
+LATER: Range = (200 * MiB, 4 * KiB)
+
+
+def make_disk(folder: Path) -> Disk:
+    """A disk with bitmaps that record, and the bitmap ``off``, which does not."""
+    disk = Disk.create(folder / "disk.qcow2", SIZE)
+    for name, granularity in GRANULARITIES.items():
+        disk.add(name, granularity)
+    disk.io(*(f"write {start} {length}" for start, length in BEFORE))
+    disk.bitmap("off", "--disable")
+    return disk
+
+
+@dataclass
+class Scene:
+    """A disk, the file with its bitmaps, and what was written since they were taken out."""
+
+    disk: Disk
+    path: Path
+    address: Path
+    source: Machine
+    written: list[Range] = field(default_factory=list)
+
+    def write(self, machine: Machine, *ranges: Range) -> None:
+        for start, length in ranges:
+            machine.write(start, length)
+            self.written.append((start, length))
+
+    def restore(self, address: Path | None = None, *, is_alone: bool = False) -> None:
+        with live.Monitor(str(address or self.address)) as monitor:
+            done = live.restore(monitor, str(self.path), is_alone=is_alone)
+        assert {(one.outcome, one.reason) for one in done.bitmaps} == {("restored", "")}
+
+    def restore_into_the_image(self) -> None:
+        with qcow2bm.open(self.disk.path, "r+") as image:
+            live.restore_offline(str(self.path), image)
+
+    @contextmanager
+    def destination(self, *capabilities: str) -> Iterator[tuple[Machine, Path]]:
+        """The machine to which the source has migrated, and where its QMP server is."""
+        address = self.path.with_name("destination")
+        with Machine(self.disk.path, incoming=True, monitor=address) as machine:
+            for one in (self.source, machine):
+                one.enable(*capabilities)
+            ours, theirs = socket.socketpair()
+            machine.receive(theirs)
+            self.source.migrate(ours)
+            self.source.wait_for_migration("completed")
+            self.source.wait_for("postmigrate")
+            machine.wait_for_migration("completed")
+            machine.wait_for("running")
+            yield machine, address
+
+
+CASES: dict[str, Callable[[Scene], None]] = {}
+
+
+def case(name: str) -> Callable[[Callable[[Scene], None]], None]:
+    """Names a case, as the table of spec/live.md does."""
+
+    def register(play: Callable[[Scene], None]) -> None:
+        CASES[name] = play
+
+    return register
+
+
+@contextmanager
+def offloaded(folder: Path) -> Iterator[Scene]:
+    """A machine whose bitmaps were taken out, and which has written since."""
+    disk, path, address = make_disk(folder), folder / "offloaded", folder / "qmp"
+    with Machine(disk.path, monitor=address) as source:
+        with live.Monitor(str(address)) as monitor:
+            live.offload(monitor, str(path))
+        scene = Scene(disk, path, address, source)
+        scene.write(source, *MEANWHILE)
+        yield scene
+
+
+@case("same machine")
+def _(scene: Scene) -> None:
+    scene.restore()
+    scene.write(scene.source, LATER)
+    scene.source.quit()
+
+
+@case("quit")
+def _(scene: Scene) -> None:
+    scene.source.quit()
+    scene.restore_into_the_image()
+
+
+@case("quit and start")
+def _(scene: Scene) -> None:
+    scene.source.quit()
+    address = scene.path.with_name("again")
+    with Machine(scene.disk.path, monitor=address) as again:
+        scene.write(again, LATER)
+        scene.restore(address)
+        again.quit()
+
+
+def _at_the_destination(scene: Scene, *capabilities: str) -> None:
+    with scene.destination(*capabilities) as (machine, address):
+        scene.write(machine, LATER)
+        scene.restore(address)
+        machine.quit()
+    scene.source.kill()
+
+
+@case("migrated, shared storage")
+def _(scene: Scene) -> None:
+    _at_the_destination(scene)
+
+
+@case("migrated with the capability `dirty-bitmaps`")
+def _(scene: Scene) -> None:
+    _at_the_destination(scene, "dirty-bitmaps")
+
+
+def _cancelled(scene: Scene) -> None:
+    source = scene.source
+    source.execute("migrate_cancel")
+    source.wait_for_migration("cancelled")
+    source.wait_for("running")
+    scene.write(source, LATER)
+    scene.restore()
+    source.quit()
+
+
+@case("cancelled")
+def _(scene: Scene) -> None:
+    scene.source.enable("dirty-bitmaps")
+    scene.source.migrate(NOWHERE, slowly=True)
+    scene.source.wait_for_migration("active")
+    _cancelled(scene)
+
+
+@case("cancelled in pre-switchover")
+def _(scene: Scene) -> None:
+    scene.source.enable("dirty-bitmaps", "pause-before-switchover")
+    scene.source.migrate(NOWHERE)
+    scene.source.wait_for_migration("pre-switchover")
+    _cancelled(scene)
+
+
+def _goes_on(scene: Scene) -> None:
+    scene.source.migrate(NOWHERE)
+    scene.source.wait_for_migration("completed")
+    scene.source.wait_for("postmigrate")
+    scene.source.execute("cont")
+    scene.write(scene.source, LATER)
+    scene.restore()
+    scene.source.quit()
+
+
+@case("source goes on, without the capability")
+def _(scene: Scene) -> None:
+    _goes_on(scene)
+
+
+@case("source goes on, with the capability")
+def _(scene: Scene) -> None:
+    scene.source.enable("dirty-bitmaps")
+    _goes_on(scene)
+
+
+@case("killed")
+def _(scene: Scene) -> None:
+    scene.source.kill()
+    scene.restore_into_the_image()
+
+
+@case("tail removed")
+def _(scene: Scene) -> None:
+    (tail,) = scene.source.bitmaps()
+    scene.source.execute("block-dirty-bitmap-remove", {"node": "disk", "name": tail})
+    scene.restore()
+
+
+@case("disk resized")
+def _(scene: Scene) -> None:
+    scene.source.execute("block_resize", {"node-name": "disk", "size": SIZE + MiB + 512})
+    scene.restore()
