@@ -22,7 +22,7 @@ from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch, scratch_image
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
-from qcow2bm.qmp.names import SCRATCH_NODE, tail_of
+from qcow2bm.qmp.names import MERGED, SCRATCH_NODE, tail_of
 from qcow2bm.qmp.queries import has_capability, query_digest, query_machine
 from qcow2bm.units import escape
 
@@ -179,17 +179,23 @@ def _work(
 ) -> Iterator[actions.Action]:
     """The actions of the transaction that completes a bitmap.
 
-    The bitmap records from the first of them on, so it misses no write in between.
+    The bitmap records from the first of them on, so it misses no write in between. QEMU takes
+    seconds to merge a coarser bitmap into one that is full of bits, and milliseconds to merge it
+    together with one of the same granularity.
     """
-    name = planned.name
+    name, granularity, enabled = planned
     if not found:
-        yield actions.add(node, name, planned.granularity, persistent=True, enabled=planned.enabled)
-    elif planned.enabled and not found.is_recording:
+        yield actions.add(node, name, granularity, persistent=True, enabled=enabled)
+    elif enabled and not found.is_recording:
         yield actions.enable(node, name)
     if has_copy:
-        yield actions.merge(node, name, name, SCRATCH_NODE)
-    if tail_name:
-        yield actions.merge(node, name, tail_name)
+        tails = [(node, tail_name)] if tail_name else []
+        yield actions.merge_all(node, name, [(SCRATCH_NODE, name), *tails])
+    elif tail_name:
+        yield actions.add(node, MERGED, granularity, persistent=False, enabled=False)
+        yield actions.merge(node, MERGED, tail_name)
+        yield actions.merge(node, name, MERGED)
+        yield actions.remove(node, MERGED)
 
 
 def _with_copy(monitor: Monitor, copy: SavedBitmap, work: list[actions.Action]) -> None:

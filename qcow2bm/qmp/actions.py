@@ -5,6 +5,7 @@ QEMU does all the actions of a transaction or none of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Action = dict[str, Any]
@@ -40,8 +41,13 @@ def disable(node: str, name: str) -> Action:
 
 def merge(node: str, target: str, source: str, source_node: str | None = None) -> Action:
     """Sets in ``target`` what is set in ``source``, which may have another granularity."""
-    sources = [{"node": source_node or node, "name": source}]
-    data = {"node": node, "target": target, "bitmaps": sources}
+    return merge_all(node, target, [(source_node or node, source)])
+
+
+def merge_all(node: str, target: str, sources: Sequence[tuple[str, str]]) -> Action:
+    """Sets in ``target`` what is set in any of the ``sources``, which are nodes and names."""
+    bitmaps = [{"node": source_node, "name": name} for source_node, name in sources]
+    data = {"node": node, "target": target, "bitmaps": bitmaps}
     return {"type": "block-dirty-bitmap-merge", "data": data}
 
 

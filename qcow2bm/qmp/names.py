@@ -12,6 +12,8 @@ from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 COPY_PREFIX = "qcow2bm-rescue-"
 TWIN_PREFIX = "qcow2bm-twin-"
 SCRATCH_NODE = "qcow2bm-scratch"
+MERGED = "qcow2bm-merged"
+"""A bitmap that is there inside a transaction only."""
 TAIL_PREFIX = "qcow2bm-tail-"
 COMPARED = tuple(f"qcow2bm-compared-{number}" for number in range(4))
 """Copies of a sentinel and its twin, while the two are compared."""

@@ -319,6 +319,17 @@ KEYS_OF_SCHEMA_1 = {
     "Stream bitmap": "node-alias bitmap-alias granularity enabled persistent complete dirty-bytes "
     "sha256",
     "Stream problem": "structure field offset message",
+    "live offload": "schema qmp filename dry-run tail-granularity stop-bytes-before stop-bytes "
+    "bitmaps left",
+    "Offloaded bitmap": "node name granularity enabled",
+    "Bitmap that stays": "node name reason",
+    "live restore": "schema filename qmp image bitmaps",
+    "Returned bitmap": "node name outcome reason",
+    "live status": "schema qmp filename status migration stop-bytes bitmaps nodes next",
+    "Live bitmap": "node name granularity dirty-bytes recording persistent busy inconsistent "
+    "stop-bytes",
+    "Offloaded node": "node step reason bitmaps",
+    "Place of a bitmap": "name where",
     "rescue start": "schema qmp dry-run migration bitmaps",
     "Rescued bitmap": "node name granularity dirty-bytes outcome verified-by sha256 reason",
     "rescue arm": "schema qmp nodes block-bitmap-mapping set obstacles",

@@ -58,6 +58,11 @@ def check_sidecar_dump(document: object) -> None:
     _check_object("sidecar dump", document, "sidecar dump")
 
 
+def check_live(action: str, document: object) -> None:
+    """Raises AssertionError unless the document is what ``live`` with this word may print."""
+    _check_object(f"live {action}", document, action)
+
+
 def check_rescue(action: str, document: object) -> None:
     """Raises AssertionError unless the document is what ``rescue`` with this word may print."""
     _check_object(f"rescue {action}", document, action)

@@ -59,16 +59,22 @@ class Machine:
         incoming: bool = False,
         paused: bool = False,
         monitor: Path | None = None,
+        second_monitor: Path | None = None,
     ) -> None:
         """``incoming``: it waits for `receive`. ``paused``: it does not run until told to.
 
-        ``monitor`` is where the socket of a QMP server is made for others.
+        ``monitor`` and ``second_monitor`` are where sockets of QMP servers are made for others.
         """
         self._image = image
         self._options = (
             *(["-incoming", "defer"] if incoming else []),
             *(["-S"] if paused else []),
-            *(["-qmp", f"unix:{monitor},server=on,wait=off"] if monitor else []),
+            *(
+                word
+                for path in (monitor, second_monitor)
+                if path
+                for word in ("-qmp", f"unix:{path},server=on,wait=off")
+            ),
         )
 
     def __enter__(self) -> Self:

@@ -1,0 +1,248 @@
+"""The commands ``live`` with a real QEMU: their output and exit statuses, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.console import Result, run
+from support.jsonspec import check_live, failure_in
+from support.offloaded import BEFORE, GRANULARITIES, MEANWHILE, make_disk
+from support.qemu import Disk
+from support.vm import Machine
+
+import qcow2bm
+from qcow2bm import live
+from qcow2bm.live.offload_file import OffloadFile
+
+pytestmark = pytest.mark.usefixtures("system_emulator")
+
+CLUSTER = 64 << 10
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    disk = make_disk(tmp_path)
+    with Machine(disk.path, monitor=tmp_path / "vm.sock") as machine:
+        yield machine
+
+
+def command(folder: Path, line: str) -> Result:
+    """One command; SOCKET stands for the option with the machine's socket."""
+    return run(["live", *shlex.split(line.replace("SOCKET", "--qmp vm.sock"))], folder)
+
+
+def document(folder: Path, line: str, status: int = 0) -> Any:
+    done = command(folder, f"{line} --json")
+    assert (done.status, done.err) == (status, ""), done
+    found = json.loads(done.out)
+    check_live(line.split()[0], found)
+    return found
+
+
+def steps(folder: Path) -> list[str]:
+    return [node["step"] for node in document(folder, "status SOCKET file")["nodes"]]
+
+
+@pytest.mark.spec("LIVE-1")
+@pytest.mark.spec("CLI-50")
+def test_out_and_back(machine: Machine, tmp_path: Path) -> None:
+    before = document(tmp_path, "status SOCKET")
+    assert (before["status"], before["migration"], before["nodes"], before["next"]) == (
+        "running", None, [], []
+    )  # fmt: skip
+    assert {b["name"]: b["granularity"] for b in before["bitmaps"]} == GRANULARITIES
+    # One cluster each covers the disk, and each bitmap has something.
+    assert before["stop-bytes"] == len(GRANULARITIES) * CLUSTER
+
+    planned = document(tmp_path, "offload SOCKET file --dry-run")
+    assert not (tmp_path / "file").exists()
+    assert planned["dry-run"]
+    assert planned["stop-bytes-before"] == before["stop-bytes"]
+    assert planned["stop-bytes"] == CLUSTER
+    assert "would then store at most 64 KiB" in command(tmp_path, "offload SOCKET f --dry-run").out
+
+    done = command(tmp_path, "offload SOCKET file")
+    lines = [f'"{name}" of node "disk" is in the file, and out of the VM' for name in GRANULARITIES]
+    assert (done.status, done.err) == (0, "")
+    assert sorted(done.out.splitlines()[:4]) == sorted(lines)
+    following = "qcow2bm live restore --qmp vm.sock file"
+    assert " ".join(done.out.split()).endswith(following)
+    for start, length in MEANWHILE:
+        machine.write(start, length)
+
+    found = document(tmp_path, "status SOCKET file")
+    assert [node["step"] for node in found["nodes"]] == ["offloaded"]
+    assert {one["where"] for one in found["nodes"][0]["bitmaps"]} == {"file"}
+    assert found["next"] == [following.split()]
+    assert found["stop-bytes"] == CLUSTER
+    text = command(tmp_path, "status SOCKET file").out
+    assert 'offload of node "disk": the bitmaps are in the file' in text
+    assert f"next: {following}" in text
+
+    done = run(following.split()[1:], tmp_path)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.count("is back, with every write") == len(GRANULARITIES)
+    assert steps(tmp_path) == ["restored"]
+    again = document(tmp_path, "restore SOCKET file")
+    assert {one["outcome"] for one in again["bitmaps"]} == {"kept"}
+    assert command(tmp_path, "restore SOCKET file").out.count("was there already") == 4
+
+
+@pytest.mark.spec("LIVE-10")
+def test_back_into_the_image(machine: Machine, tmp_path: Path) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    machine.quit()
+    before = (tmp_path / "disk.qcow2").read_bytes()
+    assert "nothing was written" in command(tmp_path, "restore file disk.qcow2 --dry-run").out
+    assert (tmp_path / "disk.qcow2").read_bytes() == before
+    found = document(tmp_path, "restore file disk.qcow2")
+    assert (found["qmp"], found["image"]) == (None, "disk.qcow2")
+    assert [one["outcome"] for one in found["bitmaps"]] == ["restored"] * len(GRANULARITIES)
+    with qcow2bm.open(tmp_path / "disk.qcow2") as image:
+        assert {*image.bitmaps} == {*GRANULARITIES}
+
+
+@pytest.mark.spec("LIVE-5")
+@pytest.mark.spec("CLI-50")
+def test_what_cannot_be_taken_out_stays(tmp_path: Path) -> None:
+    disk = Disk.create(tmp_path / "disk.qcow2", 64 << 20)
+    disk.add("lost", CLUSTER)
+    disk.crash("write 0 64k")
+    disk.add("daily", CLUSTER)
+    with Machine(disk.path, monitor=tmp_path / "vm.sock"):
+        found = document(tmp_path, "offload SOCKET file", status=2)
+        assert [one["name"] for one in found["bitmaps"]] == ["daily"]
+        assert [(one["name"], one["reason"]) for one in found["left"]] == [("lost", "inconsistent")]
+        done = command(tmp_path, "offload SOCKET file")
+        assert done.status == 2
+        assert '"lost" of node "disk" stays: inconsistent' in done.out
+        assert command(tmp_path, "restore SOCKET file").status == 0
+
+
+@pytest.mark.spec("LIVE-2")
+@pytest.mark.spec("LIVE-9")
+@pytest.mark.spec("LIVE-11")
+def test_an_offload_that_has_only_begun(machine: Machine, tmp_path: Path) -> None:
+    """After the first step the bitmaps are in the machine, disabled, and the tail records."""
+
+    class Stopped(Exception):
+        """The tool ends."""
+
+    class StoppingMonitor(live.Monitor):
+        def transaction(self, actions: Any) -> None:
+            super().transaction(actions)
+            raise Stopped
+
+    with StoppingMonitor(str(tmp_path / "vm.sock")) as monitor, pytest.raises(Stopped):
+        live.offload(monitor, str(tmp_path / "file"))
+    assert steps(tmp_path) == ["begun"]
+    found = machine.bitmaps()
+    (tail,) = found.keys() - GRANULARITIES.keys()
+    assert [name for name, bitmap in found.items() if bitmap["recording"]] == [tail]
+    assert found[tail]["persistent"]
+    offers = document(tmp_path, "status SOCKET file")["next"]
+    assert [words[2] for words in offers] == ["offload", "restore"]
+    assert command(tmp_path, "restore SOCKET file").status == 0
+    assert steps(tmp_path) == ["planned"]
+    recording = {name for name, bitmap in machine.bitmaps().items() if bitmap["recording"]}
+    assert recording == GRANULARITIES.keys() - {"off"}
+
+
+@pytest.mark.spec("LIVE-4")
+def test_a_bitmap_that_differs_from_its_copy_is_not_removed(
+    machine: Machine, tmp_path: Path
+) -> None:
+    class Stopped(Exception):
+        """The tool ends."""
+
+    class StoppingMonitor(live.Monitor):
+        def transaction(self, actions: Any) -> None:
+            if actions[0]["type"] == "block-dirty-bitmap-remove":
+                raise Stopped
+            super().transaction(actions)
+
+    with StoppingMonitor(str(tmp_path / "vm.sock")) as monitor, pytest.raises(Stopped):
+        live.offload(monitor, str(tmp_path / "file"))
+    machine.execute("block-dirty-bitmap-clear", {"node": "disk", "name": "daily"})
+    done = command(tmp_path, "offload SOCKET file")
+    assert done.status == 1
+    assert "has other bits than its copy in the file" in done.err
+    assert "daily" in machine.bitmaps()
+    # Restoring gives the bitmap what the copy has: no write is missing.
+    assert command(tmp_path, "restore SOCKET file").status == 0
+    assert machine.bitmaps()["daily"]["count"] >= sum(length for _, length in BEFORE) // CLUSTER
+
+
+def test_removing(machine: Machine, tmp_path: Path) -> None:
+    done = command(tmp_path, "remove SOCKET daily nope")
+    assert (done.status, done.err) == (1, 'qcow2bm: vm.sock: bitmap "nope" not found\n')
+    assert {*machine.bitmaps()} == {*GRANULARITIES}
+    assert command(tmp_path, "remove SOCKET daily fine") == Result(0, "", "")
+    assert {*machine.bitmaps()} == GRANULARITIES.keys() - {"daily", "fine"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("offload SOCKET file --tail-granularity 256M", "from 512 to 128 MiB"),
+        ("offload SOCKET file --tail-granularity 100", "must be a power of two"),
+        ("offload SOCKET file --node nope", 'there is no node "nope"'),
+        ("offload SOCKET vm.sock", "not the magic|is not a regular|No such device"),
+        ("restore SOCKET nothing", "No such file"),
+        ("status SOCKET nothing", "No such file"),
+        ("remove SOCKET daily --node nope", 'there is no node "nope"'),
+    ],
+)
+@pytest.mark.usefixtures("machine")
+def test_what_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    done = command(tmp_path, line)
+    assert done.status == 1
+    (text, *_) = done.err.splitlines()
+    assert text.startswith("qcow2bm: ")
+    assert re.search(message, done.err), done.err
+    if not line.startswith("remove"):
+        assert failure_in(command(tmp_path, f"{line} --json").out, done.err)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "restore SOCKET file image",
+        "restore file",
+        "restore SOCKET file --dry-run",
+        "restore SOCKET file --no-lock",
+        "status SOCKET one two",
+        "offload file",
+        "remove SOCKET",
+    ],
+)
+def test_wrong_usage(tmp_path: Path, line: str) -> None:
+    assert command(tmp_path, line).status == 64
+
+
+def test_every_copy_is_in_the_file_before_the_first_bitmap_leaves_the_file_system(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """A bitmap is removed only once its copy can be read again."""
+
+    class CheckingMonitor(live.Monitor):
+        def transaction(self, actions: Any) -> None:
+            for action in actions:
+                if action["type"] == "block-dirty-bitmap-remove":
+                    file = OffloadFile.read(str(tmp_path / "file"))
+                    names = [bitmap.name for _, bitmap in file.plan.bitmaps]
+                    assert file.has_copy(names.index(action["data"]["name"]))
+                    removed.append(action["data"]["name"])
+            super().transaction(actions)
+
+    removed: list[str] = []
+    with CheckingMonitor(str(tmp_path / "vm.sock")) as monitor:
+        live.offload(monitor, str(tmp_path / "file"))
+    assert sorted(removed) == sorted(GRANULARITIES)
+    assert machine.is_running
