@@ -49,8 +49,10 @@ WRITES = 300
 class TimedMachine(Machine):
     """A machine that keeps the times of QEMU's events, in seconds."""
 
-    def __init__(self, image: Path, **options: Path) -> None:
-        super().__init__(image, **options)
+    def __init__(
+        self, image: Path, monitor: Path | None = None, second_monitor: Path | None = None
+    ) -> None:
+        super().__init__(image, monitor=monitor, second_monitor=second_monitor)
         self.times: dict[str, float] = {}
 
     def _message(self) -> dict[str, Any]:
