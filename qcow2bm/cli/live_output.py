@@ -45,13 +45,26 @@ def print_offload(qmp: str, file: str, done: live.OffloadReport, *, dry_run: boo
         print_text(f"{quoted(left.name)} of node {quoted(left.node)} stays: {reason}")
     now, before = format_size(done.after), format_size(done.before)
     does = "would then store" if dry_run else "now stores"
-    print_text(f"a stop {does} at most {now} of bits; with all bitmaps in the VM, {before}")
+    print_text(
+        f"a stop {does} at most {now} of bits{_about(done.stop_seconds)}; with all bitmaps in the "
+        f"VM, {before}{_about(done.seconds)}"
+    )
+    if not done.is_mapped:
+        print_text(
+            "note: a block-bitmap-mapping is set, so the tail does not travel in a migration with "
+            "the capability dirty-bitmaps; if the storage is not shared, the bitmaps are lost then"
+        )
     if not dry_run:
         command = command_line(_restore_command(qmp, file))
         print_text(
             f"to put {count(len(bitmaps), 'bitmap')} back, run this with the socket of the VM that "
             f"has the disks then: {command}"
         )
+
+
+def _about(seconds: float | None) -> str:
+    """A time, as it follows an amount of bits."""
+    return "" if seconds is None else f", in about {1000 * seconds:.2g} ms"
 
 
 def offload_as_json(qmp: str, file: str, done: live.OffloadReport, *, dry_run: bool) -> Document:
@@ -63,6 +76,9 @@ def offload_as_json(qmp: str, file: str, done: live.OffloadReport, *, dry_run: b
         "tail-granularity": done.plan.tail_granularity,
         "stop-bytes-before": done.before,
         "stop-bytes": done.after,
+        "stop-seconds-before": done.seconds,
+        "stop-seconds": done.stop_seconds,
+        "mapped": done.is_mapped,
         "bitmaps": [
             {
                 "node": node.name,

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from uuid import uuid4
 
 from qcow2bm.api import open, sidecar
-from qcow2bm.errors import BitmapError, EvidenceError, QmpError
+from qcow2bm.errors import BitmapError, EvidenceError, QmpError, StorageError
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
 from qcow2bm.live import tail
 from qcow2bm.live.offload_file import OffloadFile
+from qcow2bm.live.place import has_all
 from qcow2bm.live.stop import bytes_at_stop, most_bytes, stored_bitmaps
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap
@@ -41,12 +43,25 @@ class OffloadReport(NamedTuple):
         left: the persistent bitmaps that stay, and are stored at the stop.
         before: how many bytes of bits QEMU had to store at a stop, at most.
         after: how many it has to store now, at most, or would have to.
+        seconds: how long QEMU took to store copies of all these bitmaps; None if this call did not
+            copy all of them.
+        is_mapped: whether the tails travel in a migration with the capability dirty-bitmaps: True
+            if no block-bitmap-mapping is set, which would leave them out.
     """
 
     plan: OffloadPlan
     left: tuple[Omission, ...]
     before: int
     after: int
+    seconds: float | None
+    is_mapped: bool
+
+    @property
+    def stop_seconds(self) -> float | None:
+        """How long QEMU takes to store bits at a stop now, by the time that it took for more."""
+        if self.seconds is None or not self.before:
+            return None
+        return self.seconds * self.after / self.before
 
 
 def offload(
@@ -100,13 +115,16 @@ def offload(
     before = bytes_at_stop(machine, stored_bitmaps(machine))
     after = bytes_at_stop(machine, (omission.bitmap for omission in left))
     after += sum(most_bytes(by_name[node.name], plan.tail_granularity) for node in plan.nodes)
+    times: list[float | None] = [None]
     if not dry_run:
         scratch.discard_leftover(monitor)
         _begin(monitor, machine, file)
+        times.clear()
         for number in range(len(plan.bitmaps)):
-            _take_out(monitor, file, number)
+            times.append(_take_out(monitor, file, number))
             on_progress(*(one.name for one in plan.bitmaps[number]))
-    return OffloadReport(plan, left, before, after)
+    seconds = None if None in times else sum(filter(None, times))
+    return OffloadReport(plan, left, before, after, seconds, machine.mapping is None)
 
 
 def _require_granularity(granularity: int) -> None:
@@ -148,8 +166,14 @@ def _begin(monitor: Monitor, machine: Machine, file: OffloadFile) -> None:
     """Adds the tails, and disables the bitmaps that record, if that was not done before."""
     plan = file.plan
     by_name = {node.name: node for node in machine.nodes}
+    has_copies = any(map(file.has_copy, range(len(plan.bitmaps))))
     found = [by_name[planned.name].find(tail_of(planned.uuid)) for planned in plan.nodes]
-    if any(found) or any(map(file.has_copy, range(len(plan.bitmaps)))):
+    if has_copies and not any(found):
+        are_back = all(has_all(by_name[planned.name], planned) for planned in plan.nodes)
+        if are_back:
+            reason = "is of an offload whose bitmaps were put back: remove it, or choose another"
+            raise StorageError(file.path, 0, 0, reason)
+    if has_copies or any(found):
         for planned in plan.nodes:
             reason = tail.why_unusable(plan, planned, by_name[planned.name])
             if reason:
@@ -165,15 +189,20 @@ def _begin(monitor: Monitor, machine: Machine, file: OffloadFile) -> None:
     logger.info("live offload: the tails record")
 
 
-def _take_out(monitor: Monitor, file: OffloadFile, number: int) -> None:
-    """Copies a bitmap into the file, and removes it from the machine."""
+def _take_out(monitor: Monitor, file: OffloadFile, number: int) -> float | None:
+    """Copies a bitmap into the file, and removes it from the machine.
+
+    Returns the seconds that QEMU took to store the copy; None if the file had the copy before.
+    """
     node, planned = file.plan.bitmaps[number]
+    seconds = None
     bitmap = query_bitmap(monitor, node.name, planned.name)
     if not file.has_copy(number):
         if not bitmap:
             raise BitmapError(planned.name, f'is gone from the node "{escape(node.name)}"')
         _require_frozen(bitmap, planned)
-        file.append_copy(number, copy_out(monitor, bitmap, planned, node.disk_size))
+        saved, seconds = _copied(monitor, bitmap, planned, node.disk_size)
+        file.append_copy(number, saved)
     elif bitmap:
         _require_frozen(bitmap, planned)
         digest = query_digest(monitor, bitmap)
@@ -181,6 +210,7 @@ def _take_out(monitor: Monitor, file: OffloadFile, number: int) -> None:
             raise BitmapError(planned.name, "has other bits than its copy in the file")
     if bitmap:
         monitor.transaction([actions.remove(node.name, planned.name)])
+    return seconds
 
 
 def _require_frozen(bitmap: NodeBitmap, planned: PlannedBitmap) -> None:
@@ -190,10 +220,10 @@ def _require_frozen(bitmap: NodeBitmap, planned: PlannedBitmap) -> None:
         raise BitmapError(planned.name, f"cannot be taken out now: it is {bitmap.why_unusable}")
 
 
-def copy_out(
+def _copied(
     monitor: Monitor, bitmap: NodeBitmap, planned: PlannedBitmap, disk_size: int
-) -> SavedBitmap:
-    """Returns the bits of a bitmap that does not record, as QEMU stores them in an image."""
+) -> tuple[SavedBitmap, float]:
+    """Returns a bitmap that does not record, as QEMU stores it, and the seconds for storing it."""
     digest = query_digest(monitor, bitmap)
     name, granularity = bitmap.name, bitmap.granularity
     with scratch_image.blank(disk_size) as file:
@@ -204,6 +234,8 @@ def copy_out(
                     actions.merge(SCRATCH_NODE, name, name, bitmap.node),
                 ]
             )
+            began = time.monotonic()  # QEMU stores when the node is removed
+        seconds = time.monotonic() - began
         with open(file) as image:
             try:
                 (saved,) = sidecar.collect(image, [image.bitmaps[name]]).bitmaps
@@ -212,4 +244,4 @@ def copy_out(
     if digest not in (None, saved.sha256()):
         reason = f'the bits of "{escape(name)}" are not what QEMU said they were'
         raise QmpError("blockdev-del", reason)
-    return saved._replace(enabled=planned.enabled)
+    return saved._replace(enabled=planned.enabled), seconds

@@ -179,6 +179,63 @@ def test_a_bitmap_that_differs_from_its_copy_is_not_removed(
     assert machine.bitmaps()["daily"]["count"] >= sum(length for _, length in BEFORE) // CLUSTER
 
 
+@pytest.mark.spec("LIVE-2")
+def test_two_disks_one_of_them_in_an_iothread(tmp_path: Path) -> None:
+    """One transaction begins on both, and one file has the bitmaps of both."""
+    disk = make_disk(tmp_path)
+    second = Disk.create(tmp_path / "second.qcow2", 64 << 20)
+    second.add("daily", CLUSTER)
+    second.io("write 1M 64k")
+    first_steps: list[set[str]] = []
+
+    class WatchingMonitor(live.Monitor):
+        def transaction(self, actions: Any) -> None:
+            first_steps.append({action["data"].get("node", "") for action in actions})
+            super().transaction(actions)
+
+    address = tmp_path / "vm.sock"
+    with Machine(disk.path, monitor=address, second_disk=second.path) as machine:
+        with WatchingMonitor(str(address)) as monitor:
+            report = live.offload(monitor, str(tmp_path / "file"))
+        assert first_steps[0] == {"disk", "second"}
+        assert len(report.plan.bitmaps) == len(GRANULARITIES) + 1
+        assert steps(tmp_path) == ["offloaded", "offloaded"]
+        machine.write(*MEANWHILE[0])
+        done = document(tmp_path, "restore SOCKET file")
+        assert {one["outcome"] for one in done["bitmaps"]} == {"restored"}
+        assert {one["node"] for one in done["bitmaps"]} == {"disk", "second"}
+        machine.quit()
+    assert second.extents("daily") == [(1 << 20, CLUSTER)]
+    with qcow2bm.open(disk.path) as image:
+        assert {bitmap.status for bitmap in image.bitmaps.values()} == {"valid"}
+
+
+@pytest.mark.spec("LIVE-4")
+def test_the_file_of_an_offload_that_ended_is_not_used_again(
+    machine: Machine, tmp_path: Path
+) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    assert command(tmp_path, "offload SOCKET file").status == 0  # it goes on, with nothing to do
+    assert command(tmp_path, "restore SOCKET file").status == 0
+    before = machine.bitmaps()
+    done = command(tmp_path, "offload SOCKET file")
+    assert done.status == 1
+    assert "file: is of an offload whose bitmaps were put back" in done.err
+    assert machine.bitmaps() == before
+
+
+@pytest.mark.spec("LIVE-1")
+@pytest.mark.spec("LIVE-15")
+def test_what_an_offload_says_of_the_stop(machine: Machine, tmp_path: Path) -> None:
+    mapping = [{"node-name": "disk", "alias": "disk", "bitmaps": []}]
+    machine.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
+    found = document(tmp_path, "offload SOCKET file")
+    assert not found["mapped"]
+    assert 0 < found["stop-seconds"] < found["stop-seconds-before"]
+    done = command(tmp_path, "offload SOCKET file")
+    assert "note: a block-bitmap-mapping is set" in done.out
+
+
 def test_removing(machine: Machine, tmp_path: Path) -> None:
     done = command(tmp_path, "remove SOCKET daily nope")
     assert (done.status, done.err) == (1, 'qcow2bm: vm.sock: bitmap "nope" not found\n')

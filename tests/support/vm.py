@@ -45,6 +45,11 @@ def until_deadline(subject: str) -> Iterator[None]:
     raise TimeoutError(subject)
 
 
+def _node(name: str, image: Path) -> dict[str, object]:
+    below = {"driver": "file", "filename": str(image)}
+    return {"node-name": name, "driver": "qcow2", "file": below}
+
+
 class Machine:
     """A QEMU process with a qcow2 image on a disk; a context manager.
 
@@ -60,13 +65,18 @@ class Machine:
         paused: bool = False,
         monitor: Path | None = None,
         second_monitor: Path | None = None,
+        second_disk: Path | None = None,
     ) -> None:
         """``incoming``: it waits for `receive`. ``paused``: it does not run until told to.
 
         ``monitor`` and ``second_monitor`` are where sockets of QMP servers are made for others.
+        ``second_disk`` is an image that the machine has as the node "second", in an iothread.
         """
         self._image = image
+        second = _node("second", second_disk) if second_disk else None
         self._options = (
+            *(["-object", "iothread,id=io", "-blockdev", json.dumps(second)] if second else []),
+            *(["-device", "virtio-blk-pci,drive=second,iothread=io"] if second else []),
             *(["-incoming", "defer"] if incoming else []),
             *(["-S"] if paused else []),
             *(
@@ -78,11 +88,7 @@ class Machine:
         )
 
     def __enter__(self) -> Self:
-        node = {
-            "node-name": "disk",
-            "driver": "qcow2",
-            "file": {"driver": "file", "filename": str(self._image)},
-        }
+        node = _node("disk", self._image)
         self._output = TemporaryFile()  # closed in __exit__
         self._socket, theirs = socket.socketpair()
         with theirs:
