@@ -46,10 +46,10 @@ def print_offload(qmp: str, file: str, done: live.OffloadReport, *, dry_run: boo
     now, before = format_size(done.after), format_size(done.before)
     does = "would then store" if dry_run else "now stores"
     print_text(
-        f"a stop {does} at most {now} of bits{_about(done.stop_seconds)}; with all bitmaps in the "
-        f"VM, {before}{_about(done.seconds)}"
+        f"a stop {does} at most {now} of bits{_about(done.stop_seconds)}; before this command, "
+        f"{before}{_about(done.seconds)}"
     )
-    if not done.is_mapped:
+    if not done.tails_travel:
         print_text(
             "note: a block-bitmap-mapping is set, so the tail does not travel in a migration with "
             "the capability dirty-bitmaps; if the storage is not shared, the bitmaps are lost then"
@@ -78,7 +78,7 @@ def offload_as_json(qmp: str, file: str, done: live.OffloadReport, *, dry_run: b
         "stop-bytes": done.after,
         "stop-seconds-before": done.seconds,
         "stop-seconds": done.stop_seconds,
-        "mapped": done.is_mapped,
+        "tails-travel": done.tails_travel,
         "bitmaps": [
             {
                 "node": node.name,
@@ -99,8 +99,8 @@ def offload_as_json(qmp: str, file: str, done: live.OffloadReport, *, dry_run: b
 
 _OUTCOMES = {
     "restored": "is back, with every write",
-    "kept": "was there already",
-    "left": "is left as it was",
+    "kept": "is as it was",
+    "left": "is not put back",
     "lost": "is lost",
 }
 
@@ -135,10 +135,11 @@ def restore_as_json(subject: str, kind: str, file: str, done: live.RestoreReport
 
 _STEPS = {
     "planned": "nothing was done",
-    "begun": "the offload has begun",
+    "begun": "an offload or a restore was interrupted",
     "offloaded": "the bitmaps are in the file",
-    "restoring": "some bitmaps were put back",
     "restored": "the bitmaps were put back",
+    "no-tail": "the machine has such bitmaps, and no tail of this file",
+    "away": "the VM does not have its disks now",
     "in-doubt": "in doubt",
 }
 
@@ -157,9 +158,9 @@ def _next(qmp: str, file: str | None, found: live.LiveStatus) -> list[list[str]]
     if file is None or "in-doubt" in steps:
         return []
     going_on, back = _offload_command(qmp, file), _restore_command(qmp, file)
-    if steps & {"planned", "begun"} and "restoring" not in steps:
+    if steps & {"planned", "begun"}:
         return [going_on, back]
-    return [back] if steps & {"offloaded", "restoring", "begun"} else []
+    return [back] if "offloaded" in steps else []
 
 
 def print_status(qmp: str, file: str | None, found: live.LiveStatus) -> None:

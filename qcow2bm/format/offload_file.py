@@ -7,6 +7,7 @@ The file has a head, and then records, each of which was appended when it was wh
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 from uuid import UUID
 
@@ -32,7 +33,7 @@ MAGIC = b"\x89qbmlive"
 VERSION = 1
 DIGEST_BYTES = 32
 
-PLAN, COPY = 1, 2
+PLAN, COPY, RESTORED = 1, 2, 3
 """The types of records."""
 
 ENABLED = 0x01
@@ -41,7 +42,12 @@ RESERVED_FLAGS = 0xFE
 MAX_PLAN_BYTES = 1 << 26
 
 _HEAD = Struct("magic" / Bytes(8), "version" / Int32ub, "reserved" / Int32ub)
-_RECORD = Struct("type" / Int32ub, "number" / Int32ub, "size" / Int64ub)
+_RECORD = Struct(
+    "type" / Int32ub,
+    "number" / Int32ub,
+    "size" / Int64ub,
+    "crc" / Int32ub,
+)
 _NAME = Prefixed(Int16ub, GreedyBytes)
 _BITMAP = Struct("flags" / Int8ub, "granularity_bits" / Int8ub, "name" / _NAME)
 _NODE = Struct(
@@ -56,7 +62,7 @@ _PLAN = Struct(
     Terminated,
 )
 HEAD_BYTES, RECORD_BYTES = _HEAD.sizeof(), _RECORD.sizeof()
-_HEAD_OFFSETS = field_offsets(_HEAD)
+_HEAD_OFFSETS, _RECORD_OFFSETS = field_offsets(_HEAD), field_offsets(_RECORD)
 
 
 class RecordHead(NamedTuple):
@@ -125,9 +131,12 @@ def parse_record_head(data: bytes, offset: int) -> RecordHead:
     """Parses the `RECORD_BYTES` at ``offset``.
 
     Raises:
-        FormatError: there are fewer bytes.
+        FormatError: there are fewer bytes, or they are damaged.
     """
-    found = parse(_RECORD, data, "record", offset)
+    found = parse(_RECORD, data, "record", offset, _RECORD_OFFSETS)
+    place = _RECORD_OFFSETS["crc"]
+    if found.crc != zlib.crc32(data[:place]):
+        raise FormatError("record", "crc", offset + place, "does not match: the file is damaged")
     return RecordHead(found.type, found.number, found.size)
 
 
@@ -137,7 +146,9 @@ def build_record_head(head: RecordHead) -> bytes:
     Raises:
         FormatError: a value does not fit its field.
     """
-    return build(_RECORD, head._asdict(), "record")
+    data = build(_RECORD, {**head._asdict(), "crc": 0}, "record")
+    crc = zlib.crc32(data[: _RECORD_OFFSETS["crc"]])
+    return build(_RECORD, {**head._asdict(), "crc": crc}, "record")
 
 
 def parse_plan(data: bytes, offset: int) -> OffloadPlan:

@@ -14,17 +14,17 @@ from uuid import uuid4
 from qcow2bm.api import open, sidecar
 from qcow2bm.errors import BitmapError, EvidenceError, QmpError, StorageError
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
-from qcow2bm.live import tail
+from qcow2bm.live import stop, tail
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.place import has_all
-from qcow2bm.live.stop import bytes_at_stop, most_bytes, stored_bitmaps
+from qcow2bm.live.place import has_all, is_as_planned, node_of
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch, scratch_image
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
-from qcow2bm.qmp.names import SCRATCH_NODE, tail_of
-from qcow2bm.qmp.queries import query_bitmap, query_digest, query_machine
+from qcow2bm.qmp.names import SCRATCH_NODE, canary_of, tail_of
+from qcow2bm.qmp.queries import query_digest, query_machine
+from qcow2bm.storage import new_file
 from qcow2bm.units import escape
 
 
@@ -43,10 +43,10 @@ class OffloadReport(NamedTuple):
         left: the persistent bitmaps that stay, and are stored at the stop.
         before: how many bytes of bits QEMU had to store at a stop, at most.
         after: how many it has to store now, at most, or would have to.
-        seconds: how long QEMU took to store copies of all these bitmaps; None if this call did not
-            copy all of them.
-        is_mapped: whether the tails travel in a migration with the capability dirty-bitmaps: True
-            if no block-bitmap-mapping is set, which would leave them out.
+        seconds: how long QEMU took to store copies of what ``before`` counts; None if this call did
+            not copy all of it.
+        tails_travel: whether the tails travel in a migration with the capability dirty-bitmaps; a
+            block-bitmap-mapping that is set leaves them out.
     """
 
     plan: OffloadPlan
@@ -54,7 +54,7 @@ class OffloadReport(NamedTuple):
     before: int
     after: int
     seconds: float | None
-    is_mapped: bool
+    tails_travel: bool
 
     @property
     def stop_seconds(self) -> float | None:
@@ -78,9 +78,9 @@ def offload(
     If ``path`` has an offload that was interrupted, that offload goes on. QEMU answers nothing
     else, and the guest's requests wait, while it copies one bitmap.
 
-    *Guarantees*: a bitmap leaves the machine only when its bits are durable in the file. After
-    every command that is sent, `restore` can give each bitmap all its bits, and at least every
-    write since.
+    *Guarantees*: a bitmap records until it leaves the machine, and leaves the machine only when its
+    bits are durable in the file. After every command that is sent, `restore` can give each bitmap
+    all its bits, and at least every write since.
 
     Args:
         monitor: the machine.
@@ -101,30 +101,42 @@ def offload(
     _require_granularity(tail_granularity)
     machine = query_machine(monitor)
     machine.require_settled()
-    if os.path.exists(path):
-        file = OffloadFile.read(path)
-        plan = file.plan
-    else:
+    if not os.path.exists(path):
         plan = _planned(machine, nodes, tail_granularity)
-        file = OffloadFile(path, plan, {}, 0) if dry_run else OffloadFile.create(path, plan)
-    left = tuple(_left(machine, plan))
-    by_name = {node.name: node for node in machine.nodes}
-    for planned in plan.nodes:
-        if planned.name not in by_name:
-            raise ValueError(f'the machine has no node "{escape(planned.name)}"')
-    before = bytes_at_stop(machine, stored_bitmaps(machine))
-    after = bytes_at_stop(machine, (omission.bitmap for omission in left))
-    after += sum(most_bytes(by_name[node.name], plan.tail_granularity) for node in plan.nodes)
-    times: list[float | None] = [None]
-    if not dry_run:
+        if dry_run:
+            return _report(machine, OffloadFile(path, plan))
+        OffloadFile.create(path, plan)
+    with new_file.held(path):
+        file = OffloadFile.read(path)
+        if file.is_restored:
+            reason = "is of an offload whose bitmaps were put back: remove it, or choose another"
+            raise StorageError(path, 0, 0, reason)
+        report = _report(machine, file)
+        if dry_run:
+            return report
         scratch.discard_leftover(monitor)
-        _begin(monitor, machine, file)
-        times.clear()
-        for number in range(len(plan.bitmaps)):
-            times.append(_take_out(monitor, file, number))
-            on_progress(*(one.name for one in plan.bitmaps[number]))
-    seconds = None if None in times else sum(filter(None, times))
-    return OffloadReport(plan, left, before, after, seconds, machine.mapping is None)
+        places = _places(machine, file)
+        _begin(monitor, file, places)
+        times = []
+        for number, (planned_node, bitmap) in enumerate(file.plan.bitmaps):
+            node = places[file.plan.nodes.index(planned_node)]
+            times.append(_take_out(monitor, file, number, node.name))
+            on_progress(node.name, bitmap.name)
+    is_all = None not in times and not report.left
+    return report._replace(seconds=sum(filter(None, times)) if is_all else None)
+
+
+def _report(machine: Machine, file: OffloadFile) -> OffloadReport:
+    """What is going to be done, if it can be."""
+    plan = file.plan
+    places = _places(machine, file)
+    left = tuple(_left(machine, plan, places))
+    before = stop.bytes_at_stop(machine, stop.stored_bitmaps(machine))
+    after = stop.bytes_at_stop(machine, (omission.bitmap for omission in left))
+    for node in places:
+        canary = stop.cluster_size_of(node)
+        after += stop.most_bytes(node, plan.tail_granularity) + canary
+    return OffloadReport(plan, left, before, after, None, machine.mapping is None)
 
 
 def _require_granularity(granularity: int) -> None:
@@ -138,6 +150,9 @@ def _planned(machine: Machine, names: Sequence[str], tail_granularity: int) -> O
     chosen = machine.select(names, lambda node: bool(_usable(node)))
     nodes = []
     for node in chosen:
+        if tail.foreign_tail(node):
+            reason = "has the tail of another offload: put the bitmaps of that one back first"
+            raise ValueError(f'the node "{escape(node.name)}" {reason}')
         bitmaps = [PlannedBitmap(b.name, b.granularity, b.is_recording) for b in _usable(node)]
         if not bitmaps:
             raise ValueError(f'the node "{escape(node.name)}" has no bitmap that can be taken out')
@@ -154,77 +169,92 @@ def _usable(node: Node) -> list[NodeBitmap]:
     return [b for b in node.subjects if b.is_persistent and b.is_usable]
 
 
-def _left(machine: Machine, plan: OffloadPlan) -> Iterator[Omission]:
-    taken = {(node.name, bitmap.name) for node, bitmap in plan.bitmaps}
-    taken |= {(node.name, tail_of(node.uuid)) for node in plan.nodes}
-    for bitmap in stored_bitmaps(machine):
+def _places(machine: Machine, file: OffloadFile) -> list[Node]:
+    """Returns the nodes of the plan, if the offload can begin or go on there."""
+    plan = file.plan
+    nodes = [node_of(machine, planned) for planned in plan.nodes]
+    pairs = list(zip(nodes, plan.nodes, strict=True))
+    has_begun = any(node.find(tail_of(planned.uuid)) for node, planned in pairs)
+    if not has_begun and not file.has_copies:
+        for node, planned in pairs:
+            if not has_all(node, planned):
+                reason = "is a plan for other bitmaps than the machine has now: remove it"
+                raise StorageError(file.path, 0, 0, reason)
+        return nodes
+    for node, planned in pairs:
+        reason = tail.why_unusable(plan, planned, node)
+        # An interruption right after the first step leaves the tail without its canary.
+        if reason and not (node.find(tail_of(planned.uuid)) and has_all(node, planned)):
+            raise EvidenceError(f'node "{escape(node.name)}": {reason}', None)
+    return nodes
+
+
+def _left(machine: Machine, plan: OffloadPlan, nodes: Sequence[Node]) -> Iterator[Omission]:
+    taken = {
+        (node.name, name)
+        for node, planned in zip(nodes, plan.nodes, strict=True)
+        for name in (*(bitmap.name for bitmap in planned.bitmaps), *tail.names_of(planned))
+    }
+    for bitmap in stop.stored_bitmaps(machine):
         if (bitmap.node, bitmap.name) not in taken:
             yield Omission(bitmap, bitmap.why_unusable or "it was not chosen")
 
 
-def _begin(monitor: Monitor, machine: Machine, file: OffloadFile) -> None:
-    """Adds the tails, and disables the bitmaps that record, if that was not done before."""
-    plan = file.plan
-    by_name = {node.name: node for node in machine.nodes}
-    has_copies = any(map(file.has_copy, range(len(plan.bitmaps))))
-    found = [by_name[planned.name].find(tail_of(planned.uuid)) for planned in plan.nodes]
-    if has_copies and not any(found):
-        are_back = all(has_all(by_name[planned.name], planned) for planned in plan.nodes)
-        if are_back:
-            reason = "is of an offload whose bitmaps were put back: remove it, or choose another"
-            raise StorageError(file.path, 0, 0, reason)
-    if has_copies or any(found):
-        for planned in plan.nodes:
-            reason = tail.why_unusable(plan, planned, by_name[planned.name])
-            if reason:
-                raise EvidenceError(f'node "{escape(planned.name)}": {reason}', None)
-        return
-    granularity = plan.tail_granularity
-    work = [
-        actions.add(node.name, tail_of(node.uuid), granularity, persistent=True, enabled=True)
-        for node in plan.nodes
+def _begin(monitor: Monitor, file: OffloadFile, nodes: Sequence[Node]) -> None:
+    """Adds the tails, and then their canaries, where that was not done before."""
+    plan, granularity = file.plan, file.plan.tail_granularity
+    pairs = list(zip(nodes, plan.nodes, strict=True))
+    missing = [
+        actions.add(node.name, tail_of(planned.uuid), granularity, persistent=True, enabled=True)
+        for node, planned in pairs
+        if not node.find(tail_of(planned.uuid))
     ]
-    work += [actions.disable(node.name, b.name) for node, b in plan.bitmaps if b.enabled]
-    monitor.transaction(work)
-    logger.info("live offload: the tails record")
+    if missing:
+        monitor.transaction(missing)
+        logger.info("live offload: the tails record")
+    for node, planned in pairs:
+        name = canary_of(planned.uuid)
+        if not node.find(name):
+            canary = tail.canary(plan, planned)
+            with (
+                scratch_image.with_bitmap(canary) as image,
+                scratch_image.lent(monitor, image, read_only=True),
+            ):
+                add = actions.add(node.name, name, granularity, persistent=True, enabled=False)
+                monitor.transaction([add, actions.merge(node.name, name, name, SCRATCH_NODE)])
 
 
-def _take_out(monitor: Monitor, file: OffloadFile, number: int) -> float | None:
-    """Copies a bitmap into the file, and removes it from the machine.
+def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> float | None:
+    """Copies a bitmap of a node into the file, and removes it from the machine.
 
-    Returns the seconds that QEMU took to store the copy; None if the file had the copy before.
+    The bitmap goes on recording until it is removed: what it records after it was copied is in the
+    tail, too. So a bitmap that is still in the machine is always right. If the file has a copy
+    of it already, the new copy takes its place.
+
+    Returns the seconds that QEMU took to store the copy; None if the bitmap was removed before.
     """
-    node, planned = file.plan.bitmaps[number]
-    seconds = None
-    bitmap = query_bitmap(monitor, node.name, planned.name)
-    if not file.has_copy(number):
-        if not bitmap:
-            raise BitmapError(planned.name, f'is gone from the node "{escape(node.name)}"')
-        _require_frozen(bitmap, planned)
-        saved, seconds = _copied(monitor, bitmap, planned, node.disk_size)
-        file.append_copy(number, saved)
-    elif bitmap:
-        _require_frozen(bitmap, planned)
-        digest = query_digest(monitor, bitmap)
-        if digest not in (None, file.read_copy(number).sha256()):
-            raise BitmapError(planned.name, "has other bits than its copy in the file")
-    if bitmap:
-        monitor.transaction([actions.remove(node.name, planned.name)])
+    planned_node, planned = file.plan.bitmaps[number]
+    machine = query_machine(monitor)
+    machine.require_settled()  # by now a migration may be under way
+    (node,) = machine.select([name], lambda node: True)
+    bitmap = node.find(planned.name)
+    if not bitmap:
+        if not file.has_copy(number):
+            raise BitmapError(planned.name, f'is gone from the node "{escape(name)}"')
+        return None
+    if not is_as_planned(bitmap, planned):
+        reason = bitmap.why_unusable or "it is not the bitmap that was there when this began"
+        raise BitmapError(planned.name, f"cannot be taken out now: {reason}")
+    saved, seconds = _copied(monitor, bitmap, planned, planned_node.disk_size)
+    file.append_copy(number, saved)
+    monitor.transaction([actions.remove(name, planned.name)])
     return seconds
-
-
-def _require_frozen(bitmap: NodeBitmap, planned: PlannedBitmap) -> None:
-    if bitmap.is_recording or bitmap.granularity != planned.granularity:
-        raise BitmapError(planned.name, "was enabled or replaced since the offload began")
-    if not bitmap.is_usable:
-        raise BitmapError(planned.name, f"cannot be taken out now: it is {bitmap.why_unusable}")
 
 
 def _copied(
     monitor: Monitor, bitmap: NodeBitmap, planned: PlannedBitmap, disk_size: int
 ) -> tuple[SavedBitmap, float]:
-    """Returns a bitmap that does not record, as QEMU stores it, and the seconds for storing it."""
-    digest = query_digest(monitor, bitmap)
+    """Returns the bits of a bitmap at one moment, and how many seconds QEMU took to store them."""
     name, granularity = bitmap.name, bitmap.granularity
     with scratch_image.blank(disk_size) as file:
         with scratch_image.lent(monitor, file):
@@ -234,13 +264,15 @@ def _copied(
                     actions.merge(SCRATCH_NODE, name, name, bitmap.node),
                 ]
             )
+            digest = query_digest(monitor, bitmap._replace(node=SCRATCH_NODE))
             began = time.monotonic()  # QEMU stores when the node is removed
         seconds = time.monotonic() - began
         with open(file) as image:
             try:
                 (saved,) = sidecar.collect(image, [image.bitmaps[name]]).bitmaps
-            except (BitmapError, KeyError) as error:
-                raise QmpError("blockdev-del", f"QEMU did not store a bitmap: {error}") from error
+            except BitmapError as error:
+                reason = f"QEMU did not store a bitmap in a temporary file: {error}"
+                raise QmpError("blockdev-del", reason) from error
     if digest not in (None, saved.sha256()):
         reason = f'the bits of "{escape(name)}" are not what QEMU said they were'
         raise QmpError("blockdev-del", reason)

@@ -21,6 +21,7 @@ from qcow2bm.format.offload_file import (
     DIGEST_BYTES,
     PLAN,
     RECORD_BYTES,
+    RESTORED,
     OffloadPlan,
     RecordHead,
 )
@@ -38,19 +39,20 @@ class _Place(NamedTuple):
 
 
 class OffloadFile:
-    """An offload file: the plan of an offload, and the copies of bitmaps that were made by now.
+    """An offload file: the plan of an offload, the copies of bitmaps, and what was put back.
 
     Attributes:
         path: of the file.
         plan: what is to be taken out of the machine.
     """
 
-    def __init__(self, path: str, plan: OffloadPlan, copies: dict[int, _Place], end: int) -> None:
-        """Use `create` or `read`. ``end`` is where the last whole record ends, in bytes."""
+    def __init__(self, path: str, plan: OffloadPlan) -> None:
+        """A file that is not there; `create` makes it, and `read` reads it."""
         self.path = path
         self.plan = plan
-        self._copies = copies
-        self._end = end
+        self._copies: dict[int, _Place] = {}
+        self._restored: set[int] = set()
+        self._end = 0  # of the last whole record, in bytes
 
     @classmethod
     def create(cls, path: str, plan: OffloadPlan) -> Self:
@@ -62,7 +64,9 @@ class OffloadFile:
         """
         data = offload_file.build_head() + _record(PLAN, 0, offload_file.build_plan(plan))
         new_file.write_new(path, [data])
-        return cls(path, plan, {}, len(data))
+        file = cls(path, plan)
+        file._end = len(data)
+        return file
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -73,26 +77,44 @@ class OffloadFile:
             FormatError: it is no offload file, or is damaged.
             UnsupportedError: this library does not know its version.
         """
-        copies: dict[int, _Place] = {}
-        plan = None
+        found = None
         try:
             with open(path, "rb") as file:
                 offload_file.parse_head(file.read(offload_file.HEAD_BYTES))
-                end = file.tell()
                 for head, place in _whole_records(file):
-                    if plan is None:
-                        plan = _read_plan(file, head, place)
-                    elif head.type != COPY or head.number >= len(plan.bitmaps):
-                        reason = f"{head.type}, {head.number} is not known"
-                        raise FormatError("record", "type", place.offset - RECORD_BYTES, reason)
-                    else:
-                        copies[head.number] = place
-                    end = place.offset + place.size + DIGEST_BYTES
+                    if found is None:
+                        found = cls(path, _read_plan(file, head, place))
+                    found._note(head, place)
         except OSError as error:
             raise StorageError.from_os(error, path, 0, 0) from error
-        if plan is None:
-            raise FormatError("offload file", "", end, "has no plan: it is damaged")
-        return cls(path, plan, copies, end)
+        if found is None:
+            raise FormatError("offload file", "", 0, "has no plan: it is damaged")
+        return found
+
+    def _note(self, head: RecordHead, place: _Place) -> None:
+        limits = {PLAN: 1, COPY: len(self.plan.bitmaps), RESTORED: len(self.plan.nodes)}
+        if head.number >= limits.get(head.type, 0) or (head.type == PLAN and self._end):
+            reason = f"is {head.type}, with the number {head.number}, which cannot be here"
+            raise FormatError("record", "type", place.offset - RECORD_BYTES, reason)
+        if head.type == COPY:
+            self._copies[head.number] = place
+        if head.type == RESTORED:
+            self._restored.add(head.number)
+        self._end = place.offset + place.size + DIGEST_BYTES
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether the file has the bits of any bitmap."""
+        return bool(self._copies)
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether the bitmaps of all nodes were put back."""
+        return len(self._restored) == len(self.plan.nodes)
+
+    def was_restored(self, number: int) -> bool:
+        """Returns whether all bitmaps of the node that has this number were put back."""
+        return number in self._restored
 
     def has_copy(self, number: int) -> bool:
         """Returns whether the file has the bits of the bitmap that has this number in the plan."""
@@ -124,10 +146,20 @@ class OffloadFile:
             StorageError: writing failed; what the file had before is still there.
         """
         content = b"".join(sidecar.write(Sidecar(bitmap.disk_size, b"", (bitmap,))))
-        record = _record(COPY, number, content)
-        new_file.append(self.path, record, self._end)
-        self._copies[number] = _Place(self._end + RECORD_BYTES, len(content))
-        self._end += len(record)
+        self._append(COPY, number, content)
+
+    def append_restored(self, number: int) -> None:
+        """Appends that all bitmaps of the node that has this number were put back.
+
+        Raises:
+            StorageError: writing failed; what the file had before is still there.
+        """
+        self._append(RESTORED, number, b"")
+
+    def _append(self, type: int, number: int, payload: bytes) -> None:
+        new_file.append(self.path, _record(type, number, payload), self._end)
+        place = _Place(self._end + RECORD_BYTES, len(payload))
+        self._note(RecordHead(type, number, len(payload)), place)
 
 
 def _record(type: int, number: int, payload: bytes) -> bytes:
@@ -141,11 +173,16 @@ def _whole_records(file: BinaryIO) -> Iterator[tuple[RecordHead, _Place]]:
     The last record may be a part of one, with zeros after it: appending it was interrupted.
 
     Raises:
-        FormatError: a record that another one follows is damaged.
+        FormatError: a record that something follows is damaged.
     """
     while len(start := file.read(RECORD_BYTES)) == RECORD_BYTES:
         place = file.tell()
-        head = offload_file.parse_record_head(start, place - RECORD_BYTES)
+        try:
+            head = offload_file.parse_record_head(start, place - RECORD_BYTES)
+        except FormatError:
+            if any(any(piece) for piece in _pieces(file, sys.maxsize)):
+                raise
+            return
         digest = hashlib.sha256(start)
         for piece in _pieces(file, head.size):
             digest.update(piece)

@@ -30,7 +30,9 @@ def node_of(machine: Machine, planned: PlannedNode) -> Node:
 
 
 def has_all(node: Node, planned: PlannedNode) -> bool:
-    """Returns whether a node has all bitmaps as they were before they were taken out."""
+    """Returns whether a node has the disk and all bitmaps as before they were taken out."""
+    if node.virtual_size != planned.disk_size or node.is_read_only:
+        return False
     found = [(node.find(bitmap.name), bitmap) for bitmap in planned.bitmaps]
     return all(
         bitmap and is_as_planned(bitmap, wanted) and bitmap.is_recording == wanted.enabled

@@ -23,7 +23,8 @@ from qcow2bm.qmp import actions, scratch, scratch_image
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import MERGED, SCRATCH_NODE, tail_of
-from qcow2bm.qmp.queries import has_capability, query_digest, query_machine
+from qcow2bm.qmp.queries import query_digest, query_machine
+from qcow2bm.storage import new_file
 from qcow2bm.units import escape
 
 RestoreOutcome = Literal["restored", "kept", "left", "lost"]
@@ -33,12 +34,12 @@ class BitmapReturn(NamedTuple):
     """The result for one bitmap.
 
     Attributes:
-        node: the node that has it, or had it.
+        node: the node that has it, or is to have it.
         name: of the bitmap.
-        outcome: "restored": it is there again, with every write. "kept": it was there, and is as
-            it was planned. "left": it is as it was before, and something stands in the way.
-            "lost": it is neither in the machine nor in the file.
-        reason: why it is left or lost.
+        outcome: "restored": it is there again, with every write. "kept": nothing was done, because
+            it is there as it was planned. "left": nothing was done, because something stands in the
+            way. "lost": it is neither in the machine nor in the file.
+        reason: why it is kept, left or lost.
     """
 
     node: str
@@ -48,7 +49,7 @@ class BitmapReturn(NamedTuple):
 
     @property
     def is_safe(self) -> bool:
-        """Whether the bitmap is there, with every write."""
+        """Whether the bitmap is there."""
         return self.outcome in ("restored", "kept")
 
 
@@ -74,78 +75,96 @@ def restore(
 
     Each bitmap gets what the tail recorded since the bitmap was taken out, unless it was disabled.
     The nodes are found by their tails, and may have other names than on the machine from which the
-    bitmaps were taken. When all bitmaps of a node are back, its tail is removed.
+    bitmaps were taken. When all bitmaps of a node are back, its tail is removed. If that cannot be
+    done on one node, it is done on the others.
 
-    *Guarantees*: a bitmap is added together with all its bits, by one command of QEMU. All tails
-    are judged before anything is changed. A second call goes on, or changes nothing.
+    *Guarantees*: a bitmap is added together with all its bits, by one command of QEMU. A second
+    call goes on, or changes nothing.
 
     Args:
         monitor: the machine.
         path: of the offload file.
         is_alone: whether the caller asserts that no other machine wrote to the disks, if this
-            machine goes on after it migrated with the capability dirty-bitmaps.
+            machine goes on after it migrated.
         on_progress: called with the result for each bitmap.
 
     Raises:
         StateError: the machine's state does not allow it, see `Machine.require_settled`.
-        EvidenceError: a tail is missing, or may miss writes.
+        EvidenceError: no node has a tail that has every write; or this machine goes on after it
+            migrated.
         QmpError: QEMU does not answer, or did not load a bitmap as it is in the file.
-        StorageError: the file cannot be read.
+        StorageError: the file cannot be read or written.
         FormatError: the file is no offload file, or is damaged.
     """
-    file = OffloadFile.read(path)
     machine = query_machine(monitor)
     machine.require_settled()
-    if not is_alone:
-        _require_alone(monitor, machine)
+    if machine.migration == "completed" and machine.is_source and not is_alone:
+        reason = (
+            "this machine goes on after it migrated, and the tail may lack what the destination "
+            "wrote"
+        )
+        raise EvidenceError(reason, "assert-alone")
     scratch.discard_leftover(monitor)
-    places = [_judged(file, machine, planned) for planned in file.plan.nodes]
     done: list[BitmapReturn] = []
-    number = 0
-    for node, planned in zip(places, file.plan.nodes, strict=True):
-        returned = []
-        for bitmap in planned.bitmaps:
-            if node.find(tail_of(planned.uuid)):
-                returned.append(_put_back(monitor, file, number, node))
-            else:
-                returned.append(BitmapReturn(node.name, bitmap.name, "kept"))
-            on_progress(returned[-1])
-            number += 1
-        if node.find(tail_of(planned.uuid)) and all(one.is_safe for one in returned):
-            monitor.transaction([actions.remove(node.name, tail_of(planned.uuid))])
-            logger.info('live restore: the tail of node "%s" is removed', escape(node.name))
-        done += returned
+    with new_file.held(path):
+        file = OffloadFile.read(path)
+        faults = [_fault(file, machine, number) for number in range(len(file.plan.nodes))]
+        if all(faults):
+            raise EvidenceError(faults[0], None)
+        first = 0  # bitmap of the node
+        for number, planned in enumerate(file.plan.nodes):
+            for result in _put_back_node(monitor, machine, file, number, first, faults[number]):
+                done.append(result)
+                on_progress(result)
+            first += len(planned.bitmaps)
     return RestoreReport(tuple(done))
 
 
-def _require_alone(monitor: Monitor, machine: Machine) -> None:
-    """Raises where the tails are as this machine has them, and another may have written since.
-
-    With the capability, QEMU keeps its bitmaps in memory when it gives the disks away. Without it,
-    QEMU loads what the image has when the disks come back.
-    """
-    has_left = machine.migration == "completed" and machine.is_source
-    if has_left and has_capability(monitor, "dirty-bitmaps"):
-        reason = (
-            "this machine migrated with the capability dirty-bitmaps, and goes on: its tail lacks "
-            "what the destination wrote, if the destination ran"
-        )
-        raise EvidenceError(reason, "assert-alone")
-
-
-def _judged(file: OffloadFile, machine: Machine, planned: PlannedNode) -> Node:
-    """Returns the node that the bitmaps belong to, if every write to it is known."""
-    node = node_of(machine, planned)
-    if not node.find(tail_of(planned.uuid)) and has_all(node, planned):
-        return node
+def _fault(file: OffloadFile, machine: Machine, number: int) -> str:
+    """Returns why nothing can be put back on a node; "" if something can, or is there."""
+    planned = file.plan.nodes[number]
+    try:
+        node = node_of(machine, planned)
+    except EvidenceError as error:
+        return "" if file.was_restored(number) else error.reason
+    has_tail = node.find(tail_of(planned.uuid))
+    if has_all(node, planned) or (file.was_restored(number) and not has_tail):
+        return ""
     reason = tail.why_unusable(file.plan, planned, node)
-    if reason:
-        raise EvidenceError(f'node "{escape(node.name)}": {reason}', None)
-    return node
+    return reason and f'node "{escape(node.name)}": {reason}'
+
+
+def _put_back_node(
+    monitor: Monitor, machine: Machine, file: OffloadFile, number: int, first: int, fault: str
+) -> Iterator[BitmapReturn]:
+    """Puts the bitmaps of a node back, of which the first has the number ``first`` in the plan."""
+    planned_node = file.plan.nodes[number]
+    nodes = [node for node in machine.nodes if node.find(tail_of(planned_node.uuid))]
+    if fault or not nodes:
+        outcome: RestoreOutcome = "left" if fault else "kept"
+        reason = "it is there, and the machine has no tail of this file"
+        if file.was_restored(number):
+            reason = "the file says that it was put back"
+        for planned in planned_node.bitmaps:
+            yield BitmapReturn(planned_node.name, planned.name, outcome, fault or reason)
+        return
+    (node,) = nodes
+    names = [name for name in tail.names_of(planned_node) if node.find(name)]
+    results = []
+    for place in range(len(planned_node.bitmaps)):
+        results.append(_put_back(monitor, file, first + place, node))
+        yield results[-1]
+    if all(result.is_safe for result in results):
+        monitor.transaction([actions.remove(node.name, name) for name in names])
+        logger.info('live restore: the tail of node "%s" is removed', escape(node.name))
+        file.append_restored(number)
 
 
 def _put_back(monitor: Monitor, file: OffloadFile, number: int, node: Node) -> BitmapReturn:
     planned_node, planned = file.plan.bitmaps[number]
+    machine = query_machine(monitor)
+    machine.require_settled()  # by now a migration may be under way
+    (node,) = machine.select([node.name], lambda node: True)
     found = node.find(planned.name)
     result = BitmapReturn(node.name, planned.name, "restored")
     if not found and not file.has_copy(number):
@@ -154,15 +173,16 @@ def _put_back(monitor: Monitor, file: OffloadFile, number: int, node: Node) -> B
     if found and not is_as_planned(found, planned):
         reason = found.why_unusable or "another bitmap of this name is there"
         return result._replace(outcome="left", reason=reason)
-    tail_name = tail_of(planned_node.uuid) if planned.enabled else None
     copy = file.read_copy(number) if file.has_copy(number) else None
-    if found and (not copy or query_digest(monitor, found) == copy.sha256()):
-        copy = None  # the machine has its bits
+    is_copy_there = not copy or (found and query_digest(monitor, found) == copy.sha256())
+    if found and is_copy_there and found.is_recording == planned.enabled:
+        return result  # it was never removed, or was put back, and has recorded everything
+    tail_name = tail_of(planned_node.uuid) if planned.enabled else None
     work = list(_work(node.name, planned, found, tail_name, has_copy=copy is not None))
     try:
         if copy:
             _with_copy(monitor, copy, work)
-        elif work:
+        else:
             monitor.transaction(work)
     except QmpRefusedError as error:
         return result._replace(outcome="left", reason=f"QEMU refuses: {error.reason}")
@@ -228,20 +248,29 @@ def restore_offline(path: str, image: Image, *, dry_run: bool = False) -> Restor
         Qcow2BmError: as `Image.edit` and a commit do.
     """
     file = OffloadFile.read(path)
-    planned_node = _planned_for(file, image)
-    tail_name = tail_of(planned_node.uuid)
+    number = _node_of_image(file, image)
+    planned_node = file.plan.nodes[number]
+    names = [bitmap.name for bitmap in planned_node.bitmaps]
+    if tail_of(planned_node.uuid) not in image.bitmaps:
+        reason = "the file says that it was put back"
+        kept = (BitmapReturn(planned_node.name, name, "kept", reason) for name in names)
+        return RestoreReport(tuple(kept))
+    tail_name, canary_name = tail.names_of(planned_node)
     with image.edit(dry_run=dry_run) as edit:
-        for number, (node, planned) in enumerate(file.plan.bitmaps):
+        for place, (node, planned) in enumerate(file.plan.bitmaps):
             if node is planned_node:
-                copy = file.read_copy(number) if file.has_copy(number) else None
+                copy = file.read_copy(place) if file.has_copy(place) else None
                 _put_into(edit, image.bitmaps.get(planned.name), planned, copy)
                 if planned.enabled:
                     edit.merge(planned.name, tail_name)
         edit.remove(tail_name)
+        if canary_name in image.bitmaps:
+            edit.remove(canary_name)
         plan = edit.plan() if dry_run else None
-    names = (bitmap.name for bitmap in planned_node.bitmaps)
-    bitmaps = tuple(BitmapReturn(planned_node.name, name, "restored") for name in names)
-    return RestoreReport(bitmaps, plan)
+    if not dry_run:
+        file.append_restored(number)
+    restored = (BitmapReturn(planned_node.name, name, "restored") for name in names)
+    return RestoreReport(tuple(restored), plan)
 
 
 def _put_into(
@@ -268,18 +297,39 @@ def _put_into(
         edit.enable(name)
 
 
-def _planned_for(file: OffloadFile, image: Image) -> PlannedNode:
-    """Returns the node of the plan whose disk an image is, if every write to it is known."""
-    for planned in file.plan.nodes:
-        found = image.bitmaps.get(tail_of(planned.uuid))
+def _node_of_image(file: OffloadFile, image: Image) -> int:
+    """Returns the number of the node whose disk an image is, if every write to it is known."""
+    for number, planned in enumerate(file.plan.nodes):
+        found, canary = map(image.bitmaps.get, tail.names_of(planned))
         if not found:
             continue
         if found.status != VALID or not found.auto:
-            raise EvidenceError(f"the tail is {found.status}, or disabled", None)
+            status = "disabled" if found.status == VALID else found.status
+            raise EvidenceError(f"the tail is {status}: writes are missing from it", None)
         if found.granularity != file.plan.tail_granularity:
             raise EvidenceError("the tail has another granularity than it was made with", None)
         if image.virtual_size != planned.disk_size:
             raise EvidenceError("the disk has another size than when the tail was made", None)
-        return planned
+        if not _are_all_there(image, planned) and not _is_alive(canary):
+            reason = "the canary of the tail is gone or was changed: the tail may have been cleared"
+            raise EvidenceError(reason, None)
+        return number
+    if file.is_restored and len(file.plan.nodes) == 1:
+        return 0
     reason = "the image has no tail of this file: nothing recorded the writes since the offload"
     raise EvidenceError(reason, None)
+
+
+def _are_all_there(image: Image, planned: PlannedNode) -> bool:
+    found = [(image.bitmaps.get(bitmap.name), bitmap) for bitmap in planned.bitmaps]
+    return all(
+        bitmap and bitmap.status == VALID and bitmap.auto == wanted.enabled
+        for bitmap, wanted in found
+    )
+
+
+def _is_alive(canary: Bitmap | None) -> bool:
+    """Returns whether a canary has the one granule that it was made with."""
+    if not canary or canary.status != VALID or canary.auto:
+        return False
+    return canary.packed().tobytes().lstrip(b"\1").strip(b"\0") == b"" and canary.count() > 0

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from qcow2bm.errors import EvidenceError
-from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
+from qcow2bm.errors import EvidenceError, StateError
+from qcow2bm.format.offload_file import PlannedNode
 from qcow2bm.live import tail
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import has_all, node_of
@@ -18,7 +18,7 @@ from qcow2bm.qmp.machine import Machine, NodeBitmap
 from qcow2bm.qmp.names import tail_of
 from qcow2bm.qmp.queries import query_machine
 
-OffloadStep = Literal["planned", "begun", "offloaded", "restoring", "restored", "in-doubt"]
+OffloadStep = Literal["planned", "begun", "offloaded", "restored", "no-tail", "away", "in-doubt"]
 BitmapPlace = Literal["machine", "file", "lost"]
 
 
@@ -42,11 +42,12 @@ class NodeStatus(NamedTuple):
 
     Attributes:
         node: the name of the node in the file.
-        step: "planned": nothing was done. "begun": the tail records, and bitmaps are left in the
-            machine. "offloaded": all bitmaps are in the file alone. "restoring": some bitmaps were
-            put back. "restored": all bitmaps are in the machine, and the tail is gone. "in-doubt":
-            writes may be missing from the tail.
-        reason: why it is in doubt; "" at any other step.
+        step: "planned": nothing was done. "begun": an offload or a restore was interrupted: the
+            tail records, and bitmaps are in the machine. "offloaded": all bitmaps are in the file
+            alone. "restored": the file says that all bitmaps were put back. "no-tail": the machine
+            has such bitmaps, and no tail of this file. "away": the machine does not have its disks
+            now. "in-doubt": writes may be missing from the tail.
+        reason: why it is away or in doubt; "" at any other step.
         bitmaps: the bitmaps of the node, in the order of the file.
     """
 
@@ -105,37 +106,56 @@ def status(monitor: Monitor, path: str | None = None) -> LiveStatus:
         for node in machine.nodes
         for bitmap in node.bitmaps
     )
-    nodes = tuple(_status(file, machine, planned) for planned in file.plan.nodes) if file else ()
-    return LiveStatus(machine.status, machine.migration, bitmaps, nodes)
+    try:
+        machine.require_settled()
+        away = ""
+    except StateError as error:
+        away = error.facts
+    nodes = range(len(file.plan.nodes)) if file else ()
+    return LiveStatus(
+        machine.status,
+        machine.migration,
+        bitmaps,
+        tuple(_status(file, machine, number, away) for number in nodes if file),
+    )
 
 
-def _status(file: OffloadFile, machine: Machine, planned: PlannedNode) -> NodeStatus:
+def _status(file: OffloadFile, machine: Machine, number: int, away: str) -> NodeStatus:
+    planned = file.plan.nodes[number]
     copied = {
         bitmap.name
-        for number, (node, bitmap) in enumerate(file.plan.bitmaps)
-        if node is planned and file.has_copy(number)
+        for place, (node, bitmap) in enumerate(file.plan.bitmaps)
+        if node is planned and file.has_copy(place)
     }
     step: OffloadStep
     try:
         node = node_of(machine, planned)
     except EvidenceError as error:
-        return NodeStatus(planned.name, "in-doubt", error.reason, _bitmaps(planned, {}, copied))
+        step, reason = _step_without_node(file, number, away, error)
+        return NodeStatus(planned.name, step, reason, _bitmaps(planned, {}, copied))
     there = {bitmap.name: bitmap for bitmap in node.bitmaps}
     bitmaps = _bitmaps(planned, there, copied)
-    reason = ""
-    if not node.find(tail_of(planned.uuid)):
-        if not has_all(node, planned):
-            reason = tail.why_unusable(file.plan, planned, node)
-            step = "in-doubt"
-        else:
-            step = "restored" if copied else "planned"
-    elif reason := tail.why_unusable(file.plan, planned, node):
+    has_tail = node.find(tail_of(planned.uuid)) is not None
+    reason = "" if has_all(node, planned) else tail.why_unusable(file.plan, planned, node)
+    if file.was_restored(number) and not has_tail:
+        step, reason = "restored", ""
+    elif away:
+        step, reason = "away", away
+    elif reason:
         step = "in-doubt"
-    elif any(_is_back(there.get(bitmap.name), bitmap, copied) for bitmap in planned.bitmaps):
-        step = "restoring"
+    elif not has_tail:
+        step = "no-tail" if copied else "planned"
     else:
         step = "begun" if any(one.where == "machine" for one in bitmaps) else "offloaded"
     return NodeStatus(planned.name, step, reason, bitmaps)
+
+
+def _step_without_node(
+    file: OffloadFile, number: int, away: str, error: EvidenceError
+) -> tuple[OffloadStep, str]:
+    if file.was_restored(number):
+        return "restored", ""
+    return ("away", away) if away else ("in-doubt", error.reason)
 
 
 def _bitmaps(
@@ -147,8 +167,3 @@ def _bitmaps(
         return "file" if name in copied else "lost"
 
     return tuple(OffloadedBitmap(planned.name, b.name, where(b.name)) for b in planned.bitmaps)
-
-
-def _is_back(found: NodeBitmap | None, planned: PlannedBitmap, copied: set[str]) -> bool:
-    """Returns whether a bitmap was put back: before an offload ends none records."""
-    return found is not None and found.is_recording and planned.name in copied

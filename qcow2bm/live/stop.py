@@ -13,6 +13,11 @@ from qcow2bm.units import ceil_div
 _CLUSTER_SIZE = 64 << 10  # where QEMU does not tell
 
 
+def cluster_size_of(node: Node) -> int:
+    """Returns the cluster size of a node's image in bytes."""
+    return node.cluster_size or _CLUSTER_SIZE
+
+
 def most_bytes(node: Node, granularity: int, dirty_bytes: int | None = None) -> int:
     """Returns how many bytes a bitmap of a node takes to store, at most.
 
@@ -21,7 +26,7 @@ def most_bytes(node: Node, granularity: int, dirty_bytes: int | None = None) -> 
         granularity: of the bitmap, in bytes.
         dirty_bytes: how many bytes of the disk are dirty; None if all may be.
     """
-    cluster_size = node.cluster_size or _CLUSTER_SIZE
+    cluster_size = cluster_size_of(node)
     clusters = ceil_div(ceil_div(node.virtual_size, granularity), 8 * cluster_size)
     if dirty_bytes is not None:
         clusters = min(clusters, dirty_bytes // granularity)

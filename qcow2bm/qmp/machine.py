@@ -161,7 +161,7 @@ class Machine(NamedTuple):
                 there = f"persistent bitmaps are on: {known}" if known else "there are no bitmaps"
                 raise ValueError(f'there is no node "{escape(name)}"; {there}')
         if names:
-            return [by_name[name] for name in dict.fromkeys(names)]
+            return list({by_name[name].name: by_name[name] for name in names}.values())
         return [node for node in self.nodes if wanted(node)]
 
     def require_settled(self) -> None:

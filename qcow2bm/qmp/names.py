@@ -15,6 +15,7 @@ SCRATCH_NODE = "qcow2bm-scratch"
 MERGED = "qcow2bm-merged"
 """A bitmap that is there inside a transaction only."""
 TAIL_PREFIX = "qcow2bm-tail-"
+CANARY_PREFIX = "qcow2bm-canary-"
 COMPARED = tuple(f"qcow2bm-compared-{number}" for number in range(4))
 """Copies of a sentinel and its twin, while the two are compared."""
 
@@ -43,6 +44,11 @@ def sentinel_of(name: str) -> str:
 def tail_of(uuid: UUID) -> str:
     """Returns the name of the tail that an offload leaves on each node."""
     return f"{TAIL_PREFIX}{uuid}"
+
+
+def canary_of(uuid: UUID) -> str:
+    """Returns the name of the canary that an offload leaves beside its tail."""
+    return f"{CANARY_PREFIX}{uuid}"
 
 
 def is_evidence(name: str) -> bool:

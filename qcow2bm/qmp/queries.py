@@ -62,13 +62,6 @@ def query_nodes(monitor: Monitor) -> list[Node]:
     return sorted(nodes, key=lambda node: node.name)
 
 
-def has_capability(monitor: Monitor, name: str) -> bool:
-    """Returns whether a migration capability is on. Raises as `query_machine` does."""
-    answer = monitor.execute("query-migrate-capabilities")
-    states = {one["capability"].text(): one["state"].flag() for one in answer.items()}
-    return states.get(name, False)
-
-
 def query_bitmap(monitor: Monitor, node: str, name: str) -> NodeBitmap | None:
     """Returns a bitmap as it is now; None if there is none. Raises as `query_machine` does."""
     return next((n.find(name) for n in query_nodes(monitor) if n.name == node), None)

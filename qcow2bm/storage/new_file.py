@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from qcow2bm.errors import StorageError
+
+if sys.platform == "linux":
+    import fcntl
 
 
 def require_new(path: str) -> None:
@@ -53,6 +57,26 @@ def write_new(path: str, pieces: Iterable[bytes]) -> None:
         if isinstance(error, StorageError):
             raise
         raise StorageError.from_os(error, path, 0, 0, "writing") from error
+
+
+@contextmanager
+def held(path: str) -> Iterator[None]:
+    """Holds a file that was made here for the duration of the block: no other process does.
+
+    Raises:
+        StorageError: another process holds the file, or the file cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            if sys.platform == "linux":
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError as error:
+        raise StorageError(path, 0, 0, "is in use by another process") from error
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError.from_os(error, path, 0, 0) from error
 
 
 def append(path: str, data: bytes, end: int | None = None) -> None:

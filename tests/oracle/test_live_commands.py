@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from support.console import Result, run
 from support.jsonspec import check_live, failure_in
-from support.offloaded import BEFORE, GRANULARITIES, MEANWHILE, make_disk
+from support.offloaded import GRANULARITIES, MEANWHILE, make_disk
 from support.qemu import Disk
 from support.vm import Machine
 
 import qcow2bm
 from qcow2bm import live
 from qcow2bm.live.offload_file import OffloadFile
+from qcow2bm.storage import new_file
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
 
@@ -64,8 +65,8 @@ def test_out_and_back(machine: Machine, tmp_path: Path) -> None:
     assert not (tmp_path / "file").exists()
     assert planned["dry-run"]
     assert planned["stop-bytes-before"] == before["stop-bytes"]
-    assert planned["stop-bytes"] == CLUSTER
-    assert "would then store at most 64 KiB" in command(tmp_path, "offload SOCKET f --dry-run").out
+    assert planned["stop-bytes"] == 2 * CLUSTER  # the tail and its canary
+    assert "would then store at most 128 KiB" in command(tmp_path, "offload SOCKET f --dry-run").out
 
     done = command(tmp_path, "offload SOCKET file")
     lines = [f'"{name}" of node "disk" is in the file, and out of the VM' for name in GRANULARITIES]
@@ -80,7 +81,7 @@ def test_out_and_back(machine: Machine, tmp_path: Path) -> None:
     assert [node["step"] for node in found["nodes"]] == ["offloaded"]
     assert {one["where"] for one in found["nodes"][0]["bitmaps"]} == {"file"}
     assert found["next"] == [following.split()]
-    assert found["stop-bytes"] == CLUSTER
+    assert found["stop-bytes"] == 2 * CLUSTER
     text = command(tmp_path, "status SOCKET file").out
     assert 'offload of node "disk": the bitmaps are in the file' in text
     assert f"next: {following}" in text
@@ -91,7 +92,7 @@ def test_out_and_back(machine: Machine, tmp_path: Path) -> None:
     assert steps(tmp_path) == ["restored"]
     again = document(tmp_path, "restore SOCKET file")
     assert {one["outcome"] for one in again["bitmaps"]} == {"kept"}
-    assert command(tmp_path, "restore SOCKET file").out.count("was there already") == 4
+    assert command(tmp_path, "restore SOCKET file").out.count("is as it was") == 4
 
 
 @pytest.mark.spec("LIVE-10")
@@ -144,18 +145,18 @@ def test_an_offload_that_has_only_begun(machine: Machine, tmp_path: Path) -> Non
     assert steps(tmp_path) == ["begun"]
     found = machine.bitmaps()
     (tail,) = found.keys() - GRANULARITIES.keys()
-    assert [name for name, bitmap in found.items() if bitmap["recording"]] == [tail]
+    recording = {name for name, bitmap in found.items() if bitmap["recording"]}
+    assert recording == {tail, *GRANULARITIES} - {"off"}
     assert found[tail]["persistent"]
     offers = document(tmp_path, "status SOCKET file")["next"]
     assert [words[2] for words in offers] == ["offload", "restore"]
     assert command(tmp_path, "restore SOCKET file").status == 0
-    assert steps(tmp_path) == ["planned"]
-    recording = {name for name, bitmap in machine.bitmaps().items() if bitmap["recording"]}
-    assert recording == GRANULARITIES.keys() - {"off"}
+    assert steps(tmp_path) == ["restored"]
+    assert machine.bitmaps().keys() == GRANULARITIES.keys()
 
 
 @pytest.mark.spec("LIVE-4")
-def test_a_bitmap_that_differs_from_its_copy_is_not_removed(
+def test_a_bitmap_that_is_still_in_the_machine_is_copied_again(
     machine: Machine, tmp_path: Path
 ) -> None:
     class Stopped(Exception):
@@ -169,14 +170,80 @@ def test_a_bitmap_that_differs_from_its_copy_is_not_removed(
 
     with StoppingMonitor(str(tmp_path / "vm.sock")) as monitor, pytest.raises(Stopped):
         live.offload(monitor, str(tmp_path / "file"))
-    machine.execute("block-dirty-bitmap-clear", {"node": "disk", "name": "daily"})
+    machine.write(*MEANWHILE[0])
+    digest = machine.sha256("daily")
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    file = OffloadFile.read(str(tmp_path / "file"))
+    number = [bitmap.name for _, bitmap in file.plan.bitmaps].index("daily")
+    assert file.read_copy(number).sha256() == digest
+
+
+@pytest.mark.spec("LIVE-4")
+@pytest.mark.parametrize(
+    ("command_name", "arguments"),
+    [
+        ("block-dirty-bitmap-disable", {"node": "disk", "name": "daily"}),
+        ("block-dirty-bitmap-remove", {"node": "disk", "name": "daily"}),
+        ("block_resize", {"node-name": "disk", "size": 512 << 20}),
+    ],
+)
+def test_a_plan_is_not_begun_on_what_has_changed(
+    machine: Machine, tmp_path: Path, command_name: str, arguments: dict[str, object]
+) -> None:
+    class Stopped(Exception):
+        """The tool ends."""
+
+    class StoppingMonitor(live.Monitor):
+        def transaction(self, actions: Any) -> None:
+            raise Stopped
+
+    with StoppingMonitor(str(tmp_path / "vm.sock")) as monitor, pytest.raises(Stopped):
+        live.offload(monitor, str(tmp_path / "file"))
+    assert steps(tmp_path) == ["planned"]
+    machine.execute(command_name, arguments)
+    before = machine.bitmaps()
     done = command(tmp_path, "offload SOCKET file")
     assert done.status == 1
-    assert "has other bits than its copy in the file" in done.err
-    assert "daily" in machine.bitmaps()
-    # Restoring gives the bitmap what the copy has: no write is missing.
+    assert "file: is a plan for other bitmaps than the machine has now: remove it" in done.err
+    assert machine.bitmaps() == before
+
+
+@pytest.mark.spec("LIVE-16")
+@pytest.mark.usefixtures("machine")
+def test_a_file_that_another_process_uses_is_refused(tmp_path: Path) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    for line in ("offload SOCKET file", "restore SOCKET file"):
+        with new_file.held(str(tmp_path / "file")):
+            done = command(tmp_path, line)
+        assert done.status == 1
+        assert "file: is in use by another process" in done.err
     assert command(tmp_path, "restore SOCKET file").status == 0
-    assert machine.bitmaps()["daily"]["count"] >= sum(length for _, length in BEFORE) // CLUSTER
+
+
+@pytest.mark.spec("LIVE-5")
+@pytest.mark.usefixtures("machine")
+def test_a_second_offload_on_top_is_refused(tmp_path: Path) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    done = command(tmp_path, "offload SOCKET another")
+    assert done.status == 1
+    assert "has the tail of another offload" in done.err
+    assert not (tmp_path / "another").exists()
+
+
+@pytest.mark.spec("LIVE-9")
+def test_what_stands_in_the_way_of_one_bitmap_does_not_keep_the_others(
+    machine: Machine, tmp_path: Path
+) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    other = {"node": "disk", "name": "daily", "granularity": 512, "persistent": True}
+    machine.execute("block-dirty-bitmap-add", other)
+    found = document(tmp_path, "restore SOCKET file", status=2)
+    outcomes = {one["name"]: one["outcome"] for one in found["bitmaps"]}
+    assert outcomes == {name: "left" if name == "daily" else "restored" for name in GRANULARITIES}
+    assert command(tmp_path, "remove SOCKET daily") == Result(0, "", "")
+    found = document(tmp_path, "restore SOCKET file")
+    assert {one["outcome"] for one in found["bitmaps"]} == {"restored"}
+    assert machine.bitmaps().keys() == GRANULARITIES.keys()
 
 
 @pytest.mark.spec("LIVE-2")
@@ -230,7 +297,7 @@ def test_what_an_offload_says_of_the_stop(machine: Machine, tmp_path: Path) -> N
     mapping = [{"node-name": "disk", "alias": "disk", "bitmaps": []}]
     machine.execute("migrate-set-parameters", {"block-bitmap-mapping": mapping})
     found = document(tmp_path, "offload SOCKET file")
-    assert not found["mapped"]
+    assert not found["tails-travel"]
     assert 0 < found["stop-seconds"] < found["stop-seconds-before"]
     done = command(tmp_path, "offload SOCKET file")
     assert "note: a block-bitmap-mapping is set" in done.out

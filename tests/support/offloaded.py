@@ -14,6 +14,7 @@ from support.vm import NOWHERE, Machine
 
 import qcow2bm
 from qcow2bm import live
+from qcow2bm.qmp.names import TAIL_PREFIX
 
 SIZE = 256 * MiB + 512
 TAIL = 4 * MiB
@@ -45,6 +46,10 @@ class Scene:
     address: Path
     source: Machine
     written: list[Range] = field(default_factory=list)
+
+    @property
+    def tails(self) -> list[str]:
+        return [name for name in self.source.bitmaps() if name.startswith(TAIL_PREFIX)]
 
     def write(self, machine: Machine, *ranges: Range) -> None:
         for start, length in ranges:
@@ -168,25 +173,25 @@ def _(scene: Scene) -> None:
     _cancelled(scene)
 
 
-def _goes_on(scene: Scene) -> None:
+def _goes_on(scene: Scene, *, is_alone: bool) -> None:
+    scene.source.enable("dirty-bitmaps")
     scene.source.migrate(NOWHERE)
     scene.source.wait_for_migration("completed")
     scene.source.wait_for("postmigrate")
     scene.source.execute("cont")
     scene.write(scene.source, LATER)
-    scene.restore()
+    scene.restore(is_alone=is_alone)
     scene.source.quit()
 
 
-@case("source goes on, without the capability")
+@case("source goes on")
 def _(scene: Scene) -> None:
-    _goes_on(scene)
+    _goes_on(scene, is_alone=False)
 
 
-@case("source goes on, with the capability")
+@case("source goes on, and no other machine ran")
 def _(scene: Scene) -> None:
-    scene.source.enable("dirty-bitmaps")
-    _goes_on(scene)
+    _goes_on(scene, is_alone=True)
 
 
 @case("killed")
@@ -197,9 +202,35 @@ def _(scene: Scene) -> None:
 
 @case("tail removed")
 def _(scene: Scene) -> None:
-    (tail,) = scene.source.bitmaps()
-    scene.source.execute("block-dirty-bitmap-remove", {"node": "disk", "name": tail})
+    (name,) = scene.tails
+    scene.source.execute("block-dirty-bitmap-remove", {"node": "disk", "name": name})
     scene.restore()
+
+
+@case("all bitmaps cleared")
+def _(scene: Scene) -> None:
+    for name in scene.source.bitmaps():
+        scene.source.execute("block-dirty-bitmap-clear", {"node": "disk", "name": name})
+    scene.restore()
+
+
+@case("snapshot, as libvirt makes it")
+def _(scene: Scene) -> None:
+    """Each bitmap that records goes on in the overlay, as a new one of the same name."""
+    path = scene.path.with_name("overlay.qcow2")
+    base = str(scene.disk.path)
+    overlay = Disk.create(path, SIZE, "-u", "-b", base, "-F", "qcow2")
+    below = {"driver": "file", "filename": str(path)}
+    node = {"node-name": "overlay", "driver": "qcow2", "backing": None, "file": below}
+    source = scene.source
+    source.execute("blockdev-add", node)
+    source.execute("blockdev-snapshot", {"node": "disk", "overlay": "overlay"})
+    for name in scene.tails:
+        bitmap = {"node": "overlay", "name": name, "granularity": TAIL, "persistent": True}
+        source.execute("block-dirty-bitmap-add", bitmap)
+    source.quit()
+    scene.disk = overlay
+    scene.restore_into_the_image()
 
 
 @case("disk resized")
