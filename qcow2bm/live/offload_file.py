@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple, Self
 
 from qcow2bm.api import sidecar
@@ -46,13 +46,21 @@ class OffloadFile:
         plan: what is to be taken out of the machine.
     """
 
-    def __init__(self, path: str, plan: OffloadPlan) -> None:
-        """A file that is not there; `create` makes it, and `read` reads it."""
+    def __init__(
+        self, path: str, plan: OffloadPlan, records: Iterable[tuple[RecordHead, _Place]] = ()
+    ) -> None:
+        """Use `create` or `read`; without ``records`` the file need not be there.
+
+        Raises:
+            FormatError: a record does not belong to the plan.
+        """
         self.path = path
         self.plan = plan
         self._copies: dict[int, _Place] = {}
         self._restored: set[int] = set()
         self._end = 0  # of the last whole record, in bytes
+        for head, place in records:
+            self._note(head, place)
 
     @classmethod
     def create(cls, path: str, plan: OffloadPlan) -> Self:
@@ -62,11 +70,10 @@ class OffloadFile:
             StorageError: the file exists already, or writing failed.
             FormatError: the plan does not fit into the file.
         """
-        data = offload_file.build_head() + _record(PLAN, 0, offload_file.build_plan(plan))
-        new_file.write_new(path, [data])
-        file = cls(path, plan)
-        file._end = len(data)
-        return file
+        head, payload = offload_file.build_head(), offload_file.build_plan(plan)
+        new_file.write_new(path, [head, _record(PLAN, 0, payload)])
+        place = _Place(len(head) + RECORD_BYTES, len(payload))
+        return cls(path, plan, [(RecordHead(PLAN, 0, len(payload)), place)])
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -77,19 +84,16 @@ class OffloadFile:
             FormatError: it is no offload file, or is damaged.
             UnsupportedError: this library does not know its version.
         """
-        found = None
         try:
             with open(path, "rb") as file:
                 offload_file.parse_head(file.read(offload_file.HEAD_BYTES))
-                for head, place in _whole_records(file):
-                    if found is None:
-                        found = cls(path, _read_plan(file, head, place))
-                    found._note(head, place)
+                records = list(_whole_records(file))
+                if not records:
+                    raise FormatError("offload file", "", 0, "has no plan: it is damaged")
+                plan = _read_plan(file, *records[0])
         except OSError as error:
             raise StorageError.from_os(error, path, 0, 0) from error
-        if found is None:
-            raise FormatError("offload file", "", 0, "has no plan: it is damaged")
-        return found
+        return cls(path, plan, records)
 
     def _note(self, head: RecordHead, place: _Place) -> None:
         limits = {PLAN: 1, COPY: len(self.plan.bitmaps), RESTORED: len(self.plan.nodes)}
