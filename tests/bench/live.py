@@ -133,7 +133,7 @@ def offloaded(folder: Path, original: Path, seed: int) -> tuple[float, float, fl
         took = stop(machine)
         machine.execute("cont")
         with longest_answer(other) as back, live.Monitor(str(address)) as monitor:
-            done = live.restore(monitor, str(path))
+            done = live.restore(monitor, str(path), is_alone=True)
         assert all(one.outcome == "restored" for one in done.bitmaps)
         machine.quit()
     return took, out[0], back[0]
