@@ -213,12 +213,17 @@ def test_a_name_that_a_machine_has(is_inconsistent: bool, disk: Disk, tmp_path: 
         if is_inconsistent:
             disk.crash(WRITE)
         before = disk.path.read_bytes()
-        with Machine(disk.path) as machine:
+        with Machine(disk.path, monitor=tmp_path / "qmp") as machine:
             refused(partial(machine.add, "daily", GRANULARITY), "Bitmap already exists: daily")
+            found = advice.follow("qcow2bm live status --qmp SOCKET").out
+            assert 'bitmap "daily" of node "disk"' in found
+            assert ("inconsistent" in found) == is_inconsistent
             (shown,) = advice.send("query-block", machine.execute)
             (bitmap,) = shown["inserted"]["dirty-bitmaps"]
             assert (bitmap["name"], "inconsistent" in bitmap) == ("daily", is_inconsistent)
             advice.send("block-dirty-bitmap-remove", machine.execute)
+            machine.add("daily", GRANULARITY)
+            advice.follow("qcow2bm live remove --qmp SOCKET NAME")
             machine.add("daily", GRANULARITY)
             machine.quit()
         assert statuses(disk) == {"daily": "valid"}
