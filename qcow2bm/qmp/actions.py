@@ -34,11 +34,6 @@ def enable(node: str, name: str) -> Action:
     return _action("enable", node, name)
 
 
-def disable(node: str, name: str) -> Action:
-    """Keeps a bitmap as it is, whatever is written."""
-    return _action("disable", node, name)
-
-
 def merge(node: str, target: str, source: str, source_node: str | None = None) -> Action:
     """Sets in ``target`` what is set in ``source``, which may have another granularity."""
     return merge_all(node, target, [(source_node or node, source)])
