@@ -7,7 +7,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from qcow2bm.errors import StorageError
 
@@ -66,17 +66,16 @@ def held(path: str) -> Iterator[None]:
     Raises:
         StorageError: another process holds the file, or the file cannot be opened.
     """
-    try:
-        with open(path, "rb") as file:
+    with ExitStack() as stack:
+        try:  # not around the block, whose errors are none of this file
+            file = stack.enter_context(open(path, "rb"))
             if sys.platform == "linux":
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError as error:
-        raise StorageError(path, 0, 0, "is in use by another process") from error
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError.from_os(error, path, 0, 0) from error
+        except BlockingIOError as error:
+            raise StorageError(path, 0, 0, "is in use by another process") from error
+        except OSError as error:
+            raise StorageError.from_os(error, path, 0, 0) from error
+        yield
 
 
 def append(path: str, data: bytes, end: int | None = None) -> None:

@@ -46,3 +46,10 @@ def test_one_process_holds_a_file(tmp_path: Path) -> None:
     assert by_another_process().stdout == "held\n"
     with pytest.raises(qcow2bm.StorageError, match="No such file"), new_file.held("missing"):
         raise AssertionError("this must not be reached")
+
+
+def test_an_error_of_the_block_is_not_one_of_the_file_that_is_held(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(BrokenPipeError), new_file.held(str(path)):
+        raise BrokenPipeError
