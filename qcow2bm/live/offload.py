@@ -118,10 +118,10 @@ def offload(
         places = _places(machine, file)
         _begin(monitor, file, places)
         times = []
-        for number, (planned_node, bitmap) in enumerate(file.plan.bitmaps):
-            node = places[file.plan.nodes.index(planned_node)]
-            times.append(_take_out(monitor, file, number, node.name))
-            on_progress(node.name, bitmap.name)
+        for place, node in enumerate(places):
+            for number in file.plan.numbers_of(place):
+                times.append(_take_out(monitor, file, number, node.name))
+                on_progress(node.name, file.bitmaps[number][1].name)
     is_all = None not in times and not report.left
     return report._replace(seconds=sum(filter(None, times)) if is_all else None)
 
@@ -233,11 +233,8 @@ def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> fl
 
     Returns the seconds that QEMU took to store the copy; None if the bitmap was removed before.
     """
-    planned_node, planned = file.plan.bitmaps[number]
-    machine = query_machine(monitor)
-    machine.require_settled()  # by now a migration may be under way
-    (node,) = machine.select([name], lambda node: True)
-    bitmap = node.find(planned.name)
+    planned_node, planned = file.bitmaps[number]
+    bitmap = _sound_node(monitor, file, planned_node, name).find(planned.name)
     if not bitmap:
         if not file.has_copy(number):
             raise BitmapError(planned.name, f'is gone from the node "{escape(name)}"')
@@ -247,8 +244,23 @@ def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> fl
         raise BitmapError(planned.name, f"cannot be taken out now: {reason}")
     saved, seconds = _copied(monitor, bitmap, planned, planned_node.disk_size)
     file.append_copy(number, saved)
+    _sound_node(monitor, file, planned_node, name)
     monitor.transaction([actions.remove(name, planned.name)])
     return seconds
+
+
+def _sound_node(monitor: Monitor, file: OffloadFile, planned: PlannedNode, name: str) -> Node:
+    """Returns a node as it is now; raises if a bitmap that leaves it could not be put back.
+
+    By now a migration may be under way, or another program may have changed the tail.
+    """
+    machine = query_machine(monitor)
+    machine.require_settled()
+    (node,) = machine.select([name], lambda node: True)
+    fault = tail.why_unusable(file.plan, planned, node)
+    if fault:
+        raise EvidenceError(f'node "{escape(name)}": {fault}', None)
+    return node
 
 
 def _copied(

@@ -208,6 +208,32 @@ def test_a_plan_is_not_begun_on_what_has_changed(
     assert machine.bitmaps() == before
 
 
+@pytest.mark.spec("LIVE-6")
+@pytest.mark.parametrize("change", ["disable", "clear"])
+def test_no_bitmap_leaves_a_machine_whose_tail_was_changed(
+    machine: Machine, tmp_path: Path, change: str
+) -> None:
+    """Otherwise a bitmap would be lost that QEMU alone keeps."""
+
+    class ChangingMonitor(live.Monitor):
+        def lend(self, descriptor: int) -> int:
+            for name in machine.bitmaps():
+                if name.startswith(("qcow2bm-tail-", "qcow2bm-canary-")):
+                    machine.execute(f"block-dirty-bitmap-{change}", {"node": "disk", "name": name})
+            return super().lend(descriptor)
+
+    path = str(tmp_path / "file")
+    with (
+        ChangingMonitor(str(tmp_path / "vm.sock")) as monitor,
+        pytest.raises(qcow2bm.EvidenceError, match="the tail"),
+    ):
+        live.offload(monitor, path)
+    there = machine.bitmaps()
+    assert GRANULARITIES.keys() <= there.keys()
+    assert command(tmp_path, "offload SOCKET file").status == 1
+    assert machine.bitmaps() == there
+
+
 @pytest.mark.spec("LIVE-16")
 @pytest.mark.usefixtures("machine")
 def test_a_file_that_another_process_uses_is_refused(tmp_path: Path) -> None:
