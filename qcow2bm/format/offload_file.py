@@ -101,8 +101,13 @@ class OffloadPlan(NamedTuple):
 
     @property
     def bitmaps(self) -> list[tuple[PlannedNode, PlannedBitmap]]:
-        """The bitmaps of all nodes; a bitmap's place in the list is its number."""
+        """The bitmaps of all nodes, as a new list; a bitmap's place in the list is its number."""
         return [(node, bitmap) for node in self.nodes for bitmap in node.bitmaps]
+
+    def numbers_of(self, node: int) -> range:
+        """Returns the numbers of the bitmaps of the node that has the number ``node``."""
+        first = sum(len(before.bitmaps) for before in self.nodes[:node])
+        return range(first, first + len(self.nodes[node].bitmaps))
 
 
 def parse_head(data: bytes) -> None:

@@ -44,6 +44,7 @@ class OffloadFile:
     Attributes:
         path: of the file.
         plan: what is to be taken out of the machine.
+        bitmaps: those of the plan, each with its node, by their numbers.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class OffloadFile:
         """
         self.path = path
         self.plan = plan
+        self.bitmaps = plan.bitmaps
         self._copies: dict[int, _Place] = {}
         self._restored: set[int] = set()
         self._end = 0  # of the last whole record, in bytes
@@ -96,7 +98,7 @@ class OffloadFile:
         return cls(path, plan, records)
 
     def _note(self, head: RecordHead, place: _Place) -> None:
-        limits = {PLAN: 1, COPY: len(self.plan.bitmaps), RESTORED: len(self.plan.nodes)}
+        limits = {PLAN: 1, COPY: len(self.bitmaps), RESTORED: len(self.plan.nodes)}
         if head.number >= limits.get(head.type, 0) or (head.type == PLAN and self._end):
             reason = f"is {head.type}, with the number {head.number}, which cannot be here"
             raise FormatError("record", "type", place.offset - RECORD_BYTES, reason)
@@ -131,7 +133,7 @@ class OffloadFile:
             StorageError: reading failed.
             FormatError: the copy is damaged, or is not the one that was planned.
         """
-        node, planned = self.plan.bitmaps[number]
+        node, planned = self.bitmaps[number]
         place = self._copies[number]
         try:
             with open(self.path, "rb") as file:

@@ -111,12 +111,10 @@ def restore(
         faults = [_fault(file, machine, number) for number in range(len(file.plan.nodes))]
         if all(faults):
             raise EvidenceError(faults[0], None)
-        first = 0  # bitmap of the node
-        for number, planned in enumerate(file.plan.nodes):
-            for result in _put_back_node(monitor, machine, file, number, first, faults[number]):
+        for number, fault in enumerate(faults):
+            for result in _put_back_node(monitor, machine, file, number, fault):
                 done.append(result)
                 on_progress(result)
-            first += len(planned.bitmaps)
     return RestoreReport(tuple(done))
 
 
@@ -135,9 +133,9 @@ def _fault(file: OffloadFile, machine: Machine, number: int) -> str:
 
 
 def _put_back_node(
-    monitor: Monitor, machine: Machine, file: OffloadFile, number: int, first: int, fault: str
+    monitor: Monitor, machine: Machine, file: OffloadFile, number: int, fault: str
 ) -> Iterator[BitmapReturn]:
-    """Puts the bitmaps of a node back, of which the first has the number ``first`` in the plan."""
+    """Puts the bitmaps of a node back, unless there is a ``fault``."""
     planned_node = file.plan.nodes[number]
     nodes = [node for node in machine.nodes if node.find(tail_of(planned_node.uuid))]
     if fault or not nodes:
@@ -151,8 +149,8 @@ def _put_back_node(
     (node,) = nodes
     names = [name for name in tail.names_of(planned_node) if node.find(name)]
     results = []
-    for place in range(len(planned_node.bitmaps)):
-        results.append(_put_back(monitor, file, first + place, node))
+    for place in file.plan.numbers_of(number):
+        results.append(_put_back(monitor, file, place, node))
         yield results[-1]
     if all(result.is_safe for result in results):
         monitor.transaction([actions.remove(node.name, name) for name in names])
@@ -161,7 +159,7 @@ def _put_back_node(
 
 
 def _put_back(monitor: Monitor, file: OffloadFile, number: int, node: Node) -> BitmapReturn:
-    planned_node, planned = file.plan.bitmaps[number]
+    planned_node, planned = file.bitmaps[number]
     machine = query_machine(monitor)
     machine.require_settled()  # by now a migration may be under way
     (node,) = machine.select([node.name], lambda node: True)
@@ -247,7 +245,11 @@ def restore_offline(path: str, image: Image, *, dry_run: bool = False) -> Restor
         StorageError, FormatError: as `restore` does.
         Qcow2BmError: as `Image.edit` and a commit do.
     """
-    file = OffloadFile.read(path)
+    with new_file.held(path):
+        return _restore_offline(OffloadFile.read(path), image, dry_run=dry_run)
+
+
+def _restore_offline(file: OffloadFile, image: Image, *, dry_run: bool) -> RestoreReport:
     number = _node_of_image(file, image)
     planned_node = file.plan.nodes[number]
     names = [bitmap.name for bitmap in planned_node.bitmaps]
@@ -257,12 +259,12 @@ def restore_offline(path: str, image: Image, *, dry_run: bool = False) -> Restor
         return RestoreReport(tuple(kept))
     tail_name, canary_name = tail.names_of(planned_node)
     with image.edit(dry_run=dry_run) as edit:
-        for place, (node, planned) in enumerate(file.plan.bitmaps):
-            if node is planned_node:
-                copy = file.read_copy(place) if file.has_copy(place) else None
-                _put_into(edit, image.bitmaps.get(planned.name), planned, copy)
-                if planned.enabled:
-                    edit.merge(planned.name, tail_name)
+        for place in file.plan.numbers_of(number):
+            _, planned = file.bitmaps[place]
+            copy = file.read_copy(place) if file.has_copy(place) else None
+            _put_into(edit, image.bitmaps.get(planned.name), planned, copy)
+            if planned.enabled:
+                edit.merge(planned.name, tail_name)
         edit.remove(tail_name)
         if canary_name in image.bitmaps:
             edit.remove(canary_name)

@@ -123,9 +123,9 @@ def status(monitor: Monitor, path: str | None = None) -> LiveStatus:
 def _status(file: OffloadFile, machine: Machine, number: int, away: str) -> NodeStatus:
     planned = file.plan.nodes[number]
     copied = {
-        bitmap.name
-        for place, (node, bitmap) in enumerate(file.plan.bitmaps)
-        if node is planned and file.has_copy(place)
+        file.bitmaps[place][1].name
+        for place in file.plan.numbers_of(number)
+        if file.has_copy(place)
     }
     step: OffloadStep
     try:
