@@ -22,7 +22,7 @@ command                   function                returns
 from __future__ import annotations
 
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
-from qcow2bm.live.offload import OffloadReport, Omission, offload
+from qcow2bm.live.offload import OffloadReport, offload
 from qcow2bm.live.remove import remove
 from qcow2bm.live.restore import (
     BitmapReturn,
@@ -42,6 +42,7 @@ from qcow2bm.live.status import (
 )
 from qcow2bm.live.tail import DEFAULT_GRANULARITY as DEFAULT_TAIL_GRANULARITY
 from qcow2bm.qmp.answers import Answer
+from qcow2bm.qmp.bitmap_copies import Omission
 from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
 from qcow2bm.qmp.machine import NodeBitmap
 

@@ -6,33 +6,24 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from uuid import uuid4
 
-from qcow2bm.api import open, sidecar
-from qcow2bm.errors import BitmapError, EvidenceError, QmpError, StorageError
+from qcow2bm.errors import BitmapError, EvidenceError, StorageError
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
 from qcow2bm.live import stop, tail
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import has_all, is_as_planned, node_of
 from qcow2bm.log import logger
-from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch, scratch_image
+from qcow2bm.qmp.bitmap_copies import Omission, copy_bitmaps
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE, canary_of, tail_of
-from qcow2bm.qmp.queries import query_digest, query_machine
+from qcow2bm.qmp.queries import query_machine
 from qcow2bm.storage import new_file
 from qcow2bm.units import escape
-
-
-class Omission(NamedTuple):
-    """A persistent bitmap that stays in the machine, and why."""
-
-    bitmap: NodeBitmap
-    reason: str
 
 
 class OffloadReport(NamedTuple):
@@ -104,18 +95,19 @@ def offload(
     if not os.path.exists(path):
         plan = _planned(machine, nodes, tail_granularity)
         if dry_run:
-            return _report(machine, OffloadFile(path, plan))
+            file = OffloadFile(path, plan)
+            return _report(machine, plan, _places(machine, file))
         OffloadFile.create(path, plan)
     with new_file.held(path):
         file = OffloadFile.read(path)
         if file.is_restored:
             reason = "is of an offload whose bitmaps were put back: remove it, or choose another"
             raise StorageError(path, 0, 0, reason)
-        report = _report(machine, file)
+        places = _places(machine, file)
+        report = _report(machine, file.plan, places)
         if dry_run:
             return report
         scratch.discard_leftover(monitor)
-        places = _places(machine, file)
         _begin(monitor, file, places)
         times = []
         for place, node in enumerate(places):
@@ -126,10 +118,8 @@ def offload(
     return report._replace(seconds=sum(filter(None, times)) if is_all else None)
 
 
-def _report(machine: Machine, file: OffloadFile) -> OffloadReport:
-    """What is going to be done, if it can be."""
-    plan = file.plan
-    places = _places(machine, file)
+def _report(machine: Machine, plan: OffloadPlan, places: Sequence[Node]) -> OffloadReport:
+    """What is going to be done on the nodes of the plan."""
     left = tuple(_left(machine, plan, places))
     before = stop.bytes_at_stop(machine, stop.stored_bitmaps(machine))
     after = stop.bytes_at_stop(machine, (omission.bitmap for omission in left))
@@ -234,7 +224,8 @@ def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> fl
     Returns the seconds that QEMU took to store the copy; None if the bitmap was removed before.
     """
     planned_node, planned = file.bitmaps[number]
-    bitmap = _sound_node(monitor, file, planned_node, name).find(planned.name)
+    node = _sound_node(monitor, file, planned_node, name)
+    bitmap = node.find(planned.name)
     if not bitmap:
         if not file.has_copy(number):
             raise BitmapError(planned.name, f'is gone from the node "{escape(name)}"')
@@ -242,8 +233,8 @@ def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> fl
     if not is_as_planned(bitmap, planned):
         reason = bitmap.why_unusable or "it is not the bitmap that was there when this began"
         raise BitmapError(planned.name, f"cannot be taken out now: {reason}")
-    saved, seconds = _copied(monitor, bitmap, planned, planned_node.disk_size)
-    file.append_copy(number, saved)
+    (copy,), seconds = copy_bitmaps(monitor, node, [bitmap])
+    file.append_copy(number, copy._replace(enabled=planned.enabled))
     _sound_node(monitor, file, planned_node, name)
     monitor.transaction([actions.remove(name, planned.name)])
     return seconds
@@ -261,31 +252,3 @@ def _sound_node(monitor: Monitor, file: OffloadFile, planned: PlannedNode, name:
     if fault:
         raise EvidenceError(f'node "{escape(name)}": {fault}', None)
     return node
-
-
-def _copied(
-    monitor: Monitor, bitmap: NodeBitmap, planned: PlannedBitmap, disk_size: int
-) -> tuple[SavedBitmap, float]:
-    """Returns the bits of a bitmap at one moment, and how many seconds QEMU took to store them."""
-    name, granularity = bitmap.name, bitmap.granularity
-    with scratch_image.blank(disk_size) as file:
-        with scratch_image.lent(monitor, file):
-            monitor.transaction(
-                [
-                    actions.add(SCRATCH_NODE, name, granularity, persistent=True, enabled=False),
-                    actions.merge(SCRATCH_NODE, name, name, bitmap.node),
-                ]
-            )
-            digest = query_digest(monitor, bitmap._replace(node=SCRATCH_NODE))
-            began = time.monotonic()  # QEMU stores when the node is removed
-        seconds = time.monotonic() - began
-        with open(file) as image:
-            try:
-                (saved,) = sidecar.collect(image, [image.bitmaps[name]]).bitmaps
-            except BitmapError as error:
-                reason = f"QEMU did not store a bitmap in a temporary file: {error}"
-                raise QmpError("blockdev-del", reason) from error
-    if digest not in (None, saved.sha256()):
-        reason = f'the bits of "{escape(name)}" are not what QEMU said they were'
-        raise QmpError("blockdev-del", reason)
-    return saved._replace(enabled=planned.enabled), seconds

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.arm import ArmedNode, ArmReport, Obstacle, arm
+from qcow2bm.qmp.bitmap_copies import Omission
 from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
 from qcow2bm.qmp.copies import CopyRename, rename_copies
 from qcow2bm.qmp.machine import BitmapMapping, Node, NodeBitmap
-from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, Omission, save_sidecar
+from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, save_sidecar
 from qcow2bm.qmp.settlement import (
     BitmapSettlement,
     Remedy,

@@ -1,34 +1,22 @@
 """Saves the bitmaps that a running QEMU has in memory.
 
-QMP does not give bits. So the bitmaps are merged, in one transaction, into bitmaps of a scratch
-image, which QEMU stores when the image is closed. The image is a file without a name, which QEMU
-is lent over the socket: QEMU needs access to no folder.
-
 *Spec*: spec/sidecar.md, "A running machine".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from qcow2bm.api import open, sidecar
-from qcow2bm.errors import BitmapError, QmpError, StateError
+from qcow2bm.errors import StateError
 from qcow2bm.log import logger
-from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
-from qcow2bm.qmp import actions, scratch, scratch_image
+from qcow2bm.migration.sidecar import Sidecar
+from qcow2bm.qmp import scratch
+from qcow2bm.qmp.bitmap_copies import Omission, copy_bitmaps
 from qcow2bm.qmp.client import Monitor
-from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
-from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.queries import query_digest, query_machine
+from qcow2bm.qmp.machine import Machine, Node
+from qcow2bm.qmp.queries import query_machine
 from qcow2bm.units import escape
-
-
-class Omission(NamedTuple):
-    """A persistent bitmap that cannot be saved, and why."""
-
-    bitmap: NodeBitmap
-    reason: str
 
 
 class MachineSidecar(NamedTuple):
@@ -85,11 +73,9 @@ def save_sidecar(monitor: Monitor, name: str | None = None) -> MachineSidecar:
     if not usable:
         reasons = (f'bitmap "{escape(b.name)}" is {reason}' for b, reason in left_out)
         raise ValueError("; ".join(reasons) or "has no persistent bitmaps")
-    with scratch_image.blank(node.virtual_size) as file:
-        digests = _store(monitor, node, usable, file)
-        bitmaps = _read(file, usable, digests)
+    bitmaps = copy_bitmaps(monitor, node, usable).bitmaps
     logger.info('saved %d bitmaps of node "%s"', len(bitmaps), escape(node.name))
-    return MachineSidecar(Sidecar(node.virtual_size, b"", tuple(bitmaps)), left_out)
+    return MachineSidecar(Sidecar(node.virtual_size, b"", bitmaps), left_out)
 
 
 def _chosen(machine: Machine, name: str | None) -> Node:
@@ -99,39 +85,3 @@ def _chosen(machine: Machine, name: str | None) -> Node:
     if len(nodes) > 1:
         raise NodeChoiceError([node.name for node in nodes])
     return nodes[0]
-
-
-def _store(
-    monitor: Monitor, node: Node, bitmaps: Sequence[NodeBitmap], file: BinaryIO
-) -> list[str | None]:
-    """Has QEMU store copies of bitmaps in an image; returns their digests, where it gives them."""
-    with scratch_image.lent(monitor, file):
-        monitor.transaction([*map(_added, bitmaps), *(_merged(node, b) for b in bitmaps)])
-        return [query_digest(monitor, b._replace(node=SCRATCH_NODE)) for b in bitmaps]
-
-
-def _added(bitmap: NodeBitmap) -> actions.Action:
-    name, granularity = bitmap.name, bitmap.granularity
-    return actions.add(SCRATCH_NODE, name, granularity, persistent=True, enabled=False)
-
-
-def _merged(node: Node, bitmap: NodeBitmap) -> actions.Action:
-    return actions.merge(SCRATCH_NODE, bitmap.name, bitmap.name, node.name)
-
-
-def _read(
-    file: BinaryIO, bitmaps: Sequence[NodeBitmap], digests: Sequence[str | None]
-) -> list[SavedBitmap]:
-    """Reads what QEMU stored, and compares it with the digests that QEMU gave."""
-    found = []
-    with open(file) as image:
-        for live, digest in zip(bitmaps, digests, strict=True):
-            try:
-                (bitmap,) = sidecar.collect(image, [image.bitmaps[live.name]]).bitmaps
-            except BitmapError as error:
-                raise QmpError("blockdev-del", f"QEMU did not store a bitmap: {error}") from error
-            if digest not in (None, bitmap.sha256()):
-                reason = f'the bits of "{escape(live.name)}" are not what QEMU said they were'
-                raise QmpError("blockdev-del", reason)
-            found.append(bitmap._replace(enabled=live.is_recording))
-    return found

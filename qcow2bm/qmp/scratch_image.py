@@ -32,15 +32,9 @@ def blank(virtual_size: int) -> Iterator[BinaryIO]:
         StorageError: there is no room for temporary files.
         FormatError: no image can have a disk of ``virtual_size`` bytes.
     """
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(TemporaryFile(buffering=0))
-            image = build_empty_image(virtual_size)
-            file.write(image.head)
-            file.truncate(image.length)
-        except OSError as error:
-            raise StorageError.from_os(error, "a temporary file", 0, 0, "writing") from error
-        yield cast("BinaryIO", file)
+    image = build_empty_image(virtual_size)
+    with _nameless(image.head, image.length) as file:
+        yield file
 
 
 @contextmanager
@@ -53,13 +47,21 @@ def with_bitmap(bitmap: SavedBitmap) -> Iterator[BinaryIO]:
     data = bytearray(image.head.ljust(image.length, b"\0"))
     with open(data, "r+") as opened, opened.edit() as edit:
         edit.load(bitmap.name, bitmap.granularity, bitmap.octets, enabled=False)
-    with blank(bitmap.disk_size) as file:
+    with _nameless(data, len(data)) as file:
+        yield file
+
+
+@contextmanager
+def _nameless(head: bytes | bytearray, length: int) -> Iterator[BinaryIO]:
+    """Has a file without a name that begins with ``head``, and has zeros up to its ``length``."""
+    with ExitStack() as stack:
         try:
-            file.seek(0)
-            file.write(data)
+            file = stack.enter_context(TemporaryFile(buffering=0))
+            file.write(head)
+            file.truncate(length)
         except OSError as error:
             raise StorageError.from_os(error, "a temporary file", 0, 0, "writing") from error
-        yield file
+        yield cast("BinaryIO", file)
 
 
 @contextmanager
