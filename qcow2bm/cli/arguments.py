@@ -156,6 +156,29 @@ def add_timeout(parser: Parser, condition: str = "") -> None:
     )
 
 
+def add_qmp(parser: Parser, *, is_required: bool = True) -> None:
+    """Adds the options of a command that asks a running VM."""
+    parser.add_argument(
+        "--qmp",
+        metavar="SOCKET",
+        required=is_required,
+        help="the QMP socket on which the VM listens",
+    )
+    add_timeout(parser)
+
+
+def add_nodes(parser: Parser, default: str) -> None:
+    """Adds --node, which can be repeated; ``default`` says what is done without it."""
+    parser.add_argument(
+        "--node",
+        dest="nodes",
+        metavar="NODE",
+        action="append",
+        default=[],
+        help=f"only this node or device of the VM; can be repeated; by default {default}",
+    )
+
+
 def size(text: str) -> int:
     """A size in bytes, such as 64k."""
     try:

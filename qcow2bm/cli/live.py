@@ -14,8 +14,9 @@ from qcow2bm.cli.arguments import (
     EditingArguments,
     OutputArguments,
     add_editing,
+    add_nodes,
     add_output,
-    add_timeout,
+    add_qmp,
     size,
 )
 from qcow2bm.cli.images import open_to_edit
@@ -113,15 +114,8 @@ def _define_offload(parser: Parser) -> None:
     )
     parser.epilog = _OFFLOAD_EPILOG
     parser.add_word("file", "FILE", "the file that gets the bitmaps")
-    _add_qmp(parser)
-    parser.add_argument(
-        "--node",
-        dest="nodes",
-        metavar="NODE",
-        action="append",
-        default=[],
-        help="only this node or device of the VM; can be repeated; by default all",
-    )
+    add_qmp(parser)
+    add_nodes(parser, "all")
     parser.add_argument(
         "--tail-granularity",
         metavar="SIZE",
@@ -145,7 +139,7 @@ def _define_restore(parser: Parser) -> None:
         "       %(prog)s [--dry-run] [--output {human,json}] FILE IMAGE"
     )
     parser.add_word("names", "FILE IMAGE", "the file with the bitmaps, and the image", "*")
-    _add_qmp(parser, is_required=False)
+    add_qmp(parser, is_required=False)
     parser.add_argument(
         "--assert-alone",
         dest="is_alone",
@@ -165,7 +159,7 @@ def _define_status(parser: Parser) -> None:
     parser.epilog = _STATUS_EPILOG
     parser.usage = "%(prog)s --qmp SOCKET [--timeout SECONDS] [--output {human,json}] [FILE]"
     parser.add_word("names", "FILE", "the file of an offload", "*")
-    _add_qmp(parser)
+    add_qmp(parser)
     add_output(parser)
 
 
@@ -174,15 +168,8 @@ def _define_remove(parser: Parser) -> None:
     parser.examples = ("qcow2bm live remove --qmp vm.sock daily",)
     parser.epilog = _REMOVE_EPILOG
     parser.add_word("names", "NAME", "the name of a bitmap", "+")
-    _add_qmp(parser)
+    add_qmp(parser)
     parser.add_argument("--node", metavar="NODE", help="the node or device that has the bitmaps")
-
-
-def _add_qmp(parser: Parser, *, is_required: bool = True) -> None:
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", required=is_required, help="the QMP socket of the VM"
-    )
-    add_timeout(parser)
 
 
 def run(arguments: Arguments) -> int:

@@ -15,8 +15,9 @@ from qcow2bm.cli.arguments import (
     OutputArguments,
     add_editing,
     add_image,
+    add_nodes,
     add_output,
-    add_timeout,
+    add_qmp,
 )
 from qcow2bm.cli.images import open_to_edit
 from qcow2bm.cli.messages import about
@@ -130,19 +131,8 @@ def _define_finish(parser: Parser) -> None:
 
 def _add_qmp(parser: Parser) -> None:
     parser.epilog = _QMP_EPILOG
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", required=True, help="the QMP socket on which the VM listens"
-    )
-    add_timeout(parser)
-    parser.add_argument(
-        "--node",
-        dest="nodes",
-        metavar="NODE",
-        action="append",
-        default=[],
-        help="only this node or device of the VM; can be repeated; by default all that have to do "
-        "with it",
-    )
+    add_qmp(parser)
+    add_nodes(parser, "all that have to do with it")
     add_output(parser)
 
 
