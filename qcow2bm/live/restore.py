@@ -25,7 +25,7 @@ from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import MERGED, SCRATCH_NODE, tail_of
 from qcow2bm.qmp.queries import query_digest, query_machine
 from qcow2bm.storage import new_file
-from qcow2bm.units import escape
+from qcow2bm.units import align_up, escape
 
 RestoreOutcome = Literal["restored", "kept", "left", "lost"]
 
@@ -334,4 +334,4 @@ def _is_alive(canary: Bitmap | None) -> bool:
     """Returns whether a canary has the one granule that it was made with."""
     if not canary or canary.status != VALID or canary.auto:
         return False
-    return canary.packed().tobytes().lstrip(b"\1").strip(b"\0") == b"" and canary.count() > 0
+    return align_up(canary.count(), canary.granularity) == canary.granularity
