@@ -208,56 +208,62 @@ def assert_nothing_is_wrong(disk: Disk, path: Path) -> None:
             live.restore_offline(str(path), image)
 
 
-@pytest.mark.spec("LIVE-3")
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize(
-    "step",
-    [pytest.param(1, marks=pytest.mark.deep), pytest.param(17, id="some")],
+def interrupt_each(
+    disk: Disk,
+    folder: Path,
+    ending: Ending,
+    step: int,
+    work: Callable[..., object],
+    prepare: Callable[[Machine, Path, Path], None] = lambda machine, address, path: None,
+) -> int:
+    """Kills the tool before and after each command, or each so many; returns how often it did.
+
+    Each time the bitmaps come back then, or QEMU dies.
+    """
+    original = disk.path.read_bytes()
+    runs = 0
+    for number in range(0, COMMANDS, step):
+        for is_sent in (False, True):
+            address, path = folder / f"qmp{runs}", folder / f"offloaded{runs}"
+            disk.path.write_bytes(original)
+            with Machine(disk.path, monitor=address) as machine:
+                prepare(machine, address, path)
+                begun = partial(work, path=str(path))
+                if not is_interrupted(begun, address, number, is_sent=is_sent):
+                    return runs
+                after_an_interruption(machine, disk, address, path, ending)
+            runs += 1
+    raise AssertionError("there are more commands")
+
+
+every_step = pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.deep), pytest.param(17, id="some")]
 )
+
+
+@pytest.mark.spec("LIVE-3")
+@pytest.mark.spec("LIVE-11")
+@pytest.mark.parametrize("ending", ENDINGS)
+@every_step
 def test_every_interruption_of_an_offload(
     disk: Disk, tmp_path: Path, ending: Ending, step: int
 ) -> None:
-    """The tool is killed before or after each command; then the bitmaps come back."""
-    original = disk.path.read_bytes()
-    runs = 0
-    for number in range(0, COMMANDS, step):
-        for is_sent in (False, True):
-            address, path = tmp_path / f"qmp{runs}", tmp_path / f"offloaded{runs}"
-            disk.path.write_bytes(original)
-            with Machine(disk.path, monitor=address) as machine:
-                work = partial(live.offload, path=str(path))
-                if not is_interrupted(work, address, number, is_sent=is_sent):
-                    assert runs
-                    print(f"{ending}: {runs} interruptions of an offload, no write missing")
-                    return
-                after_an_interruption(machine, disk, address, path, ending)
-            runs += 1
-    raise AssertionError("an offload has more commands")
+    runs = interrupt_each(disk, tmp_path, ending, step, live.offload)
+    assert runs
+    print(f"{ending}: {runs} interruptions of an offload, no write missing")
 
 
 @pytest.mark.spec("LIVE-3")
+@pytest.mark.spec("LIVE-11")
 @pytest.mark.parametrize("ending", ["restore", "offline", "killed"])
-@pytest.mark.parametrize(
-    "step",
-    [pytest.param(1, marks=pytest.mark.deep), pytest.param(17, id="some")],
-)
+@every_step
 def test_every_interruption_of_a_restore(
     disk: Disk, tmp_path: Path, ending: Ending, step: int
 ) -> None:
-    original = disk.path.read_bytes()
-    runs = 0
-    for number in range(0, COMMANDS, step):
-        for is_sent in (False, True):
-            address, path = tmp_path / f"qmp{runs}", tmp_path / f"offloaded{runs}"
-            disk.path.write_bytes(original)
-            with Machine(disk.path, monitor=address) as machine:
-                offload(address, path)
-                write(machine)
-                work = partial(live.restore, path=str(path))
-                if not is_interrupted(work, address, number, is_sent=is_sent):
-                    assert runs
-                    print(f"{ending}: {runs} interruptions of a restore, no write missing")
-                    return
-                after_an_interruption(machine, disk, address, path, ending)
-            runs += 1
-    raise AssertionError("a restore has more commands")
+    def prepare(machine: Machine, address: Path, path: Path) -> None:
+        offload(address, path)
+        write(machine)
+
+    runs = interrupt_each(disk, tmp_path, ending, step, live.restore, prepare)
+    assert runs
+    print(f"{ending}: {runs} interruptions of a restore, no write missing")

@@ -33,6 +33,32 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         yield machine
 
 
+class Stopped(Exception):
+    """The tool ends."""
+
+
+class StoppingMonitor(live.Monitor):
+    """Ends the tool before, or after, the first transaction that begins with an action."""
+
+    def __init__(self, folder: Path, action: str, *, is_sent: bool = False) -> None:
+        super().__init__(str(folder / "vm.sock"))
+        self._action, self._is_sent = action, is_sent
+
+    def transaction(self, actions: Any) -> None:
+        is_last = actions[0]["type"] == self._action
+        if self._is_sent or not is_last:
+            super().transaction(actions)
+        if is_last:
+            raise Stopped
+
+
+def stopped_offload(folder: Path, action: str, *, is_sent: bool = False) -> None:
+    """An offload into ``file`` that ends early."""
+    monitor = StoppingMonitor(folder, action, is_sent=is_sent)
+    with monitor, pytest.raises(Stopped):
+        live.offload(monitor, str(folder / "file"))
+
+
 def command(folder: Path, line: str) -> Result:
     """One command; SOCKET stands for the option with the machine's socket."""
     return run(["live", *shlex.split(line.replace("SOCKET", "--qmp vm.sock"))], folder)
@@ -130,18 +156,8 @@ def test_what_cannot_be_taken_out_stays(tmp_path: Path) -> None:
 @pytest.mark.spec("LIVE-9")
 @pytest.mark.spec("LIVE-11")
 def test_an_offload_that_has_only_begun(machine: Machine, tmp_path: Path) -> None:
-    """After the first step the bitmaps are in the machine, disabled, and the tail records."""
-
-    class Stopped(Exception):
-        """The tool ends."""
-
-    class StoppingMonitor(live.Monitor):
-        def transaction(self, actions: Any) -> None:
-            super().transaction(actions)
-            raise Stopped
-
-    with StoppingMonitor(str(tmp_path / "vm.sock")) as monitor, pytest.raises(Stopped):
-        live.offload(monitor, str(tmp_path / "file"))
+    """After the first step the bitmaps are in the machine, and the tail records as they do."""
+    stopped_offload(tmp_path, "block-dirty-bitmap-add", is_sent=True)
     assert steps(tmp_path) == ["begun"]
     found = machine.bitmaps()
     (tail,) = found.keys() - GRANULARITIES.keys()
@@ -159,17 +175,7 @@ def test_an_offload_that_has_only_begun(machine: Machine, tmp_path: Path) -> Non
 def test_a_bitmap_that_is_still_in_the_machine_is_copied_again(
     machine: Machine, tmp_path: Path
 ) -> None:
-    class Stopped(Exception):
-        """The tool ends."""
-
-    class StoppingMonitor(live.Monitor):
-        def transaction(self, actions: Any) -> None:
-            if actions[0]["type"] == "block-dirty-bitmap-remove":
-                raise Stopped
-            super().transaction(actions)
-
-    with StoppingMonitor(str(tmp_path / "vm.sock")) as monitor, pytest.raises(Stopped):
-        live.offload(monitor, str(tmp_path / "file"))
+    stopped_offload(tmp_path, "block-dirty-bitmap-remove")
     machine.write(*MEANWHILE[0])
     digest = machine.sha256("daily")
     assert command(tmp_path, "offload SOCKET file").status == 0
@@ -190,15 +196,7 @@ def test_a_bitmap_that_is_still_in_the_machine_is_copied_again(
 def test_a_plan_is_not_begun_on_what_has_changed(
     machine: Machine, tmp_path: Path, command_name: str, arguments: dict[str, object]
 ) -> None:
-    class Stopped(Exception):
-        """The tool ends."""
-
-    class StoppingMonitor(live.Monitor):
-        def transaction(self, actions: Any) -> None:
-            raise Stopped
-
-    with StoppingMonitor(str(tmp_path / "vm.sock")) as monitor, pytest.raises(Stopped):
-        live.offload(monitor, str(tmp_path / "file"))
+    stopped_offload(tmp_path, "block-dirty-bitmap-add")
     assert steps(tmp_path) == ["planned"]
     machine.execute(command_name, arguments)
     before = machine.bitmaps()
