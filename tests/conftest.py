@@ -48,12 +48,16 @@ _MOST_MEASURED = 10
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Measures no coverage in long tests, and in most of the many cases of a test.
 
-    They run the same lines thousands of times; others reach all of these lines, too.
+    They run the same lines thousands of times; others reach all of these lines, too. In a test of
+    memory, what measuring takes would count as well.
     """
     folder = Path(__file__).parent
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.path.relative_to(folder).as_posix().startswith(_REPEATING):
+        code = getattr(getattr(item, "function", None), "__code__", None)
+        measures_memory = code is not None and "traced_memory" in code.co_names
+        is_long = item.path.relative_to(folder).as_posix().startswith(_REPEATING)
+        if is_long or measures_memory:
             item.add_marker(pytest.mark.no_cover)
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for several in cases.values():

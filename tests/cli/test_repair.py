@@ -204,13 +204,18 @@ def forged_undo(steps: int, each: bytes) -> bytes:
     return head + steps * each + bytes(DIGEST_BYTES)
 
 
+BARRIER_STEP, WRITE_STEP = struct.pack(">BIQ", 0, 0, 0), struct.pack(">BIQ2s", 1, 1, 65536, b"ab")
+
+
 @pytest.mark.spec("REPAIR-6")
 @pytest.mark.parametrize(
     ("steps", "each", "message"),
     [
-        (MAX_STEPS, struct.pack(">BIQ2s", 1, 1, 65536, b"ab"), "does not match"),
-        (MAX_STEPS, struct.pack(">BIQ", 0, 0, 0), "does not match"),
-        (MAX_STEPS + 1, struct.pack(">BIQ", 0, 0, 0), "more than the limit of 262144"),
+        (1 << 13, WRITE_STEP, "does not match"),
+        (1 << 13, BARRIER_STEP, "does not match"),
+        pytest.param(MAX_STEPS, WRITE_STEP, "does not match", marks=pytest.mark.deep),
+        pytest.param(MAX_STEPS, BARRIER_STEP, "does not match", marks=pytest.mark.deep),
+        (MAX_STEPS + 1, BARRIER_STEP, "more than the limit of 262144"),
         (1, struct.pack(">BIQ", 1, (1 << 32) - 1, 0), "more than the limit of 1073741824"),
         (1, struct.pack(">BIQ", 1, 1 << 28, 0), "is cut off"),
     ],
@@ -219,9 +224,11 @@ def test_a_forged_undo_file_takes_little_memory(
     steps: int, each: bytes, message: str, tmp_path: Path
 ) -> None:
     written(tmp_path, LOST)
+    (tmp_path / "small").write_bytes(forged_undo(1, each))
+    run(["undo", "vm.qcow2", "small"], tmp_path)  # what is loaded once is not counted
     (tmp_path / "forged").write_bytes(forged_undo(steps, each))
     with traced_memory() as memory:
         done = run(["undo", "vm.qcow2", "forged"], tmp_path)
     assert (done.status, done.out) == (1, "")
     assert message in done.err
-    assert memory.peak < 64 << 20
+    assert memory.peak < (64 << 20 if steps >= MAX_STEPS else 4 << 20)

@@ -44,8 +44,8 @@ ALL = [
 ]
 SOME = [
     (Options(False, False, ("fine",), "merge"), 3),
-    (Options(False, True, ("fine", "coarse"), "merge"), 4),
-    (Options(True, True, (), "drop"), 3),
+    (Options(False, True, ("fine", "coarse"), "merge"), 3),
+    (Options(True, True, (), "drop"), 2),
 ]
 """Some options, each with the depth to which it is explored."""
 

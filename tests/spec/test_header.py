@@ -75,6 +75,7 @@ def test_an_image_with_such_a_header_is_not_opened() -> None:
         qcow2bm.open(short).close()
 
 
+@pytest.mark.no_cover  # which looks at the files of the source
 @pytest.mark.spec("INV-NOPATH")
 @pytest.mark.spec("HDR-6")
 def test_no_file_that_an_image_names_is_touched(
