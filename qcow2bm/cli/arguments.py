@@ -203,6 +203,17 @@ def some_seconds(text: str) -> float:
     return number
 
 
+def some_milliseconds(text: str) -> float:
+    """A number of milliseconds that is not 0, in seconds."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < 1e9:
+        raise ArgumentTypeError(f'"{escape(text)}" is no number of milliseconds above 0')
+    return number / 1000
+
+
 def seconds(text: str) -> float:
     """A number of seconds to wait."""
     try:

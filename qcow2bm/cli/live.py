@@ -1,4 +1,4 @@
-"""The commands ``live offload``, ``live restore``, ``live status`` and ``live remove``.
+"""The commands ``live``: offload, restore, record, collect, status and remove.
 
 *Spec*: spec/live.md; spec/cli.md, "Short stops".
 """
@@ -18,6 +18,7 @@ from qcow2bm.cli.arguments import (
     add_output,
     add_qmp,
     size,
+    some_milliseconds,
 )
 from qcow2bm.cli.images import open_to_edit
 from qcow2bm.cli.messages import about
@@ -35,17 +36,32 @@ _OFFLOAD_EPILOG = f"""\
 on; live restore takes everything back. Until live restore, other programs do not see the bitmaps,
 and no backup can go by them.
 
-exit status: 0 done; 1 the command failed; 2 done, but a persistent bitmap stays in the VM; 64 wrong
-usage
+exit status: 0 done; 1 the command failed; 2 done, but a persistent bitmap stays in the VM, or a
+stop takes longer than --max-downtime; 64 wrong usage
 """
 
 _RESTORE_EPILOG = f"""\
 {_SOCKET_NOTE}The bitmaps are put back into the VM that runs on the disks now, whichever it is; or
-into the image, when no VM runs on it. Each bitmap that records gets what was written meanwhile, as
-coarse as the tail.
+into the image, when no VM runs on it. Each bitmap that records gets what was written meanwhile:
+exactly, if the offload was exact and the recorders are there, or else as coarse as the tail.
 
 exit status: 0 done; 1 the command failed; 2 done, but a bitmap is lost or was left as it was; 64
 wrong usage
+"""
+
+_RECORD_EPILOG = f"""\
+{_SOCKET_NOTE}Run it after live offload --exact, while the destination waits for the migration (as
+with -incoming defer) and the source has the disks. It takes about a millisecond of each VM. If it
+is left out, live restore takes the tail.
+
+exit status: 0 done; 1 the command failed; 64 wrong usage
+"""
+
+_COLLECT_EPILOG = f"""\
+{_SOCKET_NOTE}Run it at the source after the migration, and before the source is ended; the
+destination runs meanwhile. If it is left out, live restore takes the tail.
+
+exit status: 0 done; 1 the command failed; 64 wrong usage
 """
 
 _STATUS_EPILOG = f"""\
@@ -65,7 +81,9 @@ class OffloadArguments(OutputArguments):
     timeout: float
     nodes: list[str]
     file: str
-    tail_granularity: int
+    tail_granularity: int | None
+    is_exact: bool
+    max_downtime: float | None
     dry_run: bool
 
 
@@ -86,6 +104,23 @@ class StatusArguments(OutputArguments):
     names: list[str]
 
 
+class RecordArguments(OutputArguments):
+    """The values of the arguments of ``live record``."""
+
+    qmp: str
+    source: str
+    timeout: float
+    file: str
+
+
+class CollectArguments(OutputArguments):
+    """The values of the arguments of ``live collect``."""
+
+    qmp: str
+    timeout: float
+    file: str
+
+
 class RemoveArguments(Arguments):
     """The values of the arguments of ``live remove``."""
 
@@ -101,6 +136,10 @@ def define(parser: Parser) -> None:
     parser.add_command("offload", summary, _define_offload)
     summary = "put such bitmaps back, with what was written meanwhile"
     parser.add_command("restore", summary, _define_restore)
+    summary = "give the destination of a migration a bitmap that records exactly"
+    parser.add_command("record", summary, _define_record)
+    summary = "fetch what was recorded exactly from the source of a migration"
+    parser.add_command("collect", summary, _define_collect)
     summary = "show the bitmaps of a running VM, and how far an offload is"
     parser.add_command("status", summary, _define_status)
     parser.add_command("remove", "remove bitmaps from a running VM", _define_remove)
@@ -120,8 +159,19 @@ def _define_offload(parser: Parser) -> None:
         "--tail-granularity",
         metavar="SIZE",
         type=size,
-        default=live.DEFAULT_TAIL_GRANULARITY,
         help="how many bytes of the disk count as written for each write meanwhile (default: 4M)",
+    )
+    parser.add_argument(
+        "--exact",
+        dest="is_exact",
+        action="store_true",
+        help="have another bitmap record what is written exactly; a stop does not store it",
+    )
+    parser.add_argument(
+        "--max-downtime",
+        metavar="MS",
+        type=some_milliseconds,
+        help="begin new tails until a stop stores the bits in so many milliseconds",
     )
     parser.add_argument("--dry-run", action="store_true", help="only show what would be taken out")
     add_output(parser)
@@ -148,6 +198,30 @@ def _define_restore(parser: Parser) -> None:
         "migrated",
     )
     add_editing(parser, has_result=True)
+
+
+def _define_record(parser: Parser) -> None:
+    parser.namespace = RecordArguments
+    parser.examples = ("qcow2bm live record --qmp destination.sock --source vm.sock vm.bitmaps",)
+    parser.epilog = _RECORD_EPILOG
+    parser.add_word("file", "FILE", "the file of an exact offload")
+    add_qmp(parser)
+    parser.add_argument(
+        "--source",
+        metavar="SOCKET",
+        required=True,
+        help="the QMP socket of the VM that has the disks",
+    )
+    add_output(parser)
+
+
+def _define_collect(parser: Parser) -> None:
+    parser.namespace = CollectArguments
+    parser.examples = ("qcow2bm live collect --qmp vm.sock vm.bitmaps",)
+    parser.epilog = _COLLECT_EPILOG
+    parser.add_word("file", "FILE", "the file of an exact offload")
+    add_qmp(parser)
+    add_output(parser)
 
 
 def _define_status(parser: Parser) -> None:
@@ -185,6 +259,8 @@ def _offload(arguments: OffloadArguments) -> int:
             arguments.file,
             arguments.nodes,
             tail_granularity=arguments.tail_granularity,
+            exact=arguments.is_exact,
+            max_stop_seconds=arguments.max_downtime,
             dry_run=arguments.dry_run,
             on_progress=live_output.print_taken_out if is_for_people else _ignore,
         )
@@ -195,7 +271,8 @@ def _offload(arguments: OffloadArguments) -> int:
         print_json(
             live_output.offload_as_json(arguments.qmp, arguments.file, done, dry_run=dry_run)
         )
-    return PROBLEMS_FOUND if done.left else 0
+    is_long = done.limited is not None and not done.limited.fits
+    return PROBLEMS_FOUND if done.left or is_long else 0
 
 
 def _ignore(*_: object) -> None:
@@ -234,6 +311,34 @@ def _print_restore(
     return 0 if all(one.is_safe for one in done.bitmaps) else PROBLEMS_FOUND
 
 
+def _record(arguments: RecordArguments) -> int:
+    with (
+        about(arguments.source),
+        live.Monitor(arguments.source, arguments.timeout) as source,
+        about(arguments.qmp),
+        _connect(arguments) as destination,
+    ):
+        recorders = live.record(destination, source, arguments.file)
+    _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
+    return 0
+
+
+def _collect(arguments: CollectArguments) -> int:
+    with about(arguments.qmp), _connect(arguments) as monitor:
+        recorders = live.collect(monitor, arguments.file)
+    _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
+    return 0
+
+
+def _print_recorders(
+    arguments: OutputArguments, qmp: str, file: str, recorders: tuple[live.RecorderFacts, ...]
+) -> None:
+    if arguments.output == "human":
+        live_output.print_recorders(recorders)
+    else:
+        print_json(live_output.recorders_as_json(qmp, file, recorders))
+
+
 def _status(arguments: StatusArguments) -> int:
     if len(arguments.names) > 1:
         raise UsageError("give one FILE at most")
@@ -254,7 +359,12 @@ def _remove(arguments: RemoveArguments) -> int:
 
 
 def _connect(
-    arguments: OffloadArguments | RestoreArguments | StatusArguments | RemoveArguments,
+    arguments: OffloadArguments
+    | RestoreArguments
+    | RecordArguments
+    | CollectArguments
+    | StatusArguments
+    | RemoveArguments,
 ) -> live.Monitor:
     return live.Monitor(arguments.qmp or "", arguments.timeout)
 
@@ -262,6 +372,8 @@ def _connect(
 _RUN: dict[str, Callable[[Any], int]] = {
     "offload": _offload,
     "restore": _restore,
+    "record": _record,
+    "collect": _collect,
     "status": _status,
     "remove": _remove,
 }

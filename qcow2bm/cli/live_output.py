@@ -28,6 +28,14 @@ def _offload_command(qmp: str, file: str) -> list[str]:
     return ["qcow2bm", "live", "offload", "--qmp", qmp, file]
 
 
+def _record_command(qmp: str, file: str) -> list[str]:
+    return ["qcow2bm", "live", "record", "--qmp", "DESTINATION", "--source", qmp, file]
+
+
+def _collect_command(qmp: str, file: str) -> list[str]:
+    return ["qcow2bm", "live", "collect", "--qmp", qmp, file]
+
+
 # live offload
 
 
@@ -49,6 +57,14 @@ def print_offload(qmp: str, file: str, done: live.OffloadReport, *, dry_run: boo
         f"a stop {does} at most {now} of bits{_about(done.stop_seconds)}; before this command, "
         f"{before}{_about(done.seconds)}"
     )
+    if done.limited and not done.limited.fits:
+        print_text(_too_long(qmp, file, done.limited))
+    if not dry_run and any(node.recorder_granularity for node in done.plan.nodes):
+        print_text(
+            "exact: before a migration without the capability dirty-bitmaps, run "
+            f"{command_line(_record_command(qmp, file))}; after it, before the source ends, run "
+            f"{command_line(_collect_command(qmp, file))}"
+        )
     if not done.tails_travel:
         print_text(
             "note: a block-bitmap-mapping is set, so the tail does not travel in a migration with "
@@ -60,6 +76,22 @@ def print_offload(qmp: str, file: str, done: live.OffloadReport, *, dry_run: boo
             f"to put {count(len(bitmaps), 'bitmap')} back, run this with the socket of the VM that "
             f"has the disks then: {command}"
         )
+
+
+def _too_long(qmp: str, file: str, limited: live.Limited) -> str:
+    """Says that a stop takes too long, and what to do about it."""
+    text = (
+        "warning: this is longer than --max-downtime, although "
+        f"{count(limited.rounds, 'new tail')} followed on each disk: "
+    )
+    granularity = limited.fitting_granularity
+    if granularity is None:
+        return text + "the guest writes too widely, or other bitmaps take too long; no tail fits"
+    return text + (
+        f"the guest writes too widely; a tail granularity of {format_size(granularity)} fits: put "
+        f"the bitmaps back ({command_line(_restore_command(qmp, file))}), remove the file, and "
+        f"begin again with --tail-granularity {granularity}"
+    )
 
 
 def _about(seconds: float | None) -> str:
@@ -79,6 +111,13 @@ def offload_as_json(qmp: str, file: str, done: live.OffloadReport, *, dry_run: b
         "stop-seconds-before": done.seconds,
         "stop-seconds": done.stop_seconds,
         "tails-travel": done.tails_travel,
+        "exact": any(node.recorder_granularity for node in done.plan.nodes),
+        "limit": done.limited
+        and {
+            "fits": done.limited.fits,
+            "rounds": done.limited.rounds,
+            "fitting-granularity": done.limited.fitting_granularity,
+        },
         "bitmaps": [
             {
                 "node": node.name,
@@ -108,9 +147,19 @@ _OUTCOMES = {
 def print_restore(done: live.RestoreReport) -> None:
     """Prints what ``live restore`` did."""
     for one in done.bitmaps:
-        more = f": {one.reason}" if one.reason else ""
+        more = f": {one.reason}" if one.reason else _precision(one.written)
         place = f"{quoted(one.name)} of node {quoted(one.node)}"
         print_text(f"{place} {_OUTCOMES[one.outcome]}{more}")
+
+
+def _precision(written: live.WrittenFacts | None) -> str:
+    if written is None:
+        return ""
+    marked = format_size(written.dirty_bytes)
+    if written.is_exact:
+        return f" and no more: {marked} were written since the offload"
+    reason = f", because {written.reason}" if written.reason else ""
+    return f"; the tail marks {marked} as written since the offload, which may be too much{reason}"
 
 
 def restore_as_json(subject: str, kind: str, file: str, done: live.RestoreReport) -> Document:
@@ -125,8 +174,38 @@ def restore_as_json(subject: str, kind: str, file: str, done: live.RestoreReport
                 "name": json_text(one.name),
                 "outcome": one.outcome,
                 "reason": one.reason or None,
+                "written": one.written
+                and {
+                    "exact": one.written.is_exact,
+                    "dirty-bytes": one.written.dirty_bytes,
+                    "reason": one.written.reason or None,
+                },
             }
             for one in done.bitmaps
+        ],
+    }
+
+
+# live record and live collect
+
+
+def print_recorders(recorders: tuple[live.RecorderFacts, ...]) -> None:
+    """Prints the recorders that a machine has."""
+    for node, granularity, dirty_bytes in recorders:
+        print_text(
+            f"recorder of node {quoted(node)}: granularity {format_size(granularity)}, "
+            f"{format_size(dirty_bytes)} recorded"
+        )
+
+
+def recorders_as_json(qmp: str, file: str, recorders: tuple[live.RecorderFacts, ...]) -> Document:
+    """The document that ``live record`` and ``live collect`` print."""
+    return {
+        **head(qmp, "qmp"),
+        "filename": json_text(file),
+        "recorders": [
+            {"node": node, "granularity": granularity, "dirty-bytes": dirty_bytes}
+            for node, granularity, dirty_bytes in recorders
         ],
     }
 

@@ -33,7 +33,7 @@ MAGIC = b"\x89qbmlive"
 VERSION = 1
 DIGEST_BYTES = 32
 
-PLAN, COPY, RESTORED = 1, 2, 3
+PLAN, COPY, RESTORED, ROLLED, COLLECTED = 1, 2, 3, 4, 5
 """The types of records."""
 
 ENABLED = 0x01
@@ -53,6 +53,7 @@ _BITMAP = Struct("flags" / Int8ub, "granularity_bits" / Int8ub, "name" / _NAME)
 _NODE = Struct(
     "uuid" / Bytes(16),
     "disk_size" / Int64ub,
+    "recorder_bits" / Int8ub,
     "name" / _NAME,
     "bitmaps" / PrefixedArray(Int32ub, _BITMAP),
 )
@@ -84,13 +85,19 @@ class PlannedBitmap(NamedTuple):
 class PlannedNode(NamedTuple):
     """A node whose bitmaps are to be taken out.
 
-    ``uuid`` is in the name of the bitmap that is left there instead. ``disk_size`` is in bytes.
+    Attributes:
+        uuid: it is in the names of the bitmaps that are left there instead.
+        name: of the node.
+        disk_size: in bytes.
+        bitmaps: those that are to be taken out.
+        recorder_granularity: in bytes, of the bitmap that records exactly; 0 if there is none.
     """
 
     uuid: UUID
     name: str
     disk_size: int
     bitmaps: tuple[PlannedBitmap, ...]
+    recorder_granularity: int = 0
 
 
 class OffloadPlan(NamedTuple):
@@ -180,9 +187,12 @@ def parse_plan(data: bytes, offset: int) -> OffloadPlan:
             )
             enabled = bool(bitmap.flags & ENABLED)
             bitmaps.append(PlannedBitmap(decode_name(bitmap.name), granularity, enabled))
+        recorder = node.recorder_bits and _granularity(
+            structure, "recorder_bits", node.recorder_bits, offset
+        )
         name = decode_name(node.name)
         uuid = UUID(bytes=node.uuid)
-        nodes.append(PlannedNode(uuid, name, node.disk_size, tuple(bitmaps)))
+        nodes.append(PlannedNode(uuid, name, node.disk_size, tuple(bitmaps), recorder))
     return OffloadPlan(tail_granularity, tuple(nodes))
 
 
@@ -196,6 +206,7 @@ def build_plan(plan: OffloadPlan) -> bytes:
         {
             "uuid": node.uuid.bytes,
             "disk_size": node.disk_size,
+            "recorder_bits": _bits(node.recorder_granularity) if node.recorder_granularity else 0,
             "name": encode_name(node.name),
             "bitmaps": [
                 {

@@ -12,6 +12,8 @@ command                   function                returns
 ``live offload``          `offload`               `OffloadReport`
 ``live restore --qmp``    `restore`               `RestoreReport`
 ``live restore``          `restore_offline`       `RestoreReport`
+``live record``           `record`                `RecorderFacts`
+``live collect``          `collect`               `RecorderFacts`
 ``live status``           `status`                `LiveStatus`
 ``live remove``           `remove`                nothing
 ========================  ======================  ======================
@@ -22,14 +24,16 @@ command                   function                returns
 from __future__ import annotations
 
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
+from qcow2bm.live.exact import RecorderFacts, collect, record
 from qcow2bm.live.offload import OffloadReport, offload
 from qcow2bm.live.remove import remove
-from qcow2bm.live.restore import (
+from qcow2bm.live.restore import restore
+from qcow2bm.live.restore_offline import restore_offline
+from qcow2bm.live.restore_report import (
     BitmapReturn,
     RestoreOutcome,
     RestoreReport,
-    restore,
-    restore_offline,
+    WrittenFacts,
 )
 from qcow2bm.live.status import (
     BitmapPlace,
@@ -40,6 +44,7 @@ from qcow2bm.live.status import (
     OffloadStep,
     status,
 )
+from qcow2bm.live.stop_limit import Limited
 from qcow2bm.live.tail import DEFAULT_GRANULARITY as DEFAULT_TAIL_GRANULARITY
 from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.bitmap_copies import Omission
@@ -53,6 +58,7 @@ __all__ = [
     "BitmapPlace",
     "BitmapReturn",
     "BitmapStatus",
+    "Limited",
     "LiveStatus",
     "Monitor",
     "NodeBitmap",
@@ -64,9 +70,13 @@ __all__ = [
     "Omission",
     "PlannedBitmap",
     "PlannedNode",
+    "RecorderFacts",
     "RestoreOutcome",
     "RestoreReport",
+    "WrittenFacts",
+    "collect",
     "offload",
+    "record",
     "remove",
     "restore",
     "restore_offline",

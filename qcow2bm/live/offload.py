@@ -12,15 +12,15 @@ from uuid import uuid4
 
 from qcow2bm.errors import BitmapError, EvidenceError, StorageError
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
-from qcow2bm.live import stop, tail
+from qcow2bm.live import recording, stop, tail
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import has_all, is_as_planned, node_of
-from qcow2bm.log import logger
-from qcow2bm.qmp import actions, scratch, scratch_image
+from qcow2bm.live.stop_limit import Limited, Pace, limit_stop
+from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.bitmap_copies import Omission, copy_bitmaps
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
-from qcow2bm.qmp.names import SCRATCH_NODE, canary_of, tail_of
+from qcow2bm.qmp.names import is_of_offload
 from qcow2bm.qmp.queries import query_machine
 from qcow2bm.storage import new_file
 from qcow2bm.units import escape
@@ -38,6 +38,8 @@ class OffloadReport(NamedTuple):
             not copy all of it.
         tails_travel: whether the tails travel in a migration with the capability dirty-bitmaps; a
             block-bitmap-mapping that is set leaves them out.
+        limited: whether a stop keeps to ``max_stop_seconds``, and what would; None if there is no
+            such limit, or in a dry run.
     """
 
     plan: OffloadPlan
@@ -46,10 +48,13 @@ class OffloadReport(NamedTuple):
     after: int
     seconds: float | None
     tails_travel: bool
+    limited: Limited | None = None
 
     @property
     def stop_seconds(self) -> float | None:
         """How long QEMU takes to store bits at a stop now, by the time that it took for more."""
+        if self.limited and self.limited.stop_seconds is not None:
+            return self.limited.stop_seconds
         if self.seconds is None or not self.before:
             return None
         return self.seconds * self.after / self.before
@@ -60,7 +65,9 @@ def offload(
     path: str,
     nodes: Sequence[str] = (),
     *,
-    tail_granularity: int = tail.DEFAULT_GRANULARITY,
+    tail_granularity: int | None = None,
+    exact: bool = False,
+    max_stop_seconds: float | None = None,
     dry_run: bool = False,
     on_progress: Callable[[str, str], None] = lambda node, name: None,
 ) -> OffloadReport:
@@ -77,7 +84,12 @@ def offload(
         monitor: the machine.
         path: of the offload file; it is made if there is none.
         nodes: the names of nodes or devices.
-        tail_granularity: how many guest bytes a bit of the tail stands for.
+        tail_granularity: how many guest bytes a bit of the tail stands for; None for
+            `DEFAULT_GRANULARITY`, or for that of the offload that goes on.
+        exact: whether a second bitmap, which QEMU does not store, records as finely as the finest
+            bitmap, see `collect`.
+        max_stop_seconds: how long QEMU may take to store bits at a stop, by the time that it takes
+            for copies. While a stop would take longer, new tails follow, which are clean.
         dry_run: whether to send only queries, and write nothing.
         on_progress: called with a node and the name of a bitmap that was taken out.
 
@@ -87,13 +99,15 @@ def offload(
         QmpError: QEMU does not answer, refuses, or did not store a bitmap.
         StorageError: the file cannot be read or written.
         FormatError: the file is no offload file, or is damaged.
-        ValueError: there is no such node, no bitmap to take out, or no such granularity.
+        ValueError: there is no such node, no bitmap to take out, or no such granularity; or the
+            offload that goes on was begun in another way.
     """
-    _require_granularity(tail_granularity)
+    _require_sensible(tail_granularity, max_stop_seconds)
     machine = query_machine(monitor)
     machine.require_settled()
     if not os.path.exists(path):
-        plan = _planned(machine, nodes, tail_granularity)
+        granularity = tail_granularity or tail.DEFAULT_GRANULARITY
+        plan = _planned(machine, nodes, granularity, exact=exact)
         if dry_run:
             file = OffloadFile(path, plan)
             return _report(machine, plan, _places(machine, file))
@@ -104,18 +118,24 @@ def offload(
             reason = "is of an offload whose bitmaps were put back: remove it, or choose another"
             raise StorageError(path, 0, 0, reason)
         places = _places(machine, file)
+        _require_same(file, machine, places, nodes, tail_granularity, exact=exact)
         report = _report(machine, file.plan, places)
         if dry_run:
             return report
         scratch.discard_leftover(monitor)
-        _begin(monitor, file, places)
-        times = []
+        recording.begin(monitor, file.tails, places)
+        pace, is_all = Pace(), not report.left
         for place, node in enumerate(places):
             for number in file.plan.numbers_of(place):
-                times.append(_take_out(monitor, file, number, node.name))
+                stored = _take_out(monitor, file, number, node.name)
+                pace += stored or Pace()
+                is_all = is_all and stored is not None
                 on_progress(node.name, file.bitmaps[number][1].name)
-    is_all = None not in times and not report.left
-    return report._replace(seconds=sum(filter(None, times)) if is_all else None)
+        report = report._replace(seconds=pace.seconds if is_all else None)
+        if max_stop_seconds is None:
+            return report
+        limited = limit_stop(monitor, file, [node.name for node in places], pace, max_stop_seconds)
+        return report._replace(after=limited.stop_bytes, limited=limited)
 
 
 def _report(machine: Machine, plan: OffloadPlan, places: Sequence[Node]) -> OffloadReport:
@@ -123,20 +143,24 @@ def _report(machine: Machine, plan: OffloadPlan, places: Sequence[Node]) -> Offl
     left = tuple(_left(machine, plan, places))
     before = stop.bytes_at_stop(machine, stop.stored_bitmaps(machine))
     after = stop.bytes_at_stop(machine, (omission.bitmap for omission in left))
-    for node in places:
-        canary = stop.cluster_size_of(node)
-        after += stop.most_bytes(node, plan.tail_granularity) + canary
+    after += sum(stop.bytes_of_tail(node, plan.tail_granularity) for node in places)
     return OffloadReport(plan, left, before, after, None, machine.mapping is None)
 
 
-def _require_granularity(granularity: int) -> None:
-    if granularity.bit_count() != 1 or not 512 <= granularity <= tail.MAX_GRANULARITY:
+def _require_sensible(granularity: int | None, max_stop_seconds: float | None) -> None:
+    if granularity is not None and (
+        granularity.bit_count() != 1 or not 512 <= granularity <= tail.MAX_GRANULARITY
+    ):
         most = tail.MAX_GRANULARITY >> 20
         reason = f"must be a power of two from 512 to {most} MiB"
         raise ValueError(f"the granularity of the tail is {granularity}, {reason}")
+    if max_stop_seconds is not None and not max_stop_seconds > 0:
+        raise ValueError(f"the time for a stop is {max_stop_seconds}, must be more than 0 seconds")
 
 
-def _planned(machine: Machine, names: Sequence[str], tail_granularity: int) -> OffloadPlan:
+def _planned(
+    machine: Machine, names: Sequence[str], tail_granularity: int, *, exact: bool
+) -> OffloadPlan:
     chosen = machine.select(names, lambda node: bool(_usable(node)))
     nodes = []
     for node in chosen:
@@ -146,10 +170,35 @@ def _planned(machine: Machine, names: Sequence[str], tail_granularity: int) -> O
         bitmaps = [PlannedBitmap(b.name, b.granularity, b.is_recording) for b in _usable(node)]
         if not bitmaps:
             raise ValueError(f'the node "{escape(node.name)}" has no bitmap that can be taken out')
-        nodes.append(PlannedNode(uuid4(), node.name, node.virtual_size, tuple(bitmaps)))
+        recorded = [bitmap.granularity for bitmap in bitmaps if bitmap.enabled]
+        recorder = min(recorded, default=0) if exact else 0
+        planned = PlannedNode(uuid4(), node.name, node.virtual_size, tuple(bitmaps), recorder)
+        nodes.append(planned)
     if not nodes:
         raise ValueError("there is no persistent bitmap that can be taken out")
     return OffloadPlan(tail_granularity, tuple(nodes))
+
+
+def _require_same(
+    file: OffloadFile,
+    machine: Machine,
+    places: Sequence[Node],
+    names: Sequence[str],
+    tail_granularity: int | None,
+    *,
+    exact: bool,
+) -> None:
+    """Raises if an offload that goes on was begun with other options than these."""
+    plan = file.plan
+    chosen = {node.name for node in machine.select(names, lambda node: False)}
+    if names and chosen != {node.name for node in places}:
+        was = ", ".join(escape(node.name) for node in places)
+        raise ValueError(f"the offload that goes on was begun for other nodes, which are: {was}")
+    if tail_granularity not in (None, plan.tail_granularity):
+        was = str(plan.tail_granularity)
+        raise ValueError(f"the offload that goes on was begun with the tail granularity {was}")
+    if exact and not any(node.recorder_granularity for node in plan.nodes):
+        raise ValueError("the offload that goes on was not begun as an exact one")
 
 
 def _usable(node: Node) -> list[NodeBitmap]:
@@ -161,70 +210,48 @@ def _usable(node: Node) -> list[NodeBitmap]:
 
 def _places(machine: Machine, file: OffloadFile) -> list[Node]:
     """Returns the nodes of the plan, if the offload can begin or go on there."""
-    plan = file.plan
-    nodes = [node_of(machine, planned) for planned in plan.nodes]
-    pairs = list(zip(nodes, plan.nodes, strict=True))
-    has_begun = any(node.find(tail_of(planned.uuid)) for node, planned in pairs)
+    tails = file.tails
+    nodes = [node_of(machine, one) for one in tails]
+    pairs = list(zip(nodes, tails, strict=True))
+    has_begun = any(node.find(one.name) for node, one in pairs)
     if not has_begun and not file.has_copies:
-        for node, planned in pairs:
-            if not has_all(node, planned):
+        for node, one in pairs:
+            if not has_all(node, one.planned):
                 reason = "is a plan for other bitmaps than the machine has now: remove it"
                 raise StorageError(file.path, 0, 0, reason)
         return nodes
-    for node, planned in pairs:
-        reason = tail.why_unusable(plan, planned, node)
+    for node, one in pairs:
+        reason = one.why_unusable(node)
         # An interruption right after the first step leaves the tail without its canary.
-        if reason and not (node.find(tail_of(planned.uuid)) and has_all(node, planned)):
+        if reason and not (node.find(one.name) and has_all(node, one.planned)):
             raise EvidenceError(f'node "{escape(node.name)}": {reason}', None)
     return nodes
 
 
 def _left(machine: Machine, plan: OffloadPlan, nodes: Sequence[Node]) -> Iterator[Omission]:
-    taken = {
-        (node.name, name)
-        for node, planned in zip(nodes, plan.nodes, strict=True)
-        for name in (*(bitmap.name for bitmap in planned.bitmaps), *tail.names_of(planned))
-    }
+    planned = dict(zip((node.name for node in nodes), plan.nodes, strict=True))
     for bitmap in stop.stored_bitmaps(machine):
-        if (bitmap.node, bitmap.name) not in taken:
+        ours = planned.get(bitmap.node)
+        is_taken = ours is not None and (
+            bitmap.name in (one.name for one in ours.bitmaps)
+            or is_of_offload(bitmap.name, ours.uuid)
+        )
+        if not is_taken:
             yield Omission(bitmap, bitmap.why_unusable or "it was not chosen")
 
 
-def _begin(monitor: Monitor, file: OffloadFile, nodes: Sequence[Node]) -> None:
-    """Adds the tails, and then their canaries, where that was not done before."""
-    plan, granularity = file.plan, file.plan.tail_granularity
-    pairs = list(zip(nodes, plan.nodes, strict=True))
-    missing = [
-        actions.add(node.name, tail_of(planned.uuid), granularity, persistent=True, enabled=True)
-        for node, planned in pairs
-        if not node.find(tail_of(planned.uuid))
-    ]
-    if missing:
-        monitor.transaction(missing)
-        logger.info("live offload: the tails record")
-    for node, planned in pairs:
-        name = canary_of(planned.uuid)
-        if not node.find(name):
-            canary = tail.canary(plan, planned)
-            with (
-                scratch_image.with_bitmap(canary) as image,
-                scratch_image.lent(monitor, image, read_only=True),
-            ):
-                add = actions.add(node.name, name, granularity, persistent=True, enabled=False)
-                monitor.transaction([add, actions.merge(node.name, name, name, SCRATCH_NODE)])
-
-
-def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> float | None:
+def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> Pace | None:
     """Copies a bitmap of a node into the file, and removes it from the machine.
 
     The bitmap goes on recording until it is removed: what it records after it was copied is in the
     tail, too. So a bitmap that is still in the machine is always right. If the file has a copy
     of it already, the new copy takes its place.
 
-    Returns the seconds that QEMU took to store the copy; None if the bitmap was removed before.
+    Returns how fast QEMU stored the copy; None if the bitmap was removed before.
     """
     planned_node, planned = file.bitmaps[number]
-    node = _sound_node(monitor, file, planned_node, name)
+    one = file.tail(file.plan.nodes.index(planned_node))
+    node = recording.sound_node(monitor, one, name)
     bitmap = node.find(planned.name)
     if not bitmap:
         if not file.has_copy(number):
@@ -235,20 +262,6 @@ def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> fl
         raise BitmapError(planned.name, f"cannot be taken out now: {reason}")
     (copy,), seconds = copy_bitmaps(monitor, node, [bitmap])
     file.append_copy(number, copy._replace(enabled=planned.enabled))
-    _sound_node(monitor, file, planned_node, name)
+    recording.sound_node(monitor, one, name)
     monitor.transaction([actions.remove(name, planned.name)])
-    return seconds
-
-
-def _sound_node(monitor: Monitor, file: OffloadFile, planned: PlannedNode, name: str) -> Node:
-    """Returns a node as it is now; raises if a bitmap that leaves it could not be put back.
-
-    By now a migration may be under way, or another program may have changed the tail.
-    """
-    machine = query_machine(monitor)
-    machine.require_settled()
-    (node,) = machine.select([name], lambda node: True)
-    fault = tail.why_unusable(file.plan, planned, node)
-    if fault:
-        raise EvidenceError(f'node "{escape(name)}": {fault}', None)
-    return node
+    return Pace(stop.most_bytes(node, bitmap.granularity, bitmap.dirty_bytes), seconds)

@@ -17,16 +17,20 @@ from qcow2bm.api import sidecar
 from qcow2bm.errors import FormatError, StorageError
 from qcow2bm.format import offload_file
 from qcow2bm.format.offload_file import (
+    COLLECTED,
     COPY,
     DIGEST_BYTES,
     PLAN,
     RECORD_BYTES,
     RESTORED,
+    ROLLED,
     OffloadPlan,
     RecordHead,
 )
+from qcow2bm.live.tail import Tail
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
 from qcow2bm.storage import new_file
+from qcow2bm.units import escape
 
 _PIECE = 1 << 20
 
@@ -60,6 +64,8 @@ class OffloadFile:
         self.bitmaps = plan.bitmaps
         self._copies: dict[int, _Place] = {}
         self._restored: set[int] = set()
+        self._rolled: dict[int, list[_Place]] = {}
+        self._collected: dict[int, _Place] = {}
         self._end = 0  # of the last whole record, in bytes
         for head, place in records:
             self._note(head, place)
@@ -98,7 +104,9 @@ class OffloadFile:
         return cls(path, plan, records)
 
     def _note(self, head: RecordHead, place: _Place) -> None:
-        limits = {PLAN: 1, COPY: len(self.bitmaps), RESTORED: len(self.plan.nodes)}
+        nodes = len(self.plan.nodes)
+        limits = {PLAN: 1, COPY: len(self.bitmaps)}
+        limits |= {RESTORED: nodes, ROLLED: nodes, COLLECTED: nodes}
         if head.number >= limits.get(head.type, 0) or (head.type == PLAN and self._end):
             reason = f"is {head.type}, with the number {head.number}, which cannot be here"
             raise FormatError("record", "type", place.offset - RECORD_BYTES, reason)
@@ -106,6 +114,10 @@ class OffloadFile:
             self._copies[head.number] = place
         if head.type == RESTORED:
             self._restored.add(head.number)
+        if head.type == ROLLED:
+            self._rolled.setdefault(head.number, []).append(place)
+        if head.type == COLLECTED:
+            self._collected[head.number] = place
         self._end = place.offset + place.size + DIGEST_BYTES
 
     @property
@@ -126,6 +138,20 @@ class OffloadFile:
         """Returns whether the file has the bits of the bitmap that has this number in the plan."""
         return number in self._copies
 
+    def has_collected(self, number: int) -> bool:
+        """Returns whether the file has what the recorder of the node recorded at the source."""
+        return number in self._collected
+
+    def tail(self, number: int) -> Tail:
+        """Returns the tail of the node that has this number, as it must be now."""
+        rolls = len(self._rolled.get(number, ()))
+        return Tail(self.plan.nodes[number], self.plan.tail_granularity, rolls)
+
+    @property
+    def tails(self) -> list[Tail]:
+        """The tails of all nodes, as a new list."""
+        return [self.tail(number) for number in range(len(self.plan.nodes))]
+
     def read_copy(self, number: int) -> SavedBitmap:
         """Returns the bitmap that has this number in the plan.
 
@@ -134,15 +160,43 @@ class OffloadFile:
             FormatError: the copy is damaged, or is not the one that was planned.
         """
         node, planned = self.bitmaps[number]
-        place = self._copies[number]
+        return self._read(self._copies[number], (*planned, node.disk_size))
+
+    def read_collected(self, number: int) -> SavedBitmap:
+        """Returns what the recorder of the node that has this number recorded at the source.
+
+        Raises as `read_copy` does.
+        """
+        tail = self.tail(number)
+        node = tail.planned
+        wanted = (tail.recorder_name, node.recorder_granularity, True, node.disk_size)
+        return self._read(self._collected[number], wanted)
+
+    def read_rolled(self, number: int) -> list[SavedBitmap]:
+        """Returns the former tails of the node that has this number.
+
+        Raises as `read_copy` does.
+        """
+        tail = self.tail(number)._replace(number=0)
+        found = []
+        for place in self._rolled.get(number, ()):
+            wanted = (tail.name, tail.granularity, True, tail.planned.disk_size)
+            found.append(self._read(place, wanted))
+            tail = tail.next
+        return found
+
+    def _read(self, place: _Place, wanted: tuple[str, int, bool, int]) -> SavedBitmap:
+        """Returns the bitmap that is in a record; it must have these properties."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(place.offset)
                 bitmaps = sidecar.read(_pieces(file, place.size)).bitmaps
         except OSError as error:
             raise StorageError.from_os(error, self.path, place.offset, place.size) from error
-        if [bitmap[:4] for bitmap in bitmaps] != [(*planned, node.disk_size)]:
-            raise FormatError(f"copy {number}", "", place.offset, "is not the one that was planned")
+        if [bitmap[:4] for bitmap in bitmaps] != [wanted]:
+            name = escape(wanted[0])
+            reason = f'is not that of the bitmap "{name}" that was planned'
+            raise FormatError("record", "payload", place.offset, reason)
         return bitmaps[0]
 
     def append_copy(self, number: int, bitmap: SavedBitmap) -> None:
@@ -151,8 +205,23 @@ class OffloadFile:
         Raises:
             StorageError: writing failed; what the file had before is still there.
         """
-        content = b"".join(sidecar.write(Sidecar(bitmap.disk_size, b"", (bitmap,))))
-        self._append(COPY, number, content)
+        self._append(COPY, number, _as_sidecar(bitmap))
+
+    def append_rolled(self, number: int, tail: SavedBitmap) -> None:
+        """Appends the tail of the node that has this number: from now on the next one counts.
+
+        Raises:
+            StorageError: writing failed; what the file had before is still there.
+        """
+        self._append(ROLLED, number, _as_sidecar(tail))
+
+    def append_collected(self, number: int, recorder: SavedBitmap) -> None:
+        """Appends what the recorder of the node that has this number recorded at the source.
+
+        Raises:
+            StorageError: writing failed; what the file had before is still there.
+        """
+        self._append(COLLECTED, number, _as_sidecar(recorder))
 
     def append_restored(self, number: int) -> None:
         """Appends that all bitmaps of the node that has this number were put back.
@@ -166,6 +235,10 @@ class OffloadFile:
         new_file.append(self.path, _record(type, number, payload), self._end)
         place = _Place(self._end + RECORD_BYTES, len(payload))
         self._note(RecordHead(type, number, len(payload)), place)
+
+
+def _as_sidecar(bitmap: SavedBitmap) -> bytes:
+    return b"".join(sidecar.write(Sidecar(bitmap.disk_size, b"", (bitmap,))))
 
 
 def _record(type: int, number: int, payload: bytes) -> bytes:

@@ -1,18 +1,21 @@
-"""Finds in a machine the node that the bitmaps of an offload file belong to.
+"""Finds in a machine, or in an image, the node that the bitmaps of an offload file belong to.
 
 *Spec*: spec/live.md, "Tail".
 """
 
 from __future__ import annotations
 
+from qcow2bm.api import Bitmap, Image
+from qcow2bm.bitmaps.status import VALID
 from qcow2bm.errors import EvidenceError
 from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
+from qcow2bm.live.tail import Tail
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
-from qcow2bm.qmp.names import tail_of
-from qcow2bm.units import escape
+from qcow2bm.qmp.names import is_of_offload
+from qcow2bm.units import align_up, escape
 
 
-def node_of(machine: Machine, planned: PlannedNode) -> Node:
+def node_of(machine: Machine, tail: Tail) -> Node:
     """Returns the node that has the tail; without a tail, the node that has the name.
 
     Another machine may have another name for the node of the same disk.
@@ -20,13 +23,48 @@ def node_of(machine: Machine, planned: PlannedNode) -> Node:
     Raises:
         EvidenceError: there is no such node, or there are several.
     """
-    tails = [node for node in machine.nodes if node.find(tail_of(planned.uuid))]
-    nodes = tails or [node for node in machine.nodes if node.name == planned.name]
+    nodes = [node for node in machine.nodes if node.find(tail.name)]
+    nodes = nodes or [node for node in machine.nodes if node.name == tail.planned.name]
     if len(nodes) != 1:
         number = "several nodes of the machine have" if nodes else "no node of the machine has"
-        reason = f'{number} the tail for the bitmaps of node "{escape(planned.name)}"'
+        reason = f'{number} the tail for the bitmaps of node "{escape(tail.planned.name)}"'
         raise EvidenceError(reason, None)
     return nodes[0]
+
+
+def node_of_image(image: Image, tail: Tail) -> Node:
+    """Returns an image of a machine that is off as the node that a QEMU would have of it.
+
+    Only the bits of the bitmaps that the offload added are counted.
+    """
+    bitmaps = [
+        NodeBitmap(
+            node=tail.planned.name,
+            name=name,
+            granularity=bitmap.granularity,
+            dirty_bytes=_granules(bitmap) if is_of_offload(name, tail.planned.uuid) else 0,
+            is_recording=bitmap.auto,
+            is_persistent=True,
+            is_busy=False,
+            is_inconsistent=bitmap.status != VALID,
+        )
+        for name, bitmap in image.bitmaps.items()
+    ]
+    return Node(
+        name=tail.planned.name,
+        alias=tail.planned.name,
+        driver="qcow2",
+        virtual_size=image.virtual_size,
+        cluster_size=image.cluster_size,
+        is_read_only=False,
+        is_active=None,
+        bitmaps=tuple(bitmaps),
+    )
+
+
+def _granules(bitmap: Bitmap) -> int:
+    """How many bytes the dirty granules have; as for QEMU, the last one counts as a whole."""
+    return align_up(bitmap.count(), bitmap.granularity) if bitmap.status == VALID else 0
 
 
 def has_all(node: Node, planned: PlannedNode) -> bool:

@@ -9,13 +9,11 @@ from typing import Literal, NamedTuple
 
 from qcow2bm.errors import EvidenceError, StateError
 from qcow2bm.format.offload_file import PlannedNode
-from qcow2bm.live import tail
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import has_all, node_of
 from qcow2bm.live.stop import bytes_at_stop
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine, NodeBitmap
-from qcow2bm.qmp.names import tail_of
 from qcow2bm.qmp.queries import query_machine
 
 OffloadStep = Literal["planned", "begun", "offloaded", "restored", "no-tail", "away", "in-doubt"]
@@ -121,7 +119,8 @@ def status(monitor: Monitor, path: str | None = None) -> LiveStatus:
 
 
 def _status(file: OffloadFile, machine: Machine, number: int, away: str) -> NodeStatus:
-    planned = file.plan.nodes[number]
+    tail = file.tail(number)
+    planned = tail.planned
     copied = {
         file.bitmaps[place][1].name
         for place in file.plan.numbers_of(number)
@@ -129,14 +128,14 @@ def _status(file: OffloadFile, machine: Machine, number: int, away: str) -> Node
     }
     step: OffloadStep
     try:
-        node = node_of(machine, planned)
+        node = node_of(machine, tail)
     except EvidenceError as error:
         step, reason = _step_without_node(file, number, away, error)
         return NodeStatus(planned.name, step, reason, _bitmaps(planned, {}, copied))
     there = {bitmap.name: bitmap for bitmap in node.bitmaps}
     bitmaps = _bitmaps(planned, there, copied)
-    has_tail = node.find(tail_of(planned.uuid)) is not None
-    reason = "" if has_all(node, planned) else tail.why_unusable(file.plan, planned, node)
+    has_tail = node.find(tail.name) is not None
+    reason = "" if has_all(node, planned) else tail.why_unusable(node)
     if file.was_restored(number) and not has_tail:
         step, reason = "restored", ""
     elif away:

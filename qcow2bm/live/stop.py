@@ -33,6 +33,11 @@ def most_bytes(node: Node, granularity: int, dirty_bytes: int | None = None) -> 
     return clusters * cluster_size
 
 
+def bytes_of_tail(node: Node, granularity: int) -> int:
+    """Returns how many bytes a tail of that granularity and its canary take to store, at most."""
+    return most_bytes(node, granularity) + cluster_size_of(node)
+
+
 def bytes_at_stop(machine: Machine, bitmaps: Iterable[NodeBitmap]) -> int:
     """Returns how many bytes QEMU stores of these bitmaps if the machine stops now, at most."""
     by_name = {node.name: node for node in machine.nodes}

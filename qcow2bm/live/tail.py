@@ -5,15 +5,26 @@ made. Beside it is its canary, a bitmap that records nothing and has one granule
 clears the bitmaps of a disk clears the canary as well, and a program that begins new bitmaps for
 those that record, such as libvirt for an overlay, makes none for the canary.
 
+A new tail may follow a tail: then the bits of the former one are in the offload file.
+
 *Spec*: spec/live.md, "Tail".
 """
 
 from __future__ import annotations
 
-from qcow2bm.format.offload_file import OffloadPlan, PlannedNode
+from typing import NamedTuple, Self
+
+from qcow2bm.format.offload_file import PlannedNode
 from qcow2bm.migration.sidecar import SavedBitmap
-from qcow2bm.qmp.machine import Node
-from qcow2bm.qmp.names import TAIL_PREFIX, canary_of, tail_of
+from qcow2bm.qmp.machine import Node, NodeBitmap
+from qcow2bm.qmp.names import (
+    TAIL_PREFIX,
+    arrival_of,
+    canary_of,
+    is_of_offload,
+    recorder_of,
+    tail_of,
+)
 from qcow2bm.units import ceil_div
 
 DEFAULT_GRANULARITY = 4 << 20
@@ -21,46 +32,100 @@ MAX_GRANULARITY = 128 << 20
 """A coarser bitmap makes the source of a migration with the capability dirty-bitmaps spin."""
 
 
-def names_of(planned: PlannedNode) -> tuple[str, str]:
-    """Returns the names of the tail and of its canary."""
-    return tail_of(planned.uuid), canary_of(planned.uuid)
+class Tail(NamedTuple):
+    """The tail of a node, as an offload file says that it is.
 
+    Attributes:
+        planned: the node.
+        granularity: how many guest bytes a bit of the tail stands for.
+        number: how many tails this one follows.
+    """
 
-def canary(plan: OffloadPlan, planned: PlannedNode) -> SavedBitmap:
-    """Returns the canary of a node; its first granule is dirty."""
-    granularity, size = plan.tail_granularity, planned.disk_size
-    octets = bytearray(ceil_div(ceil_div(size, granularity), 8))
-    octets[0] = 1
-    return SavedBitmap(canary_of(planned.uuid), granularity, False, size, octets)
+    planned: PlannedNode
+    granularity: int
+    number: int = 0
 
+    @property
+    def name(self) -> str:
+        """The name of the tail."""
+        return tail_of(self.planned.uuid, self.number)
 
-def foreign_tail(node: Node, planned: PlannedNode | None = None) -> str:
-    """Returns the name of a tail of another offload on a node; "" if there is none."""
-    ours = tail_of(planned.uuid) if planned else ""
-    names = (bitmap.name for bitmap in node.bitmaps)
-    return next((n for n in names if n.startswith(TAIL_PREFIX) and n != ours), "")
+    @property
+    def canary_name(self) -> str:
+        """The name of its canary."""
+        return canary_of(self.planned.uuid, self.number)
 
+    @property
+    def recorder_name(self) -> str:
+        """The name of the bitmap that records exactly where the offload was begun."""
+        return recorder_of(self.planned.uuid)
 
-def why_unusable(plan: OffloadPlan, planned: PlannedNode, node: Node) -> str:
-    """Returns why the tail on a node may miss writes; "" if it has all of them."""
-    tail, canary = map(node.find, names_of(planned))
-    if not tail:
-        return "the tail is gone: nothing recorded the writes since the bitmaps were taken out"
-    if tail.is_inconsistent:
-        return "the tail is inconsistent: a QEMU that had the disk did not store it"
-    if not tail.is_recording:
-        return "the tail is disabled: writes are missing from it"
-    if tail.granularity != plan.tail_granularity or not tail.is_persistent:
-        return "the tail is not the one that was made: it has another granularity or persistence"
-    if node.virtual_size != planned.disk_size:
-        return (
-            f"the disk has {node.virtual_size} bytes, and had {planned.disk_size} when the bitmaps "
-            "were taken out"
+    @property
+    def arrival_name(self) -> str:
+        """The name of the bitmap that records exactly at the destination of a migration."""
+        return arrival_of(self.planned.uuid)
+
+    @property
+    def next(self) -> Self:
+        """The tail that can follow."""
+        return self._replace(number=self.number + 1)
+
+    @property
+    def canary(self) -> SavedBitmap:
+        """The canary as it is made: its first granule is dirty."""
+        size = self.planned.disk_size
+        octets = bytearray(ceil_div(ceil_div(size, self.granularity), 8))
+        octets[0] = 1
+        return SavedBitmap(self.canary_name, self.granularity, False, size, octets)
+
+    def names_on(self, node: Node) -> list[str]:
+        """Returns the names of all bitmaps on a node that its offload added."""
+        names = (bitmap.name for bitmap in node.bitmaps)
+        return [name for name in names if is_of_offload(name, self.planned.uuid)]
+
+    def recorder_on(self, node: Node, name: str) -> NodeBitmap | None:
+        """Returns the recorder of that name; None if there is none that has what it began with.
+
+        A recorder is not persistent: it ends with the QEMU process that has it.
+        """
+        found = node.find(name)
+        is_ours = (
+            found is not None
+            and found.is_recording
+            and found.is_usable
+            and not found.is_persistent
+            and found.granularity == self.planned.recorder_granularity
         )
-    if not canary or canary.is_recording or canary.dirty_bytes != plan.tail_granularity:
-        return "the canary of the tail is gone or was changed: the tail may have been cleared"
-    if node.is_read_only:
-        return "the node is read-only: QEMU would not store the bitmaps"
-    if tail.is_busy:
-        return "the tail is busy: a job uses it; try again when the job has ended"
-    return ""
+        return found if is_ours else None
+
+    def why_unusable(self, node: Node) -> str:
+        """Returns why the tail on a node may miss writes; "" if it has all of them."""
+        tail, canary = node.find(self.name), node.find(self.canary_name)
+        if not tail:
+            return "the tail is gone: nothing recorded the writes since the bitmaps were taken out"
+        if tail.is_inconsistent:
+            return "the tail is inconsistent: a QEMU that had the disk did not store it"
+        if not tail.is_recording:
+            return "the tail is disabled: writes are missing from it"
+        if tail.granularity != self.granularity or not tail.is_persistent:
+            return (
+                "the tail is not the one that was made: it has another granularity or persistence"
+            )
+        if node.virtual_size != self.planned.disk_size:
+            return (
+                f"the disk has {node.virtual_size} bytes, and had {self.planned.disk_size} when "
+                "the bitmaps were taken out"
+            )
+        if not canary or canary.is_recording or canary.dirty_bytes != self.granularity:
+            return "the canary of the tail is gone or was changed: the tail may have been cleared"
+        if node.is_read_only:
+            return "the node is read-only: QEMU would not store the bitmaps"
+        if tail.is_busy:
+            return "the tail is busy: a job uses it; try again when the job has ended"
+        return ""
+
+
+def foreign_tail(node: Node) -> str:
+    """Returns the name of a tail on a node; "" if there is none."""
+    names = (bitmap.name for bitmap in node.bitmaps)
+    return next((name for name in names if name.startswith(TAIL_PREFIX)), "")

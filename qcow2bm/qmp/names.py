@@ -16,6 +16,8 @@ MERGED = "qcow2bm-merged"
 """A bitmap that is there inside a transaction only."""
 TAIL_PREFIX = "qcow2bm-tail-"
 CANARY_PREFIX = "qcow2bm-canary-"
+RECORDER_PREFIX = "qcow2bm-recorder-"
+ARRIVAL_PREFIX = "qcow2bm-arrival-"
 COMPARED = tuple(f"qcow2bm-compared-{number}" for number in range(4))
 """Copies of a sentinel and its twin, while the two are compared."""
 
@@ -41,14 +43,37 @@ def sentinel_of(name: str) -> str:
     return sentinel if name.startswith(TWIN_PREFIX) and is_sentinel(sentinel) else ""
 
 
-def tail_of(uuid: UUID) -> str:
-    """Returns the name of the tail that an offload leaves on each node."""
-    return f"{TAIL_PREFIX}{uuid}"
+def tail_of(uuid: UUID, number: int = 0) -> str:
+    """Returns the name of the tail that an offload leaves on a node.
+
+    ``number`` is how many tails this one follows.
+    """
+    return _numbered(TAIL_PREFIX, uuid, number)
 
 
-def canary_of(uuid: UUID) -> str:
-    """Returns the name of the canary that an offload leaves beside its tail."""
-    return f"{CANARY_PREFIX}{uuid}"
+def canary_of(uuid: UUID, number: int = 0) -> str:
+    """Returns the name of the canary that an offload leaves beside the tail of that number."""
+    return _numbered(CANARY_PREFIX, uuid, number)
+
+
+def recorder_of(uuid: UUID) -> str:
+    """Returns the name of the recorder that an exact offload leaves on a node."""
+    return f"{RECORDER_PREFIX}{uuid}"
+
+
+def arrival_of(uuid: UUID) -> str:
+    """Returns the name of the recorder at the destination of a migration."""
+    return f"{ARRIVAL_PREFIX}{uuid}"
+
+
+def is_of_offload(name: str, uuid: UUID) -> bool:
+    """Returns whether it names a bitmap that an offload added to the node of this UUID."""
+    prefixes = (TAIL_PREFIX, CANARY_PREFIX, RECORDER_PREFIX, ARRIVAL_PREFIX)
+    return name.startswith(tuple(f"{prefix}{uuid}" for prefix in prefixes))
+
+
+def _numbered(prefix: str, uuid: UUID, number: int) -> str:
+    return f"{prefix}{uuid}-{number}" if number else f"{prefix}{uuid}"
 
 
 def is_evidence(name: str) -> bool:

@@ -82,11 +82,12 @@ def query_digest(monitor: Monitor, bitmap: NodeBitmap) -> str | None:
         return None
 
 
-def query_scratch_bitmaps(monitor: Monitor) -> list[int] | None:
+def query_scratch_bitmaps(monitor: Monitor) -> dict[str, int] | None:
     """Returns the dirty bytes of each bitmap of the scratch node; None if there is no such node."""
     for answer in monitor.execute("query-named-block-nodes", {"flat": True}).items():
         if answer["node-name"].text() == SCRATCH_NODE:
-            return [bitmap["count"].number() for bitmap in answer.items_of("dirty-bitmaps")]
+            found = answer.items_of("dirty-bitmaps")
+            return {bitmap["name"].text(): bitmap["count"].number() for bitmap in found}
     return None
 
 

@@ -80,6 +80,6 @@ def _remove(monitor: Monitor) -> None:
 
 
 def _require_every_bit(monitor: Monitor, virtual_size: int) -> None:
-    if query_scratch_bitmaps(monitor) != [align_up(virtual_size, _COARSEST)]:
+    if query_scratch_bitmaps(monitor) != {NAME: align_up(virtual_size, _COARSEST)}:
         reason = "writing to a scratch node did not set the bits of its bitmap"
         raise QmpError(HUMAN_MONITOR_COMMAND, reason)

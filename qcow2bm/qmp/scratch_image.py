@@ -10,7 +10,7 @@ bitmaps that the image has, and they are merged from it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryFile
 from typing import BinaryIO, cast
@@ -38,15 +38,16 @@ def blank(virtual_size: int) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def with_bitmap(bitmap: SavedBitmap) -> Iterator[BinaryIO]:
-    """Has an image with one bitmap, which is disabled, for the duration of the block.
+def with_bitmaps(virtual_size: int, bitmaps: Iterable[SavedBitmap]) -> Iterator[BinaryIO]:
+    """Has an image with bitmaps, which are disabled, for the duration of the block.
 
     Raises as `blank` does.
     """
-    image = build_empty_image(bitmap.disk_size)
+    image = build_empty_image(virtual_size)
     data = bytearray(image.head.ljust(image.length, b"\0"))
     with open(data, "r+") as opened, opened.edit() as edit:
-        edit.load(bitmap.name, bitmap.granularity, bitmap.octets, enabled=False)
+        for bitmap in bitmaps:
+            edit.load(bitmap.name, bitmap.granularity, bitmap.octets, enabled=False)
     with _nameless(data, len(data)) as file:
         yield file
 

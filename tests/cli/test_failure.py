@@ -78,6 +78,8 @@ FAILURES = {
     "live restore missing vm.qcow2": ("storage", "missing"),
     "live restore text vm.qcow2": ("format", "vm.qcow2"),
     "live restore --qmp missing.sock text": ("qmp", "missing.sock"),
+    "live record --qmp x --source missing.sock text": ("qmp", "missing.sock"),
+    "live collect --qmp missing.sock text": ("qmp", "missing.sock"),
     "live status --qmp missing.sock": ("qmp", "missing.sock"),
     "rescue finish missing": ("storage", "missing"),
     "rescue start --qmp missing.sock": ("qmp", "missing.sock"),

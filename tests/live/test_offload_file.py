@@ -24,6 +24,7 @@ PLAN = OffloadPlan(
             "disk",
             64 * MiB,
             (PlannedBitmap("daily", 65536, True), PlannedBitmap("größe", 512, False)),
+            512,
         ),
         PlannedNode(UUID(int=2), "data", MiB, (PlannedBitmap("daily", 65536, True),)),
     ),
@@ -63,6 +64,36 @@ def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
         again.append_restored(number)
         assert OffloadFile.read(str(path)).was_restored(number)
     assert OffloadFile.read(str(path)).is_restored
+
+
+@pytest.mark.spec("LIVE-20")
+def test_former_tails_and_recorders_are_read_again(tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    file = OffloadFile.create(path, PLAN)
+    former = []
+    for octet in (1, 2, 4):
+        tail = file.tail(1)
+        former.append(SavedBitmap(tail.name, tail.granularity, True, MiB, bytes([octet & 1])))
+        file.append_rolled(1, former[-1])
+    assert not file.has_collected(0)
+    recorder = SavedBitmap(file.tail(0).recorder_name, 512, True, 64 * MiB, bytes(1 << 14))
+    file.append_collected(0, recorder)
+    again = OffloadFile.read(path)
+    assert (again.tail(0).number, again.tail(1).number) == (0, 3)
+    assert again.read_rolled(0) == []
+    assert [(*one[:4], bytes(one.octets)) for one in again.read_rolled(1)] == [
+        (*one[:4], bytes(one.octets)) for one in former
+    ]
+    assert again.read_collected(0).sha256() == recorder.sha256()
+
+
+@pytest.mark.spec("LIVE-20")
+def test_a_tail_that_is_not_the_one_that_was_to_follow_is_refused(tmp_path: Path) -> None:
+    file = OffloadFile.create(str(tmp_path / "file"), PLAN)
+    tail = file.tail(0).next
+    file.append_rolled(0, SavedBitmap(tail.name, tail.granularity, True, 64 * MiB, bytes(2)))
+    with pytest.raises(qcow2bm.FormatError, match="that was planned"):
+        OffloadFile.read(str(tmp_path / "file")).read_rolled(0)
 
 
 def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
@@ -128,9 +159,9 @@ def test_hostile_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes, pl
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (saved(0)._replace(name="other"), "is not the one that was planned"),
-        (saved(0)._replace(enabled=False), "is not the one that was planned"),
-        (saved(2), "is not the one that was planned"),
+        (saved(0)._replace(name="other"), 'is not that of the bitmap "daily" that was planned'),
+        (saved(0)._replace(enabled=False), 'is not that of the bitmap "daily" that was planned'),
+        (saved(2), 'is not that of the bitmap "daily" that was planned'),
     ],
 )
 def test_a_copy_of_another_bitmap_is_refused(
@@ -152,6 +183,7 @@ nodes = st.builds(
     names,
     st.integers(1, 1 << 50).map(lambda sectors: 512 * sectors),
     st.lists(bitmaps, max_size=5).map(tuple),
+    st.just(0) | st.integers(9, 31).map(lambda bits: 1 << bits),
 )
 plans = st.builds(
     OffloadPlan, st.integers(9, 27).map(lambda bits: 1 << bits), st.lists(nodes).map(tuple)

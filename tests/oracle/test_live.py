@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 from support.offloaded import (
-    BEFORE,
     CASES,
     GRANULARITIES,
     MEANWHILE,
     SIZE,
-    TAIL,
-    Range,
+    WritingMonitor,
+    assert_back,
     make_disk,
     offloaded,
 )
@@ -34,43 +33,6 @@ pytestmark = pytest.mark.usefixtures("system_emulator")
 @pytest.fixture
 def disk(tmp_path: Path) -> Disk:
     return make_disk(tmp_path)
-
-
-def widened(ranges: Sequence[Range], granularity: int) -> set[int]:
-    """The numbers of the granules that ranges touch."""
-    return {
-        granule
-        for start, length in ranges
-        for granule in range(start // granularity, (start + length - 1) // granularity + 1)
-    }
-
-
-def granules(path: Path, name: str) -> set[int]:
-    """The dirty granules of a bitmap that is valid in an image."""
-    with qcow2bm.open(path) as image:
-        bits = np.unpackbits(image.bitmaps[name].packed(), bitorder="little")
-        return set(np.flatnonzero(bits).tolist())
-
-
-def assert_back(disk: Disk, meanwhile: Sequence[Range] = MEANWHILE) -> None:
-    """Every bitmap is as before, and has every write, and no more than the tail's granularity."""
-    assert disk.check().returncode == 0
-    with qcow2bm.open(disk.path) as image:
-        found = {name: (b.granularity, b.auto, b.status) for name, b in image.bitmaps.items()}
-    assert found == {
-        name: (granularity, name != "off", "valid") for name, granularity in GRANULARITIES.items()
-    }
-    for name, granularity in GRANULARITIES.items():
-        bits = granules(disk.path, name)
-        ours = widened(BEFORE, granularity)
-        if name == "off":
-            assert bits == ours
-            continue
-        coarse = [
-            (place * TAIL, min(TAIL, SIZE - place * TAIL)) for place in widened(meanwhile, TAIL)
-        ]
-        assert ours | widened(meanwhile, granularity) <= bits
-        assert bits <= ours | widened(coarse, granularity)
 
 
 def offload(address: Path, path: Path) -> live.OffloadReport:
@@ -251,6 +213,50 @@ def test_every_interruption_of_an_offload(
     runs = interrupt_each(disk, tmp_path, ending, step, live.offload)
     assert runs
     print(f"{ending}: {runs} interruptions of an offload, no write missing")
+
+
+@pytest.mark.spec("LIVE-11", "LIVE-20")
+@pytest.mark.parametrize("ending", ENDINGS)
+@every_step
+def test_every_interruption_of_new_tails(
+    disk: Disk, tmp_path: Path, ending: Ending, step: int
+) -> None:
+    """Nothing fits the limit, and the guest writes, so that a new tail follows."""
+    machines: list[Machine] = []
+
+    def prepare(machine: Machine, address: Path, path: Path) -> None:
+        machines[:] = [machine]
+
+    def work(monitor: live.Monitor, path: str) -> None:
+        live.offload(monitor, path, max_stop_seconds=1e-9, on_progress=lambda *_: write(*machines))
+
+    runs = interrupt_each(disk, tmp_path, ending, step, work, prepare)
+    assert runs
+    print(f"{ending}: {runs} interruptions of an offload with new tails, no write missing")
+
+
+@pytest.mark.spec("LIVE-3", "LIVE-8", "LIVE-17", "LIVE-20")
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_the_guest_writes_between_all_commands(disk: Disk, tmp_path: Path, is_exact: bool) -> None:
+    address, path = tmp_path / "qmp", str(tmp_path / "offloaded")
+    chance, written = random.Random(7), []
+    with Machine(disk.path, monitor=address) as machine:
+
+        def write_somewhere() -> None:
+            written.append((chance.randrange(SIZE >> 9) << 9, 512))
+            machine.write(*written[-1])
+
+        with WritingMonitor(address, write_somewhere) as monitor:
+            done = live.offload(monitor, path, exact=is_exact, max_stop_seconds=1e-9)
+            assert done.limited
+            assert done.limited.rounds == 10
+            back = live.restore(monitor, path)
+        assert {one.outcome for one in back.bitmaps} == {"restored"}
+        facts = [one.written for one in back.bitmaps if one.written]
+        assert {one.is_exact for one in facts} == {is_exact}
+        machine.quit()
+    assert len(written) > 100
+    assert_back(disk, written, is_exact=is_exact)
 
 
 @pytest.mark.spec("LIVE-3")

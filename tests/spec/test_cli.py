@@ -76,7 +76,8 @@ def test_what_every_reading_command_has() -> None:
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
         "dump, map, check, verdict, repair, undo, salvage, stream dump, stream restore, "
-        "sidecar load, sidecar dump, edits, live offload, live restore, live status, rescues",
+        "sidecar load, sidecar dump, edits, live offload, live restore, live record, "
+        "live collect, live status, rescues",
         "dump, map, check, stream write, sidecar save",
     )
     assert of["--dry-run"] == (
@@ -320,11 +321,16 @@ KEYS_OF_SCHEMA_1 = {
     "sha256",
     "Stream problem": "structure field offset message",
     "live offload": "schema qmp filename dry-run tail-granularity stop-bytes-before stop-bytes "
-    "bitmaps left",
+    "exact limit bitmaps left",
+    "Limit": "fits rounds fitting-granularity",
+    "Written": "exact dirty-bytes reason",
+    "live record": "schema qmp filename recorders",
+    "live collect": "schema qmp filename recorders",
+    "Recorder": "node granularity dirty-bytes",
     "Offloaded bitmap": "node name granularity enabled",
     "Bitmap that stays": "node name reason",
     "live restore": "schema filename qmp image bitmaps",
-    "Returned bitmap": "node name outcome reason",
+    "Returned bitmap": "node name outcome reason written",
     "live status": "schema qmp filename status migration stop-bytes bitmaps nodes next",
     "Live bitmap": "node name granularity dirty-bytes recording persistent busy inconsistent "
     "stop-bytes",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from support.qemu import Disk
 from support.twin import KiB, MiB
 from support.vm import NOWHERE, Machine
 
 import qcow2bm
 from qcow2bm import live
+from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.names import TAIL_PREFIX
 
 SIZE = 256 * MiB + 512
@@ -35,6 +38,51 @@ def make_disk(folder: Path) -> Disk:
     disk.io(*(f"write {start} {length}" for start, length in BEFORE))
     disk.bitmap("off", "--disable")
     return disk
+
+
+def widened(ranges: Sequence[Range], granularity: int) -> set[int]:
+    """The numbers of the granules that ranges touch."""
+    return {
+        granule
+        for start, length in ranges
+        for granule in range(start // granularity, (start + length - 1) // granularity + 1)
+    }
+
+
+def granules(path: Path, name: str) -> set[int]:
+    """The dirty granules of a bitmap that is valid in an image."""
+    with qcow2bm.open(path) as image:
+        bits = np.unpackbits(image.bitmaps[name].packed(), bitorder="little")
+        return set(np.flatnonzero(bits).tolist())
+
+
+def assert_back(
+    disk: Disk, meanwhile: Sequence[Range] = MEANWHILE, *, is_exact: bool = False
+) -> None:
+    """Every bitmap is as before, and has every write, and no more than the tail's granularity.
+
+    If ``is_exact``, it has no more than what was written.
+    """
+    assert disk.check().returncode == 0
+    with qcow2bm.open(disk.path) as image:
+        found = {name: (b.granularity, b.auto, b.status) for name, b in image.bitmaps.items()}
+    assert found == {
+        name: (granularity, name != "off", "valid") for name, granularity in GRANULARITIES.items()
+    }
+    for name, granularity in GRANULARITIES.items():
+        bits = granules(disk.path, name)
+        ours = widened(BEFORE, granularity)
+        if name == "off":
+            assert bits == ours
+            continue
+        if is_exact:
+            assert bits == ours | widened(meanwhile, granularity), name
+            continue
+        coarse = [
+            (place * TAIL, min(TAIL, SIZE - place * TAIL)) for place in widened(meanwhile, TAIL)
+        ]
+        assert ours | widened(meanwhile, granularity) <= bits
+        assert bits <= ours | widened(coarse, granularity)
 
 
 @dataclass
@@ -82,6 +130,20 @@ class Scene:
             yield machine, address
 
 
+class WritingMonitor(live.Monitor):
+    """A connection beside which the guest writes, before every command."""
+
+    def __init__(self, address: Path, write: Callable[[], None]) -> None:
+        self._write: Callable[[], None] | None = None
+        super().__init__(str(address))
+        self._write = write
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:
+        if self._write:
+            self._write()
+        return super().execute(command, arguments)
+
+
 CASES: dict[str, Callable[[Scene], None]] = {}
 
 
@@ -95,12 +157,12 @@ def case(name: str) -> Callable[[Callable[[Scene], None]], None]:
 
 
 @contextmanager
-def offloaded(folder: Path) -> Iterator[Scene]:
+def offloaded(folder: Path, **options: Any) -> Iterator[Scene]:
     """A machine whose bitmaps were taken out, and which has written since."""
     disk, path, address = make_disk(folder), folder / "offloaded", folder / "qmp"
     with Machine(disk.path, monitor=address) as source:
         with live.Monitor(str(address)) as monitor:
-            live.offload(monitor, str(path))
+            live.offload(monitor, str(path), **options)
         scene = Scene(disk, path, address, source)
         scene.write(source, *MEANWHILE)
         yield scene

@@ -1,0 +1,105 @@
+"""The steps of an offload that let the tails record, judge them, and begin new ones.
+
+*Spec*: spec/live.md, "Offload" and "Tail".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcow2bm.errors import EvidenceError
+from qcow2bm.live.offload_file import OffloadFile
+from qcow2bm.live.tail import Tail
+from qcow2bm.log import logger
+from qcow2bm.qmp import actions, scratch_image
+from qcow2bm.qmp.bitmap_copies import copy_bitmaps
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.machine import Node
+from qcow2bm.qmp.names import SCRATCH_NODE
+from qcow2bm.qmp.queries import query_machine
+from qcow2bm.units import escape
+
+
+def begin(monitor: Monitor, tails: Sequence[Tail], nodes: Sequence[Node]) -> None:
+    """Adds the tails that are missing on their nodes, all in one transaction; then their canaries.
+
+    A recorder is added together with its tail, or not at all: both have the same writes.
+
+    Raises:
+        QmpError: QEMU does not answer, or refuses.
+        StorageError: there is no room for temporary files.
+    """
+    pairs = list(zip(tails, nodes, strict=True))
+    missing = [(tail, node) for tail, node in pairs if not node.find(tail.name)]
+    work = [
+        actions.add(node.name, tail.name, tail.granularity, persistent=True, enabled=True)
+        for tail, node in missing
+    ]
+    for tail, node in missing:
+        granularity = tail.planned.recorder_granularity
+        if granularity and not tail.number:
+            name = tail.recorder_name
+            work.append(actions.add(node.name, name, granularity, persistent=False, enabled=True))
+    if work:
+        monitor.transaction(work)
+        logger.info("live offload: the tails record")
+    for tail, node in pairs:
+        name = tail.canary_name
+        if not node.find(name):
+            with (
+                scratch_image.with_bitmaps(tail.planned.disk_size, [tail.canary]) as image,
+                scratch_image.lent(monitor, image, read_only=True),
+            ):
+                add = actions.add(node.name, name, tail.granularity, persistent=True, enabled=False)
+                monitor.transaction([add, actions.merge(node.name, name, name, SCRATCH_NODE)])
+
+
+def sound_node(monitor: Monitor, tail: Tail, name: str) -> Node:
+    """Returns a node as it is now; raises if a bitmap that leaves it could not be put back.
+
+    By now a migration may be under way, or another program may have changed the tail.
+
+    Raises:
+        StateError: the machine's state does not allow it, see `Machine.require_settled`.
+        EvidenceError: the tail is not what it was.
+        QmpError: QEMU does not answer.
+    """
+    machine = query_machine(monitor)
+    machine.require_settled()
+    (node,) = machine.select([name], lambda node: True)
+    fault = tail.why_unusable(node)
+    if fault:
+        raise EvidenceError(f'node "{escape(name)}": {fault}', None)
+    return node
+
+
+def roll(monitor: Monitor, file: OffloadFile, number: int, name: str) -> float:
+    """Lets a new tail follow the tail of a node, and puts the former one into the file.
+
+    The former tail counts until its bits are durable in the file; the new one has recorded since
+    before they were copied.
+
+    Returns the seconds that QEMU took to store a copy of the former tail.
+
+    Raises as `sound_node` and `begin` do, and:
+        StorageError: the file cannot be written.
+    """
+    former = file.tail(number)
+    node = sound_node(monitor, former, name)
+    own = (former.name, former.canary_name, former.recorder_name, former.arrival_name)
+    leftovers = [name for name in former.names_on(node) if name not in own]
+    if leftovers:  # of a roll that was interrupted
+        monitor.transaction([actions.remove(node.name, name) for name in leftovers])
+        node = sound_node(monitor, former, name)
+    begin(monitor, [former.next], [node])
+    bitmap = node.find(former.name)
+    if not bitmap:
+        raise AssertionError("a tail that is sound is there")
+    (copy,), seconds = copy_bitmaps(monitor, node, [bitmap])
+    file.append_rolled(number, copy)
+    sound_node(monitor, file.tail(number), name)
+    monitor.transaction(
+        [actions.remove(node.name, name) for name in (former.name, former.canary_name)]
+    )
+    logger.info('live offload: a new tail records on node "%s"', escape(node.name))
+    return seconds
