@@ -53,7 +53,7 @@ class OffloadReport(NamedTuple):
     @property
     def stop_seconds(self) -> float | None:
         """How long QEMU takes to store bits at a stop now, by the time that it took for more."""
-        if self.limited and self.limited.stop_seconds is not None:
+        if self.limited:
             return self.limited.stop_seconds
         if self.seconds is None or not self.before:
             return None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from qcow2bm.live import recording, stop, tail
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.log import logger
+from qcow2bm.qmp.bitmap_copies import copy_bitmaps
 from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.machine import Machine
 from qcow2bm.qmp.queries import query_machine
@@ -30,9 +31,9 @@ class Pace:
         """Returns both together."""
         return Pace(self.bytes + other.bytes, self.seconds + other.seconds)
 
-    def seconds_for(self, bytes: int) -> float | None:
-        """Returns how long so many bytes take; None if nothing was stored yet."""
-        return self.seconds * bytes / self.bytes if self.bytes else None
+    def seconds_for(self, bytes: int) -> float:
+        """Returns how long so many bytes take, once something was stored."""
+        return self.seconds * bytes / self.bytes
 
     def bytes_in(self, seconds: float) -> float:
         """Returns how many bytes are stored in so many seconds."""
@@ -45,7 +46,7 @@ class Limited(NamedTuple):
     Attributes:
         fits: whether a stop takes no longer than it may.
         stop_bytes: how many bytes of bits a stop stores now, at most.
-        stop_seconds: how long that takes; None if QEMU stored nothing by which to tell.
+        stop_seconds: how long that takes.
         rounds: how often new tails followed.
         fitting_granularity: in bytes, of a tail that keeps to the limit wherever the guest writes;
             None if the tail does so, or if no granularity does.
@@ -53,7 +54,7 @@ class Limited(NamedTuple):
 
     fits: bool
     stop_bytes: int
-    stop_seconds: float | None
+    stop_seconds: float
     rounds: int
     fitting_granularity: int | None
 
@@ -73,22 +74,32 @@ def limit_stop(
     Raises as `recording.roll` does.
     """
     rounds = 0
+    if not pace.bytes:
+        pace = _measured(monitor, file, names[0])
     while True:
         machine = query_machine(monitor)
         stop_bytes = stop.bytes_at_stop(machine, stop.stored_bitmaps(machine))
         seconds = pace.seconds_for(stop_bytes)
         dirty = [number for number in range(len(names)) if _is_dirty(machine, file, number)]
-        if seconds is not None and seconds <= most_seconds:
+        if seconds <= most_seconds:
             return Limited(True, stop_bytes, seconds, rounds, None)
         if not dirty or rounds == _MOST_ROUNDS:
-            fits = seconds is None  # there is nothing in the tails, and nothing else is known
-            granularity = None if fits else _fitting(machine, file, names, pace, most_seconds)
-            return Limited(fits, stop_bytes, seconds, rounds, granularity)
+            granularity = _fitting(machine, file, names, pace, most_seconds)
+            return Limited(False, stop_bytes, seconds, rounds, granularity)
         rounds += 1
-        logger.info("live offload: a stop takes %.1f ms: round %d", 1e3 * (seconds or 0), rounds)
+        logger.info("live offload: a stop takes %.1f ms: round %d", 1e3 * seconds, rounds)
         for number in dirty:
             bytes = _bytes_of(machine, file, number)
             pace += Pace(bytes, recording.roll(monitor, file, number, names[number]))
+
+
+def _measured(monitor: Monitor, file: OffloadFile, name: str) -> Pace:
+    """How fast QEMU stores the tail and the canary of the first node, which has a bit."""
+    tail = file.tail(0)
+    node = recording.sound_node(monitor, tail, name)
+    bitmaps = [bitmap for bitmap in node.bitmaps if bitmap.name in (tail.name, tail.canary_name)]
+    size = sum(stop.most_bytes(node, b.granularity, b.dirty_bytes) for b in bitmaps)
+    return Pace(size, copy_bitmaps(monitor, node, bitmaps).seconds)
 
 
 def _is_dirty(machine: Machine, file: OffloadFile, number: int) -> bool:

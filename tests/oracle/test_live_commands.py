@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -394,3 +395,83 @@ def test_every_copy_is_in_the_file_before_the_first_bitmap_leaves_the_file_syste
         live.offload(monitor, str(tmp_path / "file"))
     assert sorted(removed) == sorted(GRANULARITIES)
     assert machine.is_running
+
+
+@pytest.mark.spec("LIVE-17", "LIVE-18", "LIVE-19")
+def test_the_commands_that_an_exact_offload_advises(machine: Machine, tmp_path: Path) -> None:
+    said = " ".join(command(tmp_path, "offload SOCKET file --exact").out.split())
+    advised = re.findall(r"run (qcow2bm live (?:record|collect) .*?)(?:;| to put)", said)
+    assert [line.split()[2] for line in advised] == ["record", "collect"]
+    before, after = (line.replace("DESTINATION", "d.sock").split()[1:] for line in advised)
+    address = tmp_path / "d.sock"
+    with Machine(tmp_path / "disk.qcow2", incoming=True, monitor=address) as destination:
+        done = run(before, tmp_path)
+        expected = 'recorder of node "disk": granularity 4 KiB, 0 bytes recorded\n'
+        assert (done.status, done.out, done.err) == (0, expected, "")
+        (recorder,) = json.loads(run([*before, "--json"], tmp_path).out)["recorders"]
+        assert recorder == {"node": "disk", "granularity": 4096, "dirty-bytes": 0}
+        for start, length in MEANWHILE:
+            machine.write(start, length)
+        ours, theirs = socket.socketpair()
+        destination.receive(theirs)
+        machine.migrate(ours)
+        machine.wait_for("postmigrate")
+        destination.wait_for("running")
+        found = json.loads(run([*after, "--json"], tmp_path).out)
+        check_live("collect", found)
+        assert found["recorders"] == [
+            {"node": "disk", "granularity": 4096, "dirty-bytes": 68 << 10}
+        ]
+        machine.quit()
+        done = run(["live", "restore", "--qmp", "d.sock", "file"], tmp_path)
+        assert (done.status, done.err) == (0, "")
+        text = "is back, with every write and no more: 68 KiB were written since the offload"
+        assert " ".join(done.out.split()).count(text) == len(GRANULARITIES) - 1
+
+
+@pytest.mark.spec("LIVE-17")
+def test_a_restore_says_what_it_was_made_of(machine: Machine, tmp_path: Path) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    machine.write(0, 512)
+    done = document(tmp_path, "restore SOCKET file")
+    written = {one["name"]: one["written"] for one in done["bitmaps"]}
+    assert written.pop("off") is None
+    for facts in written.values():
+        assert facts == {"exact": False, "dirty-bytes": 4 << 20, "reason": None}
+    assert command(tmp_path, "offload SOCKET exact --exact").status == 0
+    for name in machine.bitmaps():
+        if name.startswith("qcow2bm-recorder-"):
+            machine.execute("block-dirty-bitmap-remove", {"node": "disk", "name": name})
+    text = " ".join(command(tmp_path, "restore SOCKET exact").out.split())
+    assert text.count("because no recorder has recorded here from the start") == 3
+
+
+@pytest.mark.spec("LIVE-21")
+@pytest.mark.spec("CLI-50")
+def test_a_stop_that_stays_too_long(machine: Machine, tmp_path: Path) -> None:
+    done = document(tmp_path, "offload SOCKET file --max-downtime 0.000001", status=2)
+    assert done["limit"] == {"fits": False, "rounds": 0, "fitting-granularity": None}
+    again = command(tmp_path, "offload SOCKET file --max-downtime 0.000001")
+    assert again.status == 2
+    assert "warning: this is longer than --max-downtime" in again.out
+    fine = document(tmp_path, "offload SOCKET file --max-downtime 60000")
+    assert fine["limit"] == {"fits": True, "rounds": 0, "fitting-granularity": None}
+    assert command(tmp_path, "restore SOCKET file").status == 0
+
+
+@pytest.mark.spec("LIVE-4")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--tail-granularity 1M", "was begun with the tail granularity 4194304"),
+        ("--exact", "was not begun as an exact one"),
+    ],
+)
+def test_an_offload_goes_on_as_it_was_begun(
+    machine: Machine, tmp_path: Path, options: str, message: str
+) -> None:
+    stopped_offload(tmp_path, "block-dirty-bitmap-remove")
+    done = command(tmp_path, f"offload SOCKET file {options}")
+    assert done.status == 1
+    assert message in done.err
+    assert command(tmp_path, "offload SOCKET file --tail-granularity 4M --node disk").status == 0

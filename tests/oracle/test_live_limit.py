@@ -30,7 +30,8 @@ def test_former_tails_are_put_back_too(tmp_path: Path, ending: str) -> None:
         for number in (1, 2):
             with live.Monitor(str(scene.address)) as monitor:
                 done = live.offload(monitor, str(scene.path), max_stop_seconds=1e-9)
-            assert done.limited == Limited(False, CLUSTER, done.stop_seconds, 1, None)
+            assert done.limited
+            assert done.limited == Limited(False, CLUSTER, done.limited.stop_seconds, 1, None)
             assert len(scene.tails) == 1
             assert scene.tails[0].endswith(f"-{number}")
             scene.write(scene.source, (number * 20 * MiB, 512))
