@@ -26,8 +26,8 @@ from qcow2bm.cli.output import PROBLEMS_FOUND, print_dry_run, print_json
 from qcow2bm.cli.parser import Arguments, Parser, UsageError
 
 _SOCKET_NOTE = """\
-SOCKET is the path of the VM's QMP socket. No other program can be connected to it, since QEMU
-serves one at a time.
+SOCKET is the path of the VM's QMP socket, HOST:PORT, or libvirt:DOMAIN. No other program can be
+connected to a socket, since QEMU serves one at a time.
 
 """
 
@@ -314,7 +314,7 @@ def _print_restore(
 def _record(arguments: RecordArguments) -> int:
     with (
         about(arguments.source),
-        live.Monitor(arguments.source, arguments.timeout) as source,
+        live.connect(arguments.source, arguments.timeout) as source,
         about(arguments.qmp),
         _connect(arguments) as destination,
     ):
@@ -365,8 +365,8 @@ def _connect(
     | CollectArguments
     | StatusArguments
     | RemoveArguments,
-) -> live.Monitor:
-    return live.Monitor(arguments.qmp or "", arguments.timeout)
+) -> live.QmpCommands:
+    return live.connect(arguments.qmp or "", arguments.timeout)
 
 
 _RUN: dict[str, Callable[[Any], int]] = {

@@ -30,8 +30,8 @@ was; 64 wrong usage
 """
 
 _QMP_EPILOG = f"""\
-SOCKET is the path of the VM's QMP socket, or HOST:PORT. No other program can be connected to it,
-since QEMU serves one at a time.
+SOCKET is the path of the VM's QMP socket, HOST:PORT, or libvirt:DOMAIN. No other program can be
+connected to a socket, since QEMU serves one at a time.
 
 {_EPILOG}"""
 
@@ -181,8 +181,8 @@ def _verdict(arguments: VerdictArguments) -> int:
     return _status([is_unguarded, *(not one.is_safe for one in done)])
 
 
-def _connect(arguments: QmpArguments) -> rescue.Monitor:
-    return rescue.Monitor(arguments.qmp, arguments.timeout)
+def _connect(arguments: QmpArguments) -> rescue.QmpCommands:
+    return rescue.connect(arguments.qmp, arguments.timeout)
 
 
 def _finish(arguments: FinishArguments) -> int:

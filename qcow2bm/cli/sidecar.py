@@ -178,7 +178,7 @@ def _from_vm(address: str, arguments: SaveArguments) -> tuple[sidecar.Sidecar, l
     from qcow2bm import rescue
 
     try:
-        with rescue.Monitor(address, arguments.timeout) as monitor:
+        with rescue.connect(address, arguments.timeout) as monitor:
             saved, left_out = rescue.save_sidecar(monitor, arguments.node)
     except rescue.NodeChoiceError as error:
         listed = ", ".join(map(quoted, error.nodes))

@@ -47,17 +47,23 @@ from qcow2bm.live.status import (
 from qcow2bm.live.stop_limit import Limited
 from qcow2bm.live.tail import DEFAULT_GRANULARITY as DEFAULT_TAIL_GRANULARITY
 from qcow2bm.qmp.answers import Answer
+from qcow2bm.qmp.asyncio_monitor import AsyncioMonitor
 from qcow2bm.qmp.bitmap_copies import Omission
-from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import DEFAULT_TIMEOUT, QmpCommands
+from qcow2bm.qmp.connect import connect
+from qcow2bm.qmp.libvirt import LibvirtMonitor
 from qcow2bm.qmp.machine import NodeBitmap
 
 __all__ = [
     "DEFAULT_TAIL_GRANULARITY",
     "DEFAULT_TIMEOUT",
     "Answer",
+    "AsyncioMonitor",
     "BitmapPlace",
     "BitmapReturn",
     "BitmapStatus",
+    "LibvirtMonitor",
     "Limited",
     "LiveStatus",
     "Monitor",
@@ -70,11 +76,13 @@ __all__ = [
     "Omission",
     "PlannedBitmap",
     "PlannedNode",
+    "QmpCommands",
     "RecorderFacts",
     "RestoreOutcome",
     "RestoreReport",
     "WrittenFacts",
     "collect",
+    "connect",
     "offload",
     "record",
     "remove",

@@ -17,7 +17,7 @@ from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.bitmap_copies import copy_bitmaps
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node
 from qcow2bm.qmp.queries import query_machine
 from qcow2bm.storage import new_file
@@ -34,7 +34,7 @@ class RecorderFacts(NamedTuple):
     dirty_bytes: int
 
 
-def collect(monitor: Monitor, path: str) -> tuple[RecorderFacts, ...]:
+def collect(monitor: QmpCommands, path: str) -> tuple[RecorderFacts, ...]:
     """Copies what the recorders of the source have into the file; ``live collect``.
 
     Args:
@@ -74,7 +74,7 @@ def collect(monitor: Monitor, path: str) -> tuple[RecorderFacts, ...]:
     return tuple(collected)
 
 
-def record(destination: Monitor, source: Monitor, path: str) -> tuple[RecorderFacts, ...]:
+def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[RecorderFacts, ...]:
     """Gives the destination of a migration its recorders; ``live record``.
 
     The destination waits for the migration: it has not had the disks, and the source has them. So

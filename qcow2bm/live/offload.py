@@ -18,7 +18,7 @@ from qcow2bm.live.place import has_all, is_as_planned, node_of
 from qcow2bm.live.stop_limit import Limited, Pace, limit_stop
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.bitmap_copies import Omission, copy_bitmaps
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import is_of_offload
 from qcow2bm.qmp.queries import query_machine
@@ -61,7 +61,7 @@ class OffloadReport(NamedTuple):
 
 
 def offload(
-    monitor: Monitor,
+    monitor: QmpCommands,
     path: str,
     nodes: Sequence[str] = (),
     *,
@@ -110,14 +110,14 @@ def offload(
         plan = _planned(machine, nodes, granularity, exact=exact)
         if dry_run:
             file = OffloadFile(path, plan)
-            return _report(machine, plan, _places(machine, file))
+            return _report(machine, plan, _places(monitor, machine, file))
         OffloadFile.create(path, plan)
     with new_file.held(path):
         file = OffloadFile.read(path)
         if file.is_restored:
             reason = "is of an offload whose bitmaps were put back: remove it, or choose another"
             raise StorageError(path, 0, 0, reason)
-        places = _places(machine, file)
+        places = _places(monitor, machine, file)
         _require_same(file, machine, places, nodes, tail_granularity, exact=exact)
         report = _report(machine, file.plan, places)
         if dry_run:
@@ -143,7 +143,8 @@ def _report(machine: Machine, plan: OffloadPlan, places: Sequence[Node]) -> Offl
     left = tuple(_left(machine, plan, places))
     before = stop.bytes_at_stop(machine, stop.stored_bitmaps(machine))
     after = stop.bytes_at_stop(machine, (omission.bitmap for omission in left))
-    after += sum(stop.bytes_of_tail(node, plan.tail_granularity) for node in places)
+    for node, planned in zip(places, plan.nodes, strict=True):
+        after += stop.most_bytes_of_tail(node, tail.Tail(planned, plan.tail_granularity))
     return OffloadReport(plan, left, before, after, None, machine.mapping is None)
 
 
@@ -208,7 +209,7 @@ def _usable(node: Node) -> list[NodeBitmap]:
     return [b for b in node.subjects if b.is_persistent and b.is_usable]
 
 
-def _places(machine: Machine, file: OffloadFile) -> list[Node]:
+def _places(monitor: QmpCommands, machine: Machine, file: OffloadFile) -> list[Node]:
     """Returns the nodes of the plan, if the offload can begin or go on there."""
     tails = file.tails
     nodes = [node_of(machine, one) for one in tails]
@@ -221,7 +222,7 @@ def _places(machine: Machine, file: OffloadFile) -> list[Node]:
                 raise StorageError(file.path, 0, 0, reason)
         return nodes
     for node, one in pairs:
-        reason = one.why_unusable(node)
+        reason = recording.why_unusable(monitor, one, node)
         # An interruption right after the first step leaves the tail without its canary.
         if reason and not (node.find(one.name) and has_all(node, one.planned)):
             raise EvidenceError(f'node "{escape(node.name)}": {reason}', None)
@@ -240,7 +241,7 @@ def _left(machine: Machine, plan: OffloadPlan, nodes: Sequence[Node]) -> Iterato
             yield Omission(bitmap, bitmap.why_unusable or "it was not chosen")
 
 
-def _take_out(monitor: Monitor, file: OffloadFile, number: int, name: str) -> Pace | None:
+def _take_out(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> Pace | None:
     """Copies a bitmap of a node into the file, and removes it from the machine.
 
     The bitmap goes on recording until it is removed: what it records after it was copied is in the

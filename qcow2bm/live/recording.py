@@ -13,14 +13,14 @@ from qcow2bm.live.tail import Tail
 from qcow2bm.log import logger
 from qcow2bm.qmp import actions, scratch_image
 from qcow2bm.qmp.bitmap_copies import copy_bitmaps
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Node
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.queries import query_machine
+from qcow2bm.qmp.queries import query_machine, query_scratch_bitmaps
 from qcow2bm.units import escape
 
 
-def begin(monitor: Monitor, tails: Sequence[Tail], nodes: Sequence[Node]) -> None:
+def begin(monitor: QmpCommands, tails: Sequence[Tail], nodes: Sequence[Node]) -> None:
     """Adds the tails that are missing on their nodes, all in one transaction; then their canaries.
 
     A recorder is added together with its tail, or not at all: both have the same writes.
@@ -50,11 +50,12 @@ def begin(monitor: Monitor, tails: Sequence[Tail], nodes: Sequence[Node]) -> Non
                 scratch_image.with_bitmaps(tail.planned.disk_size, [tail.canary]) as image,
                 scratch_image.lent(monitor, image, read_only=True),
             ):
-                add = actions.add(node.name, name, tail.granularity, persistent=True, enabled=False)
+                granularity = tail.canary_granularity
+                add = actions.add(node.name, name, granularity, persistent=True, enabled=True)
                 monitor.transaction([add, actions.merge(node.name, name, name, SCRATCH_NODE)])
 
 
-def sound_node(monitor: Monitor, tail: Tail, name: str) -> Node:
+def sound_node(monitor: QmpCommands, tail: Tail, name: str) -> Node:
     """Returns a node as it is now; raises if a bitmap that leaves it could not be put back.
 
     By now a migration may be under way, or another program may have changed the tail.
@@ -67,13 +68,34 @@ def sound_node(monitor: Monitor, tail: Tail, name: str) -> Node:
     machine = query_machine(monitor)
     machine.require_settled()
     (node,) = machine.select([name], lambda node: True)
-    fault = tail.why_unusable(node)
+    fault = why_unusable(monitor, tail, node)
     if fault:
         raise EvidenceError(f'node "{escape(name)}": {fault}', None)
     return node
 
 
-def roll(monitor: Monitor, file: OffloadFile, number: int, name: str) -> float:
+def why_unusable(monitor: QmpCommands, tail: Tail, node: Node) -> str:
+    """Returns why the tail on a node of a machine may miss writes; "" if it has all of them.
+
+    Raises:
+        QmpError: QEMU does not answer, or refuses.
+    """
+
+    def coarsened() -> int:
+        name = tail.canary_name
+        with (
+            scratch_image.blank(node.virtual_size) as image,
+            scratch_image.lent(monitor, image),
+        ):
+            size = tail.canary_granularity
+            add = actions.add(SCRATCH_NODE, name, size, persistent=False, enabled=False)
+            monitor.transaction([add, actions.merge(SCRATCH_NODE, name, tail.name, node.name)])
+            return (query_scratch_bitmaps(monitor) or {})[name]
+
+    return tail.why_unusable(node, coarsened)
+
+
+def roll(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> float:
     """Lets a new tail follow the tail of a node, and puts the former one into the file.
 
     The former tail counts until its bits are durable in the file; the new one has recorded since

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from qcow2bm.errors import BitmapNotFoundError
 from qcow2bm.qmp import actions
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.queries import query_machine
 from qcow2bm.units import escape
 
 
-def remove(monitor: Monitor, names: Sequence[str], node: str | None = None) -> None:
+def remove(monitor: QmpCommands, names: Sequence[str], node: str | None = None) -> None:
     """Removes bitmaps of a running machine, all of them or none; ``live remove``.
 
     QEMU removes a persistent bitmap from the image as well.

@@ -11,12 +11,13 @@ from qcow2bm.errors import EvidenceError, QmpError, QmpRefusedError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import has_all, is_as_planned, node_of
+from qcow2bm.live.recording import why_unusable
 from qcow2bm.live.restore_report import BitmapReturn, RestoreOutcome, RestoreReport
 from qcow2bm.live.written import Written, written_on
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch, scratch_image
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import MERGED, SCRATCH_NODE
 from qcow2bm.qmp.queries import query_digest, query_machine
@@ -25,7 +26,7 @@ from qcow2bm.units import escape
 
 
 def restore(
-    monitor: Monitor,
+    monitor: QmpCommands,
     path: str,
     *,
     is_alone: bool = False,
@@ -69,7 +70,7 @@ def restore(
     done: list[BitmapReturn] = []
     with new_file.held(path):
         file = OffloadFile.read(path)
-        faults = [_fault(file, machine, number) for number in range(len(file.plan.nodes))]
+        faults = [_fault(monitor, file, machine, number) for number in range(len(file.plan.nodes))]
         if all(faults):
             raise EvidenceError(faults[0], None)
         for number, fault in enumerate(faults):
@@ -79,7 +80,7 @@ def restore(
     return RestoreReport(tuple(done))
 
 
-def _fault(file: OffloadFile, machine: Machine, number: int) -> str:
+def _fault(monitor: QmpCommands, file: OffloadFile, machine: Machine, number: int) -> str:
     """Returns why nothing can be put back on a node; "" if something can, or is there."""
     tail = file.tail(number)
     try:
@@ -89,12 +90,12 @@ def _fault(file: OffloadFile, machine: Machine, number: int) -> str:
     has_tail = node.find(tail.name)
     if has_all(node, tail.planned) or (file.was_restored(number) and not has_tail):
         return ""
-    reason = tail.why_unusable(node)
+    reason = why_unusable(monitor, tail, node)
     return reason and f'node "{escape(node.name)}": {reason}'
 
 
 def _put_back_node(
-    monitor: Monitor, machine: Machine, file: OffloadFile, number: int, fault: str
+    monitor: QmpCommands, machine: Machine, file: OffloadFile, number: int, fault: str
 ) -> Iterator[BitmapReturn]:
     """Puts the bitmaps of a node back, unless there is a ``fault``."""
     tail = file.tail(number)
@@ -120,7 +121,7 @@ def _put_back_node(
 
 
 def _put_back(
-    monitor: Monitor, file: OffloadFile, number: int, node: Node, written: Written
+    monitor: QmpCommands, file: OffloadFile, number: int, node: Node, written: Written
 ) -> BitmapReturn:
     _, planned = file.bitmaps[number]
     machine = query_machine(monitor)
@@ -175,7 +176,9 @@ def _work(
         yield actions.remove(node, MERGED)
 
 
-def _with_copies(monitor: Monitor, copies: list[SavedBitmap], work: list[actions.Action]) -> None:
+def _with_copies(
+    monitor: QmpCommands, copies: list[SavedBitmap], work: list[actions.Action]
+) -> None:
     """Does a transaction while QEMU has copies as bitmaps of the scratch node."""
     with (
         scratch_image.with_bitmaps(copies[0].disk_size, copies) as image,
@@ -186,7 +189,7 @@ def _with_copies(monitor: Monitor, copies: list[SavedBitmap], work: list[actions
         monitor.transaction(work)
 
 
-def require_loaded(monitor: Monitor, copy: SavedBitmap) -> None:
+def require_loaded(monitor: QmpCommands, copy: SavedBitmap) -> None:
     """Raises unless the scratch node has the bits of a copy, where QEMU tells.
 
     Raises:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from uuid import uuid4
+
+import numpy as np
 
 from qcow2bm.api import Bitmap, Edit, Image
 from qcow2bm.bitmaps.status import VALID
@@ -14,6 +17,7 @@ from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import has_all, node_of_image
 from qcow2bm.live.restore_report import BitmapReturn, RestoreReport, WrittenFacts
+from qcow2bm.live.tail import Tail
 from qcow2bm.live.written import former_tails
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp.names import tail_of
@@ -77,6 +81,13 @@ def _restore(file: OffloadFile, image: Image, *, dry_run: bool) -> RestoreReport
     return RestoreReport(tuple(restored), plan)
 
 
+def _coarsened(image: Image, tail: Tail) -> int:
+    """How many bytes would be dirty if the tail had the granularity of its canary."""
+    bits = np.unpackbits(image.bitmaps[tail.name].packed(), bitorder="little")
+    granules = np.flatnonzero(bits) * tail.granularity // tail.canary_granularity
+    return len(np.unique(granules)) * tail.canary_granularity
+
+
 def _put_into(
     edit: Edit, found: Bitmap | None, planned: PlannedBitmap, copy: SavedBitmap | None
 ) -> None:
@@ -107,7 +118,7 @@ def _node_of(file: OffloadFile, image: Image) -> int:
         if tail.name not in image.bitmaps:
             continue
         node = node_of_image(image, tail)
-        fault = tail.why_unusable(node)
+        fault = tail.why_unusable(node, partial(_coarsened, image, tail))
         # A first step that was interrupted leaves the tail without its canary.
         if fault and not (has_all(node, tail.planned) and image.bitmaps[tail.name].status == VALID):
             raise EvidenceError(fault, None)

@@ -11,8 +11,9 @@ from qcow2bm.errors import EvidenceError, StateError
 from qcow2bm.format.offload_file import PlannedNode
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import has_all, node_of
+from qcow2bm.live.recording import why_unusable
 from qcow2bm.live.stop import bytes_at_stop
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, NodeBitmap
 from qcow2bm.qmp.queries import query_machine
 
@@ -76,7 +77,7 @@ class LiveStatus(NamedTuple):
         return sum(one.stop_bytes for one in self.bitmaps)
 
 
-def status(monitor: Monitor, path: str | None = None) -> LiveStatus:
+def status(monitor: QmpCommands, path: str | None = None) -> LiveStatus:
     """Returns what a machine has, and how far the offload of a file is; ``live status``.
 
     It sends only queries. If there was a migration, and QEMU does not tell whether its disks are
@@ -114,11 +115,13 @@ def status(monitor: Monitor, path: str | None = None) -> LiveStatus:
         machine.status,
         machine.migration,
         bitmaps,
-        tuple(_status(file, machine, number, away) for number in nodes if file),
+        tuple(_status(monitor, file, machine, number, away) for number in nodes if file),
     )
 
 
-def _status(file: OffloadFile, machine: Machine, number: int, away: str) -> NodeStatus:
+def _status(
+    monitor: QmpCommands, file: OffloadFile, machine: Machine, number: int, away: str
+) -> NodeStatus:
     tail = file.tail(number)
     planned = tail.planned
     copied = {
@@ -135,7 +138,7 @@ def _status(file: OffloadFile, machine: Machine, number: int, away: str) -> Node
     there = {bitmap.name: bitmap for bitmap in node.bitmaps}
     bitmaps = _bitmaps(planned, there, copied)
     has_tail = node.find(tail.name) is not None
-    reason = "" if has_all(node, planned) else tail.why_unusable(node)
+    reason = "" if has_all(node, planned) else why_unusable(monitor, tail, node)
     if file.was_restored(number) and not has_tail:
         step, reason = "restored", ""
     elif away:

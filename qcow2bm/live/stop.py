@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from qcow2bm.live.tail import Tail
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.units import ceil_div
 
 _CLUSTER_SIZE = 64 << 10  # where QEMU does not tell
-
-
-def cluster_size_of(node: Node) -> int:
-    """Returns the cluster size of a node's image in bytes."""
-    return node.cluster_size or _CLUSTER_SIZE
 
 
 def most_bytes(node: Node, granularity: int, dirty_bytes: int | None = None) -> int:
@@ -26,16 +22,16 @@ def most_bytes(node: Node, granularity: int, dirty_bytes: int | None = None) -> 
         granularity: of the bitmap, in bytes.
         dirty_bytes: how many bytes of the disk are dirty; None if all may be.
     """
-    cluster_size = cluster_size_of(node)
+    cluster_size = node.cluster_size or _CLUSTER_SIZE
     clusters = ceil_div(ceil_div(node.virtual_size, granularity), 8 * cluster_size)
     if dirty_bytes is not None:
         clusters = min(clusters, dirty_bytes // granularity)
     return clusters * cluster_size
 
 
-def bytes_of_tail(node: Node, granularity: int) -> int:
-    """Returns how many bytes a tail of that granularity and its canary take to store, at most."""
-    return most_bytes(node, granularity) + cluster_size_of(node)
+def most_bytes_of_tail(node: Node, tail: Tail) -> int:
+    """Returns how many bytes a tail and its canary take to store, at most."""
+    return most_bytes(node, tail.granularity) + most_bytes(node, tail.canary_granularity)
 
 
 def bytes_at_stop(machine: Machine, bitmaps: Iterable[NodeBitmap]) -> int:

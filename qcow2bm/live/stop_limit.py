@@ -13,7 +13,7 @@ from qcow2bm.live import recording, stop, tail
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.log import logger
 from qcow2bm.qmp.bitmap_copies import copy_bitmaps
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine
 from qcow2bm.qmp.queries import query_machine
 
@@ -60,7 +60,7 @@ class Limited(NamedTuple):
 
 
 def limit_stop(
-    monitor: Monitor, file: OffloadFile, names: Sequence[str], pace: Pace, most_seconds: float
+    monitor: QmpCommands, file: OffloadFile, names: Sequence[str], pace: Pace, most_seconds: float
 ) -> Limited:
     """Lets new tails follow until a stop takes no longer than ``most_seconds``.
 
@@ -93,7 +93,7 @@ def limit_stop(
             pace += Pace(bytes, recording.roll(monitor, file, number, names[number]))
 
 
-def _measured(monitor: Monitor, file: OffloadFile, name: str) -> Pace:
+def _measured(monitor: QmpCommands, file: OffloadFile, name: str) -> Pace:
     """How fast QEMU stores the tail and the canary of the first node, which has a bit."""
     tail = file.tail(0)
     node = recording.sound_node(monitor, tail, name)
@@ -116,12 +116,17 @@ def _fitting(
     machine: Machine, file: OffloadFile, names: Sequence[str], pace: Pace, most_seconds: float
 ) -> int | None:
     """The finest granularity with which a tail full of bits would fit, beside what stays."""
-    nodes = [node for node in machine.nodes if node.name in names]
+    nodes = {node.name: node for node in machine.nodes}
     ours = {name for one in file.tails for name in (one.name, one.canary_name)}
     others = [bitmap for bitmap in stop.stored_bitmaps(machine) if bitmap.name not in ours]
     room = pace.bytes_in(most_seconds) - stop.bytes_at_stop(machine, others)
     granularity = file.plan.tail_granularity
     while (granularity := 2 * granularity) <= tail.MAX_GRANULARITY:
-        if sum(stop.bytes_of_tail(node, granularity) for node in nodes) <= room:
+        tails = [one._replace(granularity=granularity) for one in file.tails]
+        needed = (
+            stop.most_bytes_of_tail(nodes[name], one)
+            for name, one in zip(names, tails, strict=True)
+        )
+        if sum(needed) <= room:
             return granularity
     return None

@@ -1,9 +1,10 @@
 """The tail: the bitmap that records on a node in the place of those that were taken out.
 
 Every write since the first step of the offload is in the tail, if the tail is what the offload
-made. Beside it is its canary, a bitmap that records nothing and has one granule: a program that
-clears the bitmaps of a disk clears the canary as well, and a program that begins new bitmaps for
-those that record, such as libvirt for an overlay, makes none for the canary.
+made. Beside it is its canary, which records as well, and begins with every bit set. What happens to
+all bitmaps of a disk happens to both: libvirt carries those that record to another host, and begins
+clean ones of the same names in an overlay. A canary that lacks a bit was cleared, and the tail with
+it. A canary that has every bit was cleared only if the guest has written everywhere since.
 
 A new tail may follow a tail: then the bits of the former one are in the offload file.
 
@@ -12,6 +13,7 @@ A new tail may follow a tail: then the bits of the former one are in the offload
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 from qcow2bm.format.offload_file import PlannedNode
@@ -27,6 +29,7 @@ from qcow2bm.qmp.names import (
 )
 from qcow2bm.units import ceil_div
 
+_CANARY_BITS = 8 * (64 << 10)
 DEFAULT_GRANULARITY = 4 << 20
 MAX_GRANULARITY = 128 << 20
 """A coarser bitmap makes the source of a migration with the capability dirty-bitmaps spin."""
@@ -71,12 +74,23 @@ class Tail(NamedTuple):
         return self._replace(number=self.number + 1)
 
     @property
+    def canary_granularity(self) -> int:
+        """That of the tail; or a coarser one, so that the canary takes one cluster to store."""
+        granularity = self.granularity
+        while granularity < MAX_GRANULARITY and self._granules(granularity) > _CANARY_BITS:
+            granularity *= 2
+        return granularity
+
+    def _granules(self, granularity: int) -> int:
+        return ceil_div(self.planned.disk_size, granularity)
+
+    @property
     def canary(self) -> SavedBitmap:
-        """The canary as it is made: its first granule is dirty."""
-        size = self.planned.disk_size
-        octets = bytearray(ceil_div(ceil_div(size, self.granularity), 8))
-        octets[0] = 1
-        return SavedBitmap(self.canary_name, self.granularity, False, size, octets)
+        """The canary as it is made: every bit is set."""
+        granularity = self.canary_granularity
+        granules = self._granules(granularity)
+        octets = ((1 << granules) - 1).to_bytes(ceil_div(granules, 8), "little")
+        return SavedBitmap(self.canary_name, granularity, True, self.planned.disk_size, octets)
 
     def names_on(self, node: Node) -> list[str]:
         """Returns the names of all bitmaps on a node that its offload added."""
@@ -98,8 +112,14 @@ class Tail(NamedTuple):
         )
         return found if is_ours else None
 
-    def why_unusable(self, node: Node) -> str:
-        """Returns why the tail on a node may miss writes; "" if it has all of them."""
+    def why_unusable(self, node: Node, coarsened: Callable[[], int]) -> str:
+        """Returns why the tail on a node may miss writes; "" if it has all of them.
+
+        Args:
+            node: the node as it is now.
+            coarsened: returns how many bytes of the disk would be dirty if the tail had the
+                granularity of the canary, in whole granules. It is rarely called.
+        """
         tail, canary = node.find(self.name), node.find(self.canary_name)
         if not tail:
             return "the tail is gone: nothing recorded the writes since the bitmaps were taken out"
@@ -116,13 +136,29 @@ class Tail(NamedTuple):
                 f"the disk has {node.virtual_size} bytes, and had {self.planned.disk_size} when "
                 "the bitmaps were taken out"
             )
-        if not canary or canary.is_recording or canary.dirty_bytes != self.granularity:
+        if not canary or not self._is_alive(canary, tail, coarsened):
             return "the canary of the tail is gone or was changed: the tail may have been cleared"
         if node.is_read_only:
             return "the node is read-only: QEMU would not store the bitmaps"
         if tail.is_busy:
             return "the tail is busy: a job uses it; try again when the job has ended"
         return ""
+
+    def _is_alive(self, canary: NodeBitmap, tail: NodeBitmap, coarsened: Callable[[], int]) -> bool:
+        """Whether the canary was never cleared.
+
+        If it was, it has what the tail has since then, as coarse as it is itself. So a canary that
+        has every bit proves nothing if the tail touches each of its granules, and then it does not
+        matter if they are no coarser than those of the tail: that tail has every bit as well.
+        """
+        granularity = self.canary_granularity
+        every = self._granules(granularity) * granularity
+        if canary.granularity != granularity or not canary.is_recording:
+            return False
+        if canary.is_inconsistent or canary.dirty_bytes != every:
+            return False
+        is_sparse = tail.dirty_bytes // self.granularity < self._granules(granularity)
+        return granularity == self.granularity or is_sparse or coarsened() < every
 
 
 def foreign_tail(node: Node) -> str:

@@ -18,7 +18,7 @@ from qcow2bm.live.restore_report import WrittenFacts
 from qcow2bm.live.tail import Tail
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch_image
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Node
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.qmp.queries import query_scratch_bitmaps
@@ -46,7 +46,7 @@ class Written(NamedTuple):
         return [*((node, name) for name in self.live), *lent]
 
 
-def written_on(monitor: Monitor, file: OffloadFile, number: int, node: Node) -> Written:
+def written_on(monitor: QmpCommands, file: OffloadFile, number: int, node: Node) -> Written:
     """Returns what was written to a node, whose tail is sound.
 
     Args:
@@ -102,7 +102,9 @@ def _recorded(file: OffloadFile, number: int, node: Node) -> tuple[Written | Non
     return Written((tail.arrival_name,), file.read_collected(number)), ""
 
 
-def _dirty_if_complete(monitor: Monitor, tail: Tail, node: Node, recorded: Written) -> int | None:
+def _dirty_if_complete(
+    monitor: QmpCommands, tail: Tail, node: Node, recorded: Written
+) -> int | None:
     """How many bytes the recorders mark; None if the tail has a bit which none of them has.
 
     All merging is one transaction, so writes of the guest make no difference. What is counted is

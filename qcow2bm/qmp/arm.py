@@ -17,7 +17,7 @@ from qcow2bm.errors import StateError
 from qcow2bm.log import logger
 from qcow2bm.migration.sentinel import Sentinel
 from qcow2bm.qmp import actions, scratch
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import BitmapMapping, Machine, Node, NodeBitmap
 from qcow2bm.qmp.mapping import left_out, mapping_without_evidence
 from qcow2bm.qmp.names import sentinel_of, twin_of
@@ -65,7 +65,7 @@ class ArmReport(NamedTuple):
     left_out: tuple[NodeBitmap, ...]
 
 
-def arm(monitor: Monitor, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> ArmReport:
+def arm(monitor: QmpCommands, nodes: Sequence[str] = (), *, set_mapping: bool = False) -> ArmReport:
     """Adds a sentinel to each of these nodes, or to all with persistent bitmaps; ``rescue arm``.
 
     A sentinel is added only once QEMU has a mapping that leaves sentinels out. One that was added
@@ -115,7 +115,7 @@ def _require_judged(node: Node, *, is_set: bool) -> None:
         raise StateError("not judged yet", "judged first", subject, "judge")
 
 
-def _arm(monitor: Monitor, node: Node) -> ArmedNode:
+def _arm(monitor: QmpCommands, node: Node) -> ArmedNode:
     if node.twin:
         return ArmedNode(node.name, sentinel_of(node.twin.name), node.twin.granularity, False)
     sentinel = fresh_sentinel(node)

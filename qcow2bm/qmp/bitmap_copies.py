@@ -17,7 +17,7 @@ from qcow2bm.api import open, sidecar
 from qcow2bm.errors import BitmapError, QmpError
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch_image
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Node, NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.qmp.queries import query_digest
@@ -38,7 +38,7 @@ class Copies(NamedTuple):
     seconds: float
 
 
-def copy_bitmaps(monitor: Monitor, node: Node, bitmaps: Sequence[NodeBitmap]) -> Copies:
+def copy_bitmaps(monitor: QmpCommands, node: Node, bitmaps: Sequence[NodeBitmap]) -> Copies:
     """Returns copies of bitmaps of a node, as they are now; QEMU's own do not change.
 
     Raises:

@@ -10,40 +10,27 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from qcow2bm.errors import QmpError, QmpRefusedError, QmpTimeoutError, UnsupportedError
-from qcow2bm.qmp.actions import Action
 from qcow2bm.qmp.answers import Answer
-from qcow2bm.units import escape
+from qcow2bm.qmp.commands import DEFAULT_TIMEOUT, LENT, QmpCommands, one_line
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
-
-LENT = "qcow2bm-scratch"
-"""The label of the open files that are lent to QEMU."""
-
-DEFAULT_TIMEOUT: float = 120
-"""How many seconds each command may take, unless the caller says otherwise.
-
-QEMU answers no command while it stores a bitmap, which may take seconds on a slow disk.
-"""
 
 _GREETING_SECONDS = 10  # QEMU greets at once, unless it serves another client
 _GOODBYE_SECONDS = 5
 _HOST_AND_PORT = re.compile(r"\[?([^/\[\]]+)\]?:(\d{1,5})")
 
 
-class Monitor:
+class Monitor(QmpCommands):
     """A connection to the QMP server of a running QEMU; a context manager for one thread.
 
-    *Guarantees*: every command is sent once. If the connection is lost before the answer comes,
-    `QmpError` is raised, and only a new connection can tell whether QEMU did the command. No
-    command waits for longer than the timeout, whatever the server sends or leaves out. Events that
-    QEMU sends are dropped.
+    *Guarantees*: no command waits for longer than the timeout, whatever the server sends or leaves
+    out. Events that QEMU sends are dropped.
     """
 
     def __init__(self, address: str, timeout: float = DEFAULT_TIMEOUT) -> None:
@@ -86,17 +73,6 @@ class Monitor:
         except (ConnectError, OSError) as error:
             cause = error.exc if isinstance(error, ConnectError) else error
             raise QmpError("", _why(cause)) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends the connection; QEMU runs on. A second call does nothing."""
@@ -141,13 +117,13 @@ class Monitor:
         try:
             value = self._run(self._client.execute(command, arguments), self._timeout)
         except ExecuteError as error:
-            raise QmpRefusedError(command, _one_line(str(error))) from error
+            raise QmpRefusedError(command, one_line(str(error))) from error
         except TimeoutError as error:
             self._hang_up()
             self.close()
             raise QmpTimeoutError(command, self._timeout) from error
         except (QMPError, OSError, EOFError) as error:
-            raise QmpError(command, f"the connection is lost ({_one_line(str(error))})") from error
+            raise QmpError(command, f"the connection is lost ({one_line(str(error))})") from error
         return Answer(command, value)
 
     def lend(self, descriptor: int) -> int:
@@ -161,16 +137,8 @@ class Monitor:
         try:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError) as error:
-            raise QmpError("add-fd", _one_line(str(error))) from error
+            raise QmpError("add-fd", one_line(str(error))) from error
         return self.execute("add-fd", {"opaque": LENT})["fdset-id"].number()
-
-    def take_back(self, fdset: int) -> None:
-        """Has QEMU close a file that was lent, once no node uses it; raises as `execute` does."""
-        self.execute("remove-fd", {"fdset-id": fdset})
-
-    def transaction(self, actions: Sequence[Action]) -> None:
-        """Has QEMU do all the actions, or none of them; raises as `execute` does."""
-        self.execute("transaction", {"actions": list(actions)})
 
 
 def _connected(where: str | tuple[str, int], seconds: float) -> socket.socket:
@@ -208,8 +176,8 @@ def _why(error: BaseException) -> str:
     if isinstance(error, EOFError):
         return "the server closed the connection at once"
     if isinstance(error, OSError) and error.errno:  # a name that is not found has a negative one
-        return os.strerror(error.errno) if error.errno > 0 else _one_line(str(error.strerror))
-    said = _one_line(str(error)) or type(error).__name__
+        return os.strerror(error.errno) if error.errno > 0 else one_line(str(error.strerror))
+    said = one_line(str(error)) or type(error).__name__
     if "Greeting" in said:
         return f"this is no QMP server: QEMU opens one with -qmp, not with -monitor ({said})"
     return said
@@ -228,7 +196,3 @@ def _parse(address: str) -> str | tuple[str, int]:
         address = rest.partition(",")[0]
     found = None if kind == "unix" else _HOST_AND_PORT.fullmatch(address)
     return (found[1], int(found[2])) if found else address
-
-
-def _one_line(text: str) -> str:
-    return escape(" ".join(text.split()))

@@ -12,7 +12,7 @@ from typing import cast
 from qcow2bm.errors import QmpRefusedError, StateError
 from qcow2bm.qmp.aliases import Device, default_aliases
 from qcow2bm.qmp.answers import Answer
-from qcow2bm.qmp.client import LENT, Monitor
+from qcow2bm.qmp.commands import LENT, QmpCommands
 from qcow2bm.qmp.machine import BitmapMapping, Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.units import escape
@@ -20,7 +20,7 @@ from qcow2bm.units import escape
 HUMAN_MONITOR_COMMAND = "human-monitor-command"
 
 
-def query_machine(monitor: Monitor) -> Machine:
+def query_machine(monitor: QmpCommands) -> Machine:
     """Returns the state of a machine.
 
     Raises:
@@ -43,7 +43,7 @@ def query_machine(monitor: Monitor) -> Machine:
     return Machine(status, last, mapping, tuple(nodes), is_source)
 
 
-def query_nodes(monitor: Monitor) -> list[Node]:
+def query_nodes(monitor: QmpCommands) -> list[Node]:
     """Returns the block nodes but the scratch node, in the order of their names.
 
     The alias of each node is its name: `query_machine` knows better. Raises as `query_machine`
@@ -62,12 +62,12 @@ def query_nodes(monitor: Monitor) -> list[Node]:
     return sorted(nodes, key=lambda node: node.name)
 
 
-def query_bitmap(monitor: Monitor, node: str, name: str) -> NodeBitmap | None:
+def query_bitmap(monitor: QmpCommands, node: str, name: str) -> NodeBitmap | None:
     """Returns a bitmap as it is now; None if there is none. Raises as `query_machine` does."""
     return next((n.find(name) for n in query_nodes(monitor) if n.name == node), None)
 
 
-def query_digest(monitor: Monitor, bitmap: NodeBitmap) -> str | None:
+def query_digest(monitor: QmpCommands, bitmap: NodeBitmap) -> str | None:
     """Returns the SHA-256 of a bitmap's bits, in hex; None where QEMU does not give it.
 
     It is a command for debugging, which a QEMU may lack.
@@ -82,7 +82,7 @@ def query_digest(monitor: Monitor, bitmap: NodeBitmap) -> str | None:
         return None
 
 
-def query_scratch_bitmaps(monitor: Monitor) -> dict[str, int] | None:
+def query_scratch_bitmaps(monitor: QmpCommands) -> dict[str, int] | None:
     """Returns the dirty bytes of each bitmap of the scratch node; None if there is no such node."""
     for answer in monitor.execute("query-named-block-nodes", {"flat": True}).items():
         if answer["node-name"].text() == SCRATCH_NODE:
@@ -91,7 +91,7 @@ def query_scratch_bitmaps(monitor: Monitor) -> dict[str, int] | None:
     return None
 
 
-def query_lent_files(monitor: Monitor) -> list[int]:
+def query_lent_files(monitor: QmpCommands) -> list[int]:
     """Returns the numbers of the fdsets of the files that were lent to QEMU."""
     return [
         fdset["fdset-id"].number()
@@ -105,7 +105,7 @@ def _is_lent(descriptor: Answer) -> bool:
     return label is not None and label.text() == LENT
 
 
-def run_qemu_io(monitor: Monitor, node: str, command: str) -> str:
+def run_qemu_io(monitor: QmpCommands, node: str, command: str) -> str:
     """Has QEMU run a command of qemu-io on a node, and returns what it prints, in one line."""
     line = {"command-line": f'qemu-io {node} "{command}"'}
     printed = monitor.execute(HUMAN_MONITOR_COMMAND, line).text()
@@ -170,7 +170,7 @@ def _bitmap(node: str, answer: Answer) -> NodeBitmap | None:
     )
 
 
-def _children(monitor: Monitor) -> dict[str, str]:
+def _children(monitor: QmpCommands) -> dict[str, str]:
     """The node below each node; none where QEMU does not tell: it is a command for debugging."""
     try:
         graph = monitor.execute("x-debug-query-block-graph")
@@ -186,7 +186,7 @@ def _children(monitor: Monitor) -> dict[str, str]:
     }
 
 
-def _probed(monitor: Monitor, node: Node) -> Node:
+def _probed(monitor: QmpCommands, node: Node) -> Node:
     """Sets `Node.is_active` where QEMU does not tell: an inactive node refuses an empty write."""
     if node.is_active is not None or node.is_read_only or not node.bitmaps:
         return node

@@ -20,9 +20,13 @@ from __future__ import annotations
 
 from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.arm import ArmedNode, ArmReport, Obstacle, arm
+from qcow2bm.qmp.asyncio_monitor import AsyncioMonitor
 from qcow2bm.qmp.bitmap_copies import Omission
-from qcow2bm.qmp.client import DEFAULT_TIMEOUT, Monitor
+from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import DEFAULT_TIMEOUT, QmpCommands
+from qcow2bm.qmp.connect import connect
 from qcow2bm.qmp.copies import CopyRename, rename_copies
+from qcow2bm.qmp.libvirt import LibvirtMonitor
 from qcow2bm.qmp.machine import BitmapMapping, Node, NodeBitmap
 from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, save_sidecar
 from qcow2bm.qmp.settlement import (
@@ -40,10 +44,12 @@ __all__ = [
     "Answer",
     "ArmReport",
     "ArmedNode",
+    "AsyncioMonitor",
     "BitmapMapping",
     "BitmapRescue",
     "BitmapSettlement",
     "CopyRename",
+    "LibvirtMonitor",
     "MachineSidecar",
     "Monitor",
     "Node",
@@ -52,6 +58,7 @@ __all__ = [
     "Obstacle",
     "Omission",
     "Proof",
+    "QmpCommands",
     "Remedy",
     "RescueOutcome",
     "RescueReport",
@@ -61,6 +68,7 @@ __all__ = [
     "VerdictReport",
     "VerdictWord",
     "arm",
+    "connect",
     "judge",
     "lift_vetoes",
     "rename_copies",

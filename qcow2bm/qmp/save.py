@@ -13,7 +13,7 @@ from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import Sidecar
 from qcow2bm.qmp import scratch
 from qcow2bm.qmp.bitmap_copies import Omission, copy_bitmaps
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node
 from qcow2bm.qmp.queries import query_machine
 from qcow2bm.units import escape
@@ -38,7 +38,7 @@ class NodeChoiceError(ValueError):
         return f"several nodes have bitmaps: choose one ({listed})"
 
 
-def save_sidecar(monitor: Monitor, name: str | None = None) -> MachineSidecar:
+def save_sidecar(monitor: QmpCommands, name: str | None = None) -> MachineSidecar:
     """Copies the persistent bitmaps of a node, as they are now, into a `Sidecar`.
 
     All bitmaps are of one moment, unless an iothread serves the disk: then each bitmap is of some

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from qcow2bm.errors import QmpError
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.qmp.queries import (
     HUMAN_MONITOR_COMMAND,
@@ -29,7 +29,7 @@ _COARSEST = 2 << 30
 
 
 @contextmanager
-def scratch_node(monitor: Monitor, options: dict[str, Any]) -> Iterator[None]:
+def scratch_node(monitor: QmpCommands, options: dict[str, Any]) -> Iterator[None]:
     """Adds the node `SCRATCH_NODE` for the duration of the block, and removes it afterwards.
 
     After an interruption, `discard_leftover` removes the node.
@@ -48,7 +48,7 @@ def scratch_node(monitor: Monitor, options: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def all_dirty(monitor: Monitor, virtual_size: int) -> Iterator[None]:
+def all_dirty(monitor: QmpCommands, virtual_size: int) -> Iterator[None]:
     """Has the bitmap `NAME` on `SCRATCH_NODE` for the duration of the block, with every bit set.
 
     ``virtual_size`` is that of the disk, in bytes.
@@ -67,7 +67,7 @@ def all_dirty(monitor: Monitor, virtual_size: int) -> Iterator[None]:
         yield
 
 
-def discard_leftover(monitor: Monitor) -> None:
+def discard_leftover(monitor: QmpCommands) -> None:
     """Removes the scratch node and the lent files that an interrupted command left behind."""
     if query_scratch_bitmaps(monitor) is not None:
         _remove(monitor)
@@ -75,11 +75,11 @@ def discard_leftover(monitor: Monitor) -> None:
         monitor.take_back(fdset)
 
 
-def _remove(monitor: Monitor) -> None:
+def _remove(monitor: QmpCommands) -> None:
     monitor.execute("blockdev-del", {"node-name": SCRATCH_NODE})
 
 
-def _require_every_bit(monitor: Monitor, virtual_size: int) -> None:
+def _require_every_bit(monitor: QmpCommands, virtual_size: int) -> None:
     if query_scratch_bitmaps(monitor) != {NAME: align_up(virtual_size, _COARSEST)}:
         reason = "writing to a scratch node did not set the bits of its bitmap"
         raise QmpError(HUMAN_MONITOR_COMMAND, reason)

@@ -21,7 +21,7 @@ from qcow2bm.errors import QmpError, StorageError
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import scratch
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _nameless(head: bytes | bytearray, length: int) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def lent(monitor: Monitor, file: BinaryIO, *, read_only: bool = False) -> Iterator[None]:
+def lent(monitor: QmpCommands, file: BinaryIO, *, read_only: bool = False) -> Iterator[None]:
     """Has QEMU open an image as the scratch node for the duration of the block.
 
     At the end QEMU stores the bitmaps that the node has, unless it is ``read_only``.

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from qcow2bm.errors import QmpRefusedError
 from qcow2bm.log import logger
 from qcow2bm.qmp import actions, scratch
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import NodeBitmap
 from qcow2bm.qmp.names import SCRATCH_NODE, sentinel_of
 from qcow2bm.qmp.verdict import Verdict
@@ -52,7 +52,7 @@ class Settlement(NamedTuple):
         return not self.is_armed and not self.verdict.is_bad
 
 
-def settle(monitor: Monitor, verdict: Verdict, remedy: Remedy | None = None) -> Settlement:
+def settle(monitor: QmpCommands, verdict: Verdict, remedy: Remedy | None = None) -> Settlement:
     """Does to the bitmaps of a node what a verdict calls for, and disarms the node.
 
     *Guarantees*: one transaction both changes the bitmaps and disarms the node. Until then `judge`

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from qcow2bm.log import logger
 from qcow2bm.qmp import actions, scratch
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.mapping import mapped_names
 from qcow2bm.qmp.names import COMPARED, sentinel_of
@@ -45,7 +45,7 @@ class VerdictReport(NamedTuple):
     nodes: tuple[Verdict, ...]
 
 
-def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> VerdictReport:
+def judge(monitor: QmpCommands, nodes: Sequence[str] = ()) -> VerdictReport:
     """Judges these nodes, or all that were armed; the first half of ``rescue verdict``.
 
     *Guarantees*: the evidence stays as it is, so a second call finds the same.
@@ -75,7 +75,7 @@ def judge(monitor: Monitor, nodes: Sequence[str] = ()) -> VerdictReport:
     return VerdictReport(machine.migration, verdicts)
 
 
-def _judge(monitor: Monitor, machine: Machine, node: Node) -> Verdict:
+def _judge(monitor: QmpCommands, machine: Machine, node: Node) -> Verdict:
     consistent = tuple(bitmap for bitmap in node.subjects if not bitmap.is_inconsistent)
     if not node.twin:
         if node.tells_of_a_crash:
@@ -96,7 +96,7 @@ _CRASH = "another process opened the disk for writing, and did not close it prop
 
 
 def _word(
-    monitor: Monitor, machine: Machine, node: Node, twin: NodeBitmap
+    monitor: QmpCommands, machine: Machine, node: Node, twin: NodeBitmap
 ) -> tuple[VerdictWord, str]:
     """Returns the verdict on a node that is armed, and the reason for it."""
     sentinel = node.find(sentinel_of(twin.name))
@@ -120,7 +120,9 @@ def _word(
     return "untouched", "this machine wrote to every place that was written to"
 
 
-def _are_equal(monitor: Monitor, node: Node, sentinel: NodeBitmap, twin: NodeBitmap) -> bool | None:
+def _are_equal(
+    monitor: QmpCommands, node: Node, sentinel: NodeBitmap, twin: NodeBitmap
+) -> bool | None:
     """Returns whether a sentinel and its twin have the same bits, though the guest may write.
 
     They are copied in the order sentinel, twin, sentinel. The bits of the first copy must lie

@@ -17,7 +17,7 @@ from qcow2bm.bitmaps.entries import MAX_NAME_SIZE
 from qcow2bm.errors import Hint, QmpRefusedError, advise
 from qcow2bm.log import logger
 from qcow2bm.qmp import actions, scratch
-from qcow2bm.qmp.client import Monitor
+from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Node, NodeBitmap
 from qcow2bm.qmp.names import copy_of, is_evidence, original_of
 from qcow2bm.qmp.queries import query_bitmap, query_digest, query_machine
@@ -70,7 +70,7 @@ class RescueReport(NamedTuple):
 
 
 def lift_vetoes(
-    monitor: Monitor, nodes: Sequence[str] = (), *, dry_run: bool = False
+    monitor: QmpCommands, nodes: Sequence[str] = (), *, dry_run: bool = False
 ) -> RescueReport:
     """Makes QEMU store the persistent bitmaps of these nodes, or of all; ``rescue start``.
 
@@ -132,7 +132,9 @@ def _left(node: Node, bitmap: NodeBitmap) -> BitmapRescue | None:
     return BitmapRescue(bitmap, "left", reason, hint=hint)
 
 
-def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: bool) -> BitmapRescue:
+def _rescue(
+    monitor: QmpCommands, node: Node, bitmap: NodeBitmap, *, is_running: bool
+) -> BitmapRescue:
     digest = query_digest(monitor, bitmap)
     original = original_of(bitmap.name)
     if original:
@@ -149,7 +151,7 @@ def _rescue(monitor: Monitor, node: Node, bitmap: NodeBitmap, *, is_running: boo
 
 
 def copy_and_rename(
-    monitor: Monitor, bitmap: NodeBitmap, digest: str | None, *, is_running: bool
+    monitor: QmpCommands, bitmap: NodeBitmap, digest: str | None, *, is_running: bool
 ) -> BitmapRescue:
     """Replaces a bitmap by a new one with the same bits, which no migration has a veto on.
 
@@ -168,7 +170,7 @@ def copy_and_rename(
 
 
 def _rename(
-    monitor: Monitor, copy: NodeBitmap, name: str, digest: str | None, *, is_running: bool
+    monitor: QmpCommands, copy: NodeBitmap, name: str, digest: str | None, *, is_running: bool
 ) -> BitmapRescue:
     try:
         monitor.transaction(_replacement(copy, name))
@@ -198,7 +200,7 @@ def _differ_only_in_bits(bitmap: NodeBitmap, other: NodeBitmap) -> bool:
 
 
 def _verified(
-    monitor: Monitor,
+    monitor: QmpCommands,
     before: NodeBitmap,
     digest: str | None,
     outcome: RescueOutcome,

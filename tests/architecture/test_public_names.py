@@ -124,14 +124,14 @@ ALIASES = {"DiskOutcome", "FilePath", "Kind", "Ranges", "Removable", "Self", "So
 # Methods of public classes that only this library calls.
 INTERNAL = {
     "compare.ServedContent.reader",
-    "live.Monitor.transaction",
-    "rescue.Monitor.transaction",
+    *(f"{module}.QmpCommands.transaction" for module in ("live", "rescue")),
     "stream.StreamBitmap.add",
     "stream.StreamBitmaps.add",
 }
 STANDARD = {
     *vars(builtins),
     *("Any", "Literal", "NamedTuple", "NoReturn", "None", "annotations"),
+    *("Concatenate", "P", "QMPClient", "T"),
     *("Callable", "Collection", "Iterable", "Iterator", "Mapping", "Sequence"),
     *("AbstractContextManager", "TracebackType"),
     *("Buffer", "NDArray", "UUID", "np", "os"),

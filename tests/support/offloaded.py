@@ -287,9 +287,11 @@ def _(scene: Scene) -> None:
     source = scene.source
     source.execute("blockdev-add", node)
     source.execute("blockdev-snapshot", {"node": "disk", "overlay": "overlay"})
-    for name in scene.tails:
-        bitmap = {"node": "overlay", "name": name, "granularity": TAIL, "persistent": True}
-        source.execute("block-dirty-bitmap-add", bitmap)
+    for name, found in scene.source.bitmaps().items():
+        assert found["recording"]  # the tail and its canary
+        bitmap = {"node": "overlay", "name": name, "granularity": found["granularity"]}
+        source.execute("block-dirty-bitmap-add", {**bitmap, "persistent": True})
+    source.write(*LATER)
     source.quit()
     scene.disk = overlay
     scene.restore_into_the_image()
