@@ -452,7 +452,7 @@ def test_many_states_of_all_layouts(family: str) -> None:
     for name in trackable(family):
         random = Random(name)
         for steps in runs(build(name), random, 6):
-            count += sum(step.judge_all(random, 20) for step in steps)
+            count += sum(step.judge_all(random, 10) for step in steps)
     print(f"crash states checked: {count} ({family})")
     assert count or not trackable(family)
 

@@ -49,9 +49,16 @@ SOME = [
 ]
 """Some options, each with the depth to which it is explored."""
 
-FIVE_DEEP = Options(False, True, ("fine", "coarse"), "merge")
-DEEP = [(options, 5 if options == FIVE_DEEP else 4) for options in ALL]
-"""All options. Each further event takes four times as long, so one set of options gets five."""
+
+def depth_of(options: Options) -> int:
+    """How deep options are explored at length: each further event takes four times as long."""
+    if options == Options(False, True, ("fine", "coarse"), "merge"):
+        return 5
+    has_most_states = options.generation and not options.carried
+    return 4 if has_most_states or options[2:] == (("fine",), "merge") else 3
+
+
+DEEP = [(options, depth_of(options)) for options in ALL]
 
 FIRST = ("A writes", "A inactivates")
 

@@ -217,7 +217,7 @@ def test_every_interruption_of_an_offload(
 
 @pytest.mark.spec("LIVE-11", "LIVE-20")
 @pytest.mark.parametrize("ending", ENDINGS)
-@every_step
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.deep), 47])
 def test_every_interruption_of_new_tails(
     disk: Disk, tmp_path: Path, ending: Ending, step: int
 ) -> None:
