@@ -34,7 +34,7 @@ class AsyncioMonitor(QmpCommands):
 
         Args:
             client: the client.
-            timeout: how many seconds QEMU may take to answer each command.
+            timeout: how many seconds QEMU may take to answer each command; an attribute, too.
 
         Raises:
             ValueError: the timeout is not positive.
@@ -43,7 +43,7 @@ class AsyncioMonitor(QmpCommands):
         if not timeout > 0:
             raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
         self._client = client
-        self._timeout = timeout
+        self.timeout = timeout
         self._loop = asyncio.get_running_loop()
 
     async def run(
@@ -91,11 +91,11 @@ class AsyncioMonitor(QmpCommands):
 
         sent = asyncio.run_coroutine_threadsafe(send(), self._loop)
         try:
-            return Answer(command, sent.result(self._timeout))
+            return Answer(command, sent.result(self.timeout))
         except ExecuteError as error:
             raise QmpRefusedError(command, one_line(str(error))) from error
         except FutureTimeoutError as error:
             sent.cancel()
-            raise QmpTimeoutError(command, self._timeout) from error
+            raise QmpTimeoutError(command, self.timeout) from error
         except (QMPError, OSError, EOFError) as error:
             raise QmpError(command, f"the connection is lost ({one_line(str(error))})") from error

@@ -38,7 +38,7 @@ class Monitor(QmpCommands):
 
         Args:
             address: the path of a unix socket, or HOST:PORT.
-            timeout: how many seconds QEMU may take to answer each command.
+            timeout: how many seconds QEMU may take to answer each command; an attribute, too.
 
         Raises:
             ValueError: the timeout is not positive.
@@ -48,7 +48,7 @@ class Monitor(QmpCommands):
         if not timeout > 0:
             raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
         self._client = _new_client()
-        self._timeout = timeout
+        self.timeout = timeout
         self._socket: socket.socket | None = None
         self._runner = asyncio.Runner()
         self._is_closed = False
@@ -61,7 +61,7 @@ class Monitor(QmpCommands):
     def _connect(self, address: str) -> None:
         from qemu.qmp import ConnectError
 
-        seconds = min(_GREETING_SECONDS, self._timeout)
+        seconds = min(_GREETING_SECONDS, self.timeout)
         try:
             self._socket = _connected(_parse(address), seconds)
             self._run(self._client.connect(self._socket), seconds)
@@ -115,13 +115,13 @@ class Monitor(QmpCommands):
         if self._is_closed:
             raise QmpError(command, "the connection is closed")
         try:
-            value = self._run(self._client.execute(command, arguments), self._timeout)
+            value = self._run(self._client.execute(command, arguments), self.timeout)
         except ExecuteError as error:
             raise QmpRefusedError(command, one_line(str(error))) from error
         except TimeoutError as error:
             self._hang_up()
             self.close()
-            raise QmpTimeoutError(command, self._timeout) from error
+            raise QmpTimeoutError(command, self.timeout) from error
         except (QMPError, OSError, EOFError) as error:
             raise QmpError(command, f"the connection is lost ({one_line(str(error))})") from error
         return Answer(command, value)

@@ -30,7 +30,7 @@ class LibvirtMonitor(QmpCommands):
 
         Args:
             domain: its name, id or UUID.
-            timeout: how many seconds each command may take.
+            timeout: how many seconds each command may take; an attribute, too.
 
         Raises:
             ValueError: the timeout is not positive.
@@ -40,7 +40,7 @@ class LibvirtMonitor(QmpCommands):
         if not timeout > 0:
             raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
         self._domain = domain
-        self._timeout = timeout
+        self.timeout = timeout
         self.execute("query-version")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:
@@ -67,13 +67,13 @@ class LibvirtMonitor(QmpCommands):
                 words,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=self._timeout,
+                timeout=self.timeout,
                 pass_fds=descriptors,
                 env={**os.environ, "LC_ALL": "C"},
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise QmpTimeoutError(command, self._timeout) from error
+            raise QmpTimeoutError(command, self.timeout) from error
         except FileNotFoundError as error:
             raise UnsupportedError("libvirt without the program virsh") from error
         except OSError as error:

@@ -21,7 +21,8 @@ from support.offloaded import (
 )
 from support.qemu import Disk
 from support.specreader import page
-from support.vm import Machine
+from support.twin import MiB
+from support.vm import NOWHERE, Machine, until_deadline
 
 import qcow2bm
 from qcow2bm import live
@@ -81,6 +82,8 @@ def test_what_becomes_of_the_bitmaps(case: str, tmp_path: Path) -> None:
 
 
 REASONS = {
+    "not stored": "the tail is inconsistent: a QEMU that had the disk did not store it",
+    "read-only": "the node is read-only",
     "no tail": "tail is gone|no tail of this file",
     "another size": "the disk has 269485056 bytes, and had 268435968",
     "another machine may have written": "the tail may lack what the destination wrote",
@@ -273,3 +276,48 @@ def test_every_interruption_of_a_restore(
     runs = interrupt_each(disk, tmp_path, ending, step, live.restore, prepare)
     assert runs
     print(f"{ending}: {runs} interruptions of a restore, no write missing")
+
+
+@pytest.mark.spec("LIVE-22")
+def test_a_migration_that_never_converges_does_after_an_offload(tmp_path: Path) -> None:
+    """With the capability, QEMU takes each bit of a bitmap for a byte that is still to be sent.
+
+    A guest that is idle sends little, and QEMU takes that for what the network can do.
+    """
+    disk = Disk.create(tmp_path / "disk.qcow2", 16 << 40)
+    disk.add("daily", 64 << 10)
+    address, path = tmp_path / "qmp", str(tmp_path / "offloaded")
+    with Machine(disk.path, monitor=address) as source:
+        source.enable("dirty-bitmaps")
+        assert source.execute("query-migrate-parameters")["downtime-limit"] == 300
+        source.migrate(NOWHERE)
+        rounds = 0
+        for _ in until_deadline("the memory is not sent"):
+            found = source.execute("query-migrate")
+            assert found["status"] in ("setup", "active")
+            rounds += found.get("ram", {}).get("remaining") == 0
+            if rounds == 100:  # there is nothing else to send
+                break
+        source.execute("migrate_cancel")
+        source.wait_for_migration("cancelled")
+        with live.Monitor(str(address)) as monitor:
+            live.offload(monitor, path, tail_granularity=128 * MiB)
+        source.migrate(NOWHERE)
+        source.wait_for_migration("completed")
+
+
+@pytest.mark.parametrize("is_off", [False, True])
+def test_a_disk_on_a_raw_data_file(tmp_path: Path, is_off: bool) -> None:
+    data_file = tmp_path / "disk.raw"
+    options = f"data_file={data_file},data_file_raw=on"
+    disk = make_disk(tmp_path, "-o", options)
+    address, path = tmp_path / "qmp", tmp_path / "offloaded"
+    with Machine(disk.path, monitor=address) as machine:
+        offload(address, path)
+        write(machine)
+        if not is_off:
+            restore(address, path)
+        machine.quit()
+    if is_off:
+        put_back_offline(disk, path)
+    assert_back(disk)

@@ -30,9 +30,9 @@ MEANWHILE: tuple[Range, ...] = ((70 * MiB + 512, 512), (133 * MiB, 64 * KiB))
 LATER: Range = (200 * MiB, 4 * KiB)
 
 
-def make_disk(folder: Path) -> Disk:
+def make_disk(folder: Path, *options: str) -> Disk:
     """A disk with bitmaps that record, and the bitmap ``off``, which does not."""
-    disk = Disk.create(folder / "disk.qcow2", SIZE)
+    disk = Disk.create(folder / "disk.qcow2", SIZE, *options)
     for name, granularity in GRANULARITIES.items():
         disk.add(name, granularity)
     disk.io(*(f"write {start} {length}" for start, length in BEFORE))
@@ -114,10 +114,15 @@ class Scene:
             live.restore_offline(str(self.path), image)
 
     @contextmanager
-    def destination(self, *capabilities: str) -> Iterator[tuple[Machine, Path]]:
-        """The machine to which the source has migrated, and where its QMP server is."""
+    def destination(
+        self, *capabilities: str, disk: Path | None = None
+    ) -> Iterator[tuple[Machine, Path]]:
+        """The machine to which the source has migrated, and where its QMP server is.
+
+        If it has a ``disk`` of its own, the storage is not shared.
+        """
         address = self.path.with_name("destination")
-        with Machine(self.disk.path, incoming=True, monitor=address) as machine:
+        with Machine(disk or self.disk.path, incoming=True, monitor=address) as machine:
             for one in (self.source, machine):
                 one.enable(*capabilities)
             ours, theirs = socket.socketpair()
@@ -209,6 +214,44 @@ def _(scene: Scene) -> None:
     _at_the_destination(scene, "dirty-bitmaps")
 
 
+@case("migrated with the capability, storage not shared")
+def _(scene: Scene) -> None:
+    """The content of the disk, which is copied meanwhile, makes no difference here."""
+    disk = Disk.create(scene.path.with_name("other.qcow2"), SIZE)
+    with scene.destination("dirty-bitmaps", disk=disk.path) as (machine, address):
+        scene.write(machine, LATER)
+        scene.restore(address)
+        machine.quit()
+    scene.source.kill()
+    scene.disk = disk
+
+
+@case("destination killed")
+def _(scene: Scene) -> None:
+    with scene.destination() as (machine, _):
+        scene.write(machine, LATER)
+        machine.kill()
+    scene.source.quit()
+    scene.restore_into_the_image()
+
+
+@case("destination killed, source goes on")
+def _(scene: Scene) -> None:
+    with scene.destination() as (machine, _):
+        scene.write(machine, LATER)
+        machine.kill()
+    scene.source.execute("cont")
+    scene.restore()
+
+
+@case("source and destination killed")
+def _(scene: Scene) -> None:
+    with scene.destination() as (machine, _):
+        scene.source.kill()
+        machine.kill()
+    scene.restore_into_the_image()
+
+
 def _cancelled(scene: Scene) -> None:
     source = scene.source
     source.execute("migrate_cancel")
@@ -276,17 +319,22 @@ def _(scene: Scene) -> None:
     scene.restore()
 
 
-@case("snapshot, as libvirt makes it")
-def _(scene: Scene) -> None:
-    """Each bitmap that records goes on in the overlay, as a new one of the same name."""
+def _snapshot(scene: Scene) -> Disk:
+    """Lets the guest write to an overlay from now on."""
     path = scene.path.with_name("overlay.qcow2")
     base = str(scene.disk.path)
     overlay = Disk.create(path, SIZE, "-u", "-b", base, "-F", "qcow2")
     below = {"driver": "file", "filename": str(path)}
     node = {"node-name": "overlay", "driver": "qcow2", "backing": None, "file": below}
-    source = scene.source
-    source.execute("blockdev-add", node)
-    source.execute("blockdev-snapshot", {"node": "disk", "overlay": "overlay"})
+    scene.source.execute("blockdev-add", node)
+    scene.source.execute("blockdev-snapshot", {"node": "disk", "overlay": "overlay"})
+    return overlay
+
+
+@case("snapshot, as libvirt makes it")
+def _(scene: Scene) -> None:
+    """Each bitmap that records goes on in the overlay, as a new one of the same name."""
+    overlay, source = _snapshot(scene), scene.source
     for name, found in scene.source.bitmaps().items():
         assert found["recording"]  # the tail and its canary
         bitmap = {"node": "overlay", "name": name, "granularity": found["granularity"]}
@@ -295,6 +343,41 @@ def _(scene: Scene) -> None:
     source.quit()
     scene.disk = overlay
     scene.restore_into_the_image()
+
+
+@case("snapshot")
+def _(scene: Scene) -> None:
+    """The disk is a backing file then, to which QEMU does not write."""
+    _snapshot(scene)
+    scene.restore()
+
+
+@case("snapshot, then committed")
+def _(scene: Scene) -> None:
+    _snapshot(scene)
+    scene.write(scene.source, (150 * MiB, 512))
+    scene.source.execute("block-commit", {"device": "overlay", "job-id": "commit"})
+    scene.source.wait_for_job("commit", "ready")
+    scene.source.execute("job-complete", {"id": "commit"})
+    scene.source.wait_for_job("commit", None)
+    scene.write(scene.source, LATER)
+    scene.restore()
+    scene.source.quit()
+
+
+@case("backup job")
+def _(scene: Scene) -> None:
+    target = Disk.create(scene.path.with_name("target.qcow2"), SIZE)
+    below = {"driver": "file", "filename": str(target.path)}
+    source = scene.source
+    source.execute("blockdev-add", {"node-name": "target", "driver": "qcow2", "file": below})
+    job = {"device": "disk", "target": "target", "sync": "full", "job-id": "backup", "speed": 1}
+    source.execute("blockdev-backup", job)
+    scene.write(source, (150 * MiB, 512))
+    scene.restore()
+    source.execute("job-cancel", {"id": "backup"})
+    source.wait_for_job("backup", None)
+    source.quit()
 
 
 @case("disk resized")

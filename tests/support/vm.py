@@ -254,6 +254,13 @@ class Machine:
             if found.get("status") in _ENDED:
                 raise ToolError(f"migration is not {status}: {found}")
 
+    def wait_for_job(self, name: str, status: str | None) -> None:
+        """Returns once a job has this status, or is gone."""
+        for _ in until_deadline(f"job {name} is not {status}"):
+            found = {job["id"]: job["status"] for job in self.execute("query-jobs")}
+            if found.get(name) == status:
+                return
+
     def wait_for(self, status: str) -> None:
         """Returns once query-status gives this: running, postmigrate and so on.
 
