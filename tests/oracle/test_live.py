@@ -137,7 +137,7 @@ def put_back_offline(disk: Disk, path: Path) -> None:
 
 Ending = Literal["again", "restore", "offline", "killed"]
 ENDINGS: tuple[Ending, ...] = ("again", "restore", "offline", "killed")
-COMMANDS = 120  # more than there are
+COMMANDS = 400  # more than there are
 
 
 def after_an_interruption(
