@@ -85,6 +85,16 @@ def assert_back(
         assert bits <= ours | widened(coarse, granularity)
 
 
+def assert_no_write_is_missing(disk: Disk, written: Sequence[Range]) -> None:
+    """Every bitmap that is valid, and records, has every write; bitmaps may be lost."""
+    with qcow2bm.open(disk.path) as image:
+        valid = [name for name, bitmap in image.bitmaps.items() if bitmap.status == "valid"]
+    for name in {*valid} & {*GRANULARITIES}:
+        meanwhile = () if name == "off" else written
+        wanted = widened([*BEFORE, *meanwhile], GRANULARITIES[name])
+        assert wanted <= granules(disk.path, name), name
+
+
 @dataclass
 class Scene:
     """A disk, the file with its bitmaps, and what was written since they were taken out."""

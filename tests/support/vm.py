@@ -45,9 +45,22 @@ def until_deadline(subject: str) -> Iterator[None]:
     raise TimeoutError(subject)
 
 
-def _node(name: str, image: Path) -> dict[str, object]:
-    below = {"driver": "file", "filename": str(image)}
+def _node(name: str, image: Path, failing_write: int | None = None) -> dict[str, object]:
+    below: dict[str, object] = {"driver": "file", "filename": str(image)}
+    if failing_write is not None:
+        below = {"driver": "blkdebug", "image": below, **_fault(failing_write)}
     return {"node-name": name, "driver": "qcow2", "file": below}
+
+
+def _fault(number: int) -> dict[str, object]:
+    """Options of blkdebug: the write of that number fails with EIO, and no other."""
+    event = "pwritev"
+    counted = [
+        {"event": event, "state": state, "new_state": state + 1} for state in range(1, number)
+    ]
+    error = {"event": event, "state": number, "errno": 5, "once": True, "iotype": "write"}
+    fault: dict[str, object] = {"inject-error": [error]}
+    return {**fault, "set-state": counted} if counted else fault
 
 
 class Machine:
@@ -66,13 +79,15 @@ class Machine:
         monitor: Path | None = None,
         second_monitor: Path | None = None,
         second_disk: Path | None = None,
+        failing_write: int | None = None,
     ) -> None:
         """``incoming``: it waits for `receive`. ``paused``: it does not run until told to.
 
         ``monitor`` and ``second_monitor`` are where sockets of QMP servers are made for others.
         ``second_disk`` is an image that the machine has as the node "second", in an iothread.
+        ``failing_write`` is the number of the write to the image file that fails with EIO.
         """
-        self._image = image
+        self._node = _node("disk", image, failing_write)
         second = _node("second", second_disk) if second_disk else None
         self._options = (
             *(["-object", "iothread,id=io", "-blockdev", json.dumps(second)] if second else []),
@@ -88,7 +103,6 @@ class Machine:
         )
 
     def __enter__(self) -> Self:
-        node = _node("disk", self._image)
         self._output = TemporaryFile()  # closed in __exit__
         self._socket, theirs = socket.socketpair()
         with theirs:
@@ -97,7 +111,7 @@ class Machine:
                     TOOL,
                     *("-nodefaults", "-no-user-config", "-display", "none"),
                     *("-machine", "pc", "-accel", "tcg", "-m", "16"),
-                    *("-blockdev", json.dumps(node), "-device", "ide-hd,id=disk,drive=disk"),
+                    *("-blockdev", json.dumps(self._node), "-device", "ide-hd,id=disk,drive=disk"),
                     *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}"),
                     *("-mon", "chardev=qmp,mode=control"),
                     *self._options,
