@@ -1,0 +1,186 @@
+"""The command ``demo --qemu``: how short an offload makes the stop of a machine on QEMU.
+
+The machine has no guest: QEMU's own qemu-io writes instead. It migrates to nowhere, and goes on.
+
+*Spec*: spec/cli.md, "Demo".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, cast
+
+from qcow2bm import build_empty_image, live, open
+from qcow2bm.cli.messages import CommandError
+from qcow2bm.cli.output import count
+from qcow2bm.units import format_size
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
+
+_DISK_BYTES = 16 << 40
+_GRANULARITY = 64 << 10
+_BITMAP_BYTES = _DISK_BYTES // _GRANULARITY // 8
+_BITMAPS = 4
+_WRITES = 300
+_NODE = "disk"
+_PROGRAMS = (f"qemu-system-{platform.machine()}", "qemu-kvm", "/usr/libexec/qemu-kvm")
+_START_SECONDS = 10
+
+ROOM_BYTES = (2 * _BITMAPS + 2) * _BITMAP_BYTES
+"""How many bytes the image, the offload file and a scratch image take."""
+
+
+def demonstrate(folder: Path) -> None:
+    """Shows two stops of a machine, one as it is and one after an offload.
+
+    Raises:
+        CommandError: QEMU or the package qemu.qmp is missing, or QEMU does not start.
+        Qcow2BmError: as the functions of `live` do.
+    """
+    program = _find_qemu()
+    try:
+        import qemu.qmp  # noqa: F401
+    except ImportError as error:
+        reason = 'the package qemu.qmp is missing; install it: pip install "qcow2bm[qmp]"'
+        raise CommandError("demo", reason) from error
+    image = folder / "demo.qcow2"
+    print(
+        f"A disk of {format_size(_DISK_BYTES)}, and {count(_BITMAPS, 'bitmap')} of "
+        f"{format_size(_BITMAP_BYTES)} with random bits: {image}",
+        flush=True,
+    )
+    _make_image(image)
+    written = asyncio.run(_run(program, image, folder))
+    _require_every_write(image, written)
+
+
+def _find_qemu() -> str:
+    for name in _PROGRAMS:
+        if found := shutil.which(name):
+            return found
+    raise CommandError("demo", f"there is no QEMU: {_PROGRAMS[0]} is not installed")
+
+
+def _make_image(path: Path) -> None:
+    empty = build_empty_image(_DISK_BYTES)
+    path.write_bytes(empty.head)
+    os.truncate(path, empty.length)
+    with open(path, "r+") as image, image.edit() as edit:
+        for number in range(_BITMAPS):
+            edit.load(f"bitmap{number}", _GRANULARITY, Random(number).randbytes(_BITMAP_BYTES))
+
+
+async def _run(program: str, image: Path, folder: Path) -> list[int]:
+    """Runs the machine, and returns where it wrote."""
+    random = Random(0)
+    written: list[int] = []
+    path = str(folder / "demo.bitmaps")
+    async with _machine(program, image, folder) as client:
+
+        async def write() -> None:
+            for _ in range(_WRITES):
+                written.append(random.randrange(_DISK_BYTES // _GRANULARITY) * _GRANULARITY)
+                line = f'qemu-io {_NODE} "write -q {written[-1]} {_GRANULARITY}"'
+                await client.execute("human-monitor-command", {"command-line": line})
+
+        monitor = live.AsyncioMonitor(client)
+        await write()
+        plain = await _stop(client)
+        print(f"as it is: the machine stops for {1000 * plain:7.1f} ms to migrate", flush=True)
+        done = await monitor.run(live.offload, path)
+        taken = count(len(done.plan.bitmaps), "bitmap")
+        print(f"live offload: {taken} in a file, and one coarse bitmap in the machine records")
+        await write()
+        short = await _stop(client)
+        print(f"after it: the machine stops for {1000 * short:7.1f} ms to migrate", flush=True)
+        # Nothing received the migration, so no other machine can have written.
+        back = await monitor.run(live.restore, path, is_alone=True)
+        restored = count(sum(one.outcome == "restored" for one in back.bitmaps), "bitmap")
+        print(f"live restore: {restored} back in the machine")
+        with suppress(EOFError):
+            await client.execute("quit")
+    print(f"\n{plain / short:.0f} times shorter")
+    return written
+
+
+@asynccontextmanager
+async def _machine(program: str, image: Path, folder: Path) -> AsyncIterator[QMPClient]:
+    """A machine without a guest that has the image, and a connection to its QMP server."""
+    from qemu.qmp import ConnectError, QMPClient
+
+    address = folder / "qmp"
+    disk = f"driver=qcow2,node-name={_NODE},file.driver=file,file.filename={image}"
+    process = subprocess.Popen(
+        [
+            *(program, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"),
+            *("-blockdev", disk, "-qmp", f"unix:{address},server=on,wait=off"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        client = QMPClient("demo")
+        for _ in range(10 * _START_SECONDS):
+            if process.poll() is not None or address.exists():
+                break
+            await asyncio.sleep(0.1)
+        try:
+            await client.connect(str(address))
+        except ConnectError as error:
+            process.kill()
+            said = " ".join(process.communicate()[1].decode(errors="replace").split())
+            raise CommandError("demo", f"QEMU does not start: {said}") from error
+        yield client
+        await asyncio.to_thread(process.wait)
+        with suppress(EOFError):
+            await client.disconnect()
+    finally:
+        process.kill()
+        process.wait()
+        if process.stderr:
+            process.stderr.close()
+
+
+async def _stop(client: QMPClient) -> float:
+    """Migrates to nowhere, and returns how many seconds the machine stopped; it goes on then."""
+    state = [{"capability": "events", "state": True}]
+    await client.execute("migrate-set-capabilities", {"capabilities": state})
+    times: dict[str, float] = {}
+    with client.listener(("STOP", "MIGRATION")) as listener:
+        await client.execute("migrate", {"uri": "exec:cat >/dev/null"})
+        async for event in listener:
+            message = cast("dict[str, Any]", event)
+            time, data = message["timestamp"], message.get("data", {})
+            name = data.get("status", message["event"])
+            times[name] = time["seconds"] + time["microseconds"] / 1e6
+            if name in ("completed", "failed"):
+                break
+    if "completed" not in times:
+        raise CommandError("demo", "QEMU did not migrate")
+    while True:
+        status: Any = await client.execute("query-status")
+        if status["status"] == "postmigrate":
+            break
+        await asyncio.sleep(0.01)
+    await client.execute("cont")
+    return times["completed"] - times["STOP"]
+
+
+def _require_every_write(path: Path, written: list[int]) -> None:
+    with open(path) as image:
+        for bitmap in image.bitmaps.values():
+            bits = bitmap.packed()
+            granules = (start // _GRANULARITY for start in written)
+            if not all(bits[granule // 8] >> granule % 8 & 1 for granule in granules):
+                raise CommandError("demo", f"{bitmap.name} misses a write: please report it")
+        print(f"{count(len(written), 'write')}, all of them in each bitmap")
