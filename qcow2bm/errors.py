@@ -44,6 +44,7 @@ from qcow2bm.units import escape, format_size
 
 Hint = Literal[
     "assert-alone",
+    "assert-lost",
     "assert-raw",
     "assert-unchanged",
     "attach",
@@ -67,6 +68,7 @@ Hint = Literal[
 """A way in which the caller can deal with an error.
 
 ``assert-alone``: assert that no other machine wrote to a disk after a migration.
+``assert-lost``: assert that the bitmaps of an offload need not be put back.
 ``assert-raw``: assert that a disk is raw although it begins like another format.
 ``assert-unchanged``: assert that nothing wrote to the disk, or make the bitmaps dirty everywhere.
 ``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
@@ -84,6 +86,7 @@ read the bitmaps in a sidecar or a migration stream. ``undo``: take back the rep
 
 _HINTS: dict[Hint, str] = {
     "assert-alone": "pass is_alone=True if you know that no other machine wrote to the disks",
+    "assert-lost": "pass is_lost=True if they need not be put back",
     "assert-raw": "pass is_raw=True if you know that it is raw",
     "assert-unchanged": (
         "pass is_asserted=True if you know that the disk is unchanged, or is_all_dirty=True"

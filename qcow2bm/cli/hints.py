@@ -14,6 +14,7 @@ _WAIT = "--wait", "stop that process, or wait for it with --wait SECONDS"
 # For each hint the options that help, the best first, and what to say of them.
 _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
     "assert-alone": (("", "give --assert-alone if you know that no other VM wrote to the disks"),),
+    "assert-lost": (("", "give --assert-lost if they need not be put back"),),
     "assert-raw": (("", "give --assert-raw if you know that it is raw"),),
     "assert-unchanged": (
         (

@@ -5,10 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from qcow2bm import live
+from qcow2bm import (
+    BitmapError,
+    FormatError,
+    LimitError,
+    QmpError,
+    StateError,
+    UnsupportedError,
+    live,
+)
 from qcow2bm.cli import live_output
 from qcow2bm.cli.arguments import (
     EditingArguments,
@@ -20,9 +30,10 @@ from qcow2bm.cli.arguments import (
     size,
     some_milliseconds,
 )
+from qcow2bm.cli.hints import explain
 from qcow2bm.cli.images import open_to_edit
-from qcow2bm.cli.messages import about
-from qcow2bm.cli.output import PROBLEMS_FOUND, print_dry_run, print_json
+from qcow2bm.cli.messages import CommandError, about
+from qcow2bm.cli.output import PROBLEMS_FOUND, print_dry_run, print_json, several_nodes
 from qcow2bm.cli.parser import Arguments, Parser, UsageError
 
 _SOCKET_NOTE = """\
@@ -127,6 +138,7 @@ class RemoveArguments(Arguments):
     qmp: str
     timeout: float
     node: str | None
+    is_lost: bool
     names: list[str]
 
 
@@ -244,6 +256,13 @@ def _define_remove(parser: Parser) -> None:
     parser.add_word("names", "NAME", "the name of a bitmap", "+")
     add_qmp(parser)
     parser.add_argument("--node", metavar="NODE", help="the node or device that has the bitmaps")
+    parser.add_argument(
+        "--assert-lost",
+        dest="is_lost",
+        action="store_true",
+        help="you know that the bitmaps of an offload need not be put back, if one of these is its "
+        "tail",
+    )
 
 
 def run(arguments: Arguments) -> int:
@@ -253,7 +272,12 @@ def run(arguments: Arguments) -> int:
 
 def _offload(arguments: OffloadArguments) -> int:
     is_for_people = arguments.output == "human"
-    with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
+    with (
+        _going_on(arguments.file),
+        about(arguments.qmp, ValueError),
+        _connect(arguments) as monitor,
+        _about_file(arguments.file),
+    ):
         done = live.offload(
             monitor,
             arguments.file,
@@ -275,6 +299,28 @@ def _offload(arguments: OffloadArguments) -> int:
     return PROBLEMS_FOUND if done.left or is_long else 0
 
 
+@contextmanager
+def _going_on(file: str) -> Iterator[None]:
+    """Adds what to do if an offload fails that has begun."""
+    try:
+        yield
+    except CommandError as error:
+        is_begun = isinstance(error.__cause__, QmpError | BitmapError | StateError)
+        if not is_begun or not os.path.exists(file):
+            raise
+        reason = f"{error.reason}; then the same command goes on, or live restore goes back"
+        raise CommandError(error.subject, reason) from error.__cause__
+
+
+@contextmanager
+def _about_file(file: str) -> Iterator[None]:
+    """Names the offload file instead of the VM where the file is wrong."""
+    try:
+        yield
+    except (FormatError, LimitError, UnsupportedError) as error:
+        raise CommandError(file, explain(error)) from error
+
+
 def _ignore(*_: object) -> None:
     pass
 
@@ -287,7 +333,11 @@ def _restore(arguments: RestoreArguments) -> int:
         return _restore_offline(arguments, *given)
     if arguments.dry_run or arguments.no_lock or arguments.wait:
         raise UsageError("--dry-run, --no-lock and --wait are for an IMAGE, not for --qmp")
-    with about(arguments.qmp), _connect(arguments) as monitor:
+    with (
+        about(arguments.qmp),
+        _connect(arguments) as monitor,
+        _about_file(given[0]),
+    ):
         done = live.restore(monitor, given[0], is_alone=arguments.is_alone)
     return _print_restore(arguments, arguments.qmp, "qmp", given[0], done)
 
@@ -317,6 +367,7 @@ def _record(arguments: RecordArguments) -> int:
         live.connect(arguments.source, arguments.timeout) as source,
         about(arguments.qmp),
         _connect(arguments) as destination,
+        _about_file(arguments.file),
     ):
         recorders = live.record(destination, source, arguments.file)
     _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
@@ -324,7 +375,11 @@ def _record(arguments: RecordArguments) -> int:
 
 
 def _collect(arguments: CollectArguments) -> int:
-    with about(arguments.qmp), _connect(arguments) as monitor:
+    with (
+        about(arguments.qmp),
+        _connect(arguments) as monitor,
+        _about_file(arguments.file),
+    ):
         recorders = live.collect(monitor, arguments.file)
     _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
     return 0
@@ -343,7 +398,11 @@ def _status(arguments: StatusArguments) -> int:
     if len(arguments.names) > 1:
         raise UsageError("give one FILE at most")
     file = arguments.names[0] if arguments.names else None
-    with about(arguments.qmp), _connect(arguments) as monitor:
+    with (
+        about(arguments.qmp),
+        _connect(arguments) as monitor,
+        _about_file(file or ""),
+    ):
         found = live.status(monitor, file)
     if arguments.output == "human":
         live_output.print_status(arguments.qmp, file, found)
@@ -354,7 +413,10 @@ def _status(arguments: StatusArguments) -> int:
 
 def _remove(arguments: RemoveArguments) -> int:
     with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
-        live.remove(monitor, arguments.names, arguments.node)
+        try:
+            live.remove(monitor, arguments.names, arguments.node, is_lost=arguments.is_lost)
+        except live.NodeChoiceError as error:
+            raise CommandError(arguments.qmp, several_nodes(error.nodes)) from error
     return 0
 
 

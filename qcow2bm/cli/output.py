@@ -73,6 +73,12 @@ def percent(part: int, whole: int) -> float:
     return 100 * part / whole if whole else 0.0
 
 
+def several_nodes(nodes: Sequence[str]) -> str:
+    """Says that one of these nodes must be chosen."""
+    listed = ", ".join(map(quoted, nodes))
+    return f"several nodes have such bitmaps: choose one with --node ({listed})"
+
+
 def quoted(name: str) -> str:
     """A name from an image or an argument, in quotes and safe to print."""
     return f'"{escape(name)}"'

@@ -21,7 +21,7 @@ from qcow2bm.cli.arguments import (
 )
 from qcow2bm.cli.images import valid_bitmaps
 from qcow2bm.cli.messages import CommandError, about, say
-from qcow2bm.cli.output import Document, count, json_text, percent, quoted, size
+from qcow2bm.cli.output import Document, count, json_text, percent, quoted, several_nodes, size
 from qcow2bm.cli.parser import Arguments, Parser, UsageError
 from qcow2bm.cli.restoring import restore
 from qcow2bm.units import escape
@@ -181,9 +181,7 @@ def _from_vm(address: str, arguments: SaveArguments) -> tuple[sidecar.Sidecar, l
         with rescue.connect(address, arguments.timeout) as monitor:
             saved, left_out = rescue.save_sidecar(monitor, arguments.node)
     except rescue.NodeChoiceError as error:
-        listed = ", ".join(map(quoted, error.nodes))
-        reason = f"several nodes have bitmaps: choose one with --node ({listed})"
-        raise CommandError(address, reason) from error
+        raise CommandError(address, several_nodes(error.nodes)) from error
     return saved, [
         f"bitmap {quoted(bitmap.name)} is {reason}, and left out" for bitmap, reason in left_out
     ]

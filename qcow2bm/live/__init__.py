@@ -53,7 +53,7 @@ from qcow2bm.qmp.client import Monitor
 from qcow2bm.qmp.commands import DEFAULT_TIMEOUT, QmpCommands
 from qcow2bm.qmp.connect import connect
 from qcow2bm.qmp.libvirt import LibvirtMonitor
-from qcow2bm.qmp.machine import NodeBitmap
+from qcow2bm.qmp.machine import NodeBitmap, NodeChoiceError
 
 __all__ = [
     "DEFAULT_TAIL_GRANULARITY",
@@ -68,6 +68,7 @@ __all__ = [
     "LiveStatus",
     "Monitor",
     "NodeBitmap",
+    "NodeChoiceError",
     "NodeStatus",
     "OffloadPlan",
     "OffloadReport",

@@ -94,7 +94,8 @@ def offload(
         on_progress: called with a node and the name of a bitmap that was taken out.
 
     Raises:
-        StateError: the machine's state does not allow it, see `Machine.require_settled`.
+        StateError: the machine's state does not allow it, see `Machine.require_settled`; or a
+            verdict about the last migration is due, see `rescue.judge`.
         EvidenceError: the tail of an offload that was interrupted is not what it was.
         QmpError: QEMU does not answer, refuses, or did not store a bitmap.
         StorageError: the file cannot be read or written.
@@ -165,6 +166,7 @@ def _planned(
     chosen = machine.select(names, lambda node: bool(_usable(node)))
     nodes = []
     for node in chosen:
+        machine.require_judged(node)
         if tail.foreign_tail(node):
             reason = "has the tail of another offload: put the bitmaps of that one back first"
             raise ValueError(f'the node "{escape(node.name)}" {reason}')

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcow2bm.errors import BitmapNotFoundError
+from qcow2bm.errors import BitmapError, BitmapNotFoundError
 from qcow2bm.qmp import actions
 from qcow2bm.qmp.commands import QmpCommands
+from qcow2bm.qmp.machine import NodeChoiceError
+from qcow2bm.qmp.names import CANARY_PREFIX, TAIL_PREFIX
 from qcow2bm.qmp.queries import query_machine
-from qcow2bm.units import escape
 
 
-def remove(monitor: QmpCommands, names: Sequence[str], node: str | None = None) -> None:
+def remove(
+    monitor: QmpCommands, names: Sequence[str], node: str | None = None, *, is_lost: bool = False
+) -> None:
     """Removes bitmaps of a running machine, all of them or none; ``live remove``.
 
     QEMU removes a persistent bitmap from the image as well.
@@ -23,12 +26,16 @@ def remove(monitor: QmpCommands, names: Sequence[str], node: str | None = None) 
         monitor: the machine.
         names: of the bitmaps.
         node: the node or device that has them; not needed if each name is on one node alone.
+        is_lost: whether the caller asserts that the bitmaps of an offload need not be put back, if
+            one of these bitmaps is its tail or its canary.
 
     Raises:
         StateError: the machine's state does not allow it, see `Machine.require_settled`.
         BitmapNotFoundError: there is no such bitmap.
+        BitmapError: the bitmaps of an offload could not be put back without this one.
+        NodeChoiceError: several nodes have a bitmap of a name.
         QmpError: QEMU does not answer, or refuses: a job uses a bitmap.
-        ValueError: there is no such node, or several nodes have a bitmap of a name.
+        ValueError: there is no such node.
     """
     machine = query_machine(monitor)
     machine.require_settled()
@@ -39,7 +46,9 @@ def remove(monitor: QmpCommands, names: Sequence[str], node: str | None = None) 
         if not nodes:
             raise BitmapNotFoundError(name)
         if len(nodes) > 1:
-            listed = ", ".join(map(escape, nodes))
-            raise ValueError(f'several nodes have a bitmap "{escape(name)}": {listed}')
+            raise NodeChoiceError(nodes)
+        if name.startswith((TAIL_PREFIX, CANARY_PREFIX)) and not is_lost:
+            reason = "belongs to an offload, whose bitmaps cannot be put back without it"
+            raise BitmapError(name, reason, "assert-lost")
         work.append(actions.remove(nodes[0], name))
     monitor.transaction(work)

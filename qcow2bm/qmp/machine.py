@@ -57,6 +57,18 @@ class NodeBitmap(NamedTuple):
         return "busy: a job uses it" if self.is_busy else ""
 
 
+class NodeChoiceError(ValueError):
+    """Several ``nodes`` have persistent bitmaps, and none was chosen."""
+
+    def __init__(self, nodes: Sequence[str]) -> None:
+        super().__init__(nodes)
+        self.nodes = tuple(nodes)
+
+    def __str__(self) -> str:
+        listed = ", ".join(f'"{escape(node)}"' for node in self.nodes)
+        return f"several nodes have bitmaps: choose one ({listed})"
+
+
 class Node(NamedTuple):
     """A block node.
 
@@ -188,3 +200,13 @@ class Machine(NamedTuple):
         if self.migration == "completed" and not self.is_running and True not in actives:
             state = f"in state {escape(self.status)} after a migration that completed"
             raise StateError(state, f"running: {_USE_CONT}", "the machine")
+
+    def require_judged(self, node: Node) -> None:
+        """Raises if a verdict about the bitmaps of a node is due: they may miss writes.
+
+        Raises:
+            StateError: a verdict is due.
+        """
+        if node.tells_of_a_crash or (node.twin and self.migration in ("completed", "failed")):
+            subject = f'the node "{escape(node.name)}"'
+            raise StateError("armed, and not judged", "judged first", subject, "judge")

@@ -27,8 +27,8 @@ from qcow2bm.qmp.commands import DEFAULT_TIMEOUT, QmpCommands
 from qcow2bm.qmp.connect import connect
 from qcow2bm.qmp.copies import CopyRename, rename_copies
 from qcow2bm.qmp.libvirt import LibvirtMonitor
-from qcow2bm.qmp.machine import BitmapMapping, Node, NodeBitmap
-from qcow2bm.qmp.save import MachineSidecar, NodeChoiceError, save_sidecar
+from qcow2bm.qmp.machine import BitmapMapping, Node, NodeBitmap, NodeChoiceError
+from qcow2bm.qmp.save import MachineSidecar, save_sidecar
 from qcow2bm.qmp.settlement import (
     BitmapSettlement,
     Remedy,

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from qcow2bm.errors import StateError
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import Sidecar
 from qcow2bm.qmp import scratch
 from qcow2bm.qmp.bitmap_copies import Omission, copy_bitmaps
 from qcow2bm.qmp.commands import QmpCommands
-from qcow2bm.qmp.machine import Machine, Node
+from qcow2bm.qmp.machine import Machine, Node, NodeChoiceError
 from qcow2bm.qmp.queries import query_machine
 from qcow2bm.units import escape
 
@@ -24,18 +22,6 @@ class MachineSidecar(NamedTuple):
 
     sidecar: Sidecar
     left_out: tuple[Omission, ...]
-
-
-class NodeChoiceError(ValueError):
-    """Several ``nodes`` have persistent bitmaps, and none was chosen."""
-
-    def __init__(self, nodes: Sequence[str]) -> None:
-        super().__init__(nodes)
-        self.nodes = tuple(nodes)
-
-    def __str__(self) -> str:
-        listed = ", ".join(f'"{escape(node)}"' for node in self.nodes)
-        return f"several nodes have bitmaps: choose one ({listed})"
 
 
 def save_sidecar(monitor: QmpCommands, name: str | None = None) -> MachineSidecar:
@@ -64,9 +50,7 @@ def save_sidecar(monitor: QmpCommands, name: str | None = None) -> MachineSideca
     machine.require_settled()
     scratch.discard_leftover(monitor)
     node = _chosen(machine, name)
-    if node.tells_of_a_crash or (node.twin and machine.migration in ("completed", "failed")):
-        subject = f'the node "{escape(node.name)}"'
-        raise StateError("armed, and not judged", "judged first", subject, "judge")
+    machine.require_judged(node)
     persistent = [bitmap for bitmap in node.bitmaps if bitmap.is_persistent]
     usable = [bitmap for bitmap in persistent if bitmap.is_usable]
     left_out = tuple(Omission(b, b.why_unusable) for b in persistent if not b.is_usable)

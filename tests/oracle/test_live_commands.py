@@ -336,6 +336,43 @@ def test_removing(machine: Machine, tmp_path: Path) -> None:
     assert {*machine.bitmaps()} == GRANULARITIES.keys() - {"daily", "fine"}
 
 
+@pytest.mark.spec("LIVE-23")
+def test_the_tail_of_an_offload_is_not_removed_by_mistake(machine: Machine, tmp_path: Path) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    names = [*machine.bitmaps()]
+    for name in names:
+        done = command(tmp_path, f"remove SOCKET {name}")
+        message = "belongs to an offload, whose bitmaps cannot be put back without it; give"
+        assert done.status == 1
+        assert f'qcow2bm: vm.sock: bitmap "{name}" {message} --assert-lost' in done.err
+    assert [*machine.bitmaps()] == names
+    assert command(tmp_path, f"remove SOCKET --assert-lost {' '.join(names)}").status == 0
+    assert machine.bitmaps() == {}
+
+
+@pytest.mark.spec("LIVE-4")
+def test_an_offload_that_fails_says_how_it_goes_on(machine: Machine, tmp_path: Path) -> None:
+    stopped_offload(tmp_path, "block-dirty-bitmap-remove")
+    machine.limit_files(CLUSTER)
+    done = command(tmp_path, "offload SOCKET file")
+    assert done.status == 1
+    assert "; then the same command goes on, or live restore goes back" in done.err
+    assert len(done.err.splitlines()) == 1
+    machine.limit_files(None)
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    assert command(tmp_path, "restore SOCKET file").status == 0
+
+
+@pytest.mark.parametrize("action", ["restore", "status", "collect", "offload"])
+@pytest.mark.usefixtures("machine")
+def test_a_file_that_is_wrong_is_named(tmp_path: Path, action: str) -> None:
+    (tmp_path / "file").write_text(100 * "x")
+    done = command(tmp_path, f"{action} SOCKET file")
+    assert done.status == 1
+    subject = "vm.sock: the machine is not migrated" if action == "collect" else "file: "
+    assert done.err.startswith(f"qcow2bm: {subject}"), done.err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

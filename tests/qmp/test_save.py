@@ -91,7 +91,7 @@ def test_which_node(qemu: FakeQemu, address: str, tmp_path: Path) -> None:
     qemu.nodes["bare"] = FakeNode()
     assert saved(address, "disk") == expected(qemu)
     for options, said in (
-        ([], 'several nodes have bitmaps: choose one with --node ("disk", "other")'),
+        ([], 'several nodes have such bitmaps: choose one with --node ("disk", "other")'),
         (["--node", "dsk"], 'there is no node "dsk"; persistent bitmaps are on: disk, other'),
         (["--node", "bare"], "has no persistent bitmaps"),
     ):
