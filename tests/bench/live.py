@@ -18,12 +18,12 @@ QEMU.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -44,6 +44,7 @@ from qcow2bm import live  # noqa: E402
 KIB, MIB, TIB = 1 << 10, 1 << 20, 1 << 40
 SIZE, GRANULARITY = 16 * TIB, 64 * KIB
 WRITES = 300
+SPAWN = multiprocessing.get_context("spawn")
 
 
 class TimedMachine(Machine):
@@ -91,25 +92,32 @@ def stop(machine: TimedMachine) -> float:
     return 1000 * (machine.times["MIGRATIONcompleted"] - machine.times["STOP"])
 
 
+def ask(address: str, waits: Any, ended: Any) -> None:
+    """Asks a machine for its status until the end; notes the longest wait, in milliseconds."""
+    with live.Monitor(address) as monitor:
+        while not ended.is_set():
+            began = time.perf_counter()
+            monitor.execute("query-status")
+            waits.value = max(waits.value, 1000 * (time.perf_counter() - began))
+
+
 @contextmanager
-def longest_answer(address: Path) -> Iterator[list[float]]:
-    """Asks a machine for its status all the time; the list gets the longest wait, in ms."""
-    waits, ended = [0.0], threading.Event()
+def longest_answer(address: Path) -> Iterator[Callable[[], float]]:
+    """Asks a machine for its status all the time, from a process of its own.
 
-    def ask() -> None:
-        with live.Monitor(str(address)) as monitor:
-            while not ended.is_set():
-                began = time.perf_counter()
-                monitor.execute("query-status")
-                waits[0] = max(waits[0], 1000 * (time.perf_counter() - began))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
+    Yields a function that returns the longest wait, in milliseconds.
+    """
+    waits, ended = SPAWN.Value("d", 0.0), SPAWN.Event()
+    process = SPAWN.Process(target=ask, args=(str(address), waits, ended))
+    process.start()
+    while not waits.value:
+        time.sleep(0.01)
+    waits.value = 0
     try:
-        yield waits
+        yield lambda: float(waits.value)
     finally:
         ended.set()
-        thread.join()
+        process.join()
 
 
 def plain(folder: Path, original: Path, seed: int) -> float:
@@ -136,7 +144,7 @@ def offloaded(folder: Path, original: Path, seed: int) -> tuple[float, float, fl
             done = live.restore(monitor, str(path), is_alone=True)
         assert all(one.outcome == "restored" for one in done.bitmaps)
         machine.quit()
-    return took, out[0], back[0]
+    return took, out(), back()
 
 
 def bench(folder: Path, count: int, rounds: int) -> None:
