@@ -8,9 +8,12 @@ The machine has no guest: QEMU's own qemu-io writes instead. It migrates to nowh
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
 import platform
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -33,7 +36,6 @@ _BITMAPS = 4
 _WRITES = 300
 _NODE = "disk"
 _PROGRAMS = (f"qemu-system-{platform.machine()}", "qemu-kvm", "/usr/libexec/qemu-kvm")
-_START_SECONDS = 10
 
 ROOM_BYTES = (2 * _BITMAPS + 2) * _BITMAP_BYTES
 """How many bytes the image, the offload file and a scratch image take."""
@@ -59,7 +61,13 @@ def demonstrate(folder: Path) -> None:
         flush=True,
     )
     _make_image(image)
-    written = asyncio.run(_run(program, image, folder))
+    from qemu.qmp import QMPError
+
+    try:
+        written = asyncio.run(_run(program, image, folder))
+    except (QMPError, OSError, EOFError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CommandError("demo", f"QEMU has ended ({reason})") from error
     _require_every_write(image, written)
 
 
@@ -106,10 +114,17 @@ async def _run(program: str, image: Path, folder: Path) -> list[int]:
         back = await monitor.run(live.restore, path, is_alone=True)
         restored = count(sum(one.outcome == "restored" for one in back.bitmaps), "bitmap")
         print(f"live restore: {restored} back in the machine")
-        with suppress(EOFError):
-            await client.execute("quit")
+        await _quit(client)
     print(f"\n{plain / short:.0f} times shorter")
     return written
+
+
+async def _quit(client: QMPClient) -> None:
+    """Has QEMU store the bitmaps, and end."""
+    from qemu.qmp import QMPError
+
+    with suppress(QMPError, EOFError, OSError):  # QEMU may hang up before it answers
+        await client.execute("quit")
 
 
 @asynccontextmanager
@@ -117,61 +132,65 @@ async def _machine(program: str, image: Path, folder: Path) -> AsyncIterator[QMP
     """A machine without a guest that has the image, and a connection to its QMP server."""
     from qemu.qmp import ConnectError, QMPClient
 
-    address = folder / "qmp"
-    disk = f"driver=qcow2,node-name={_NODE},file.driver=file,file.filename={image}"
-    process = subprocess.Popen(
-        [
-            *(program, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none"),
-            *("-blockdev", disk, "-qmp", f"unix:{address},server=on,wait=off"),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    below = {"driver": "file", "filename": image.name}
+    disk = {"driver": "qcow2", "node-name": _NODE, "file": below}
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [
+                *(program, "-nodefaults", "-no-user-config", "-display", "none"),
+                *("-machine", "none", "-blockdev", json.dumps(disk)),
+                *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}"),
+                *("-mon", "chardev=qmp,mode=control"),
+            ],
+            cwd=folder,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+    logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())  # it raises the same
+    client = QMPClient("demo")
     try:
-        client = QMPClient("demo")
-        for _ in range(10 * _START_SECONDS):
-            if process.poll() is not None or address.exists():
-                break
-            await asyncio.sleep(0.1)
+        ours.setblocking(False)
         try:
-            await client.connect(str(address))
+            await client.connect(ours)
         except ConnectError as error:
             process.kill()
             said = " ".join(process.communicate()[1].decode(errors="replace").split())
             raise CommandError("demo", f"QEMU does not start: {said}") from error
         yield client
-        await asyncio.to_thread(process.wait)
-        with suppress(EOFError):
-            await client.disconnect()
+        await asyncio.to_thread(process.wait)  # it was told to quit
     finally:
         process.kill()
         process.wait()
         if process.stderr:
             process.stderr.close()
+        with suppress(Exception):  # it is lost: QEMU has ended
+            await client.disconnect()
+        ours.close()
 
 
 async def _stop(client: QMPClient) -> float:
     """Migrates to nowhere, and returns how many seconds the machine stopped; it goes on then."""
     state = [{"capability": "events", "state": True}]
     await client.execute("migrate-set-capabilities", {"capabilities": state})
-    times: dict[str, float] = {}
     with client.listener(("STOP", "MIGRATION")) as listener:
         await client.execute("migrate", {"uri": "exec:cat >/dev/null"})
-        async for event in listener:
+        while True:
+            status: Any = await client.execute("query-status")
+            migration: Any = await client.execute("query-migrate")
+            if migration.get("status") in ("failed", "cancelled"):
+                raise CommandError("demo", "QEMU did not migrate")
+            if migration.get("status") == "completed" and status["status"] == "postmigrate":
+                break
+            await asyncio.sleep(0.05)
+        times: dict[str, float] = {}
+        for event in listener.clear():
             message = cast("dict[str, Any]", event)
             time, data = message["timestamp"], message.get("data", {})
             name = data.get("status", message["event"])
             times[name] = time["seconds"] + time["microseconds"] / 1e6
-            if name in ("completed", "failed"):
-                break
-    if "completed" not in times:
-        raise CommandError("demo", "QEMU did not migrate")
-    while True:
-        status: Any = await client.execute("query-status")
-        if status["status"] == "postmigrate":
-            break
-        await asyncio.sleep(0.01)
     await client.execute("cont")
     return times["completed"] - times["STOP"]
 

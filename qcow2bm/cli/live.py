@@ -61,9 +61,10 @@ wrong usage
 """
 
 _RECORD_EPILOG = f"""\
-{_SOCKET_NOTE}Run it after live offload --exact, while the destination waits for the migration (as
-with -incoming defer) and the source has the disks. It takes about a millisecond of each VM. If it
-is left out, live restore takes the tail.
+{_SOCKET_NOTE}Run it after live offload --exact, while the migration is under way: the destination
+receives, and the source still has the disks. The source's capability pause-before-switchover gives
+time for that. It takes about a millisecond of each VM. If it is left out, live restore takes the
+tail.
 
 exit status: 0 done; 1 the command failed; 64 wrong usage
 """
@@ -146,7 +147,7 @@ def define(parser: Parser) -> None:
     """Adds the commands with their second words."""
     summary = "take the bitmaps out of a running VM into a file, so that its stop is short"
     parser.add_command("offload", summary, _define_offload)
-    summary = "put such bitmaps back, with what was written meanwhile"
+    summary = "put the bitmaps of live offload back, with what was written meanwhile"
     parser.add_command("restore", summary, _define_restore)
     summary = "give the destination of a migration a bitmap that records exactly"
     parser.add_command("record", summary, _define_record)
@@ -177,7 +178,7 @@ def _define_offload(parser: Parser) -> None:
         "--exact",
         dest="is_exact",
         action="store_true",
-        help="have another bitmap record what is written exactly; a stop does not store it",
+        help="add another bitmap that records the writes exactly; a stop does not store it",
     )
     parser.add_argument(
         "--max-downtime",

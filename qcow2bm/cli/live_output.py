@@ -53,15 +53,16 @@ def print_offload(qmp: str, file: str, done: live.OffloadReport, *, dry_run: boo
         print_text(f"{quoted(left.name)} of node {quoted(left.node)} stays: {reason}")
     now, before = format_size(done.after), format_size(done.before)
     does = "would then store" if dry_run else "now stores"
+    everywhere = "" if done.limited else ", wherever the guest writes"
+    former = f"; before this command, {before}{_about(done.seconds)}" if done.before else ""
     print_text(
-        f"a stop {does} at most {now} of bits{_about(done.stop_seconds)}; before this command, "
-        f"{before}{_about(done.seconds)}"
+        f"a stop {does} at most {now} of bits{everywhere}{_about(done.stop_seconds)}{former}"
     )
     if done.limited and not done.limited.fits:
         print_text(_too_long(qmp, file, done.limited))
     if not dry_run and any(node.recorder_granularity for node in done.plan.nodes):
         print_text(
-            "exact: before a migration without the capability dirty-bitmaps, run "
+            "exact: during a migration without the capability dirty-bitmaps, run "
             f"{command_line(_record_command(qmp, file))}; after it, before the source ends, run "
             f"{command_line(_collect_command(qmp, file))}"
         )
@@ -80,10 +81,13 @@ def print_offload(qmp: str, file: str, done: live.OffloadReport, *, dry_run: boo
 
 def _too_long(qmp: str, file: str, limited: live.Limited) -> str:
     """Says that a stop takes too long, and what to do about it."""
-    text = (
-        "warning: this is longer than --max-downtime, although "
-        f"{count(limited.rounds, 'new tail')} followed on each disk: "
-    )
+    text = "warning: this is longer than --max-downtime"
+    if not limited.rounds:
+        return (
+            f"{text}: what is left takes so long by the time that QEMU took for the copies; small "
+            "copies make the estimate rough: run the command again, or allow more time"
+        )
+    text += f", although {count(limited.rounds, 'new tail')} followed on each disk: "
     granularity = limited.fitting_granularity
     if granularity is None:
         return text + "the guest writes too widely, or other bitmaps take too long; no tail fits"
@@ -96,7 +100,12 @@ def _too_long(qmp: str, file: str, limited: live.Limited) -> str:
 
 def _about(seconds: float | None) -> str:
     """A time, as it follows an amount of bits."""
-    return "" if seconds is None else f", in about {1000 * seconds:.2g} ms"
+    return "" if seconds is None else f", in about {_milliseconds(seconds)} ms"
+
+
+def _milliseconds(seconds: float) -> str:
+    number = 1000 * seconds
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def offload_as_json(qmp: str, file: str, done: live.OffloadReport, *, dry_run: bool) -> Document:
@@ -154,6 +163,8 @@ def print_restore(done: live.RestoreReport) -> None:
 
 def _precision(written: live.WrittenFacts | None) -> str:
     if written is None:
+        return ""
+    if not written.dirty_bytes:
         return ""
     marked = format_size(written.dirty_bytes)
     if written.is_exact:
@@ -217,7 +228,7 @@ _STEPS = {
     "begun": "an offload or a restore was interrupted",
     "offloaded": "the bitmaps are in the file",
     "restored": "the bitmaps were put back",
-    "no-tail": "the machine has such bitmaps, and no tail of this file",
+    "no-tail": "the machine has bitmaps of these names, and no tail of this file",
     "away": "the VM does not have its disks now",
     "in-doubt": "in doubt",
 }

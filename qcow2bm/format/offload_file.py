@@ -32,8 +32,9 @@ from qcow2bm.units import decode_name, encode_name
 MAGIC = b"\x89qbmlive"
 VERSION = 1
 DIGEST_BYTES = 32
+TOKEN_BYTES = 8
 
-PLAN, COPY, RESTORED, ROLLED, COLLECTED = 1, 2, 3, 4, 5
+PLAN, COPY, RESTORED, ROLLED, COLLECTED, RECORDED = 1, 2, 3, 4, 5, 6
 """The types of records."""
 
 ENABLED = 0x01

@@ -1,29 +1,36 @@
 """Exact offloads: what the recorders have is carried along in a migration.
 
 A recorder is a bitmap as fine as the finest bitmap that was taken out. It is not persistent, so a
-stop does not store it, and it ends with its QEMU. `record` gives the destination a recorder before
-the destination can have the disk. `collect` fetches what the recorder of the source has, once the
-source is stopped for good.
+stop does not store it, and it ends with its QEMU. `record` gives the destination a recorder while
+the migration is under way, before the destination can have the disk. `collect` fetches what the
+recorder of the source has, once the source is stopped for good.
 
 *Spec*: spec/live.md, "Exact".
 """
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qcow2bm.errors import EvidenceError, StateError
+from qcow2bm.errors import EvidenceError, StateError, StorageError
+from qcow2bm.format.offload_file import TOKEN_BYTES
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.bitmap_copies import copy_bitmaps
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node
+from qcow2bm.qmp.names import ARRIVAL_PREFIX
 from qcow2bm.qmp.queries import query_machine
 from qcow2bm.storage import new_file
 from qcow2bm.units import escape
 
-_HAS_GIVEN_UP = ("finish-migrate", "inmigrate", "postmigrate")  # its disks
+_NO_RECORDER = "without a recorder of this file"
+_WITH_RECORDER = "the machine where this exact offload was begun"
+_SENDS = ("setup", "active", "pre-switchover")
+"""States of a migration in which the source has its disks."""
 
 
 class RecorderFacts(NamedTuple):
@@ -45,7 +52,7 @@ def collect(monitor: QmpCommands, path: str) -> tuple[RecorderFacts, ...]:
 
     Raises:
         StateError: no migration from this machine completed, or the machine goes on.
-        EvidenceError: the machine has none of the recorders.
+            Or it has none of the recorders.
         QmpError: QEMU does not answer, refuses, or did not store a bitmap.
         StorageError: the file cannot be read or written.
         FormatError: the file is no offload file, or is damaged.
@@ -61,6 +68,8 @@ def collect(monitor: QmpCommands, path: str) -> tuple[RecorderFacts, ...]:
     collected = []
     with new_file.held(path):
         file = OffloadFile.read(path)
+        if file.is_restored:
+            raise StorageError(path, 0, 0, "is of an offload whose bitmaps were put back already")
         for number, tail in enumerate(file.tails):
             for node in machine.nodes:
                 recorder = tail.recorder_on(node, tail.recorder_name)
@@ -70,67 +79,75 @@ def collect(monitor: QmpCommands, path: str) -> tuple[RecorderFacts, ...]:
                     dirty_bytes = recorder.dirty_bytes
                     collected.append(RecorderFacts(node.name, recorder.granularity, dirty_bytes))
     if not collected:
-        raise EvidenceError("the machine has no recorder of this file", None)
+        raise StateError(_NO_RECORDER, _WITH_RECORDER, "the machine")
     return tuple(collected)
 
 
 def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[RecorderFacts, ...]:
     """Gives the destination of a migration its recorders; ``live record``.
 
-    The destination waits for the migration: it has not had the disks, and the source has them. So
-    there is no write between the recorder of the source and that of the destination.
+    The migration is under way: the destination receives, and the source still has the disks. So
+    there is no machine, and no write, between the recorder of the source and that of the
+    destination. The file says which recorder that is.
 
     Args:
-        destination: a machine that waits for a migration.
-        source: the machine where the exact offload was begun.
+        destination: a machine that receives a migration.
+        source: the machine that migrates, where the exact offload was begun.
         path: of the offload file.
 
     Returns: the recorders.
 
     Raises:
-        StateError: the destination does not wait, or the source has given up its disks.
-        EvidenceError: the source has no recorder, or the destination no such disk.
+        StateError: the destination does not receive; or the source does not migrate, has given up
+            its disks, or has no recorder.
+        EvidenceError: the destination has no such disk.
         QmpError: QEMU does not answer, or refuses.
-        StorageError: the file cannot be read.
+        StorageError: the file cannot be read or written.
         FormatError: the file is no offload file, or is damaged.
     """
-    file = OffloadFile.read(path)
-    arriving = query_machine(destination)
-    if arriving.status != "inmigrate":
-        state = f"in state {escape(arriving.status)}"
-        required = "waiting for the migration, as with -incoming defer"
-        raise StateError(state, required, "the destination")
-    leaving = query_machine(source)
-    pairs = []
-    for tail in file.tails:
-        node = _node_with_recorder(leaving, tail)
-        if node:
-            pairs.append((tail, _twin_of(node, arriving)))
-    if not pairs:
-        raise EvidenceError("the source has no recorder of this file", None)
-    missing = [(tail, node) for tail, node in pairs if not node.find(tail.arrival_name)]
-    added = [
-        actions.add(
-            node.name,
-            tail.arrival_name,
-            tail.planned.recorder_granularity,
-            persistent=False,
-            enabled=True,
-        )
-        for tail, node in missing
-    ]
-    if added:
-        destination.transaction(added)
-    # Only now is it sure that every write is recorded here or there.
-    leaving = query_machine(source)
-    if leaving.status in _HAS_GIVEN_UP or leaving.migration == "completed":
-        destination.transaction([actions.remove(n.name, t.arrival_name) for t, n in missing])
-        state = f"in state {escape(leaving.status)}"
-        required = "in possession of its disks: the tail is taken instead of recorders"
-        raise StateError(state, required, "the source")
+    with new_file.held(path):
+        file = OffloadFile.read(path)
+        arriving = query_machine(destination)
+        if (arriving.status, arriving.migration) != ("inmigrate", "active"):
+            state = f"in state {escape(arriving.status)}"
+            required = "receiving a migration, and not done with it"
+            raise StateError(state, required, "the destination")
+        leaving = query_machine(source)
+        _require_sending(leaving)
+        pairs = []
+        for number, tail in enumerate(file.tails):
+            node = _node_with_recorder(leaving, tail)
+            if node:
+                pairs.append((number, tail, _twin_of(node, arriving)))
+        if not pairs:
+            raise StateError(_NO_RECORDER, _WITH_RECORDER, "the source")
+        token = secrets.token_bytes(TOKEN_BYTES)
+        destination.transaction([*_arrivals(pairs, token)])
+        # Only now is it sure that every write is recorded here or there. A recorder that the file
+        # does not name is of no use, and does no harm.
+        _require_sending(query_machine(source))
+        for number, _, _ in pairs:
+            file.append_recorded(number, token)
     return tuple(
-        RecorderFacts(node.name, tail.planned.recorder_granularity, 0) for tail, node in pairs
+        RecorderFacts(node.name, tail.planned.recorder_granularity, 0) for _, tail, node in pairs
     )
+
+
+def _require_sending(source: Machine) -> None:
+    if source.migration not in _SENDS or not source.is_source:
+        state = f"in state {escape(source.status)} (query-migrate: {escape(source.migration)})"
+        raise StateError(state, "migrating, and not done with it", "the source")
+
+
+def _arrivals(pairs: Sequence[tuple[int, Tail, Node]], token: bytes) -> Iterator[actions.Action]:
+    """Adds recorders with a new token, in the place of those of earlier calls."""
+    for _, tail, node in pairs:
+        for name in tail.names_on(node):
+            if name.startswith(ARRIVAL_PREFIX):
+                yield actions.remove(node.name, name)
+        name = tail._replace(token=token).arrival_name
+        granularity = tail.planned.recorder_granularity
+        yield actions.add(node.name, name, granularity, persistent=False, enabled=True)
 
 
 def _node_with_recorder(machine: Machine, tail: Tail) -> Node | None:

@@ -14,7 +14,7 @@ from qcow2bm.errors import BitmapError, EvidenceError, StorageError
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
 from qcow2bm.live import recording, stop, tail
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.place import has_all, is_as_planned, node_of
+from qcow2bm.live.place import fault_of, has_all, is_as_planned, node_of
 from qcow2bm.live.stop_limit import Limited, Pace, limit_stop
 from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.bitmap_copies import Omission, copy_bitmaps
@@ -223,11 +223,18 @@ def _places(monitor: QmpCommands, machine: Machine, file: OffloadFile) -> list[N
                 reason = "is a plan for other bitmaps than the machine has now: remove it"
                 raise StorageError(file.path, 0, 0, reason)
         return nodes
-    for node, one in pairs:
-        reason = recording.why_unusable(monitor, one, node)
-        # An interruption right after the first step leaves the tail without its canary.
-        if reason and not (node.find(one.name) and has_all(node, one.planned)):
+    if machine.goes_on:
+        raise EvidenceError(recording.GOES_ON, None)
+    for number, (node, one) in enumerate(pairs):
+        if file.was_restored(number):
+            reason = "has bitmaps that were put back: put the others back, too"
+            raise StorageError(file.path, 0, 0, reason)
+        reason = fault_of(file, number, node, recording.coarsened(monitor, one, node))
+        if reason:
             raise EvidenceError(f'node "{escape(node.name)}": {reason}', None)
+        if not node.find(one.name):
+            reason = "is of an offload that has begun, and the machine has no tail of it"
+            raise StorageError(file.path, 0, 0, reason)
     return nodes
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple, Self
+
+import numpy as np
 
 from qcow2bm.api import sidecar
 from qcow2bm.errors import FormatError, StorageError
@@ -22,8 +24,10 @@ from qcow2bm.format.offload_file import (
     DIGEST_BYTES,
     PLAN,
     RECORD_BYTES,
+    RECORDED,
     RESTORED,
     ROLLED,
+    TOKEN_BYTES,
     OffloadPlan,
     RecordHead,
 )
@@ -65,7 +69,8 @@ class OffloadFile:
         self._copies: dict[int, _Place] = {}
         self._restored: set[int] = set()
         self._rolled: dict[int, list[_Place]] = {}
-        self._collected: dict[int, _Place] = {}
+        self._collected: dict[int, list[_Place]] = {}
+        self._recorded: dict[int, _Place] = {}
         self._end = 0  # of the last whole record, in bytes
         for head, place in records:
             self._note(head, place)
@@ -106,7 +111,7 @@ class OffloadFile:
     def _note(self, head: RecordHead, place: _Place) -> None:
         nodes = len(self.plan.nodes)
         limits = {PLAN: 1, COPY: len(self.bitmaps)}
-        limits |= {RESTORED: nodes, ROLLED: nodes, COLLECTED: nodes}
+        limits |= dict.fromkeys((RESTORED, ROLLED, COLLECTED, RECORDED), nodes)
         if head.number >= limits.get(head.type, 0) or (head.type == PLAN and self._end):
             reason = f"is {head.type}, with the number {head.number}, which cannot be here"
             raise FormatError("record", "type", place.offset - RECORD_BYTES, reason)
@@ -117,7 +122,10 @@ class OffloadFile:
         if head.type == ROLLED:
             self._rolled.setdefault(head.number, []).append(place)
         if head.type == COLLECTED:
-            self._collected[head.number] = place
+            self._collected.setdefault(head.number, []).append(place)
+        if head.type == RECORDED:  # what was collected before is of another migration
+            self._recorded[head.number] = place
+            self._collected.pop(head.number, None)
         self._end = place.offset + place.size + DIGEST_BYTES
 
     @property
@@ -138,14 +146,22 @@ class OffloadFile:
         """Returns whether the file has the bits of the bitmap that has this number in the plan."""
         return number in self._copies
 
+    def has_copies_of(self, number: int) -> bool:
+        """Returns whether the file has the bits of any bitmap of the node that has this number."""
+        return any(place in self._copies for place in self.plan.numbers_of(number))
+
     def has_collected(self, number: int) -> bool:
-        """Returns whether the file has what the recorder of the node recorded at the source."""
+        """Returns whether the file has what the recorder of the node recorded at the source.
+
+        What was collected before the last `append_recorded` is of another migration.
+        """
         return number in self._collected
 
     def tail(self, number: int) -> Tail:
         """Returns the tail of the node that has this number, as it must be now."""
         rolls = len(self._rolled.get(number, ()))
-        return Tail(self.plan.nodes[number], self.plan.tail_granularity, rolls)
+        token = self._read_token(number) if number in self._recorded else None
+        return Tail(self.plan.nodes[number], self.plan.tail_granularity, rolls, token)
 
     @property
     def tails(self) -> list[Tail]:
@@ -165,15 +181,17 @@ class OffloadFile:
     def read_collected(self, number: int) -> SavedBitmap:
         """Returns what the recorder of the node that has this number recorded at the source.
 
+        Where several machines were asked, the recorder of one may have travelled from another.
+
         Raises as `read_copy` does.
         """
         tail = self.tail(number)
         node = tail.planned
         wanted = (tail.recorder_name, node.recorder_granularity, True, node.disk_size)
-        return self._read(self._collected[number], wanted)
+        return union([self._read(place, wanted) for place in self._collected[number]])
 
-    def read_rolled(self, number: int) -> list[SavedBitmap]:
-        """Returns the former tails of the node that has this number.
+    def read_former_tails(self, number: int) -> SavedBitmap | None:
+        """Returns what the former tails of a node have together; None if there are none.
 
         Raises as `read_copy` does.
         """
@@ -183,7 +201,20 @@ class OffloadFile:
             wanted = (tail.name, tail.granularity, True, tail.planned.disk_size)
             found.append(self._read(place, wanted))
             tail = tail.next
-        return found
+        return union(found) if found else None
+
+    def _read_token(self, number: int) -> bytes:
+        place = self._recorded[number]
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(place.offset)
+                token = file.read(place.size)
+        except OSError as error:
+            raise StorageError.from_os(error, self.path, place.offset, place.size) from error
+        if len(token) != TOKEN_BYTES:
+            reason = f"has {len(token)} bytes, must have {TOKEN_BYTES}"
+            raise FormatError("record", "payload", place.offset, reason)
+        return token
 
     def _read(self, place: _Place, wanted: tuple[str, int, bool, int]) -> SavedBitmap:
         """Returns the bitmap that is in a record; it must have these properties."""
@@ -215,6 +246,14 @@ class OffloadFile:
         """
         self._append(ROLLED, number, _as_sidecar(tail))
 
+    def append_recorded(self, number: int, token: bytes) -> None:
+        """Appends that the destination of a migration has the recorder with this token.
+
+        Raises:
+            StorageError: writing failed; what the file had before is still there.
+        """
+        self._append(RECORDED, number, token)
+
     def append_collected(self, number: int, recorder: SavedBitmap) -> None:
         """Appends what the recorder of the node that has this number recorded at the source.
 
@@ -235,6 +274,12 @@ class OffloadFile:
         new_file.append(self.path, _record(type, number, payload), self._end)
         place = _Place(self._end + RECORD_BYTES, len(payload))
         self._note(RecordHead(type, number, len(payload)), place)
+
+
+def union(bitmaps: Sequence[SavedBitmap]) -> SavedBitmap:
+    """Returns the first of the bitmaps, with what is set in any of them; all are alike."""
+    octets = np.bitwise_or.reduce([np.frombuffer(b.octets, np.uint8) for b in bitmaps])
+    return bitmaps[0]._replace(octets=octets.tobytes())
 
 
 def _as_sidecar(bitmap: SavedBitmap) -> bytes:

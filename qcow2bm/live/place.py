@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.bitmaps.status import VALID
 from qcow2bm.errors import EvidenceError
 from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
+from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import is_of_offload
@@ -26,8 +29,10 @@ def node_of(machine: Machine, tail: Tail) -> Node:
     nodes = [node for node in machine.nodes if node.find(tail.name)]
     nodes = nodes or [node for node in machine.nodes if node.name == tail.planned.name]
     if len(nodes) != 1:
-        number = "several nodes of the machine have" if nodes else "no node of the machine has"
-        reason = f'{number} the tail for the bitmaps of node "{escape(tail.planned.name)}"'
+        names = ", ".join(escape(node.name) for node in nodes)
+        number = f"several nodes ({names}) have" if nodes else "no node of the machine has"
+        advice = ": commit the overlay into the disk first" if nodes else ""
+        reason = f'{number} the tail for the bitmaps of node "{escape(tail.planned.name)}"{advice}'
         raise EvidenceError(reason, None)
     return nodes[0]
 
@@ -65,6 +70,24 @@ def node_of_image(image: Image, tail: Tail) -> Node:
 def _granules(bitmap: Bitmap) -> int:
     """How many bytes the dirty granules have; as for QEMU, the last one counts as a whole."""
     return align_up(bitmap.count(), bitmap.granularity) if bitmap.status == VALID else 0
+
+
+def fault_of(file: OffloadFile, number: int, node: Node, coarsened: Callable[[], int]) -> str:
+    """Returns why the bitmaps of a node cannot be put back; "" if they can, or are there.
+
+    Args:
+        file: of the offload.
+        number: of the node in the plan.
+        node: the node as it is now.
+        coarsened: see `Tail.why_unusable`.
+    """
+    tail = file.tail(number)
+    is_complete = has_all(node, tail.planned)
+    if not node.find(tail.name) and (is_complete or file.was_restored(number)):
+        return ""
+    if is_complete and not file.has_copies_of(number):
+        return ""  # no bitmap has left the machine yet
+    return tail.why_unusable(node, coarsened)
 
 
 def has_all(node: Node, planned: PlannedNode) -> bool:

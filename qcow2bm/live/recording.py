@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from qcow2bm.errors import EvidenceError
+from qcow2bm.errors import EvidenceError, QmpError
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
 from qcow2bm.log import logger
@@ -19,11 +19,21 @@ from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.qmp.queries import query_machine, query_scratch_bitmaps
 from qcow2bm.units import escape
 
+GOES_ON = "this machine goes on after it migrated, and the tail may lack what the destination wrote"
+"""The reason why a tail is in doubt, whatever it looks like."""
 
-def begin(monitor: QmpCommands, tails: Sequence[Tail], nodes: Sequence[Node]) -> None:
+
+def begin(
+    monitor: QmpCommands,
+    tails: Sequence[Tail],
+    nodes: Sequence[Node],
+    *,
+    with_witness: bool = False,
+) -> None:
     """Adds the tails that are missing on their nodes, all in one transaction; then their canaries.
 
-    A recorder is added together with its tail, or not at all: both have the same writes.
+    A recorder is added together with its tail, or not at all: both have the same writes. A tail
+    that follows another gets a witness instead, if ``with_witness``.
 
     Raises:
         QmpError: QEMU does not answer, or refuses.
@@ -37,9 +47,10 @@ def begin(monitor: QmpCommands, tails: Sequence[Tail], nodes: Sequence[Node]) ->
     ]
     for tail, node in missing:
         granularity = tail.planned.recorder_granularity
-        if granularity and not tail.number:
-            name = tail.recorder_name
-            work.append(actions.add(node.name, name, granularity, persistent=False, enabled=True))
+        if granularity and (with_witness or not tail.number):
+            name, is_recorder = tail.witness_name, not tail.number
+            add = actions.add(node.name, name, granularity, persistent=False, enabled=is_recorder)
+            work.append(add)
     if work:
         monitor.transaction(work)
         logger.info("live offload: the tails record")
@@ -68,20 +79,20 @@ def sound_node(monitor: QmpCommands, tail: Tail, name: str) -> Node:
     machine = query_machine(monitor)
     machine.require_settled()
     (node,) = machine.select([name], lambda node: True)
-    fault = why_unusable(monitor, tail, node)
+    fault = tail.why_unusable(node, coarsened(monitor, tail, node))
     if fault:
         raise EvidenceError(f'node "{escape(name)}": {fault}', None)
     return node
 
 
-def why_unusable(monitor: QmpCommands, tail: Tail, node: Node) -> str:
-    """Returns why the tail on a node of a machine may miss writes; "" if it has all of them.
+def coarsened(monitor: QmpCommands, tail: Tail, node: Node) -> Callable[[], int]:
+    """Returns what `Tail.why_unusable` needs for a node of a machine.
 
-    Raises:
+    The function that is returned raises:
         QmpError: QEMU does not answer, or refuses.
     """
 
-    def coarsened() -> int:
+    def ask() -> int:
         name = tail.canary_name
         with (
             scratch_image.blank(node.virtual_size) as image,
@@ -90,9 +101,20 @@ def why_unusable(monitor: QmpCommands, tail: Tail, node: Node) -> str:
             size = tail.canary_granularity
             add = actions.add(SCRATCH_NODE, name, size, persistent=False, enabled=False)
             monitor.transaction([add, actions.merge(SCRATCH_NODE, name, tail.name, node.name)])
-            return (query_scratch_bitmaps(monitor) or {})[name]
+            return require_count(query_scratch_bitmaps(monitor), name)
 
-    return tail.why_unusable(node, coarsened)
+    return ask
+
+
+def require_count(counts: dict[str, int] | None, name: str) -> int:
+    """Returns the dirty bytes of a bitmap of the scratch node.
+
+    Raises:
+        QmpError: another program has removed the node, or the bitmap.
+    """
+    if counts is None or name not in counts:
+        raise QmpError("query-named-block-nodes", "the scratch node is gone: another program ran")
+    return counts[name]
 
 
 def roll(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> float:
@@ -108,20 +130,23 @@ def roll(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> flo
     """
     former = file.tail(number)
     node = sound_node(monitor, former, name)
-    own = (former.name, former.canary_name, former.recorder_name, former.arrival_name)
-    leftovers = [name for name in former.names_on(node) if name not in own]
+    following = (former.next.name, former.next.canary_name, former.next.witness_name)
+    leftovers = [name for name in following if node.find(name)]
     if leftovers:  # of a roll that was interrupted
         monitor.transaction([actions.remove(node.name, name) for name in leftovers])
         node = sound_node(monitor, former, name)
-    begin(monitor, [former.next], [node])
+    has_witness = not former.was_loaded_anew(node)
+    begin(monitor, [former.next], [node], with_witness=has_witness)
     bitmap = node.find(former.name)
     if not bitmap:
         raise AssertionError("a tail that is sound is there")
     (copy,), seconds = copy_bitmaps(monitor, node, [bitmap])
+    sound_node(monitor, former, name)
     file.append_rolled(number, copy)
     sound_node(monitor, file.tail(number), name)
-    monitor.transaction(
-        [actions.remove(node.name, name) for name in (former.name, former.canary_name)]
-    )
+    gone = [former.name, former.canary_name]
+    if former.number and node.find(former.witness_name):
+        gone.append(former.witness_name)
+    monitor.transaction([actions.remove(node.name, name) for name in gone])
     logger.info('live offload: a new tail records on node "%s"', escape(node.name))
     return seconds

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator
 from qcow2bm.errors import EvidenceError, QmpError, QmpRefusedError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.place import has_all, is_as_planned, node_of
-from qcow2bm.live.recording import why_unusable
+from qcow2bm.live.place import fault_of, is_as_planned, node_of
+from qcow2bm.live.recording import GOES_ON, coarsened
 from qcow2bm.live.restore_report import BitmapReturn, RestoreOutcome, RestoreReport
+from qcow2bm.live.tail import Tail
 from qcow2bm.live.written import Written, written_on
 from qcow2bm.log import logger
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch, scratch_image
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
-from qcow2bm.qmp.names import MERGED, SCRATCH_NODE
+from qcow2bm.qmp.names import MERGED, SCRATCH_NODE, new_copy_name
 from qcow2bm.qmp.queries import query_digest, query_machine
 from qcow2bm.storage import new_file
 from qcow2bm.units import escape
@@ -60,12 +61,8 @@ def restore(
     """
     machine = query_machine(monitor)
     machine.require_settled()
-    if machine.migration == "completed" and machine.is_source and not is_alone:
-        reason = (
-            "this machine goes on after it migrated, and the tail may lack what the destination "
-            "wrote"
-        )
-        raise EvidenceError(reason, "assert-alone")
+    if machine.goes_on and not is_alone:
+        raise EvidenceError(GOES_ON, "assert-alone")
     scratch.discard_leftover(monitor)
     done: list[BitmapReturn] = []
     with new_file.held(path):
@@ -87,10 +84,7 @@ def _fault(monitor: QmpCommands, file: OffloadFile, machine: Machine, number: in
         node = node_of(machine, tail)
     except EvidenceError as error:
         return "" if file.was_restored(number) else error.reason
-    has_tail = node.find(tail.name)
-    if has_all(node, tail.planned) or (file.was_restored(number) and not has_tail):
-        return ""
-    reason = why_unusable(monitor, tail, node)
+    reason = fault_of(file, number, node, coarsened(monitor, tail, node))
     return reason and f'node "{escape(node.name)}": {reason}'
 
 
@@ -101,23 +95,35 @@ def _put_back_node(
     tail = file.tail(number)
     nodes = [node for node in machine.nodes if node.find(tail.name)]
     if fault or not nodes:
-        outcome: RestoreOutcome = "left" if fault else "kept"
-        reason = "it is there, and the machine has no tail of this file"
+        is_elsewhere = file.has_copies_of(number) and not file.was_restored(number)
+        outcome: RestoreOutcome = "left" if fault or is_elsewhere else "kept"
+        reason = "it was not taken out"
+        if is_elsewhere:
+            reason = "a bitmap of this name is here, but not the tail: is it the right machine?"
         if file.was_restored(number):
             reason = "the file says that it was put back"
+            _remove_recorders(monitor, machine, tail)
         for planned in tail.planned.bitmaps:
             yield BitmapReturn(tail.planned.name, planned.name, outcome, fault or reason)
         return
     (node,) = nodes
-    written = written_on(monitor, file, number, node)
+    written = written_on(monitor, machine, file, number, node)
     results = []
     for place in file.plan.numbers_of(number):
         results.append(_put_back(monitor, file, place, node, written))
         yield results[-1]
     if all(result.is_safe for result in results):
+        # In this order: while the tail is there, a second call does all of this again.
+        file.append_restored(number)
         monitor.transaction([actions.remove(node.name, name) for name in tail.names_on(node)])
         logger.info('live restore: the tail of node "%s" is removed', escape(node.name))
-        file.append_restored(number)
+
+
+def _remove_recorders(monitor: QmpCommands, machine: Machine, tail: Tail) -> None:
+    """Removes recorders of a source that goes on after the bitmaps were put back elsewhere."""
+    work = [actions.remove(node.name, n) for node in machine.nodes for n in tail.names_on(node)]
+    if work:
+        monitor.transaction(work)
 
 
 def _put_back(
@@ -136,11 +142,14 @@ def _put_back(
         reason = found.why_unusable or "another bitmap of this name is there"
         return result._replace(outcome="left", reason=reason)
     copy = file.read_copy(number) if file.has_copy(number) else None
-    is_copy_there = not copy or (found and query_digest(monitor, found) == copy.sha256())
-    if found and is_copy_there and found.is_recording == planned.enabled:
-        return result  # it was never removed, or was put back, and has recorded everything
+    if found and not copy and found.is_recording == planned.enabled:
+        return result  # it was never removed, and has recorded everything
+    if found and copy and not planned.enabled and query_digest(monitor, found) == copy.sha256():
+        return result
+    if copy:  # the scratch node has no bitmap of such a name if it is that of another program
+        copy = copy._replace(name=new_copy_name())
     since = written if planned.enabled else Written()
-    work = list(_work(node.name, planned, found, since, has_copy=copy is not None))
+    work = list(_work(node.name, planned, found, since, copy))
     saved = [bitmap for bitmap in (copy, since.saved) if bitmap]
     try:
         if saved:
@@ -153,7 +162,11 @@ def _put_back(
 
 
 def _work(
-    node: str, planned: PlannedBitmap, found: NodeBitmap | None, written: Written, *, has_copy: bool
+    node: str,
+    planned: PlannedBitmap,
+    found: NodeBitmap | None,
+    written: Written,
+    copy: SavedBitmap | None,
 ) -> Iterator[actions.Action]:
     """The actions of the transaction that completes a bitmap.
 
@@ -167,8 +180,8 @@ def _work(
     elif enabled and not found.is_recording:
         yield actions.enable(node, name)
     sources = written.sources(node)
-    if has_copy:
-        yield actions.merge_all(node, name, [(SCRATCH_NODE, name), *sources])
+    if copy:
+        yield actions.merge_all(node, name, [(SCRATCH_NODE, copy.name), *sources])
     elif sources:
         yield actions.add(node, MERGED, granularity, persistent=False, enabled=False)
         yield actions.merge_all(node, MERGED, sources)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from functools import partial
-from uuid import uuid4
 
 import numpy as np
 
@@ -15,12 +14,11 @@ from qcow2bm.bitmaps.status import VALID
 from qcow2bm.errors import BitmapError, EvidenceError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.place import has_all, node_of_image
+from qcow2bm.live.place import fault_of, has_all, node_of_image
 from qcow2bm.live.restore_report import BitmapReturn, RestoreReport, WrittenFacts
 from qcow2bm.live.tail import Tail
-from qcow2bm.live.written import former_tails
 from qcow2bm.migration.sidecar import SavedBitmap
-from qcow2bm.qmp.names import tail_of
+from qcow2bm.qmp.names import new_copy_name
 from qcow2bm.storage import new_file
 
 
@@ -51,19 +49,18 @@ def _restore(file: OffloadFile, image: Image, *, dry_run: bool) -> RestoreReport
     planned_node = tail.planned
     names = [bitmap.name for bitmap in planned_node.bitmaps]
     if tail.name not in image.bitmaps:
-        reason = "the file says that it was put back"
+        reason = "it is there, and the image has no tail of this file"
+        if file.was_restored(number):
+            reason = "the file says that it was put back"
         kept = (BitmapReturn(planned_node.name, name, "kept", reason) for name in names)
         return RestoreReport(tuple(kept))
     node = node_of_image(image, tail)
-    former = former_tails(file, number)
+    former = file.read_former_tails(number)
     dirty_bytes = image.bitmaps[tail.name].count() + (former.dirty_bytes if former else 0)
     restored = []
     with image.edit(dry_run=dry_run) as edit:
         if former:
-            second = tail_of(uuid4())  # which no bitmap is called
-            edit.load(second, former.granularity, former.octets, enabled=False)
-            edit.merge(tail.name, second)
-            edit.remove(second)
+            _merge_into(edit, tail.name, former)
         for place in file.plan.numbers_of(number):
             _, planned = file.bitmaps[place]
             copy = file.read_copy(place) if file.has_copy(place) else None
@@ -79,6 +76,14 @@ def _restore(file: OffloadFile, image: Image, *, dry_run: bool) -> RestoreReport
     if not dry_run:
         file.append_restored(number)
     return RestoreReport(tuple(restored), plan)
+
+
+def _merge_into(edit: Edit, target: str, bitmap: SavedBitmap) -> None:
+    """Sets in a bitmap of the edit what is set in another that is not in the image."""
+    name = new_copy_name()
+    edit.load(name, bitmap.granularity, bitmap.octets, enabled=False)
+    edit.merge(target, name)
+    edit.remove(name)
 
 
 def _coarsened(image: Image, tail: Tail) -> int:
@@ -104,26 +109,27 @@ def _put_into(
         if not enabled:
             raise BitmapError(name, "has other bits than its copy in the file")
         # It was put back into the machine, and has recorded since.
-        second = tail_of(uuid4())  # which no bitmap is called
-        edit.load(second, granularity, copy.octets, enabled=False)
-        edit.merge(name, second)
-        edit.remove(second)
+        _merge_into(edit, name, copy)
     if enabled:
         edit.enable(name)
 
 
 def _node_of(file: OffloadFile, image: Image) -> int:
-    """Returns the number of the node whose disk an image is, if every write to it is known."""
+    """Returns the number of the node whose disk an image is, if every write to it is known.
+
+    If the bitmaps were put back, the image has no tail any more.
+    """
+    complete = []
     for number, tail in enumerate(file.tails):
-        if tail.name not in image.bitmaps:
-            continue
         node = node_of_image(image, tail)
-        fault = tail.why_unusable(node, partial(_coarsened, image, tail))
-        # A first step that was interrupted leaves the tail without its canary.
-        if fault and not (has_all(node, tail.planned) and image.bitmaps[tail.name].status == VALID):
-            raise EvidenceError(fault, None)
-        return number
-    if file.is_restored and len(file.plan.nodes) == 1:
-        return 0
+        fault = fault_of(file, number, node, partial(_coarsened, image, tail))
+        if tail.name in image.bitmaps:
+            if fault:
+                raise EvidenceError(fault, None)
+            return number
+        if not fault and has_all(node, tail.planned):
+            complete.append(number)
+    if complete:
+        return complete[0]
     reason = "the image has no tail of this file: nothing recorded the writes since the offload"
     raise EvidenceError(reason, None)

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 from qcow2bm.errors import EvidenceError, StateError
 from qcow2bm.format.offload_file import PlannedNode
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.place import has_all, node_of
-from qcow2bm.live.recording import why_unusable
+from qcow2bm.live.place import fault_of, node_of
+from qcow2bm.live.recording import GOES_ON, coarsened
 from qcow2bm.live.stop import bytes_at_stop
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, NodeBitmap
@@ -80,7 +80,8 @@ class LiveStatus(NamedTuple):
 def status(monitor: QmpCommands, path: str | None = None) -> LiveStatus:
     """Returns what a machine has, and how far the offload of a file is; ``live status``.
 
-    It sends only queries. If there was a migration, and QEMU does not tell whether its disks are
+    It sends only queries, unless the tail of a very large disk has very many bits: then QEMU counts
+    them on a scratch node. If there was a migration, and QEMU does not tell whether its disks are
     active, one of them is an empty write; see `Machine.require_settled`.
 
     Args:
@@ -138,11 +139,13 @@ def _status(
     there = {bitmap.name: bitmap for bitmap in node.bitmaps}
     bitmaps = _bitmaps(planned, there, copied)
     has_tail = node.find(tail.name) is not None
-    reason = "" if has_all(node, planned) else why_unusable(monitor, tail, node)
+    reason = away or fault_of(file, number, node, coarsened(monitor, tail, node))
     if file.was_restored(number) and not has_tail:
         step, reason = "restored", ""
     elif away:
         step, reason = "away", away
+    elif machine.goes_on and has_tail:
+        step, reason = "in-doubt", f"{GOES_ON}; live restore needs --assert-alone"
     elif reason:
         step = "in-doubt"
     elif not has_tail:
@@ -157,7 +160,7 @@ def _step_without_node(
 ) -> tuple[OffloadStep, str]:
     if file.was_restored(number):
         return "restored", ""
-    return ("away", away) if away else ("in-doubt", error.reason)
+    return "away", away or error.reason
 
 
 def _bitmaps(

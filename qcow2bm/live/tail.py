@@ -26,6 +26,7 @@ from qcow2bm.qmp.names import (
     is_of_offload,
     recorder_of,
     tail_of,
+    witness_of,
 )
 from qcow2bm.units import ceil_div
 
@@ -42,11 +43,13 @@ class Tail(NamedTuple):
         planned: the node.
         granularity: how many guest bytes a bit of the tail stands for.
         number: how many tails this one follows.
+        token: of the recorder at the destination of the last migration; None if there is none.
     """
 
     planned: PlannedNode
     granularity: int
     number: int = 0
+    token: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -64,9 +67,23 @@ class Tail(NamedTuple):
         return recorder_of(self.planned.uuid)
 
     @property
+    def witness_name(self) -> str:
+        """The name of the bitmap of an exact offload that is not stored, and newer than the tail.
+
+        If QEMU takes the disk back from another machine, it loads the tail anew, which then is
+        newer than the witness.
+        """
+        return witness_of(self.planned.uuid, self.number) if self.number else self.recorder_name
+
+    def was_loaded_anew(self, node: Node) -> bool:
+        """Returns whether the tail on a node is newer than its witness, or has none."""
+        tail, witness = node.find(self.name), node.find(self.witness_name)
+        return not tail or not witness or tail.place < witness.place
+
+    @property
     def arrival_name(self) -> str:
-        """The name of the bitmap that records exactly at the destination of a migration."""
-        return arrival_of(self.planned.uuid)
+        """The name of the recorder at the destination of a migration; "" if there is none."""
+        return "" if self.token is None else arrival_of(self.planned.uuid, self.token)
 
     @property
     def next(self) -> Self:

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from qcow2bm.live.offload_file import OffloadFile
+from qcow2bm.live.recording import require_count
 from qcow2bm.live.restore_report import WrittenFacts
 from qcow2bm.live.tail import Tail
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch_image
 from qcow2bm.qmp.commands import QmpCommands
-from qcow2bm.qmp.machine import Node
+from qcow2bm.qmp.machine import Machine, Node
 from qcow2bm.qmp.names import SCRATCH_NODE
 from qcow2bm.qmp.queries import query_scratch_bitmaps
 
@@ -46,11 +45,14 @@ class Written(NamedTuple):
         return [*((node, name) for name in self.live), *lent]
 
 
-def written_on(monitor: QmpCommands, file: OffloadFile, number: int, node: Node) -> Written:
+def written_on(
+    monitor: QmpCommands, machine: Machine, file: OffloadFile, number: int, node: Node
+) -> Written:
     """Returns what was written to a node, whose tail is sound.
 
     Args:
         monitor: the machine.
+        machine: its state.
         file: of the offload.
         number: of the node in the plan.
         node: the node as it is now.
@@ -61,75 +63,70 @@ def written_on(monitor: QmpCommands, file: OffloadFile, number: int, node: Node)
         FormatError: a record is damaged.
     """
     tail = file.tail(number)
-    former = former_tails(file, number)
+    former = file.read_former_tails(number)
     found = node.find(tail.name)
     dirty_bytes = (found.dirty_bytes if found else 0) + (former.dirty_bytes if former else 0)
     coarse = Written((tail.name,), former, WrittenFacts(False, dirty_bytes))
     if not tail.planned.recorder_granularity:
         return coarse
-    recorded, reason = _recorded(file, number, node)
+    recorded, reason = _recorded(machine, file, number, node)
     if recorded:
-        dirty = _dirty_if_complete(monitor, tail, node, recorded)
+        dirty = _dirty_if_complete(monitor, tail, node, recorded, former)
         if dirty is not None:
             return recorded._replace(facts=WrittenFacts(True, dirty))
         reason = "the recorders lack something that the tail has"
     return coarse._replace(facts=WrittenFacts(False, dirty_bytes, reason))
 
 
-def former_tails(file: OffloadFile, number: int) -> SavedBitmap | None:
-    """Returns what the former tails of a node have together; None if there are none.
-
-    Raises:
-        StorageError: the file cannot be read.
-        FormatError: a record is damaged.
-    """
-    bitmaps = file.read_rolled(number)
-    if not bitmaps:
-        return None
-    octets = np.bitwise_or.reduce([np.frombuffer(b.octets, np.uint8) for b in bitmaps])
-    return bitmaps[0]._replace(octets=octets.tobytes())
-
-
-def _recorded(file: OffloadFile, number: int, node: Node) -> tuple[Written | None, str]:
+def _recorded(
+    machine: Machine, file: OffloadFile, number: int, node: Node
+) -> tuple[Written | None, str]:
     """The recorders of a node; None, and why, if one of them is missing."""
     tail = file.tail(number)
     if tail.recorder_on(node, tail.recorder_name):
+        # At a destination to which both travelled, both are new.
+        has_arrived = machine.migration == "completed" and not machine.is_source
+        if not has_arrived and tail.was_loaded_anew(node):
+            return None, "another machine had the disk, and the recorder is older than that"
         return Written((tail.recorder_name,)), ""
     if not tail.recorder_on(node, tail.arrival_name):
-        return None, "no recorder has recorded here from the start"
+        return None, "live record was not run, or not in time"
     if not file.has_collected(number):
-        return None, "the recorder of the source was not collected"
+        return None, "live collect was not run at the source"
     return Written((tail.arrival_name,), file.read_collected(number)), ""
 
 
 def _dirty_if_complete(
-    monitor: QmpCommands, tail: Tail, node: Node, recorded: Written
+    monitor: QmpCommands, tail: Tail, node: Node, recorded: Written, former: SavedBitmap | None
 ) -> int | None:
-    """How many bytes the recorders mark; None if the tail has a bit which none of them has.
+    """How many bytes the recorders mark; None if a tail has a bit which none of them has.
 
     All merging is one transaction, so writes of the guest make no difference. What is counted is
     in granules of the tail first, and then as fine as the recorders.
     """
-    saved = [recorded.saved] if recorded.saved else []
-    granularity = tail.planned.recorder_granularity
+    saved = [bitmap for bitmap in (recorded.saved, former) if bitmap]
     with (
         scratch_image.with_bitmaps(node.virtual_size, saved) as image,
         scratch_image.lent(monitor, image),
     ):
         sources = recorded.sources(node.name)
+        tails = [(node.name, tail.name), *((SCRATCH_NODE, one.name) for one in (former,) if one)]
         work = [
             actions.add(SCRATCH_NODE, name, size, persistent=False, enabled=False)
             for name, size in (
                 (_RECORDED, tail.granularity),
                 (_ALL, tail.granularity),
-                (_FINE, granularity),
+                (_FINE, tail.planned.recorder_granularity),
             )
         ]
         work += [
             actions.merge_all(SCRATCH_NODE, _RECORDED, sources),
-            actions.merge_all(SCRATCH_NODE, _ALL, [*sources, (node.name, tail.name)]),
+            actions.merge_all(SCRATCH_NODE, _ALL, [*sources, *tails]),
             actions.merge_all(SCRATCH_NODE, _FINE, sources),
         ]
         monitor.transaction(work)
-        counts = query_scratch_bitmaps(monitor) or {}
-    return counts[_FINE] if counts[_RECORDED] == counts[_ALL] else None
+        counts = query_scratch_bitmaps(monitor)
+        recorded_bytes, all_bytes, fine_bytes = (
+            require_count(counts, name) for name in (_RECORDED, _ALL, _FINE)
+        )
+    return fine_bytes if recorded_bytes == all_bytes else None

@@ -7,6 +7,7 @@ each command goes to the client in its event loop, which goes on meanwhile.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
@@ -45,6 +46,8 @@ class AsyncioMonitor(QmpCommands):
         self._client = client
         self.timeout = timeout
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._has_timed_out = False
 
     async def run(
         self, work: Callable[Concatenate[QmpCommands, P], T], *arguments: P.args, **named: P.kwargs
@@ -89,12 +92,17 @@ class AsyncioMonitor(QmpCommands):
                 self._client.send_fd_scm(descriptor)
             return await self._client.execute(command, arguments)
 
+        if self._has_timed_out:
+            raise QmpError(command, "an earlier command was not answered in time")
+        if threading.get_ident() == self._thread:
+            raise RuntimeError("in its own event loop a command would never end: use run")
         sent = asyncio.run_coroutine_threadsafe(send(), self._loop)
         try:
             return Answer(command, sent.result(self.timeout))
         except ExecuteError as error:
             raise QmpRefusedError(command, one_line(str(error))) from error
         except FutureTimeoutError as error:
+            self._has_timed_out = True  # QEMU would answer no later command before this one
             sent.cancel()
             raise QmpTimeoutError(command, self.timeout) from error
         except (QMPError, OSError, EOFError) as error:

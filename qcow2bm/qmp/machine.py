@@ -33,6 +33,8 @@ class NodeBitmap(NamedTuple):
     """A bitmap in QEMU's memory.
 
     ``dirty_bytes`` counts whole granules, also where the last one reaches beyond the disk.
+    ``place`` is the place in QEMU's list of the node's bitmaps: that which was made, or loaded,
+    last comes first.
     """
 
     node: str
@@ -43,6 +45,7 @@ class NodeBitmap(NamedTuple):
     is_persistent: bool
     is_busy: bool
     is_inconsistent: bool
+    place: int = 0
 
     @property
     def is_usable(self) -> bool:
@@ -188,6 +191,17 @@ class Machine(NamedTuple):
             state = f"migrating (query-migrate: {escape(self.migration)})"
             required = "done with the migration: wait for its end, or use migrate_cancel"
             raise StateError(state, required, "the machine")
+        if self.status == "inmigrate":
+            state = "waiting for a migration, and has no disks yet"
+            required = "done with the migration: try again once it has completed; do not use cont"
+            raise StateError(state, required, "the machine")
+        if self.status == "postmigrate":
+            state = "in state postmigrate: it has given its disks away"
+            required = (
+                "the one that has the disks: use the QMP socket of the destination. If the "
+                "destination never ran, use cont here"
+            )
+            raise StateError(state, required, "the machine")
         if self.status in _WITHOUT_DISKS:
             state = f"in state {escape(self.status)}, without its disks"
             raise StateError(state, f"running: {_USE_CONT}", "the machine")
@@ -200,6 +214,12 @@ class Machine(NamedTuple):
         if self.migration == "completed" and not self.is_running and True not in actives:
             state = f"in state {escape(self.status)} after a migration that completed"
             raise StateError(state, f"running: {_USE_CONT}", "the machine")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the machine has its disks although it migrated: another may have written."""
+        is_gone = self.status in _WITHOUT_DISKS
+        return self.migration == "completed" and self.is_source and not is_gone
 
     def require_judged(self, node: Node) -> None:
         """Raises if a verdict about the bitmaps of a node is due: they may miss writes.

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from qcow2bm.migration.sentinel import PREFIX, is_sentinel
 
@@ -18,6 +18,8 @@ TAIL_PREFIX = "qcow2bm-tail-"
 CANARY_PREFIX = "qcow2bm-canary-"
 RECORDER_PREFIX = "qcow2bm-recorder-"
 ARRIVAL_PREFIX = "qcow2bm-arrival-"
+WITNESS_PREFIX = "qcow2bm-witness-"
+LENT_PREFIX = "qcow2bm-copy-"
 COMPARED = tuple(f"qcow2bm-compared-{number}" for number in range(4))
 """Copies of a sentinel and its twin, while the two are compared."""
 
@@ -61,14 +63,24 @@ def recorder_of(uuid: UUID) -> str:
     return f"{RECORDER_PREFIX}{uuid}"
 
 
-def arrival_of(uuid: UUID) -> str:
-    """Returns the name of the recorder at the destination of a migration."""
-    return f"{ARRIVAL_PREFIX}{uuid}"
+def witness_of(uuid: UUID, number: int) -> str:
+    """Returns the name of the bitmap that an exact offload adds after the tail of that number."""
+    return _numbered(WITNESS_PREFIX, uuid, number)
+
+
+def arrival_of(uuid: UUID, token: bytes) -> str:
+    """Returns the name of the recorder that a call of `record` adds at a destination."""
+    return f"{ARRIVAL_PREFIX}{uuid}-{token.hex()}"
+
+
+def new_copy_name() -> str:
+    """Returns a name for a bitmap of the scratch node that no other program gives to one."""
+    return f"{LENT_PREFIX}{uuid4()}"
 
 
 def is_of_offload(name: str, uuid: UUID) -> bool:
     """Returns whether it names a bitmap that an offload added to the node of this UUID."""
-    prefixes = (TAIL_PREFIX, CANARY_PREFIX, RECORDER_PREFIX, ARRIVAL_PREFIX)
+    prefixes = (TAIL_PREFIX, CANARY_PREFIX, RECORDER_PREFIX, ARRIVAL_PREFIX, WITNESS_PREFIX)
     return name.startswith(tuple(f"{prefix}{uuid}" for prefix in prefixes))
 
 

@@ -133,7 +133,8 @@ def _device(answer: Answer) -> Device | None:
 def _node(answer: Answer) -> Node:
     name, image = answer["node-name"].text(), answer["image"]
     cluster_size, active = image.get("cluster-size"), answer.get("active")
-    found = (_bitmap(name, one) for one in answer.items_of("dirty-bitmaps"))
+    listed = enumerate(answer.items_of("dirty-bitmaps"))
+    found = (_bitmap(name, one, place) for place, one in listed)
     bitmaps = sorted((bitmap for bitmap in found if bitmap), key=lambda bitmap: bitmap.name)
     return Node(
         name,
@@ -153,7 +154,7 @@ def _cluster_size(answer: Answer | None) -> int | None:
     return number if number.bit_count() == 1 else None
 
 
-def _bitmap(node: str, answer: Answer) -> NodeBitmap | None:
+def _bitmap(node: str, answer: Answer, place: int) -> NodeBitmap | None:
     """A bitmap that has a name; None for one of QEMU's own, which jobs use."""
     name, inconsistent = answer.get("name"), answer.get("inconsistent")
     if not name or not name.text():
@@ -167,6 +168,7 @@ def _bitmap(node: str, answer: Answer) -> NodeBitmap | None:
         answer["persistent"].flag(),
         answer["busy"].flag(),
         inconsistent.flag() if inconsistent else False,
+        place,
     )
 
 

@@ -196,7 +196,8 @@ def _replacement(bitmap: NodeBitmap, name: str) -> list[actions.Action]:
 
 def _differ_only_in_bits(bitmap: NodeBitmap, other: NodeBitmap) -> bool:
     """Returns whether two bitmaps are alike but for their bits; a job may have begun to use one."""
-    return bitmap._replace(dirty_bytes=0, is_busy=other.is_busy) == other._replace(dirty_bytes=0)
+    alike = {"dirty_bytes": 0, "place": 0}
+    return bitmap._replace(**alike, is_busy=other.is_busy) == other._replace(**alike)
 
 
 def _verified(

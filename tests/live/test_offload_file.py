@@ -80,11 +80,42 @@ def test_former_tails_and_recorders_are_read_again(tmp_path: Path) -> None:
     file.append_collected(0, recorder)
     again = OffloadFile.read(path)
     assert (again.tail(0).number, again.tail(1).number) == (0, 3)
-    assert again.read_rolled(0) == []
-    assert [(*one[:4], bytes(one.octets)) for one in again.read_rolled(1)] == [
-        (*one[:4], bytes(one.octets)) for one in former
-    ]
+    assert again.read_former_tails(0) is None
+    together = again.read_former_tails(1)
+    assert together
+    assert (*together[:4], bytes(together.octets)) == (*former[0][:4], b"\1")
     assert again.read_collected(0).sha256() == recorder.sha256()
+
+
+@pytest.mark.spec("LIVE-19")
+def test_what_was_collected_counts_for_the_migration_that_was_recorded_last(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "file")
+    file = OffloadFile.create(path, PLAN)
+    name = file.tail(0).recorder_name
+    first, second = (
+        SavedBitmap(name, 512, True, 64 * MiB, bytes([octet]) + bytes((1 << 14) - 1))
+        for octet in (1, 2)
+    )
+    assert file.tail(0).arrival_name == ""
+    file.append_collected(0, first)
+    file.append_recorded(0, b"12345678")
+    again = OffloadFile.read(path)
+    assert not again.has_collected(0)
+    assert again.tail(0).arrival_name.endswith("-3132333435363738")
+    for one in (second, first):  # the recorder of one may have travelled from the other
+        again.append_collected(0, one)
+        assert OffloadFile.read(path).read_collected(0).octets[0] & 2
+    assert OffloadFile.read(path).read_collected(0).octets[0] == 3
+    assert not again.has_collected(1)
+
+
+def test_a_token_of_another_length_is_refused(tmp_path: Path) -> None:
+    file = OffloadFile.create(str(tmp_path / "file"), PLAN)
+    file.append_recorded(0, b"1234567")
+    with pytest.raises(qcow2bm.FormatError, match="has 7 bytes, must have 8"):
+        file.tail(0)
 
 
 @pytest.mark.spec("LIVE-20")
@@ -93,7 +124,7 @@ def test_a_tail_that_is_not_the_one_that_was_to_follow_is_refused(tmp_path: Path
     tail = file.tail(0).next
     file.append_rolled(0, SavedBitmap(tail.name, tail.granularity, True, 64 * MiB, bytes(2)))
     with pytest.raises(qcow2bm.FormatError, match="that was planned"):
-        OffloadFile.read(str(tmp_path / "file")).read_rolled(0)
+        OffloadFile.read(str(tmp_path / "file")).read_former_tails(0)
 
 
 def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:

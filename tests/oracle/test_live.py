@@ -16,8 +16,10 @@ from support.offloaded import (
     SIZE,
     WritingMonitor,
     assert_back,
+    granules,
     make_disk,
     offloaded,
+    widened,
 )
 from support.qemu import Disk
 from support.specreader import page
@@ -26,6 +28,7 @@ from support.vm import NOWHERE, Machine, until_deadline
 
 import qcow2bm
 from qcow2bm import live
+from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.qmp.answers import Answer
 
 pytestmark = pytest.mark.usefixtures("system_emulator")
@@ -320,4 +323,111 @@ def test_a_disk_on_a_raw_data_file(tmp_path: Path, is_off: bool) -> None:
         machine.quit()
     if is_off:
         put_back_offline(disk, path)
+    assert_back(disk)
+
+
+def out(machine: Machine, name: str, granularity: int) -> None:
+    """Lets another program add a bitmap that was taken out."""
+    assert name not in machine.bitmaps()
+    machine.add(name, granularity)
+
+
+@pytest.mark.spec("LIVE-9")
+def test_a_bitmap_that_another_program_made_meanwhile_gets_every_write(tmp_path: Path) -> None:
+    """Its bits were those of the copy: there were none."""
+    disk = Disk.create(tmp_path / "disk.qcow2", SIZE)
+    disk.add("daily", GRANULARITIES["daily"])
+    address, path = tmp_path / "qmp", tmp_path / "offloaded"
+    with Machine(disk.path, monitor=address) as machine:
+        offload(address, path)
+        write(machine)
+        out(machine, "daily", GRANULARITIES["daily"])
+        assert {one.outcome for one in restore(address, path).bitmaps} == {"restored"}
+        machine.quit()
+    for start, length in MEANWHILE:
+        assert widened([(start, length)], 64 << 10) <= granules(disk.path, "daily")
+
+
+@pytest.mark.spec("LIVE-6")
+@pytest.mark.parametrize("is_off", [False, True])
+def test_a_tail_that_was_cleared_is_not_merged_whatever_else_is_there(
+    disk: Disk, tmp_path: Path, is_off: bool
+) -> None:
+    """Another program has cleared all bitmaps, and added those that were taken out."""
+    address, path = tmp_path / "qmp", tmp_path / "offloaded"
+    with Machine(disk.path, monitor=address) as machine:
+        offload(address, path)
+        write(machine)
+        for name in machine.bitmaps():
+            machine.execute("block-dirty-bitmap-clear", {"node": "disk", "name": name})
+        for name, granularity in GRANULARITIES.items():
+            out(machine, name, granularity)
+        machine.execute("block-dirty-bitmap-disable", {"node": "disk", "name": "off"})
+        if not is_off:
+            with pytest.raises(qcow2bm.EvidenceError, match="canary"):
+                restore(address, path)
+        machine.quit()
+    if is_off:
+        with (
+            qcow2bm.open(disk.path, "r+") as image,
+            pytest.raises(qcow2bm.EvidenceError, match="canary"),
+        ):
+            live.restore_offline(str(path), image)
+    with qcow2bm.open(disk.path) as image:
+        assert image.bitmaps["daily"].count() == 0  # as that program made it
+
+
+@pytest.mark.spec("LIVE-11")
+def test_a_second_restore_into_the_image_changes_nothing(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one was killed before the file says that the bitmaps are back."""
+
+    def killed(*_: object) -> None:
+        raise Interrupted
+
+    address, path = tmp_path / "qmp", tmp_path / "offloaded"
+    with Machine(disk.path, monitor=address) as machine:
+        offload(address, path)
+        write(machine)
+        machine.quit()
+    with monkeypatch.context() as patch:
+        patch.setattr(OffloadFile, "append_restored", killed)
+        with pytest.raises(Interrupted), qcow2bm.open(disk.path, "r+") as image:
+            live.restore_offline(str(path), image)
+    before = disk.path.read_bytes()
+    with qcow2bm.open(disk.path, "r+") as image:
+        done = live.restore_offline(str(path), image)
+    assert {one.outcome for one in done.bitmaps} == {"kept"}
+    assert disk.path.read_bytes() == before
+    assert_back(disk)
+
+
+@pytest.mark.spec("LIVE-8")
+def test_a_scratch_node_of_another_command_is_not_taken_for_ours(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through libvirt another command can come between, and remove our scratch node."""
+    address, other, path = tmp_path / "qmp", tmp_path / "other", tmp_path / "offloaded"
+    with Machine(disk.path, monitor=address, second_monitor=other) as machine:
+        offload(address, path)
+        write(machine)
+        real = live.Monitor.transaction
+
+        def interleaved(monitor: live.Monitor, work: Any) -> None:
+            kinds = [action["type"] for action in work]
+            if kinds[0] == "block-dirty-bitmap-add" and "merge" in kinds[1]:
+                scratch = {"driver": "null-co", "size": SIZE, "node-name": "qcow2bm-scratch"}
+                monitor.execute("blockdev-del", {"node-name": "qcow2bm-scratch"})
+                monitor.execute("blockdev-add", scratch)
+                for name, granularity in GRANULARITIES.items():
+                    bitmap = {"node": "qcow2bm-scratch", "name": name, "granularity": granularity}
+                    monitor.execute("block-dirty-bitmap-add", bitmap)
+            real(monitor, work)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(live.Monitor, "transaction", interleaved)
+            assert {one.outcome for one in restore(address, path).bitmaps} == {"left"}
+        assert {one.outcome for one in restore(address, path).bitmaps} == {"restored"}
+        machine.quit()
     assert_back(disk)

@@ -432,7 +432,7 @@ def test_a_destination_that_has_not_run_yet_is_left_alone(tmp_path: Path) -> Non
         Machine(disk.path, incoming=True, paused=True, monitor=address) as machine,
         Monitor(str(address)) as monitor,
     ):
-        with pytest.raises(qcow2bm.StateError, match="inmigrate"):
+        with pytest.raises(qcow2bm.StateError, match="waiting for a migration"):
             lift_vetoes(monitor)
         machine.enable("dirty-bitmaps", "late-block-activate")
         source.enable("dirty-bitmaps")
