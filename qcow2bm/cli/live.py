@@ -12,11 +12,8 @@ from typing import Any
 
 from qcow2bm import (
     BitmapError,
-    FormatError,
-    LimitError,
     QmpError,
     StateError,
-    UnsupportedError,
     live,
 )
 from qcow2bm.cli import live_output
@@ -30,7 +27,6 @@ from qcow2bm.cli.arguments import (
     size,
     some_milliseconds,
 )
-from qcow2bm.cli.hints import explain
 from qcow2bm.cli.images import open_to_edit
 from qcow2bm.cli.messages import CommandError, about
 from qcow2bm.cli.output import PROBLEMS_FOUND, print_dry_run, print_json, several_nodes
@@ -277,7 +273,6 @@ def _offload(arguments: OffloadArguments) -> int:
         _going_on(arguments.file),
         about(arguments.qmp, ValueError),
         _connect(arguments) as monitor,
-        _about_file(arguments.file),
     ):
         done = live.offload(
             monitor,
@@ -313,15 +308,6 @@ def _going_on(file: str) -> Iterator[None]:
         raise CommandError(error.subject, reason) from error.__cause__
 
 
-@contextmanager
-def _about_file(file: str) -> Iterator[None]:
-    """Names the offload file instead of the VM where the file is wrong."""
-    try:
-        yield
-    except (FormatError, LimitError, UnsupportedError) as error:
-        raise CommandError(file, explain(error)) from error
-
-
 def _ignore(*_: object) -> None:
     pass
 
@@ -337,7 +323,6 @@ def _restore(arguments: RestoreArguments) -> int:
     with (
         about(arguments.qmp),
         _connect(arguments) as monitor,
-        _about_file(given[0]),
     ):
         done = live.restore(monitor, given[0], is_alone=arguments.is_alone)
     return _print_restore(arguments, arguments.qmp, "qmp", given[0], done)
@@ -368,7 +353,6 @@ def _record(arguments: RecordArguments) -> int:
         live.connect(arguments.source, arguments.timeout) as source,
         about(arguments.qmp),
         _connect(arguments) as destination,
-        _about_file(arguments.file),
     ):
         recorders = live.record(destination, source, arguments.file)
     _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
@@ -379,7 +363,6 @@ def _collect(arguments: CollectArguments) -> int:
     with (
         about(arguments.qmp),
         _connect(arguments) as monitor,
-        _about_file(arguments.file),
     ):
         recorders = live.collect(monitor, arguments.file)
     _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
@@ -402,7 +385,6 @@ def _status(arguments: StatusArguments) -> int:
     with (
         about(arguments.qmp),
         _connect(arguments) as monitor,
-        _about_file(file or ""),
     ):
         found = live.status(monitor, file)
     if arguments.output == "human":

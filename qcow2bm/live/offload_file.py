@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -98,7 +99,7 @@ class OffloadFile:
             UnsupportedError: this library does not know its version.
         """
         try:
-            with open(path, "rb") as file:
+            with _named(path), open(path, "rb") as file:
                 offload_file.parse_head(file.read(offload_file.HEAD_BYTES))
                 records = list(_whole_records(file))
                 if not records:
@@ -219,7 +220,7 @@ class OffloadFile:
     def _read(self, place: _Place, wanted: tuple[str, int, bool, int]) -> SavedBitmap:
         """Returns the bitmap that is in a record; it must have these properties."""
         try:
-            with open(self.path, "rb") as file:
+            with _named(self.path), open(self.path, "rb") as file:
                 file.seek(place.offset)
                 bitmaps = sidecar.read(_pieces(file, place.size)).bitmaps
         except OSError as error:
@@ -274,6 +275,16 @@ class OffloadFile:
         new_file.append(self.path, _record(type, number, payload), self._end)
         place = _Place(self._end + RECORD_BYTES, len(payload))
         self._note(RecordHead(type, number, len(payload)), place)
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Names the file in errors about its format: a command has other files, too."""
+    try:
+        yield
+    except FormatError as error:
+        structure = f"{escape(path)}: {error.structure}"
+        raise FormatError(structure, error.field, error.offset, error.reason) from error
 
 
 def union(bitmaps: Sequence[SavedBitmap]) -> SavedBitmap:

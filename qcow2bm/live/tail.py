@@ -139,7 +139,10 @@ class Tail(NamedTuple):
         """
         tail, canary = node.find(self.name), node.find(self.canary_name)
         if not tail:
-            return "the tail is gone: nothing recorded the writes since the bitmaps were taken out"
+            return (
+                "it has no tail of this file. If this is the right disk, nothing recorded the "
+                "writes since the bitmaps were taken out: take a full backup, with new bitmaps"
+            )
         if tail.is_inconsistent:
             return "the tail is inconsistent: a QEMU that had the disk did not store it"
         if not tail.is_recording:

@@ -196,8 +196,10 @@ def _replacement(bitmap: NodeBitmap, name: str) -> list[actions.Action]:
 
 def _differ_only_in_bits(bitmap: NodeBitmap, other: NodeBitmap) -> bool:
     """Returns whether two bitmaps are alike but for their bits; a job may have begun to use one."""
-    alike = {"dirty_bytes": 0, "place": 0}
-    return bitmap._replace(**alike, is_busy=other.is_busy) == other._replace(**alike)
+    like_other = bitmap._replace(
+        dirty_bytes=other.dirty_bytes, is_busy=other.is_busy, place=other.place
+    )
+    return like_other == other
 
 
 def _verified(

@@ -85,7 +85,7 @@ def test_where_both_are_as_fine_a_full_tail_is_right() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "another"}, "gone"),
+        ({"name": "another"}, "has no tail of this file"),
         ({"is_inconsistent": True}, "inconsistent"),
         ({"is_recording": False}, "disabled"),
         ({"granularity": MiB}, "not the one that was made"),

@@ -369,8 +369,8 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, action: str) -> None:
     (tmp_path / "file").write_text(100 * "x")
     done = command(tmp_path, f"{action} SOCKET file")
     assert done.status == 1
-    subject = "vm.sock: the machine is not migrated" if action == "collect" else "file: "
-    assert done.err.startswith(f"qcow2bm: {subject}"), done.err
+    subject = "the machine is not migrated" if action == "collect" else "file: offload file: magic"
+    assert done.err.startswith(f"qcow2bm: vm.sock: {subject}"), done.err
 
 
 @pytest.mark.parametrize(
