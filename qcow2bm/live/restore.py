@@ -110,7 +110,7 @@ def _put_back_node(
     written = written_on(monitor, machine, file, number, node)
     results = []
     for place in file.plan.numbers_of(number):
-        results.append(_put_back(monitor, file, place, node, written))
+        results.append(_put_back(monitor, file, tail, place, node, written))
         yield results[-1]
     if all(result.is_safe for result in results):
         # In this order: while the tail is there, a second call does all of this again.
@@ -127,7 +127,7 @@ def _remove_recorders(monitor: QmpCommands, machine: Machine, tail: Tail) -> Non
 
 
 def _put_back(
-    monitor: QmpCommands, file: OffloadFile, number: int, node: Node, written: Written
+    monitor: QmpCommands, file: OffloadFile, tail: Tail, number: int, node: Node, written: Written
 ) -> BitmapReturn:
     _, planned = file.bitmaps[number]
     machine = query_machine(monitor)
@@ -142,6 +142,9 @@ def _put_back(
         reason = found.why_unusable or "another bitmap of this name is there"
         return result._replace(outcome="left", reason=reason)
     copy = file.read_copy(number) if file.has_copy(number) else None
+    fault = tail.why_unusable(node, coarsened(monitor, tail, node)) if copy else ""
+    if fault:  # by now another program may have changed the tail
+        return result._replace(outcome="left", reason=fault)
     if found and not copy and found.is_recording == planned.enabled:
         return result  # it was never removed, and has recorded everything
     if found and copy and not planned.enabled and query_digest(monitor, found) == copy.sha256():

@@ -196,10 +196,10 @@ class Machine(NamedTuple):
             required = "done with the migration: try again once it has completed; do not use cont"
             raise StateError(state, required, "the machine")
         if self.status == "postmigrate":
-            state = "in state postmigrate: it has given its disks away"
+            state = "in state postmigrate, without its disks"
             required = (
-                "the one that has the disks: use the QMP socket of the destination. If the "
-                "destination never ran, use cont here"
+                "running: use the QMP socket of the destination; or cont here, if no other machine "
+                "runs on the disks"
             )
             raise StateError(state, required, "the machine")
         if self.status in _WITHOUT_DISKS:

@@ -246,7 +246,8 @@ def test_what_cannot_be_done_is_one_line(
     qemu.status = "postmigrate"
     assert failing() == (
         "qcow2bm: vm.sock: the machine is in state postmigrate, without its disks, but must be "
-        "running: use cont, if no other machine runs on the disks"
+        "running: use the QMP socket of the destination; or cont here, if no other machine runs on "
+        "the disks"
     )
     qemu.status = "running"
     qemu.answers["query-block"] = 1
