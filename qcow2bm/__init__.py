@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         ShortReadError,
         StateError,
         StorageError,
+        TailError,
         UnsupportedError,
     )
     from qcow2bm.format.directory import DirectoryEntry
@@ -150,6 +151,7 @@ __all__ = [
     "Storage",
     "StorageError",
     "TableRun",
+    "TailError",
     "Totals",
     "Tracker",
     "TrackerEdit",
@@ -229,6 +231,7 @@ _NAMES_OF = {
         "ShortReadError",
         "StateError",
         "StorageError",
+        "TailError",
         "UnsupportedError",
     ),
     "qcow2bm.format.directory": ("DirectoryEntry",),

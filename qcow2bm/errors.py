@@ -54,6 +54,7 @@ Hint = Literal[
     "force-share",
     "judge",
     "lock-timeout",
+    "read-offload",
     "read-sidecar",
     "read-stream",
     "remove-all",
@@ -80,8 +81,9 @@ rescue in the image of a machine that is off.
 
 The other hints are about a file that is no qcow2 image. ``attach``: keep the bitmaps of a raw disk
 in an image beside the disk. ``convert``: make a qcow2 image of it. ``copy-again``: the file is too
-short; copy it once more. ``decompress``: decompress the file. ``read-sidecar``, ``read-stream``:
-read the bitmaps in a sidecar or a migration stream. ``undo``: take back the repair that wrote it.
+short; copy it once more. ``decompress``: decompress the file. ``read-offload``, ``read-sidecar``,
+``read-stream``: read the bitmaps in an offload file, a sidecar or a migration stream. ``undo``:
+take back the repair that wrote it.
 """
 
 _HINTS: dict[Hint, str] = {
@@ -98,6 +100,7 @@ _HINTS: dict[Hint, str] = {
     "force-share": "read it anyway with force_share=True",
     "judge": "call qcow2bm.rescue.judge, and qcow2bm.rescue.settle with each verdict",
     "lock-timeout": "stop that process, or wait for it with lock_timeout",
+    "read-offload": "put its bitmaps back with qcow2bm.live.restore_offline",
     "read-sidecar": "read it with qcow2bm.sidecar.read",
     "read-stream": "read it with qcow2bm.stream.read",
     "remove-all": "remove all bitmaps with Edit.remove_all",
@@ -433,6 +436,18 @@ class EvidenceError(Qcow2BmError):
         self.reason = reason
         facts = f"the disk may have been written to since the bitmaps were saved: {reason}"
         super().__init__(facts, reason, hint, hint=hint)
+
+
+class TailError(EvidenceError):
+    """Bitmaps of an offload cannot be put back here: nothing proves that every write is known.
+
+    ``reason`` says what the proof lacks, or that this is another machine or disk.
+    """
+
+    def __init__(self, reason: str, hint: Hint | None = None) -> None:
+        super().__init__(reason, hint)
+        facts = f"the bitmaps of the offload cannot be put back here: {reason}"
+        Qcow2BmError.__init__(self, facts, reason, hint, hint=hint)
 
 
 CommitOutcome = Literal["old", "new", "unknown"]

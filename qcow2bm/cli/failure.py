@@ -33,6 +33,7 @@ from qcow2bm import (
     ShortReadError,
     StateError,
     StorageError,
+    TailError,
     UnsupportedError,
 )
 from qcow2bm.cli.hints import explain
@@ -72,6 +73,7 @@ ERRORS: dict[type[Exception], Row] = {
     NoRoomError: Row("no-room", ("needed", "missing", "limit", "bitmaps")),
     ComparisonError: Row("comparison", ("fault", "container")),
     EvidenceError: Row("evidence"),
+    TailError: Row("tail"),
     CommitError: Row("commit", ("step", "outcome", "growth", "bitmaps")),
     QmpError: Row("qmp", ("command",)),
     QmpRefusedError: Row("qmp-refused", ("command",)),

@@ -32,6 +32,7 @@ _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
     "force-share": (("-U", "read it anyway with -U"), _WAIT),
     "judge": (("", "judge it: qcow2bm rescue verdict --qmp SOCKET"),),
     "lock-timeout": (_WAIT,),
+    "read-offload": (("", "put its bitmaps back: qcow2bm live restore FILE IMAGE"),),
     "read-sidecar": (
         ("", "show it: qcow2bm sidecar dump FILE; or use it: qcow2bm sidecar load FILE IMAGE"),
     ),

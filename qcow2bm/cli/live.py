@@ -28,9 +28,10 @@ from qcow2bm.cli.arguments import (
     some_milliseconds,
 )
 from qcow2bm.cli.images import open_to_edit
-from qcow2bm.cli.messages import CommandError, about
+from qcow2bm.cli.messages import CommandError, about, say
 from qcow2bm.cli.output import PROBLEMS_FOUND, print_dry_run, print_json, several_nodes
 from qcow2bm.cli.parser import Arguments, Parser, UsageError
+from qcow2bm.units import escape
 
 _SOCKET_NOTE = """\
 SOCKET is the path of the VM's QMP socket, HOST:PORT, or libvirt:DOMAIN. No other program can be
@@ -300,6 +301,10 @@ def _going_on(file: str) -> Iterator[None]:
     """Adds what to do if an offload fails that has begun."""
     try:
         yield
+    except KeyboardInterrupt:
+        if os.path.exists(file):
+            say(f"{escape(file)}: interrupted: the same command goes on, or live restore goes back")
+        raise
     except CommandError as error:
         is_begun = isinstance(error.__cause__, QmpError | BitmapError | StateError)
         if not is_begun or not os.path.exists(file):
@@ -348,10 +353,12 @@ def _print_restore(
 
 
 def _record(arguments: RecordArguments) -> int:
+    if arguments.qmp == arguments.source:
+        raise UsageError("--qmp is the destination and --source the source: they are two VMs")
     with (
         about(arguments.source),
         live.connect(arguments.source, arguments.timeout) as source,
-        about(arguments.qmp),
+        about(arguments.qmp, ValueError),
         _connect(arguments) as destination,
     ):
         recorders = live.record(destination, source, arguments.file)

@@ -245,6 +245,8 @@ def is_bad(found: live.LiveStatus) -> bool:
 def _next(qmp: str, file: str | None, found: live.LiveStatus) -> list[list[str]]:
     """The commands that can follow, the one that goes on first."""
     steps = {node.step for node in found.nodes}
+    if file is not None and found.can_collect:
+        return [_collect_command(qmp, file)]
     if file is None or "in-doubt" in steps:
         return []
     going_on, back = _offload_command(qmp, file), _restore_command(qmp, file)
@@ -280,11 +282,20 @@ def print_status(qmp: str, file: str | None, found: live.LiveStatus) -> None:
         print_text(f"offload of node {quoted(node.node)}: {_STEPS[node.step]}{reason}")
         for offloaded in node.bitmaps:
             print_text(f"  {quoted(offloaded.name)}: {_WHERE[offloaded.where]}")
+    steps = {node.step for node in found.nodes}
+    first = "stop or migrate the VM; then, with the socket of the VM that has the disks, "
     for command in _next(qmp, file, found):
-        print_text(f"next: {command_line(command)}")
+        print_text(f"next: {first if steps == {'offloaded'} else ''}{command_line(command)}")
+    if file is not None and steps == {"restored"}:
+        print_text(f"next: remove {quoted(file)}, which is not needed any more")
 
 
-_WHERE = {"machine": "in the VM", "file": "in the file", "lost": "lost"}
+_WHERE = {
+    "machine": "in the VM",
+    "file": "in the file",
+    "elsewhere": "in another VM, or in the image",
+    "lost": "lost",
+}
 
 
 def status_as_json(qmp: str, file: str | None, found: live.LiveStatus) -> Document:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from qcow2bm.errors import FormatError, Hint
 from qcow2bm.format.header import MAGIC
+from qcow2bm.format.offload_file import MAGIC as OFFLOAD_MAGIC
 from qcow2bm.format.sidecar import MAGIC as SIDECAR_MAGIC
 from qcow2bm.format.undo_file import MAGIC as UNDO_MAGIC
 
@@ -40,6 +41,7 @@ class _Signature(NamedTuple):
 # file system can begin with a boot sector: so containers stand before disks.
 SIGNATURES = (
     _Signature(0, SIDECAR_MAGIC, "a sidecar of qcow2bm", "read-sidecar"),
+    _Signature(0, OFFLOAD_MAGIC, "an offload file of qcow2bm", "read-offload"),
     _Signature(0, UNDO_MAGIC, "an undo file of qcow2bm", "undo"),
     _Signature(0, b"QEVM", "a migration stream of QEMU", "read-stream"),
     _Signature(0, b"\x1f\x8b", "a file compressed with gzip", "decompress"),

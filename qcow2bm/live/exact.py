@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qcow2bm.errors import EvidenceError, StateError, StorageError
+from qcow2bm.errors import StateError, StorageError
 from qcow2bm.format.offload_file import TOKEN_BYTES
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
@@ -100,7 +100,7 @@ def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[Re
     Raises:
         StateError: the destination does not receive; or the source does not migrate, has given up
             its disks, or has no recorder.
-        EvidenceError: the destination has no such disk.
+        ValueError: the destination has no such disk.
         QmpError: QEMU does not answer, or refuses.
         StorageError: the file cannot be read or written.
         FormatError: the file is no offload file, or is damaged.
@@ -164,5 +164,5 @@ def _twin_of(node: Node, machine: Machine) -> Node:
             f'the destination has no node "{escape(node.name)}", or device '
             f'"{escape(node.alias)}", of {node.virtual_size} bytes'
         )
-        raise EvidenceError(reason, None)
+        raise ValueError(reason)
     return found[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from uuid import uuid4
 
-from qcow2bm.errors import BitmapError, EvidenceError, StorageError
+from qcow2bm.errors import BitmapError, StorageError, TailError
 from qcow2bm.format.offload_file import OffloadPlan, PlannedBitmap, PlannedNode
 from qcow2bm.live import recording, stop, tail
 from qcow2bm.live.offload_file import OffloadFile
@@ -96,7 +96,7 @@ def offload(
     Raises:
         StateError: the machine's state does not allow it, see `Machine.require_settled`; or a
             verdict about the last migration is due, see `rescue.judge`.
-        EvidenceError: the tail of an offload that was interrupted is not what it was.
+        TailError: the tail of an offload that was interrupted is not what it was.
         QmpError: QEMU does not answer, refuses, or did not store a bitmap.
         StorageError: the file cannot be read or written.
         FormatError: the file is no offload file, or is damaged.
@@ -178,7 +178,10 @@ def _planned(
         planned = PlannedNode(uuid4(), node.name, node.virtual_size, tuple(bitmaps), recorder)
         nodes.append(planned)
     if not nodes:
-        raise ValueError("there is no persistent bitmap that can be taken out")
+        found = [bitmap for node in machine.nodes for bitmap in node.subjects]
+        why = (f'"{escape(b.name)}" is {b.why_unusable}' for b in found if b.why_unusable)
+        reasons = "; ".join(why) or "there is no persistent one"
+        raise ValueError(f"there is no bitmap that can be taken out: {reasons}")
     return OffloadPlan(tail_granularity, tuple(nodes))
 
 
@@ -224,14 +227,14 @@ def _places(monitor: QmpCommands, machine: Machine, file: OffloadFile) -> list[N
                 raise StorageError(file.path, 0, 0, reason)
         return nodes
     if machine.goes_on:
-        raise EvidenceError(recording.GOES_ON, None)
+        raise TailError(recording.GOES_ON)
     for number, (node, one) in enumerate(pairs):
         if file.was_restored(number):
             reason = "has bitmaps that were put back: put the others back, too"
             raise StorageError(file.path, 0, 0, reason)
         reason = fault_of(file, number, node, recording.coarsened(monitor, one, node))
         if reason:
-            raise EvidenceError(f'node "{escape(node.name)}": {reason}', None)
+            raise TailError(f'node "{escape(node.name)}": {reason}')
         if not node.find(one.name):
             reason = "is of an offload that has begun, and the machine has no tail of it"
             raise StorageError(file.path, 0, 0, reason)

@@ -100,7 +100,10 @@ class OffloadFile:
         """
         try:
             with _named(path), open(path, "rb") as file:
-                offload_file.parse_head(file.read(offload_file.HEAD_BYTES))
+                head = file.read(offload_file.HEAD_BYTES)
+                if not head:
+                    raise StorageError(path, 0, 0, "is empty: remove it, or choose another")
+                offload_file.parse_head(head)
                 records = list(_whole_records(file))
                 if not records:
                     raise FormatError("offload file", "", 0, "has no plan: it is damaged")

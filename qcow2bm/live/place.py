@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.bitmaps.status import VALID
-from qcow2bm.errors import EvidenceError
+from qcow2bm.errors import TailError
 from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
@@ -24,7 +24,7 @@ def node_of(machine: Machine, tail: Tail) -> Node:
     Another machine may have another name for the node of the same disk.
 
     Raises:
-        EvidenceError: there is no such node, or there are several.
+        TailError: there is no such node, or there are several.
     """
     nodes = [node for node in machine.nodes if node.find(tail.name)]
     nodes = nodes or [node for node in machine.nodes if node.name == tail.planned.name]
@@ -33,7 +33,7 @@ def node_of(machine: Machine, tail: Tail) -> Node:
         number = f"several nodes ({names}) have" if nodes else "no node of the machine has"
         advice = ": commit the overlay into the disk first" if nodes else ""
         reason = f'{number} the tail for the bitmaps of node "{escape(tail.planned.name)}"{advice}'
-        raise EvidenceError(reason, None)
+        raise TailError(reason)
     return nodes[0]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qcow2bm.errors import EvidenceError, QmpError
+from qcow2bm.errors import QmpError, TailError
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
 from qcow2bm.log import logger
@@ -73,7 +73,7 @@ def sound_node(monitor: QmpCommands, tail: Tail, name: str) -> Node:
 
     Raises:
         StateError: the machine's state does not allow it, see `Machine.require_settled`.
-        EvidenceError: the tail is not what it was.
+        TailError: the tail is not what it was.
         QmpError: QEMU does not answer.
     """
     machine = query_machine(monitor)
@@ -81,7 +81,7 @@ def sound_node(monitor: QmpCommands, tail: Tail, name: str) -> Node:
     (node,) = machine.select([name], lambda node: True)
     fault = tail.why_unusable(node, coarsened(monitor, tail, node))
     if fault:
-        raise EvidenceError(f'node "{escape(name)}": {fault}', None)
+        raise TailError(f'node "{escape(name)}": {fault}')
     return node
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from qcow2bm.errors import EvidenceError, QmpError, QmpRefusedError
+from qcow2bm.errors import EvidenceError, QmpError, QmpRefusedError, TailError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import fault_of, is_as_planned, node_of
@@ -62,14 +62,14 @@ def restore(
     machine = query_machine(monitor)
     machine.require_settled()
     if machine.goes_on and not is_alone:
-        raise EvidenceError(GOES_ON, "assert-alone")
+        raise TailError(GOES_ON, "assert-alone")
     scratch.discard_leftover(monitor)
     done: list[BitmapReturn] = []
     with new_file.held(path):
         file = OffloadFile.read(path)
         faults = [_fault(monitor, file, machine, number) for number in range(len(file.plan.nodes))]
         if all(faults):
-            raise EvidenceError(faults[0], None)
+            raise TailError(faults[0])
         for number, fault in enumerate(faults):
             for result in _put_back_node(monitor, machine, file, number, fault):
                 done.append(result)

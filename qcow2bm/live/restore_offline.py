@@ -11,7 +11,7 @@ import numpy as np
 
 from qcow2bm.api import Bitmap, Edit, Image
 from qcow2bm.bitmaps.status import VALID
-from qcow2bm.errors import BitmapError, EvidenceError
+from qcow2bm.errors import BitmapError, TailError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import fault_of, has_all, node_of_image
@@ -34,7 +34,7 @@ def restore_offline(path: str, image: Image, *, dry_run: bool = False) -> Restor
         dry_run: write nothing.
 
     Raises:
-        EvidenceError: the tail is missing, or may miss writes.
+        TailError: the tail is missing, or may miss writes.
         BitmapError: a bitmap is neither in the image nor in the file, or another one is there.
         StorageError, FormatError: as `restore` does.
         Qcow2BmError: as `Image.edit` and a commit do.
@@ -125,11 +125,11 @@ def _node_of(file: OffloadFile, image: Image) -> int:
         fault = fault_of(file, number, node, partial(_coarsened, image, tail))
         if tail.name in image.bitmaps:
             if fault:
-                raise EvidenceError(fault, None)
+                raise TailError(fault)
             return number
         if not fault and has_all(node, tail.planned):
             complete.append(number)
     if complete:
         return complete[0]
     reason = "the image has no tail of this file: nothing recorded the writes since the offload"
-    raise EvidenceError(reason, None)
+    raise TailError(reason)

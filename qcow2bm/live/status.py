@@ -18,7 +18,7 @@ from qcow2bm.qmp.machine import Machine, NodeBitmap
 from qcow2bm.qmp.queries import query_machine
 
 OffloadStep = Literal["planned", "begun", "offloaded", "restored", "no-tail", "away", "in-doubt"]
-BitmapPlace = Literal["machine", "file", "lost"]
+BitmapPlace = Literal["machine", "file", "elsewhere", "lost"]
 
 
 class BitmapStatus(NamedTuple):
@@ -29,7 +29,10 @@ class BitmapStatus(NamedTuple):
 
 
 class OffloadedBitmap(NamedTuple):
-    """A bitmap of an offload file, and where its bits are."""
+    """A bitmap of an offload file, and where its bits are.
+
+    "elsewhere": the file says that it was put back, and it is not in this machine.
+    """
 
     node: str
     name: str
@@ -64,12 +67,15 @@ class LiveStatus(NamedTuple):
         migration: as query-migrate has it; "" if there was none.
         bitmaps: all bitmaps that have a name.
         nodes: the nodes of the offload file; none without a file.
+        can_collect: whether this is the source of a migration, with a recorder of the file that was
+            not collected yet.
     """
 
     machine: str
     migration: str
     bitmaps: tuple[BitmapStatus, ...]
     nodes: tuple[NodeStatus, ...]
+    can_collect: bool = False
 
     @property
     def stop_bytes(self) -> int:
@@ -117,6 +123,15 @@ def status(monitor: QmpCommands, path: str | None = None) -> LiveStatus:
         machine.migration,
         bitmaps,
         tuple(_status(monitor, file, machine, number, away) for number in nodes if file),
+        file is not None and _can_collect(file, machine),
+    )
+
+
+def _can_collect(file: OffloadFile, machine: Machine) -> bool:
+    return machine.status == "postmigrate" and any(
+        not file.has_collected(number) and tail.recorder_on(node, tail.recorder_name)
+        for number, tail in enumerate(file.tails)
+        for node in machine.nodes
     )
 
 
@@ -130,17 +145,20 @@ def _status(
         for place in file.plan.numbers_of(number)
         if file.has_copy(place)
     }
+    is_back = file.was_restored(number)
     step: OffloadStep
     try:
         node = node_of(machine, tail)
     except EvidenceError as error:
         step, reason = _step_without_node(file, number, away, error)
-        return NodeStatus(planned.name, step, reason, _bitmaps(planned, {}, copied))
+        return NodeStatus(
+            planned.name, step, reason, _bitmaps(planned, {}, copied, is_back=is_back)
+        )
     there = {bitmap.name: bitmap for bitmap in node.bitmaps}
-    bitmaps = _bitmaps(planned, there, copied)
+    bitmaps = _bitmaps(planned, there, copied, is_back=is_back)
     has_tail = node.find(tail.name) is not None
     reason = away or fault_of(file, number, node, coarsened(monitor, tail, node))
-    if file.was_restored(number) and not has_tail:
+    if is_back and not has_tail:
         step, reason = "restored", ""
     elif away:
         step, reason = "away", away
@@ -164,11 +182,13 @@ def _step_without_node(
 
 
 def _bitmaps(
-    planned: PlannedNode, there: dict[str, NodeBitmap], copied: set[str]
+    planned: PlannedNode, there: dict[str, NodeBitmap], copied: set[str], *, is_back: bool
 ) -> tuple[OffloadedBitmap, ...]:
     def where(name: str) -> BitmapPlace:
         if name in there:
             return "machine"
+        if is_back:
+            return "elsewhere"
         return "file" if name in copied else "lost"
 
     return tuple(OffloadedBitmap(planned.name, b.name, where(b.name)) for b in planned.bitmaps)

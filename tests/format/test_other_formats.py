@@ -20,6 +20,7 @@ from support.console import ROOT, environment
 import qcow2bm
 from qcow2bm import FormatError, Hint
 from qcow2bm.format import other_formats
+from qcow2bm.format.offload_file import MAGIC as OFFLOAD_MAGIC
 from qcow2bm.format.undo_file import MAGIC as UNDO_MAGIC
 
 MIB = 1 << 20
@@ -105,6 +106,7 @@ FILES: dict[str, tuple[bytes, str, Hint]] = {
     "fat32": (at(BOOT, (82, b"FAT32   ")), "a raw disk with FAT", "attach"),
     "zeros": (bytes(MIB), "a raw disk that begins with zeros", "attach"),
     "sidecar": (sidecar(), "a sidecar of qcow2bm", "read-sidecar"),
+    "offload file": (OFFLOAD_MAGIC + bytes(600), "an offload file of qcow2bm", "read-offload"),
     "undo file": (UNDO_MAGIC + bytes(600), "an undo file of qcow2bm", "undo"),
     "stream": (b"QEVM\0\0\0\3" + bytes(600), "a migration stream of QEMU", "read-stream"),
     "short": (b"hello", "a file of 5 bytes", "copy-again"),

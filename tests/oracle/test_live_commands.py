@@ -111,12 +111,13 @@ def test_out_and_back(machine: Machine, tmp_path: Path) -> None:
     assert found["stop-bytes"] == 2 * CLUSTER
     text = command(tmp_path, "status SOCKET file").out
     assert 'offload of node "disk": the bitmaps are in the file' in text
-    assert f"next: {following}" in text
+    assert f"disks, {following}" in " ".join(text.split())
 
     done = run(following.split()[1:], tmp_path)
     assert (done.status, done.err) == (0, "")
     assert done.out.count("is back, with every write") == len(GRANULARITIES)
     assert steps(tmp_path) == ["restored"]
+    assert 'next: remove "file"' in command(tmp_path, "status SOCKET file").out
     again = document(tmp_path, "restore SOCKET file")
     assert {one["outcome"] for one in again["bitmaps"]} == {"kept"}
     assert command(tmp_path, "restore SOCKET file").out.count("is as it was") == 4
@@ -134,6 +135,27 @@ def test_back_into_the_image(machine: Machine, tmp_path: Path) -> None:
     assert [one["outcome"] for one in found["bitmaps"]] == ["restored"] * len(GRANULARITIES)
     with qcow2bm.open(tmp_path / "disk.qcow2") as image:
         assert {*image.bitmaps} == {*GRANULARITIES}
+
+
+def test_an_image_and_a_file_that_changed_places(machine: Machine, tmp_path: Path) -> None:
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    machine.quit()
+    done = command(tmp_path, "restore disk.qcow2 file")
+    assert done.status == 1
+    assert "an offload file of qcow2bm" in done.err
+    assert "qcow2bm live restore FILE IMAGE" in done.err
+
+
+def test_of_bitmaps_that_cannot_be_taken_out_each_is_named(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path)
+    with Machine(disk.path) as killed:
+        killed.kill()
+    with Machine(disk.path, monitor=tmp_path / "vm.sock"):
+        done = command(tmp_path, "offload SOCKET file")
+    assert done.status == 1
+    assert "there is no bitmap that can be taken out: " in done.err
+    assert done.err.count(" is inconsistent") == len(GRANULARITIES)
+    assert not (tmp_path / "file").exists()
 
 
 @pytest.mark.spec("LIVE-5")
@@ -169,6 +191,7 @@ def test_an_offload_that_has_only_begun(machine: Machine, tmp_path: Path) -> Non
     assert [words[2] for words in offers] == ["offload", "restore"]
     assert command(tmp_path, "restore SOCKET file").status == 0
     assert steps(tmp_path) == ["restored"]
+    assert 'next: remove "file"' in command(tmp_path, "status SOCKET file").out
     assert machine.bitmaps().keys() == GRANULARITIES.keys()
 
 
@@ -383,10 +406,13 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, action: str) -> None:
         ("restore SOCKET nothing", "No such file"),
         ("status SOCKET nothing", "No such file"),
         ("remove SOCKET daily --node nope", 'there is no node "nope"'),
+        ("status SOCKET empty", "empty: is empty: remove it"),
+        ("record --qmp other --source vm.sock nothing", "No such file"),
     ],
 )
 @pytest.mark.usefixtures("machine")
 def test_what_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "empty").touch()
     done = command(tmp_path, line)
     assert done.status == 1
     (text, *_) = done.err.splitlines()
@@ -405,6 +431,9 @@ def test_what_is_refused(tmp_path: Path, line: str, message: str) -> None:
         "restore SOCKET file --no-lock",
         "status SOCKET one two",
         "offload file",
+        "offload SOCKET file --max-downtime 0",
+        "record SOCKET file",
+        "record SOCKET --source vm.sock file",
         "remove SOCKET",
     ],
 )
@@ -455,6 +484,7 @@ def test_the_commands_that_an_exact_offload_advises(machine: Machine, tmp_path: 
         assert recorder == {"node": "disk", "granularity": 4096, "dirty-bytes": 0}
         machine.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
         machine.wait_for("postmigrate")
+        assert document(tmp_path, "status SOCKET file")["next"] == [["qcow2bm", *after]]
         destination.wait_for("running")
         found = json.loads(run([*after, "--json"], tmp_path).out)
         check_live("collect", found)
