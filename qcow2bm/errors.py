@@ -21,6 +21,7 @@ The errors are divided by whose fault it is, and by what the caller may do next:
     │  └─ NoRoomError               the image has no room, and the storage cannot grow
     ├─ ComparisonError           a disk is not the one that is to be compared
     ├─ EvidenceError             nothing proves that saved bitmaps are still true of the disk
+    │  └─ TailError                 the same, of the bitmaps of an offload
     ├─ CommitError               a commit failed; says whether the edit took effect
     └─ QmpError                  a running QEMU could not be asked
        ├─ QmpRefusedError           QEMU refused the command

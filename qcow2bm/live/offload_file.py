@@ -102,7 +102,9 @@ class OffloadFile:
             with _named(path), open(path, "rb") as file:
                 head = file.read(offload_file.HEAD_BYTES)
                 if not head:
-                    raise StorageError(path, 0, 0, "is empty: remove it, or choose another")
+                    raise FormatError(
+                        "offload file", "", 0, "is empty: remove it, or choose another"
+                    )
                 offload_file.parse_head(head)
                 records = list(_whole_records(file))
                 if not records:

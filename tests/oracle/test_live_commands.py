@@ -406,7 +406,7 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, action: str) -> None:
         ("restore SOCKET nothing", "No such file"),
         ("status SOCKET nothing", "No such file"),
         ("remove SOCKET daily --node nope", 'there is no node "nope"'),
-        ("status SOCKET empty", "empty: is empty: remove it"),
+        ("status SOCKET empty", "empty: offload file at 0x0 is empty: remove it"),
         ("record --qmp other --source vm.sock nothing", "No such file"),
     ],
 )
