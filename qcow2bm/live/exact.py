@@ -99,7 +99,7 @@ def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[Re
 
     Raises:
         StateError: the destination does not receive; or the source does not migrate, has given up
-            its disks, or has no recorder.
+            its disks, or has no recorder that has recorded every write.
         ValueError: the destination has no such disk.
         QmpError: QEMU does not answer, or refuses.
         StorageError: the file cannot be read or written.
@@ -118,6 +118,7 @@ def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[Re
         for number, tail in enumerate(file.tails):
             node = _node_with_recorder(leaving, tail)
             if node:
+                _require_unbroken(node, tail)
                 pairs.append((number, tail, _twin_of(node, arriving)))
         if not pairs:
             raise StateError(_NO_RECORDER, _WITH_RECORDER, "the source")
@@ -137,6 +138,13 @@ def _require_sending(source: Machine) -> None:
     if source.migration not in _SENDS or not source.is_source:
         state = f"in state {escape(source.status)} (query-migrate: {escape(source.migration)})"
         raise StateError(state, "migrating, and not done with it", "the source")
+
+
+def _require_unbroken(node: Node, tail: Tail) -> None:
+    """Raises if another machine may have written since the recorder of a node began."""
+    if tail.was_loaded_anew(node):
+        state = "with a recorder that is older than its tail: another machine had the disk"
+        raise StateError(state, _WITH_RECORDER, "the source")
 
 
 def _arrivals(pairs: Sequence[tuple[int, Tail, Node]], token: bytes) -> Iterator[actions.Action]:

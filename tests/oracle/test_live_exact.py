@@ -18,6 +18,9 @@ from qcow2bm import live
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.qmp.names import ARRIVAL_PREFIX, RECORDER_PREFIX
 
+NEAR = (MEANWHILE[0][0] + 256 * KiB, 512)
+"""A write in a granule of the tail that is dirty: only a recorder tells it from the others."""
+
 pytestmark = pytest.mark.usefixtures("system_emulator")
 
 
@@ -231,7 +234,7 @@ def test_a_machine_in_between_leaves_no_gap(scene: Scene) -> None:
         record(scene, between.address)
         complete(scene.source, between.machine)
         between.machine.wait_for("running")
-        scene.write(between.machine, (MEANWHILE[0][0] + 512, 512))  # in a region that is dirty
+        scene.write(between.machine, NEAR)
         collect(scene)
         begin(between.machine, last.machine)
         for source in (scene.address, between.address):
@@ -297,13 +300,15 @@ def test_what_was_collected_after_another_migration_does_not_count(scene: Scene)
     scene.source.wait_for("postmigrate")
     collect(scene)
     scene.source.execute("cont")
-    scene.write(scene.source, (MEANWHILE[0][0] + 512, 512))
+    scene.write(scene.source, NEAR)
     with waiting(scene, "second") as (machine, address):
         begin(scene.source, machine)
-        record(scene, address)
+        # Nothing tells that this time no other machine had the disk.
+        with pytest.raises(qcow2bm.StateError, match="another machine had the disk"):
+            record(scene, address)
         complete(scene.source, machine)
         machine.wait_for("running")
-        assert restore(scene, address) == "live collect was not run at the source"
+        assert restore(scene, address) == "live record was not run, or not in time"
         end(scene, machine, is_exact=False)
 
 
@@ -313,7 +318,7 @@ def test_a_source_that_goes_on_gets_what_the_destination_wrote(scene: Scene) -> 
     with waiting(scene, "destination") as (machine, _):
         migrate(scene.source, machine)
         machine.wait_for("running")
-        scene.write(machine, (MEANWHILE[0][0] + 512, 512))
+        scene.write(machine, NEAR)
         machine.quit()
     scene.source.execute("cont")
     scene.source.migrate("exec:false")
@@ -322,6 +327,26 @@ def test_a_source_that_goes_on_gets_what_the_destination_wrote(scene: Scene) -> 
     reason = "another machine had the disk, and the recorder is older than that"
     assert restore(scene) == reason
     end(scene, scene.source, is_exact=False)
+
+
+@pytest.mark.spec("LIVE-18")
+def test_a_recorder_that_missed_another_machine_is_not_carried_on(scene: Scene) -> None:
+    """Another machine had the disk, wrote, and ended; the source goes on, and migrates again."""
+    with waiting(scene, "first") as (machine, _):
+        migrate(scene.source, machine)
+        machine.wait_for("running")
+        scene.write(machine, NEAR)
+        machine.quit()
+    scene.source.execute("cont")
+    with waiting(scene, "second") as (machine, address):
+        begin(scene.source, machine)
+        with pytest.raises(qcow2bm.StateError, match="another machine had the disk"):
+            record(scene, address)
+        complete(scene.source, machine)
+        machine.wait_for("running")
+        collect(scene)
+        assert restore(scene, address) == "live record was not run, or not in time"
+        end(scene, machine, is_exact=False)
 
 
 @pytest.mark.spec("LIVE-17")
