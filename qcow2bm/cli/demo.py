@@ -20,9 +20,10 @@ from random import Random
 from threading import Event, Thread
 from typing import NamedTuple
 
-from qcow2bm import StateError, StorageError, Tracker, build_empty_image, open
+from qcow2bm import StateError, Tracker, open
 from qcow2bm.cli import demo_qemu
 from qcow2bm.cli.arguments import seconds
+from qcow2bm.cli.demo_image import make_empty
 from qcow2bm.cli.messages import CommandError
 from qcow2bm.cli.parser import Arguments, Parser
 from qcow2bm.units import format_size
@@ -144,12 +145,7 @@ _HEADINGS = f"{'bytes':>12}{'barriers':>10}{'milliseconds':>14}"
 
 def _make_image(path: Path) -> None:
     """Makes an empty disk, with a bitmap of which half the bits are set in every cluster."""
-    empty = build_empty_image(_DISK_BYTES)
-    try:
-        path.write_bytes(empty.head)
-        os.truncate(path, empty.length)
-    except OSError as error:
-        raise StorageError.from_os(error, str(path), 0, 0, "writing") from error
+    make_empty(path, _DISK_BYTES)
     with open(path, "r+") as image, image.edit() as edit:
         edit.add("daily", _GRANULARITY)
         starts = range(0, _DISK_BYTES, 2 * _STRIPE_BYTES)

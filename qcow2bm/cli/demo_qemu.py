@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import platform
 import shutil
 import socket
@@ -21,7 +20,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
-from qcow2bm import build_empty_image, live, open
+from qcow2bm import live, open
+from qcow2bm.cli.demo_image import make_empty
 from qcow2bm.cli.messages import CommandError
 from qcow2bm.cli.output import count
 from qcow2bm.units import format_size
@@ -50,7 +50,7 @@ def demonstrate(folder: Path) -> None:
     """
     program = _find_qemu()
     try:
-        import qemu.qmp  # noqa: F401
+        from qemu.qmp import QMPError
     except ImportError as error:
         reason = 'the package qemu.qmp is missing; install it: pip install "qcow2bm[qmp]"'
         raise CommandError("demo", reason) from error
@@ -61,8 +61,6 @@ def demonstrate(folder: Path) -> None:
         flush=True,
     )
     _make_image(image)
-    from qemu.qmp import QMPError
-
     try:
         written = asyncio.run(_run(program, image, folder))
     except (QMPError, OSError, EOFError) as error:
@@ -79,9 +77,7 @@ def _find_qemu() -> str:
 
 
 def _make_image(path: Path) -> None:
-    empty = build_empty_image(_DISK_BYTES)
-    path.write_bytes(empty.head)
-    os.truncate(path, empty.length)
+    make_empty(path, _DISK_BYTES)
     with open(path, "r+") as image, image.edit() as edit:
         for number in range(_BITMAPS):
             edit.load(f"bitmap{number}", _GRANULARITY, Random(number).randbytes(_BITMAP_BYTES))
