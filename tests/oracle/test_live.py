@@ -14,9 +14,11 @@ from support.offloaded import (
     GRANULARITIES,
     MEANWHILE,
     SIZE,
+    Interrupted,
     WritingMonitor,
     assert_back,
     granules,
+    killed,
     make_disk,
     offloaded,
     widened,
@@ -92,10 +94,6 @@ REASONS = {
     "another machine may have written": "the tail may lack what the destination wrote",
     "no canary": "the canary of the tail is gone or was changed",
 }
-
-
-class Interrupted(BaseException):
-    """The tool was killed."""
 
 
 class CutMonitor(live.Monitor):
@@ -382,10 +380,6 @@ def test_a_second_restore_into_the_image_changes_nothing(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one was killed before the file says that the bitmaps are back."""
-
-    def killed(*_: object) -> None:
-        raise Interrupted
-
     address, path = tmp_path / "qmp", tmp_path / "offloaded"
     with Machine(disk.path, monitor=address) as machine:
         offload(address, path)
@@ -401,6 +395,22 @@ def test_a_second_restore_into_the_image_changes_nothing(
     assert {one.outcome for one in done.bitmaps} == {"kept"}
     assert disk.path.read_bytes() == before
     assert_back(disk)
+
+
+@pytest.mark.spec("LIVE-10")
+def test_an_image_that_has_other_bitmaps_since_they_were_put_back(
+    disk: Disk, tmp_path: Path
+) -> None:
+    address, path = tmp_path / "qmp", tmp_path / "offloaded"
+    with Machine(disk.path, monitor=address) as machine:
+        offload(address, path)
+        machine.quit()
+    put_back_offline(disk, path)
+    with qcow2bm.open(disk.path, "r+") as image:
+        with image.edit() as edit:
+            edit.remove("daily")
+        with pytest.raises(qcow2bm.TailError, match="were put back, and they are not here"):
+            live.restore_offline(str(path), image)
 
 
 @pytest.mark.spec("LIVE-8")

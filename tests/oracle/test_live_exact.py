@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.offloaded import LATER, MEANWHILE, Scene, assert_back, offloaded
+from support.offloaded import (
+    LATER,
+    MEANWHILE,
+    Interrupted,
+    Range,
+    Scene,
+    assert_back,
+    killed,
+    offloaded,
+)
 from support.twin import KiB, MiB
 from support.vm import NOWHERE, Machine
 
@@ -66,6 +75,16 @@ def complete(source: Machine, destination: Machine) -> None:
 def migrate(source: Machine, destination: Machine, *capabilities: str) -> None:
     begin(source, destination, *capabilities)
     complete(source, destination)
+
+
+def migrate_and_write(scene: Scene, hop: Hop, *written: Range, is_recorded: bool = False) -> None:
+    """Migrates the source, and lets the destination write."""
+    begin(scene.source, hop.machine)
+    if is_recorded:
+        record(scene, hop.address)
+    complete(scene.source, hop.machine)
+    hop.machine.wait_for("running")
+    scene.write(hop.machine, *written)
 
 
 def record(
@@ -155,10 +174,9 @@ def test_recorded_at_the_destination_and_collected_at_the_source(scene: Scene) -
 
 @pytest.mark.spec("LIVE-18")
 def test_without_a_recorder_at_the_destination_the_tail_is_taken(scene: Scene) -> None:
-    with waiting(scene, "destination") as (machine, address):
-        migrate(scene.source, machine)
-        machine.wait_for("running")
-        scene.write(machine, LATER)
+    with waiting(scene, "destination") as hop:
+        machine, address = hop
+        migrate_and_write(scene, hop, LATER)
         collect(scene)
         assert restore(scene, address) == "live record was not run, or not in time"
         end(scene, machine, is_exact=False)
@@ -166,11 +184,9 @@ def test_without_a_recorder_at_the_destination_the_tail_is_taken(scene: Scene) -
 
 @pytest.mark.spec("LIVE-19")
 def test_what_is_not_collected_is_taken_from_the_tail(scene: Scene) -> None:
-    with waiting(scene, "destination") as (machine, address):
-        begin(scene.source, machine)
-        record(scene, address)
-        complete(scene.source, machine)
-        machine.wait_for("running")
+    with waiting(scene, "destination") as hop:
+        machine, address = hop
+        migrate_and_write(scene, hop, is_recorded=True)
         scene.source.kill()
         assert restore(scene, address) == "live collect was not run at the source"
         end(scene, machine, is_exact=False)
@@ -266,19 +282,11 @@ def test_recorded_while_the_source_waits_to_hand_over(scene: Scene) -> None:
         end(scene, machine)
 
 
-class Interrupted(BaseException):
-    """The tool was killed."""
-
-
 @pytest.mark.spec("LIVE-18")
 def test_a_recorder_that_the_file_does_not_name_does_not_count(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tool was killed before it knew whether the source still had the disk."""
-
-    def killed(*_: object) -> None:
-        raise Interrupted
-
     with waiting(scene, "destination") as (machine, address):
         begin(scene.source, machine)
         with monkeypatch.context() as patch:
@@ -315,11 +323,9 @@ def test_what_was_collected_after_another_migration_does_not_count(scene: Scene)
 @pytest.mark.spec("LIVE-17")
 def test_a_source_that_goes_on_gets_what_the_destination_wrote(scene: Scene) -> None:
     """QEMU only remembers the last migration, which failed; but it loaded the tail anew."""
-    with waiting(scene, "destination") as (machine, _):
-        migrate(scene.source, machine)
-        machine.wait_for("running")
-        scene.write(machine, NEAR)
-        machine.quit()
+    with waiting(scene, "destination") as hop:
+        migrate_and_write(scene, hop, NEAR)
+        hop.machine.quit()
     scene.source.execute("cont")
     scene.source.migrate("exec:false")
     scene.source.wait_for_migration("failed")
@@ -332,11 +338,9 @@ def test_a_source_that_goes_on_gets_what_the_destination_wrote(scene: Scene) -> 
 @pytest.mark.spec("LIVE-18")
 def test_a_recorder_that_missed_another_machine_is_not_carried_on(scene: Scene) -> None:
     """Another machine had the disk, wrote, and ended; the source goes on, and migrates again."""
-    with waiting(scene, "first") as (machine, _):
-        migrate(scene.source, machine)
-        machine.wait_for("running")
-        scene.write(machine, NEAR)
-        machine.quit()
+    with waiting(scene, "first") as hop:
+        migrate_and_write(scene, hop, NEAR)
+        hop.machine.quit()
     scene.source.execute("cont")
     with waiting(scene, "second") as (machine, address):
         begin(scene.source, machine)

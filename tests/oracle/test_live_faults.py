@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from support.offloaded import (
     assert_no_write_is_missing,
     make_disk,
 )
-from support.qemu import ToolError
+from support.qemu import Disk, ToolError
 from support.vm import Machine
 
 import qcow2bm
@@ -49,16 +50,25 @@ def out_and_back(monitor: live.Monitor, machine: Machine, path: Path) -> list[Ra
     return written
 
 
+def attempts(disk: Disk, folder: Path, step: int) -> Iterator[tuple[int, Path, Path]]:
+    """Numbers of writes or commands, each with places for a QMP server and for an offload file.
+
+    The disk is as it was each time. Raises if there are more than the test can try.
+    """
+    original = disk.path.read_bytes()
+    for number in range(1, MOST, step):
+        disk.path.write_bytes(original)
+        yield number, folder / f"qmp{number}", folder / f"offloaded{number}"
+    raise AssertionError("there are more of them")
+
+
 @pytest.mark.spec("LIVE-3", "LIVE-9", "LIVE-11")
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 11])
 def test_any_write_of_qemu_fails(tmp_path: Path, step: int) -> None:
     """Afterwards the next command puts back whatever is still out."""
     disk = make_disk(tmp_path)
-    original = disk.path.read_bytes()
     failed = fine = 0
-    for number in range(1, MOST, step):
-        disk.path.write_bytes(original)
-        address, path = tmp_path / f"qmp{number}", tmp_path / f"offloaded{number}"
+    for number, address, path in attempts(disk, tmp_path, step):
         with ExitStack() as stack:
             try:
                 machine = stack.enter_context(
@@ -93,8 +103,6 @@ def test_any_write_of_qemu_fails(tmp_path: Path, step: int) -> None:
             continue
         fine = 0
         failed += 1
-    else:
-        raise AssertionError("there are more writes")
     assert failed
     print(f"{failed} writes of QEMU failed: no bitmap that misses a write is valid")
 
@@ -124,11 +132,8 @@ class FullMonitor(live.Monitor):
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 17])
 def test_the_disk_is_full_at_any_command(tmp_path: Path, step: int) -> None:
     disk = make_disk(tmp_path)
-    original = disk.path.read_bytes()
     runs = failed = 0
-    for number in range(1, MOST, step):
-        disk.path.write_bytes(original)
-        address, path = tmp_path / f"qmp{number}", tmp_path / f"offloaded{number}"
+    for number, address, path in attempts(disk, tmp_path, step):
         with Machine(disk.path, monitor=address) as machine:
             with FullMonitor(address, machine, number) as monitor:
                 written: list[Range] = []
@@ -147,7 +152,5 @@ def test_the_disk_is_full_at_any_command(tmp_path: Path, step: int) -> None:
                     assert all(one.is_safe for one in done.bitmaps)
             machine.quit()
         assert_back(disk, [*written, *MEANWHILE])
-    else:
-        raise AssertionError("there are more commands")
     assert failed
     print(f"the disk was full at {runs} commands, {failed} of which failed: all bitmaps are back")

@@ -145,6 +145,15 @@ class Scene:
             yield machine, address
 
 
+class Interrupted(BaseException):
+    """The tool was killed."""
+
+
+def killed(*_: object) -> None:
+    """Stands for a function before which the tool is killed."""
+    raise Interrupted
+
+
 class WritingMonitor(live.Monitor):
     """A connection beside which the guest writes, before every command."""
 
