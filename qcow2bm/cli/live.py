@@ -10,12 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qcow2bm import (
-    BitmapError,
-    QmpError,
-    StateError,
-    live,
-)
+from qcow2bm import BitmapError, QmpError, StateError, live
 from qcow2bm.cli import live_output
 from qcow2bm.cli.arguments import (
     EditingArguments,
@@ -296,20 +291,28 @@ def _offload(arguments: OffloadArguments) -> int:
     return PROBLEMS_FOUND if done.left or is_long else 0
 
 
+_GOING_ON = "run the same command again to go on, or live restore to go back"
+
+
 @contextmanager
 def _going_on(file: str) -> Iterator[None]:
-    """Adds what to do if an offload fails that has begun."""
+    """Adds what to do if an offload fails that has begun, unless the message says it already."""
     try:
         yield
     except KeyboardInterrupt:
         if os.path.exists(file):
-            say(f"{escape(file)}: interrupted: the same command goes on, or live restore goes back")
+            say(f"{escape(file)}: interrupted; {_GOING_ON}")
         raise
     except CommandError as error:
-        is_begun = isinstance(error.__cause__, QmpError | BitmapError | StateError)
-        if not is_begun or not os.path.exists(file):
+        cause = error.__cause__
+        has_begun = os.path.exists(file)
+        if (
+            not has_begun
+            or not isinstance(cause, QmpError | BitmapError | StateError)
+            or cause.hint
+        ):
             raise
-        reason = f"{error.reason}; then the same command goes on, or live restore goes back"
+        reason = f"{error.reason}; {_GOING_ON}"
         raise CommandError(error.subject, reason) from error.__cause__
 
 
@@ -325,10 +328,7 @@ def _restore(arguments: RestoreArguments) -> int:
         return _restore_offline(arguments, *given)
     if arguments.dry_run or arguments.no_lock or arguments.wait:
         raise UsageError("--dry-run, --no-lock and --wait are for an IMAGE, not for --qmp")
-    with (
-        about(arguments.qmp),
-        _connect(arguments) as monitor,
-    ):
+    with about(arguments.qmp), _connect(arguments) as monitor:
         done = live.restore(monitor, given[0], is_alone=arguments.is_alone)
     return _print_restore(arguments, arguments.qmp, "qmp", given[0], done)
 
@@ -367,10 +367,7 @@ def _record(arguments: RecordArguments) -> int:
 
 
 def _collect(arguments: CollectArguments) -> int:
-    with (
-        about(arguments.qmp),
-        _connect(arguments) as monitor,
-    ):
+    with about(arguments.qmp), _connect(arguments) as monitor:
         recorders = live.collect(monitor, arguments.file)
     _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
     return 0
@@ -389,10 +386,7 @@ def _status(arguments: StatusArguments) -> int:
     if len(arguments.names) > 1:
         raise UsageError("give one FILE at most")
     file = arguments.names[0] if arguments.names else None
-    with (
-        about(arguments.qmp),
-        _connect(arguments) as monitor,
-    ):
+    with about(arguments.qmp), _connect(arguments) as monitor:
         found = live.status(monitor, file)
     if arguments.output == "human":
         live_output.print_status(arguments.qmp, file, found)

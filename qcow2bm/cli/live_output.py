@@ -87,7 +87,7 @@ def _too_long(qmp: str, file: str, limited: live.Limited) -> str:
             f"{text}: what is left takes so long by the time that QEMU took for the copies; small "
             "copies make the estimate rough: run the command again, or allow more time"
         )
-    text += f", although {count(limited.rounds, 'new tail')} followed on each disk: "
+    text += f", although new tails followed {count(limited.rounds, 'time')}: "
     granularity = limited.fitting_granularity
     if granularity is None:
         return text + "the guest writes too widely, or other bitmaps take too long; no tail fits"
@@ -162,9 +162,7 @@ def print_restore(done: live.RestoreReport) -> None:
 
 
 def _precision(written: live.WrittenFacts | None) -> str:
-    if written is None:
-        return ""
-    if not written.dirty_bytes:
+    if not written or not written.dirty_bytes:
         return ""
     marked = format_size(written.dirty_bytes)
     if written.is_exact:
@@ -229,7 +227,7 @@ _STEPS = {
     "offloaded": "the bitmaps are in the file",
     "restored": "the bitmaps were put back",
     "no-tail": "the machine has bitmaps of these names, and no tail of this file",
-    "away": "the VM does not have its disks now",
+    "away": "cannot be put back here now",
     "in-doubt": "in doubt",
 }
 

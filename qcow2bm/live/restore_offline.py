@@ -131,5 +131,7 @@ def _node_of(file: OffloadFile, image: Image) -> int:
             complete.append(number)
     if complete:
         return complete[0]
-    reason = "the image has no tail of this file: nothing recorded the writes since the offload"
-    raise TailError(reason)
+    why = "nothing recorded the writes since the offload"
+    if file.is_restored:
+        why = "the file says that its bitmaps were put back, and they are not here as they were"
+    raise TailError(f"the image has no tail of this file: {why}")

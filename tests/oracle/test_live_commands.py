@@ -379,7 +379,7 @@ def test_an_offload_that_fails_says_how_it_goes_on(machine: Machine, tmp_path: P
     machine.limit_files(CLUSTER)
     done = command(tmp_path, "offload SOCKET file")
     assert done.status == 1
-    assert "; then the same command goes on, or live restore goes back" in done.err
+    assert "; run the same command again to go on, or live restore to go back" in done.err
     assert len(done.err.splitlines()) == 1
     machine.limit_files(None)
     assert command(tmp_path, "offload SOCKET file").status == 0
