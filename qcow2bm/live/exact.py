@@ -22,7 +22,7 @@ from qcow2bm.qmp import actions, scratch
 from qcow2bm.qmp.bitmap_copies import copy_bitmaps
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node
-from qcow2bm.qmp.names import ARRIVAL_PREFIX
+from qcow2bm.qmp.names import ARRIVAL_PREFIX, arrival_of
 from qcow2bm.qmp.queries import query_machine
 from qcow2bm.storage import new_file
 from qcow2bm.units import escape
@@ -51,14 +51,14 @@ def collect(monitor: QmpCommands, path: str) -> tuple[RecorderFacts, ...]:
     Returns: the recorders.
 
     Raises:
-        StateError: no migration from this machine completed, or the machine goes on.
-            Or it has none of the recorders.
+        StateError: no migration from this machine completed, the machine goes on, or it has none of
+            the recorders.
         QmpError: QEMU does not answer, refuses, or did not store a bitmap.
         StorageError: the file cannot be read or written.
         FormatError: the file is no offload file, or is damaged.
     """
     machine = query_machine(monitor)
-    if not (machine.migration == "completed" and machine.is_source):
+    if not machine.has_left:
         required = "migrated: collect from the source, once its migration has completed"
         raise StateError("not migrated", required, "the machine")
     if machine.status != "postmigrate":
@@ -153,8 +153,7 @@ def _arrivals(pairs: Sequence[tuple[int, Tail, Node]], token: bytes) -> Iterator
         for name in tail.names_on(node):
             if name.startswith(ARRIVAL_PREFIX):
                 yield actions.remove(node.name, name)
-        name = tail._replace(token=token).arrival_name
-        granularity = tail.planned.recorder_granularity
+        name, granularity = arrival_of(tail.planned.uuid, token), tail.planned.recorder_granularity
         yield actions.add(node.name, name, granularity, persistent=False, enabled=True)
 
 

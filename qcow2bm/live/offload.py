@@ -111,7 +111,7 @@ def offload(
         plan = _planned(machine, nodes, granularity, exact=exact)
         if dry_run:
             file = OffloadFile(path, plan)
-            return _report(machine, plan, _places(monitor, machine, file))
+            return _report(machine, file, _places(monitor, machine, file))
         OffloadFile.create(path, plan)
     with new_file.held(path):
         file = OffloadFile.read(path)
@@ -120,7 +120,7 @@ def offload(
             raise StorageError(path, 0, 0, reason)
         places = _places(monitor, machine, file)
         _require_same(file, machine, places, nodes, tail_granularity, exact=exact)
-        report = _report(machine, file.plan, places)
+        report = _report(machine, file, places)
         if dry_run:
             return report
         scratch.discard_leftover(monitor)
@@ -128,7 +128,7 @@ def offload(
         pace, is_all = Pace(), not report.left
         for place, node in enumerate(places):
             for number in file.plan.numbers_of(place):
-                stored = _take_out(monitor, file, number, node.name)
+                stored = _take_out(monitor, file, file.tail(place), number, node.name)
                 pace += stored or Pace()
                 is_all = is_all and stored is not None
                 on_progress(node.name, file.bitmaps[number][1].name)
@@ -139,14 +139,13 @@ def offload(
         return report._replace(after=limited.stop_bytes, limited=limited)
 
 
-def _report(machine: Machine, plan: OffloadPlan, places: Sequence[Node]) -> OffloadReport:
+def _report(machine: Machine, file: OffloadFile, places: Sequence[Node]) -> OffloadReport:
     """What is going to be done on the nodes of the plan."""
-    left = tuple(_left(machine, plan, places))
+    left = tuple(_left(machine, file.plan, places))
     before = stop.bytes_at_stop(machine, stop.stored_bitmaps(machine))
     after = stop.bytes_at_stop(machine, (omission.bitmap for omission in left))
-    for node, planned in zip(places, plan.nodes, strict=True):
-        after += stop.most_bytes_of_tail(node, tail.Tail(planned, plan.tail_granularity))
-    return OffloadReport(plan, left, before, after, None, machine.mapping is None)
+    after += sum(map(stop.most_bytes_of_tail, places, file.tails))
+    return OffloadReport(file.plan, left, before, after, None, machine.mapping is None)
 
 
 def _require_sensible(granularity: int | None, max_stop_seconds: float | None) -> None:
@@ -253,7 +252,9 @@ def _left(machine: Machine, plan: OffloadPlan, nodes: Sequence[Node]) -> Iterato
             yield Omission(bitmap, bitmap.why_unusable or "it was not chosen")
 
 
-def _take_out(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> Pace | None:
+def _take_out(
+    monitor: QmpCommands, file: OffloadFile, one: tail.Tail, number: int, name: str
+) -> Pace | None:
     """Copies a bitmap of a node into the file, and removes it from the machine.
 
     The bitmap goes on recording until it is removed: what it records after it was copied is in the
@@ -262,8 +263,7 @@ def _take_out(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -
 
     Returns how fast QEMU stored the copy; None if the bitmap was removed before.
     """
-    planned_node, planned = file.bitmaps[number]
-    one = file.tail(file.plan.nodes.index(planned_node))
+    _, planned = file.bitmaps[number]
     node = recording.sound_node(monitor, one, name)
     bitmap = node.find(planned.name)
     if not bitmap:
@@ -277,4 +277,4 @@ def _take_out(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -
     file.append_copy(number, copy._replace(enabled=planned.enabled))
     recording.sound_node(monitor, one, name)
     monitor.transaction([actions.remove(name, planned.name)])
-    return Pace(stop.most_bytes(node, bitmap.granularity, bitmap.dirty_bytes), seconds)
+    return Pace(stop.bytes_of(node, bitmap), seconds)

@@ -34,6 +34,7 @@ from qcow2bm.format.offload_file import (
 )
 from qcow2bm.live.tail import Tail
 from qcow2bm.migration.sidecar import SavedBitmap, Sidecar
+from qcow2bm.qmp.names import arrival_of
 from qcow2bm.storage import new_file
 from qcow2bm.units import escape
 
@@ -166,8 +167,7 @@ class OffloadFile:
     def tail(self, number: int) -> Tail:
         """Returns the tail of the node that has this number, as it must be now."""
         rolls = len(self._rolled.get(number, ()))
-        token = self._read_token(number) if number in self._recorded else None
-        return Tail(self.plan.nodes[number], self.plan.tail_granularity, rolls, token)
+        return Tail(self.plan.nodes[number], self.plan.tail_granularity, rolls)
 
     @property
     def tails(self) -> list[Tail]:
@@ -209,31 +209,38 @@ class OffloadFile:
             tail = tail.next
         return union(found) if found else None
 
-    def _read_token(self, number: int) -> bytes:
-        place = self._recorded[number]
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(place.offset)
-                token = file.read(place.size)
-        except OSError as error:
-            raise StorageError.from_os(error, self.path, place.offset, place.size) from error
-        if len(token) != TOKEN_BYTES:
-            reason = f"has {len(token)} bytes, must have {TOKEN_BYTES}"
-            raise FormatError("record", "payload", place.offset, reason)
-        return token
+    def arrival_name(self, number: int) -> str:
+        """Returns the name of the recorder at the destination of the last migration.
 
-    def _read(self, place: _Place, wanted: tuple[str, int, bool, int]) -> SavedBitmap:
-        """Returns the bitmap that is in a record; it must have these properties."""
+        It is "" if the node that has this number has none. Raises as `read_copy` does.
+        """
+        if number not in self._recorded:
+            return ""
+        place = self._recorded[number]
+        with self._payload(place) as file:
+            token = file.read(place.size)
+            if len(token) != TOKEN_BYTES:
+                reason = f"has {len(token)} bytes, must have {TOKEN_BYTES}"
+                raise FormatError("record", "payload", place.offset, reason)
+        return arrival_of(self.plan.nodes[number].uuid, token)
+
+    @contextmanager
+    def _payload(self, place: _Place) -> Iterator[BinaryIO]:
+        """Has the file open at a payload; names it in errors about its format."""
         try:
             with _named(self.path), open(self.path, "rb") as file:
                 file.seek(place.offset)
-                bitmaps = sidecar.read(_pieces(file, place.size)).bitmaps
+                yield file
         except OSError as error:
             raise StorageError.from_os(error, self.path, place.offset, place.size) from error
-        if [bitmap[:4] for bitmap in bitmaps] != [wanted]:
-            name = escape(wanted[0])
-            reason = f'is not that of the bitmap "{name}" that was planned'
-            raise FormatError("record", "payload", place.offset, reason)
+
+    def _read(self, place: _Place, wanted: tuple[str, int, bool, int]) -> SavedBitmap:
+        """Returns the bitmap that is in a record; it must have these properties."""
+        with self._payload(place) as file:
+            bitmaps = sidecar.read(_pieces(file, place.size)).bitmaps
+            if [bitmap[:4] for bitmap in bitmaps] != [wanted]:
+                reason = f'is not that of the bitmap "{escape(wanted[0])}" that was planned'
+                raise FormatError("record", "payload", place.offset, reason)
         return bitmaps[0]
 
     def append_copy(self, number: int, bitmap: SavedBitmap) -> None:

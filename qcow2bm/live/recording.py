@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qcow2bm.errors import QmpError, TailError
+from qcow2bm.errors import TailError
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
 from qcow2bm.log import logger
@@ -15,8 +15,9 @@ from qcow2bm.qmp import actions, scratch_image
 from qcow2bm.qmp.bitmap_copies import copy_bitmaps
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Node
+from qcow2bm.qmp.merged_counts import Merged, count_merged
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.queries import query_machine, query_scratch_bitmaps
+from qcow2bm.qmp.queries import query_machine
 from qcow2bm.units import escape
 
 GOES_ON = "this machine goes on after it migrated, and the tail may lack what the destination wrote"
@@ -93,28 +94,10 @@ def coarsened(monitor: QmpCommands, tail: Tail, node: Node) -> Callable[[], int]
     """
 
     def ask() -> int:
-        name = tail.canary_name
-        with (
-            scratch_image.blank(node.virtual_size) as image,
-            scratch_image.lent(monitor, image),
-        ):
-            size = tail.canary_granularity
-            add = actions.add(SCRATCH_NODE, name, size, persistent=False, enabled=False)
-            monitor.transaction([add, actions.merge(SCRATCH_NODE, name, tail.name, node.name)])
-            return require_count(query_scratch_bitmaps(monitor), name)
+        wanted = {"coarsened": Merged(tail.canary_granularity, [(node.name, tail.name)])}
+        return count_merged(monitor, node.virtual_size, wanted)["coarsened"]
 
     return ask
-
-
-def require_count(counts: dict[str, int] | None, name: str) -> int:
-    """Returns the dirty bytes of a bitmap of the scratch node.
-
-    Raises:
-        QmpError: another program has removed the node, or the bitmap.
-    """
-    if counts is None or name not in counts:
-        raise QmpError("query-named-block-nodes", "the scratch node is gone: another program ran")
-    return counts[name]
 
 
 def roll(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> float:
@@ -135,12 +118,9 @@ def roll(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> flo
     if leftovers:  # of a roll that was interrupted
         monitor.transaction([actions.remove(node.name, name) for name in leftovers])
         node = sound_node(monitor, former, name)
-    has_witness = not former.was_loaded_anew(node)
-    begin(monitor, [former.next], [node], with_witness=has_witness)
-    bitmap = node.find(former.name)
-    if not bitmap:
-        raise AssertionError("a tail that is sound is there")
-    (copy,), seconds = copy_bitmaps(monitor, node, [bitmap])
+    begin(monitor, [former.next], [node], with_witness=not former.was_loaded_anew(node))
+    bitmaps = [bitmap for bitmap in node.bitmaps if bitmap.name == former.name]
+    (copy,), seconds = copy_bitmaps(monitor, node, bitmaps)
     sound_node(monitor, former, name)
     file.append_rolled(number, copy)
     sound_node(monitor, file.tail(number), name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from qcow2bm.errors import EvidenceError, QmpError, QmpRefusedError, TailError
+from qcow2bm.errors import QmpError, QmpRefusedError, TailError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import fault_of, is_as_planned, node_of
@@ -53,7 +53,7 @@ def restore(
 
     Raises:
         StateError: the machine's state does not allow it, see `Machine.require_settled`.
-        EvidenceError: no node has a tail that has every write; or this machine goes on after it
+        TailError: no node has a tail that has every write; or this machine goes on after it
             migrated.
         QmpError: QEMU does not answer, or did not load a bitmap as it is in the file.
         StorageError: the file cannot be read or written.
@@ -82,7 +82,7 @@ def _fault(monitor: QmpCommands, file: OffloadFile, machine: Machine, number: in
     tail = file.tail(number)
     try:
         node = node_of(machine, tail)
-    except EvidenceError as error:
+    except TailError as error:
         return "" if file.was_restored(number) else error.reason
     reason = fault_of(file, number, node, coarsened(monitor, tail, node))
     return reason and f'node "{escape(node.name)}": {reason}'

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from qcow2bm.errors import EvidenceError, StateError
+from qcow2bm.errors import StateError, TailError
 from qcow2bm.format.offload_file import PlannedNode
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import fault_of, node_of
 from qcow2bm.live.recording import GOES_ON, coarsened
-from qcow2bm.live.stop import bytes_at_stop
+from qcow2bm.live.stop import bytes_of
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, NodeBitmap
 from qcow2bm.qmp.queries import query_machine
@@ -105,9 +105,7 @@ def status(monitor: QmpCommands, path: str | None = None) -> LiveStatus:
     bitmaps = tuple(
         BitmapStatus(
             bitmap,
-            bytes_at_stop(machine, [bitmap])
-            if bitmap.is_persistent and not node.is_read_only
-            else 0,
+            bytes_of(node, bitmap) if bitmap.is_persistent and not node.is_read_only else 0,
         )
         for node in machine.nodes
         for bitmap in node.bitmaps
@@ -149,7 +147,7 @@ def _status(
     step: OffloadStep
     try:
         node = node_of(machine, tail)
-    except EvidenceError as error:
+    except TailError as error:
         step, reason = _step_without_node(file, number, away, error)
         return NodeStatus(
             planned.name, step, reason, _bitmaps(planned, {}, copied, is_back=is_back)
@@ -174,7 +172,7 @@ def _status(
 
 
 def _step_without_node(
-    file: OffloadFile, number: int, away: str, error: EvidenceError
+    file: OffloadFile, number: int, away: str, error: TailError
 ) -> tuple[OffloadStep, str]:
     if file.was_restored(number):
         return "restored", ""

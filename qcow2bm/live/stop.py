@@ -34,14 +34,17 @@ def most_bytes_of_tail(node: Node, tail: Tail) -> int:
     return most_bytes(node, tail.granularity) + most_bytes(node, tail.canary_granularity)
 
 
+def bytes_of(node: Node, bitmap: NodeBitmap) -> int:
+    """Returns how many bytes a bitmap of a node takes to store as it is now, at most."""
+    if bitmap.is_inconsistent:
+        return 0
+    return most_bytes(node, bitmap.granularity, bitmap.dirty_bytes)
+
+
 def bytes_at_stop(machine: Machine, bitmaps: Iterable[NodeBitmap]) -> int:
     """Returns how many bytes QEMU stores of these bitmaps if the machine stops now, at most."""
     by_name = {node.name: node for node in machine.nodes}
-    return sum(
-        most_bytes(by_name[bitmap.node], bitmap.granularity, bitmap.dirty_bytes)
-        for bitmap in bitmaps
-        if not bitmap.is_inconsistent
-    )
+    return sum(bytes_of(by_name[bitmap.node], bitmap) for bitmap in bitmaps)
 
 
 def stored_bitmaps(machine: Machine) -> list[NodeBitmap]:

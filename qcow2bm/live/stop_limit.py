@@ -80,7 +80,8 @@ def limit_stop(
         machine = query_machine(monitor)
         stop_bytes = stop.bytes_at_stop(machine, stop.stored_bitmaps(machine))
         seconds = pace.seconds_for(stop_bytes)
-        dirty = [number for number in range(len(names)) if _is_dirty(machine, file, number)]
+        tails = {number: _bytes_of(machine, file, number) for number in range(len(names))}
+        dirty = {number: size for number, size in tails.items() if size}
         if seconds <= most_seconds:
             return Limited(True, stop_bytes, seconds, rounds, None)
         if not dirty or rounds == _MOST_ROUNDS:
@@ -88,22 +89,17 @@ def limit_stop(
             return Limited(False, stop_bytes, seconds, rounds, granularity)
         rounds += 1
         logger.info("live offload: a stop takes %.1f ms: round %d", 1e3 * seconds, rounds)
-        for number in dirty:
-            bytes = _bytes_of(machine, file, number)
-            pace += Pace(bytes, recording.roll(monitor, file, number, names[number]))
+        for number, size in dirty.items():
+            pace += Pace(size, recording.roll(monitor, file, number, names[number]))
 
 
 def _measured(monitor: QmpCommands, file: OffloadFile, name: str) -> Pace:
     """How fast QEMU stores the tail and the canary of the first node, which has a bit."""
-    tail = file.tail(0)
-    node = recording.sound_node(monitor, tail, name)
-    bitmaps = [bitmap for bitmap in node.bitmaps if bitmap.name in (tail.name, tail.canary_name)]
-    size = sum(stop.most_bytes(node, b.granularity, b.dirty_bytes) for b in bitmaps)
+    first = file.tail(0)
+    node = recording.sound_node(monitor, first, name)
+    bitmaps = [bitmap for bitmap in node.bitmaps if bitmap.name in (first.name, first.canary_name)]
+    size = sum(stop.bytes_of(node, bitmap) for bitmap in bitmaps)
     return Pace(size, copy_bitmaps(monitor, node, bitmaps).seconds)
-
-
-def _is_dirty(machine: Machine, file: OffloadFile, number: int) -> bool:
-    return _bytes_of(machine, file, number) > 0
 
 
 def _bytes_of(machine: Machine, file: OffloadFile, number: int) -> int:

@@ -21,7 +21,6 @@ from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp.machine import Node, NodeBitmap
 from qcow2bm.qmp.names import (
     TAIL_PREFIX,
-    arrival_of,
     canary_of,
     is_of_offload,
     recorder_of,
@@ -43,13 +42,11 @@ class Tail(NamedTuple):
         planned: the node.
         granularity: how many guest bytes a bit of the tail stands for.
         number: how many tails this one follows.
-        token: of the recorder at the destination of the last migration; None if there is none.
     """
 
     planned: PlannedNode
     granularity: int
     number: int = 0
-    token: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -79,11 +76,6 @@ class Tail(NamedTuple):
         """Returns whether the tail on a node is newer than its witness, or has none."""
         tail, witness = node.find(self.name), node.find(self.witness_name)
         return not tail or not witness or tail.place < witness.place
-
-    @property
-    def arrival_name(self) -> str:
-        """The name of the recorder at the destination of a migration; "" if there is none."""
-        return "" if self.token is None else arrival_of(self.planned.uuid, self.token)
 
     @property
     def next(self) -> Self:

@@ -12,18 +12,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.recording import require_count
 from qcow2bm.live.restore_report import WrittenFacts
 from qcow2bm.live.tail import Tail
 from qcow2bm.migration.sidecar import SavedBitmap
-from qcow2bm.qmp import actions, scratch_image
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, Node
+from qcow2bm.qmp.merged_counts import Merged, count_merged
 from qcow2bm.qmp.names import SCRATCH_NODE
-from qcow2bm.qmp.queries import query_scratch_bitmaps
-
-_RECORDED, _ALL, _FINE = "recorded", "all", "fine"
-"""Bitmaps of the scratch node, by which the recorders are compared with the tail."""
 
 
 class Written(NamedTuple):
@@ -85,15 +80,15 @@ def _recorded(
     tail = file.tail(number)
     if tail.recorder_on(node, tail.recorder_name):
         # At a destination to which both travelled, both are new.
-        has_arrived = machine.migration == "completed" and not machine.is_source
-        if not has_arrived and tail.was_loaded_anew(node):
+        if not machine.has_arrived and tail.was_loaded_anew(node):
             return None, "another machine had the disk, and the recorder is older than that"
         return Written((tail.recorder_name,)), ""
-    if not tail.recorder_on(node, tail.arrival_name):
+    arrival = file.arrival_name(number)
+    if not tail.recorder_on(node, arrival):
         return None, "live record was not run, or not in time"
     if not file.has_collected(number):
         return None, "live collect was not run at the source"
-    return Written((tail.arrival_name,), file.read_collected(number)), ""
+    return Written((arrival,), file.read_collected(number)), ""
 
 
 def _dirty_if_complete(
@@ -101,32 +96,15 @@ def _dirty_if_complete(
 ) -> int | None:
     """How many bytes the recorders mark; None if a tail has a bit which none of them has.
 
-    All merging is one transaction, so writes of the guest make no difference. What is counted is
-    in granules of the tail first, and then as fine as the recorders.
+    All is counted at one moment, so writes of the guest make no difference.
     """
     saved = [bitmap for bitmap in (recorded.saved, former) if bitmap]
-    with (
-        scratch_image.with_bitmaps(node.virtual_size, saved) as image,
-        scratch_image.lent(monitor, image),
-    ):
-        sources = recorded.sources(node.name)
-        tails = [(node.name, tail.name), *((SCRATCH_NODE, one.name) for one in (former,) if one)]
-        work = [
-            actions.add(SCRATCH_NODE, name, size, persistent=False, enabled=False)
-            for name, size in (
-                (_RECORDED, tail.granularity),
-                (_ALL, tail.granularity),
-                (_FINE, tail.planned.recorder_granularity),
-            )
-        ]
-        work += [
-            actions.merge_all(SCRATCH_NODE, _RECORDED, sources),
-            actions.merge_all(SCRATCH_NODE, _ALL, [*sources, *tails]),
-            actions.merge_all(SCRATCH_NODE, _FINE, sources),
-        ]
-        monitor.transaction(work)
-        counts = query_scratch_bitmaps(monitor)
-        recorded_bytes, all_bytes, fine_bytes = (
-            require_count(counts, name) for name in (_RECORDED, _ALL, _FINE)
-        )
-    return fine_bytes if recorded_bytes == all_bytes else None
+    recorders = recorded.sources(node.name)
+    tails = [(node.name, tail.name), *((SCRATCH_NODE, one.name) for one in (former,) if one)]
+    wanted = {
+        "recorders": Merged(tail.granularity, recorders),
+        "all": Merged(tail.granularity, [*recorders, *tails]),
+        "fine": Merged(tail.planned.recorder_granularity, recorders),
+    }
+    counts = count_merged(monitor, node.virtual_size, wanted, saved)
+    return counts["fine"] if counts["recorders"] == counts["all"] else None

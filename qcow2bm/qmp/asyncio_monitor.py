@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from qcow2bm.errors import QmpError, QmpRefusedError, QmpTimeoutError
+from qcow2bm.errors import QmpError, QmpTimeoutError
 from qcow2bm.qmp.answers import Answer
-from qcow2bm.qmp.commands import DEFAULT_TIMEOUT, LENT, QmpCommands, one_line
+from qcow2bm.qmp.client import translated
+from qcow2bm.qmp.commands import DEFAULT_TIMEOUT, LENT, QmpCommands
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
@@ -35,16 +35,14 @@ class AsyncioMonitor(QmpCommands):
 
         Args:
             client: the client.
-            timeout: how many seconds QEMU may take to answer each command; an attribute, too.
+            timeout: how many seconds QEMU may take to answer each command.
 
         Raises:
             ValueError: the timeout is not positive.
             RuntimeError: no event loop runs here.
         """
-        if not timeout > 0:
-            raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
+        super().__init__(timeout)
         self._client = client
-        self.timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._has_timed_out = False
@@ -85,8 +83,6 @@ class AsyncioMonitor(QmpCommands):
     def _send(
         self, command: str, arguments: dict[str, Any] | None, descriptor: int | None
     ) -> Answer:
-        from qemu.qmp import ExecuteError, QMPError
-
         async def send() -> object:
             if descriptor is not None:
                 self._client.send_fd_scm(descriptor)
@@ -97,13 +93,10 @@ class AsyncioMonitor(QmpCommands):
         if threading.get_ident() == self._thread:
             raise RuntimeError("in its own event loop a command would never end: use run")
         sent = asyncio.run_coroutine_threadsafe(send(), self._loop)
-        try:
-            return Answer(command, sent.result(self.timeout))
-        except ExecuteError as error:
-            raise QmpRefusedError(command, one_line(str(error))) from error
-        except FutureTimeoutError as error:
-            self._has_timed_out = True  # QEMU would answer no later command before this one
-            sent.cancel()
-            raise QmpTimeoutError(command, self.timeout) from error
-        except (QMPError, OSError, EOFError) as error:
-            raise QmpError(command, f"the connection is lost ({one_line(str(error))})") from error
+        with translated(command):
+            try:
+                return Answer(command, sent.result(self.timeout))
+            except TimeoutError as error:
+                self._has_timed_out = True  # QEMU would answer no later command before this one
+                sent.cancel()
+                raise QmpTimeoutError(command, self.timeout) from error

@@ -10,8 +10,8 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from qcow2bm.errors import QmpError, QmpRefusedError, QmpTimeoutError, UnsupportedError
@@ -38,17 +38,15 @@ class Monitor(QmpCommands):
 
         Args:
             address: the path of a unix socket, or HOST:PORT.
-            timeout: how many seconds QEMU may take to answer each command; an attribute, too.
+            timeout: how many seconds QEMU may take to answer each command.
 
         Raises:
             ValueError: the timeout is not positive.
             UnsupportedError: the package qemu.qmp is not installed.
             QmpError: there is no such server, or it does not answer.
         """
-        if not timeout > 0:
-            raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
+        super().__init__(timeout)
         self._client = _new_client()
-        self.timeout = timeout
         self._socket: socket.socket | None = None
         self._runner = asyncio.Runner()
         self._is_closed = False
@@ -110,20 +108,15 @@ class Monitor(QmpCommands):
                 QEMU would answer no later command before this one.
             QmpError: the connection is lost.
         """
-        from qemu.qmp import ExecuteError, QMPError
-
         if self._is_closed:
             raise QmpError(command, "the connection is closed")
-        try:
-            value = self._run(self._client.execute(command, arguments), self.timeout)
-        except ExecuteError as error:
-            raise QmpRefusedError(command, one_line(str(error))) from error
-        except TimeoutError as error:
-            self._hang_up()
-            self.close()
-            raise QmpTimeoutError(command, self.timeout) from error
-        except (QMPError, OSError, EOFError) as error:
-            raise QmpError(command, f"the connection is lost ({one_line(str(error))})") from error
+        with translated(command):
+            try:
+                value = self._run(self._client.execute(command, arguments), self.timeout)
+            except TimeoutError as error:
+                self._hang_up()
+                self.close()
+                raise QmpTimeoutError(command, self.timeout) from error
         return Answer(command, value)
 
     def lend(self, descriptor: int) -> int:
@@ -139,6 +132,24 @@ class Monitor(QmpCommands):
         except (QMPError, OSError) as error:
             raise QmpError("add-fd", one_line(str(error))) from error
         return self.execute("add-fd", {"opaque": LENT})["fdset-id"].number()
+
+
+@contextmanager
+def translated(command: str) -> Iterator[None]:
+    """Raises errors of this library instead of those of qemu.qmp.
+
+    Raises:
+        QmpRefusedError: QEMU refuses the command.
+        QmpError: the connection is lost.
+    """
+    from qemu.qmp import ExecuteError, QMPError
+
+    try:
+        yield
+    except ExecuteError as error:
+        raise QmpRefusedError(command, one_line(str(error))) from error
+    except (QMPError, OSError, EOFError) as error:
+        raise QmpError(command, f"the connection is lost ({one_line(str(error))})") from error
 
 
 def _connected(where: str | tuple[str, int], seconds: float) -> socket.socket:

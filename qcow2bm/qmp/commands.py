@@ -30,7 +30,16 @@ class QmpCommands(ABC):
 
     *Guarantees*: every command is sent once. If its answer does not come, `QmpError` is raised, and
     only a new connection can tell whether QEMU did the command.
+
+    Attributes:
+        timeout: how many seconds QEMU may take to answer each command.
     """
+
+    def __init__(self, timeout: float) -> None:
+        """Raises `ValueError` unless the timeout is positive."""
+        if not timeout > 0:
+            raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
+        self.timeout = timeout
 
     def __enter__(self) -> Self:
         return self

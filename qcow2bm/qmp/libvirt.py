@@ -30,17 +30,15 @@ class LibvirtMonitor(QmpCommands):
 
         Args:
             domain: its name, id or UUID.
-            timeout: how many seconds each command may take; an attribute, too.
+            timeout: how many seconds each command may take.
 
         Raises:
             ValueError: the timeout is not positive.
             UnsupportedError: virsh is not installed.
             QmpError: there is no such domain, or it does not run.
         """
-        if not timeout > 0:
-            raise ValueError(f"the timeout is {timeout}, must be more than 0 seconds")
+        super().__init__(timeout)
         self._domain = domain
-        self.timeout = timeout
         self.execute("query-version")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:

@@ -216,10 +216,19 @@ class Machine(NamedTuple):
             raise StateError(state, f"running: {_USE_CONT}", "the machine")
 
     @property
+    def has_left(self) -> bool:
+        """Whether the last migration completed, and went from here to elsewhere."""
+        return self.migration == "completed" and self.is_source
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the last migration completed, and came from elsewhere to here."""
+        return self.migration == "completed" and not self.is_source
+
+    @property
     def goes_on(self) -> bool:
         """Whether the machine has its disks although it migrated: another may have written."""
-        is_gone = self.status in _WITHOUT_DISKS
-        return self.migration == "completed" and self.is_source and not is_gone
+        return self.has_left and self.status not in _WITHOUT_DISKS
 
     def require_judged(self, node: Node) -> None:
         """Raises if a verdict about the bitmaps of a node is due: they may miss writes.

@@ -119,4 +119,4 @@ def test_the_names_of_an_offload() -> None:
     assert foreign_tail(node._replace(bitmaps=())) == ""
     assert tail.recorder_on(node, tail.recorder_name) == recorder
     assert tail.recorder_on(node, tail.name) is None
-    assert tail.recorder_on(node, tail.arrival_name) is None
+    assert tail.recorder_on(node, "") is None
