@@ -268,7 +268,7 @@ def _offload(arguments: OffloadArguments) -> int:
     with (
         _going_on(arguments.file),
         about(arguments.qmp, ValueError),
-        _connect(arguments) as monitor,
+        live.connect(arguments.qmp, arguments.timeout) as monitor,
     ):
         done = live.offload(
             monitor,
@@ -305,15 +305,10 @@ def _going_on(file: str) -> Iterator[None]:
         raise
     except CommandError as error:
         cause = error.__cause__
-        has_begun = os.path.exists(file)
-        if (
-            not has_begun
-            or not isinstance(cause, QmpError | BitmapError | StateError)
-            or cause.hint
-        ):
+        is_of_machine = isinstance(cause, QmpError | BitmapError | StateError) and not cause.hint
+        if not is_of_machine or not os.path.exists(file):
             raise
-        reason = f"{error.reason}; {_GOING_ON}"
-        raise CommandError(error.subject, reason) from error.__cause__
+        raise CommandError(error.subject, f"{error.reason}; {_GOING_ON}") from cause
 
 
 def _ignore(*_: object) -> None:
@@ -328,7 +323,7 @@ def _restore(arguments: RestoreArguments) -> int:
         return _restore_offline(arguments, *given)
     if arguments.dry_run or arguments.no_lock or arguments.wait:
         raise UsageError("--dry-run, --no-lock and --wait are for an IMAGE, not for --qmp")
-    with about(arguments.qmp), _connect(arguments) as monitor:
+    with about(arguments.qmp), live.connect(arguments.qmp, arguments.timeout) as monitor:
         done = live.restore(monitor, given[0], is_alone=arguments.is_alone)
     return _print_restore(arguments, arguments.qmp, "qmp", given[0], done)
 
@@ -359,7 +354,7 @@ def _record(arguments: RecordArguments) -> int:
         about(arguments.source),
         live.connect(arguments.source, arguments.timeout) as source,
         about(arguments.qmp, ValueError),
-        _connect(arguments) as destination,
+        live.connect(arguments.qmp, arguments.timeout) as destination,
     ):
         recorders = live.record(destination, source, arguments.file)
     _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
@@ -367,7 +362,7 @@ def _record(arguments: RecordArguments) -> int:
 
 
 def _collect(arguments: CollectArguments) -> int:
-    with about(arguments.qmp), _connect(arguments) as monitor:
+    with about(arguments.qmp), live.connect(arguments.qmp, arguments.timeout) as monitor:
         recorders = live.collect(monitor, arguments.file)
     _print_recorders(arguments, arguments.qmp, arguments.file, recorders)
     return 0
@@ -386,7 +381,7 @@ def _status(arguments: StatusArguments) -> int:
     if len(arguments.names) > 1:
         raise UsageError("give one FILE at most")
     file = arguments.names[0] if arguments.names else None
-    with about(arguments.qmp), _connect(arguments) as monitor:
+    with about(arguments.qmp), live.connect(arguments.qmp, arguments.timeout) as monitor:
         found = live.status(monitor, file)
     if arguments.output == "human":
         live_output.print_status(arguments.qmp, file, found)
@@ -396,23 +391,15 @@ def _status(arguments: StatusArguments) -> int:
 
 
 def _remove(arguments: RemoveArguments) -> int:
-    with about(arguments.qmp, ValueError), _connect(arguments) as monitor:
+    with (
+        about(arguments.qmp, ValueError),
+        live.connect(arguments.qmp, arguments.timeout) as monitor,
+    ):
         try:
             live.remove(monitor, arguments.names, arguments.node, is_lost=arguments.is_lost)
         except live.NodeChoiceError as error:
             raise CommandError(arguments.qmp, several_nodes(error.nodes)) from error
     return 0
-
-
-def _connect(
-    arguments: OffloadArguments
-    | RestoreArguments
-    | RecordArguments
-    | CollectArguments
-    | StatusArguments
-    | RemoveArguments,
-) -> live.QmpCommands:
-    return live.connect(arguments.qmp or "", arguments.timeout)
 
 
 _RUN: dict[str, Callable[[Any], int]] = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from qcow2bm.errors import QmpError, QmpRefusedError, TailError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.place import fault_of, is_as_planned, node_of
+from qcow2bm.live.place import fault_of, has_all, is_as_planned, node_of
 from qcow2bm.live.recording import GOES_ON, coarsened
 from qcow2bm.live.restore_report import BitmapReturn, RestoreOutcome, RestoreReport
 from qcow2bm.live.tail import Tail
@@ -95,16 +95,12 @@ def _put_back_node(
     tail = file.tail(number)
     nodes = [node for node in machine.nodes if node.find(tail.name)]
     if fault or not nodes:
-        is_elsewhere = file.has_copies_of(number) and not file.was_restored(number)
-        outcome: RestoreOutcome = "left" if fault or is_elsewhere else "kept"
-        reason = "it was not taken out"
-        if is_elsewhere:
-            reason = "a bitmap of this name is here, but not the tail: is it the right machine?"
-        if file.was_restored(number):
-            reason = "the file says that it was put back"
-            _remove_recorders(monitor, machine, tail)
+        outcome, reason = _without_tail(machine, file, number)
+        if file.was_restored(number) and not fault:
+            _remove_leftovers(monitor, machine, tail)
         for planned in tail.planned.bitmaps:
-            yield BitmapReturn(tail.planned.name, planned.name, outcome, fault or reason)
+            done = BitmapReturn(tail.planned.name, planned.name, outcome, reason)
+            yield done._replace(outcome="left", reason=fault) if fault else done
         return
     (node,) = nodes
     written = written_on(monitor, machine, file, number, node)
@@ -119,7 +115,19 @@ def _put_back_node(
         logger.info('live restore: the tail of node "%s" is removed', escape(node.name))
 
 
-def _remove_recorders(monitor: QmpCommands, machine: Machine, tail: Tail) -> None:
+def _without_tail(machine: Machine, file: OffloadFile, number: int) -> tuple[RestoreOutcome, str]:
+    """What becomes of the bitmaps of a node in a machine that has no tail of it, and why."""
+    is_there = any(has_all(node, file.plan.nodes[number]) for node in machine.nodes)
+    if file.was_restored(number):
+        if is_there:
+            return "kept", "the file says that it was put back"
+        return "left", "the file says that it was put back, and it is not here as it was"
+    if file.has_copies_of(number):
+        return "left", "a bitmap of this name is here, but not the tail: is it the right machine?"
+    return "kept", "it was not taken out"
+
+
+def _remove_leftovers(monitor: QmpCommands, machine: Machine, tail: Tail) -> None:
     """Removes recorders of a source that goes on after the bitmaps were put back elsewhere."""
     work = [actions.remove(node.name, n) for node in machine.nodes for n in tail.names_on(node)]
     if work:

@@ -121,6 +121,11 @@ def test_out_and_back(machine: Machine, tmp_path: Path) -> None:
     again = document(tmp_path, "restore SOCKET file")
     assert {one["outcome"] for one in again["bitmaps"]} == {"kept"}
     assert command(tmp_path, "restore SOCKET file").out.count("is as it was") == 4
+    assert command(tmp_path, "remove SOCKET daily").status == 0
+    gone = document(tmp_path, "restore SOCKET file", status=2)
+    assert {(one["outcome"], one["reason"]) for one in gone["bitmaps"]} == {
+        ("left", "the file says that it was put back, and it is not here as it was")
+    }
 
 
 @pytest.mark.spec("LIVE-10")
