@@ -18,7 +18,8 @@ class WrittenFacts(NamedTuple):
     Attributes:
         is_exact: whether it is exactly what was written, in granules of the finest bitmap; False
             if it is the tail.
-        dirty_bytes: how many bytes of the disk it marks as written, in whole granules.
+        dirty_bytes: how many bytes of the disk it marks as written, in whole granules; at most so
+            many, if several tails followed each other.
         reason: why the tail was taken, although the offload was exact; "" if it was not, or is.
     """
 
