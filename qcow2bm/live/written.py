@@ -86,6 +86,9 @@ def _recorded(
     arrival = file.arrival_name(number)
     if not tail.recorder_on(node, arrival):
         return None, "live record was not run, or not in time"
+    # Its tail is always newer: QEMU loaded the tail when the disk arrived.
+    if not machine.has_arrived:
+        return None, "another migration began here since, and another machine may have written"
     if not file.has_collected(number):
         return None, "live collect was not run at the source"
     return Written((arrival,), file.read_collected(number)), ""

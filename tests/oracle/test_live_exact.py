@@ -354,6 +354,24 @@ def test_a_recorder_that_missed_another_machine_is_not_carried_on(scene: Scene) 
 
 
 @pytest.mark.spec("LIVE-17")
+def test_a_destination_that_gave_the_disk_away_gets_what_was_written_there(scene: Scene) -> None:
+    """Its recorder lacks what the next machine wrote, and QEMU only remembers a failure."""
+    with waiting(scene, "destination") as hop, waiting(scene, "next") as following:
+        migrate_and_write(scene, hop, LATER, is_recorded=True)
+        collect(scene)
+        migrate(hop.machine, following.machine)
+        following.machine.wait_for("running")
+        scene.write(following.machine, NEAR)
+        following.machine.quit()
+        hop.machine.execute("cont")
+        hop.machine.migrate("exec:false")
+        hop.machine.wait_for_migration("failed")
+        reason = restore(scene, hop.address)
+        assert reason == "another migration began here since, and another machine may have written"
+        end(scene, hop.machine, is_exact=False)
+
+
+@pytest.mark.spec("LIVE-17")
 @pytest.mark.parametrize("way", ["clear", "disable"])
 def test_a_recorder_that_was_changed_is_not_taken(scene: Scene, way: str) -> None:
     name = next(name for name in scene.source.bitmaps() if name.startswith(RECORDER_PREFIX))
