@@ -125,7 +125,7 @@ class CollectArguments(OutputArguments):
     file: str
 
 
-class RemoveArguments(Arguments):
+class RemoveArguments(OutputArguments):
     """The values of the arguments of ``live remove``."""
 
     qmp: str
@@ -256,6 +256,7 @@ def _define_remove(parser: Parser) -> None:
         help="you know that the bitmaps of an offload need not be put back, if one of these is its "
         "tail",
     )
+    add_output(parser)
 
 
 def run(arguments: Arguments) -> int:
@@ -396,9 +397,13 @@ def _remove(arguments: RemoveArguments) -> int:
         live.connect(arguments.qmp, arguments.timeout) as monitor,
     ):
         try:
-            live.remove(monitor, arguments.names, arguments.node, is_lost=arguments.is_lost)
+            removed = live.remove(
+                monitor, arguments.names, arguments.node, is_lost=arguments.is_lost
+            )
         except live.NodeChoiceError as error:
             raise CommandError(arguments.qmp, several_nodes(error.nodes)) from error
+    if arguments.output == "json":
+        print_json(live_output.removed_as_json(arguments.qmp, removed))
     return 0
 
 

@@ -331,3 +331,14 @@ def status_as_json(qmp: str, file: str | None, found: live.LiveStatus) -> Docume
         ],
         "next": [list(map(json_text, command)) for command in _next(qmp, file, found)],
     }
+
+
+# live remove
+
+
+def removed_as_json(qmp: str, bitmaps: tuple[live.NodeBitmap, ...]) -> Document:
+    """The document that ``live remove`` prints."""
+    return {
+        **head(qmp, "qmp"),
+        "removed": [{"node": b.node, "name": json_text(b.name)} for b in bitmaps],
+    }

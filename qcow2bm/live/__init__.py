@@ -15,7 +15,7 @@ command                   function                returns
 ``live record``           `record`                `RecorderFacts`
 ``live collect``          `collect`               `RecorderFacts`
 ``live status``           `status`                `LiveStatus`
-``live remove``           `remove`                nothing
+``live remove``           `remove`                `NodeBitmap`
 ========================  ======================  ======================
 
 *Spec*: spec/live.md.

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from qcow2bm.errors import StateError, StorageError
+from qcow2bm.errors import QmpError, StateError, StorageError
 from qcow2bm.format.offload_file import TOKEN_BYTES
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
@@ -112,8 +112,7 @@ def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[Re
             state = f"in state {escape(arriving.status)}"
             required = "receiving a migration, and not done with it"
             raise StateError(state, required, "the destination")
-        leaving = query_machine(source)
-        _require_sending(leaving)
+        leaving = _require_sending(source)
         pairs = []
         for number, tail in enumerate(file.tails):
             node = _node_with_recorder(leaving, tail)
@@ -126,7 +125,7 @@ def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[Re
         destination.transaction([*_arrivals(pairs, token)])
         # Only now is it sure that every write is recorded here or there. A recorder that the file
         # does not name is of no use, and does no harm.
-        _require_sending(query_machine(source))
+        _require_sending(source)
         for number, _, _ in pairs:
             file.append_recorded(number, token)
     return tuple(
@@ -134,17 +133,23 @@ def record(destination: QmpCommands, source: QmpCommands, path: str) -> tuple[Re
     )
 
 
-def _require_sending(source: Machine) -> None:
+def _require_sending(monitor: QmpCommands) -> Machine:
+    """Returns the state of the source of a migration that is under way."""
+    try:
+        source = query_machine(monitor)
+    except QmpError as error:
+        raise QmpError(error.command, f"the source: {error.reason}", error.hint) from error
     if source.migration not in _SENDS or not source.is_source:
         state = f"in state {escape(source.status)} (query-migrate: {escape(source.migration)})"
         raise StateError(state, "migrating, and not done with it", "the source")
+    return source
 
 
 def _require_unbroken(node: Node, tail: Tail) -> None:
     """Raises if another machine may have written since the recorder of a node began."""
     if tail.was_loaded_anew(node):
-        state = "with a recorder that is older than its tail: another machine had the disk"
-        raise StateError(state, _WITH_RECORDER, "the source")
+        state = "not the only machine that had the disk (its recorder is older than its tail)"
+        raise StateError(state, "the only one since the offload", "the source")
 
 
 def _arrivals(pairs: Sequence[tuple[int, Tail, Node]], token: bytes) -> Iterator[actions.Action]:

@@ -221,7 +221,7 @@ def _places(monitor: QmpCommands, machine: Machine, file: OffloadFile) -> list[N
     has_begun = any(node.find(one.name) for node, one in pairs)
     if not has_begun and not file.has_copies:
         for node, one in pairs:
-            if not has_all(node, one.planned):
+            if not has_all(node, one.planned) or one.why_resized(node):
                 reason = "is a plan for other bitmaps than the machine has now: remove it"
                 raise StorageError(file.path, 0, 0, reason)
         return nodes
@@ -231,7 +231,8 @@ def _places(monitor: QmpCommands, machine: Machine, file: OffloadFile) -> list[N
         if file.was_restored(number):
             reason = "has bitmaps that were put back: put the others back, too"
             raise StorageError(file.path, 0, 0, reason)
-        reason = fault_of(file, number, node, recording.coarsened(monitor, one, node))
+        counts = recording.MachineCounts(monitor, one, node)
+        reason = fault_of(file, number, node, counts) or one.why_resized(node)
         if reason:
             raise TailError(f'node "{escape(node.name)}": {reason}')
         if not node.find(one.name):

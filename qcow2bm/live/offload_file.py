@@ -174,38 +174,46 @@ class OffloadFile:
         """The tails of all nodes, as a new list."""
         return [self.tail(number) for number in range(len(self.plan.nodes))]
 
-    def read_copy(self, number: int) -> SavedBitmap:
+    def read_copy(self, number: int, disk_size: int) -> SavedBitmap:
         """Returns the bitmap that has this number in the plan.
+
+        The disk may have grown since, to ``disk_size`` bytes.
 
         Raises:
             StorageError: reading failed.
             FormatError: the copy is damaged, or is not the one that was planned.
         """
         node, planned = self.bitmaps[number]
-        return self._read(self._copies[number], (*planned, node.disk_size))
+        wanted = SavedBitmap(*planned, node.disk_size, b"")
+        return self._read(self._copies[number], wanted, disk_size)
 
-    def read_collected(self, number: int) -> SavedBitmap:
+    def read_collected(self, number: int, disk_size: int) -> SavedBitmap:
         """Returns what the recorder of the node that has this number recorded at the source.
 
-        Where several machines were asked, the recorder of one may have travelled from another.
+        Where several machines were asked, the recorder of one may have travelled from another. The
+        disk may have grown since, to ``disk_size`` bytes.
 
         Raises as `read_copy` does.
         """
         tail = self.tail(number)
         node = tail.planned
-        wanted = (tail.recorder_name, node.recorder_granularity, True, node.disk_size)
-        return union([self._read(place, wanted) for place in self._collected[number]])
+        name, granularity = tail.recorder_name, node.recorder_granularity
+        wanted = SavedBitmap(name, granularity, True, node.disk_size, b"")
+        places = self._collected[number]
+        return union([self._read(place, wanted, disk_size) for place in places])
 
-    def read_former_tails(self, number: int) -> SavedBitmap | None:
+    def read_former_tails(self, number: int, disk_size: int) -> SavedBitmap | None:
         """Returns what the former tails of a node have together; None if there are none.
+
+        The disk may have grown since, to ``disk_size`` bytes.
 
         Raises as `read_copy` does.
         """
         tail = self.tail(number)._replace(number=0)
         found = []
         for place in self._rolled.get(number, ()):
-            wanted = (tail.name, tail.granularity, True, tail.planned.disk_size)
-            found.append(self._read(place, wanted))
+            wanted = SavedBitmap(tail.name, tail.granularity, True, tail.planned.disk_size, b"")
+            found.append(self._read(place, wanted, disk_size))
             tail = tail.next
         return union(found) if found else None
 
@@ -234,14 +242,18 @@ class OffloadFile:
         except OSError as error:
             raise StorageError.from_os(error, self.path, place.offset, place.size) from error
 
-    def _read(self, place: _Place, wanted: tuple[str, int, bool, int]) -> SavedBitmap:
-        """Returns the bitmap that is in a record; it must have these properties."""
+    def _read(self, place: _Place, wanted: SavedBitmap, disk_size: int) -> SavedBitmap:
+        """Returns the bitmap that is in a record, as it is in a disk of ``disk_size`` bytes.
+
+        It must have the properties of ``wanted``, or have been saved when the disk had grown.
+        """
         with self._payload(place) as file:
             bitmaps = sidecar.read(_pieces(file, place.size)).bitmaps
-            if [bitmap[:4] for bitmap in bitmaps] != [wanted]:
-                reason = f'is not that of the bitmap "{escape(wanted[0])}" that was planned'
+            is_wanted = [bitmap[:3] for bitmap in bitmaps] == [wanted[:3]]
+            if not is_wanted or bitmaps[0].disk_size < wanted.disk_size:
+                reason = f'is not that of the bitmap "{escape(wanted.name)}" that was planned'
                 raise FormatError("record", "payload", place.offset, reason)
-        return bitmaps[0]
+        return bitmaps[0].resized(disk_size)
 
     def append_copy(self, number: int, bitmap: SavedBitmap) -> None:
         """Appends the bits of the bitmap that has this number, and makes them durable.

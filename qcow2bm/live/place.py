@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from qcow2bm.api import Bitmap, Image
 from qcow2bm.bitmaps.status import VALID
 from qcow2bm.errors import TailError
 from qcow2bm.format.offload_file import PlannedBitmap, PlannedNode
 from qcow2bm.live.offload_file import OffloadFile
-from qcow2bm.live.tail import Tail
+from qcow2bm.live.tail import Tail, TailCounts
 from qcow2bm.qmp.machine import Machine, Node, NodeBitmap
 from qcow2bm.qmp.names import is_of_offload
 from qcow2bm.units import align_up, escape
@@ -72,14 +70,14 @@ def _granules(bitmap: Bitmap) -> int:
     return align_up(bitmap.count(), bitmap.granularity) if bitmap.status == VALID else 0
 
 
-def fault_of(file: OffloadFile, number: int, node: Node, coarsened: Callable[[], int]) -> str:
+def fault_of(file: OffloadFile, number: int, node: Node, counts: TailCounts) -> str:
     """Returns why the bitmaps of a node cannot be put back; "" if they can, or are there.
 
     Args:
         file: of the offload.
         number: of the node in the plan.
         node: the node as it is now.
-        coarsened: see `Tail.why_unusable`.
+        counts: of its tail.
     """
     tail = file.tail(number)
     is_complete = has_all(node, tail.planned)
@@ -87,12 +85,15 @@ def fault_of(file: OffloadFile, number: int, node: Node, coarsened: Callable[[],
         return ""
     if is_complete and not file.has_copies_of(number):
         return ""  # no bitmap has left the machine yet
-    return tail.why_unusable(node, coarsened)
+    return tail.why_unusable(node, counts)
 
 
 def has_all(node: Node, planned: PlannedNode) -> bool:
-    """Returns whether a node has the disk and all bitmaps as before they were taken out."""
-    if node.virtual_size != planned.disk_size or node.is_read_only:
+    """Returns whether a node has all bitmaps as before they were taken out.
+
+    The disk may have grown.
+    """
+    if node.virtual_size < planned.disk_size or node.is_read_only:
         return False
     found = [(node.find(bitmap.name), bitmap) for bitmap in planned.bitmaps]
     return all(

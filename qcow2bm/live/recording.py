@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from qcow2bm.errors import TailError
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.tail import Tail
 from qcow2bm.log import logger
+from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp import actions, scratch_image
 from qcow2bm.qmp.bitmap_copies import copy_bitmaps
 from qcow2bm.qmp.commands import QmpCommands
@@ -80,24 +81,41 @@ def sound_node(monitor: QmpCommands, tail: Tail, name: str) -> Node:
     machine = query_machine(monitor)
     machine.require_settled()
     (node,) = machine.select([name], lambda node: True)
-    fault = tail.why_unusable(node, coarsened(monitor, tail, node))
+    fault = tail.why_unusable(node, MachineCounts(monitor, tail, node)) or tail.why_resized(node)
     if fault:
         raise TailError(f'node "{escape(name)}": {fault}')
     return node
 
 
-def coarsened(monitor: QmpCommands, tail: Tail, node: Node) -> Callable[[], int]:
-    """Returns what `Tail.why_unusable` needs for a node of a machine.
+class MachineCounts:
+    """`TailCounts` of a node of a machine. QEMU counts on a scratch node.
 
-    The function that is returned raises:
+    The methods raise:
         QmpError: QEMU does not answer, or refuses.
+        StorageError: there is no room for temporary files.
     """
 
-    def ask() -> int:
-        wanted = {"coarsened": Merged(tail.canary_granularity, [(node.name, tail.name)])}
-        return count_merged(monitor, node.virtual_size, wanted)["coarsened"]
+    def __init__(self, monitor: QmpCommands, tail: Tail, node: Node) -> None:
+        self._monitor, self._tail, self._node = monitor, tail, node
 
-    return ask
+    def coarsened(self) -> int:
+        """See `TailCounts.coarsened`."""
+        return self._count({"tail": [(self._node.name, self._tail.name)]})["tail"]
+
+    def is_canary_full(self) -> bool:
+        """See `TailCounts.is_canary_full`."""
+        now = (self._node.name, self._tail.canary_name)
+        made = self._tail.canary.resized(self._node.virtual_size)
+        wanted = {"now": [now], "both": [now, (SCRATCH_NODE, made.name)]}
+        counts = self._count(wanted, [made])
+        return counts["now"] == counts["both"]
+
+    def _count(
+        self, sources: Mapping[str, Sequence[tuple[str, str]]], lent: Sequence[SavedBitmap] = ()
+    ) -> dict[str, int]:
+        granularity = self._tail.canary_granularity
+        wanted = {name: Merged(granularity, each) for name, each in sources.items()}
+        return count_merged(self._monitor, self._node.virtual_size, wanted, lent)
 
 
 def roll(monitor: QmpCommands, file: OffloadFile, number: int, name: str) -> float:

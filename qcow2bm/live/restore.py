@@ -11,7 +11,7 @@ from qcow2bm.errors import QmpError, QmpRefusedError, TailError
 from qcow2bm.format.offload_file import PlannedBitmap
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import fault_of, has_all, is_as_planned, node_of
-from qcow2bm.live.recording import GOES_ON, coarsened
+from qcow2bm.live.recording import GOES_ON, MachineCounts
 from qcow2bm.live.restore_report import BitmapReturn, RestoreOutcome, RestoreReport
 from qcow2bm.live.tail import Tail
 from qcow2bm.live.written import Written, written_on
@@ -84,7 +84,7 @@ def _fault(monitor: QmpCommands, file: OffloadFile, machine: Machine, number: in
         node = node_of(machine, tail)
     except TailError as error:
         return "" if file.was_restored(number) else error.reason
-    reason = fault_of(file, number, node, coarsened(monitor, tail, node))
+    reason = fault_of(file, number, node, MachineCounts(monitor, tail, node))
     return reason and f'node "{escape(node.name)}": {reason}'
 
 
@@ -149,8 +149,8 @@ def _put_back(
     if found and not is_as_planned(found, planned):
         reason = found.why_unusable or "another bitmap of this name is there"
         return result._replace(outcome="left", reason=reason)
-    copy = file.read_copy(number) if file.has_copy(number) else None
-    fault = tail.why_unusable(node, coarsened(monitor, tail, node)) if copy else ""
+    copy = file.read_copy(number, node.virtual_size) if file.has_copy(number) else None
+    fault = tail.why_unusable(node, MachineCounts(monitor, tail, node)) if copy else ""
     if fault:  # by now another program may have changed the tail
         return result._replace(outcome="left", reason=fault)
     if found and not copy and found.is_recording == planned.enabled:

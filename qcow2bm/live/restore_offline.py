@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
 from qcow2bm.api import Bitmap, Edit, Image
@@ -55,7 +53,7 @@ def _restore(file: OffloadFile, image: Image, *, dry_run: bool) -> RestoreReport
         kept = (BitmapReturn(planned_node.name, name, "kept", reason) for name in names)
         return RestoreReport(tuple(kept))
     node = node_of_image(image, tail)
-    former = file.read_former_tails(number)
+    former = file.read_former_tails(number, image.virtual_size)
     dirty_bytes = image.bitmaps[tail.name].count() + (former.dirty_bytes if former else 0)
     restored = []
     with image.edit(dry_run=dry_run) as edit:
@@ -63,7 +61,7 @@ def _restore(file: OffloadFile, image: Image, *, dry_run: bool) -> RestoreReport
             _merge_into(edit, tail.name, former)
         for place in file.plan.numbers_of(number):
             _, planned = file.bitmaps[place]
-            copy = file.read_copy(place) if file.has_copy(place) else None
+            copy = file.read_copy(place, image.virtual_size) if file.has_copy(place) else None
             _put_into(edit, image.bitmaps.get(planned.name), planned, copy)
             if planned.enabled:
                 edit.merge(planned.name, tail.name)
@@ -86,11 +84,24 @@ def _merge_into(edit: Edit, target: str, bitmap: SavedBitmap) -> None:
     edit.remove(name)
 
 
-def _coarsened(image: Image, tail: Tail) -> int:
-    """How many bytes would be dirty if the tail had the granularity of its canary."""
-    bits = np.unpackbits(image.bitmaps[tail.name].packed(), bitorder="little")
-    granules = np.flatnonzero(bits) * tail.granularity // tail.canary_granularity
-    return len(np.unique(granules)) * tail.canary_granularity
+class _ImageCounts:
+    """`TailCounts` of an image."""
+
+    def __init__(self, image: Image, tail: Tail) -> None:
+        self._image, self._tail = image, tail
+
+    def coarsened(self) -> int:
+        """See `TailCounts.coarsened`."""
+        tail = self._tail
+        bits = np.unpackbits(self._image.bitmaps[tail.name].packed(), bitorder="little")
+        granules = np.flatnonzero(bits) * tail.granularity // tail.canary_granularity
+        return len(np.unique(granules)) * tail.canary_granularity
+
+    def is_canary_full(self) -> bool:
+        """See `TailCounts.is_canary_full`."""
+        now = self._image.bitmaps[self._tail.canary_name].packed()
+        made = np.frombuffer(self._tail.canary.octets, np.uint8)
+        return len(now) >= len(made) and bool(np.all(now[: len(made)] & made == made))
 
 
 def _put_into(
@@ -122,7 +133,7 @@ def _node_of(file: OffloadFile, image: Image) -> int:
     complete = []
     for number, tail in enumerate(file.tails):
         node = node_of_image(image, tail)
-        fault = fault_of(file, number, node, partial(_coarsened, image, tail))
+        fault = fault_of(file, number, node, _ImageCounts(image, tail))
         if tail.name in image.bitmaps:
             if fault:
                 raise TailError(fault)

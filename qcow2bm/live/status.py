@@ -11,7 +11,7 @@ from qcow2bm.errors import StateError, TailError
 from qcow2bm.format.offload_file import PlannedNode
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.place import fault_of, node_of
-from qcow2bm.live.recording import GOES_ON, coarsened
+from qcow2bm.live.recording import GOES_ON, MachineCounts
 from qcow2bm.live.stop import bytes_of
 from qcow2bm.qmp.commands import QmpCommands
 from qcow2bm.qmp.machine import Machine, NodeBitmap
@@ -155,7 +155,7 @@ def _status(
     there = {bitmap.name: bitmap for bitmap in node.bitmaps}
     bitmaps = _bitmaps(planned, there, copied, is_back=is_back)
     has_tail = node.find(tail.name) is not None
-    reason = away or fault_of(file, number, node, coarsened(monitor, tail, node))
+    reason = away or fault_of(file, number, node, MachineCounts(monitor, tail, node))
     if is_back and not has_tail:
         step, reason = "restored", ""
     elif away:

@@ -13,8 +13,7 @@ A new tail may follow a tail: then the bits of the former one are in the offload
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from qcow2bm.format.offload_file import PlannedNode
 from qcow2bm.migration.sidecar import SavedBitmap
@@ -33,6 +32,19 @@ _CANARY_BITS = 8 * (64 << 10)
 DEFAULT_GRANULARITY = 4 << 20
 MAX_GRANULARITY = 128 << 20
 """A coarser bitmap makes the source of a migration with the capability dirty-bitmaps spin."""
+
+
+class TailCounts(Protocol):
+    """Counts that a tail is judged by. They are seldom needed, and take a machine some time."""
+
+    def coarsened(self) -> int:
+        """Returns how many bytes the tail would mark in the granularity of its canary.
+
+        They are counted in whole granules.
+        """
+
+    def is_canary_full(self) -> bool:
+        """Returns whether the canary has all the bits that it was made with."""
 
 
 class Tail(NamedTuple):
@@ -121,13 +133,19 @@ class Tail(NamedTuple):
         )
         return found if is_ours else None
 
-    def why_unusable(self, node: Node, coarsened: Callable[[], int]) -> str:
+    def why_resized(self, node: Node) -> str:
+        """Returns what happened to the size of the disk since; "" if nothing did."""
+        if node.virtual_size == self.planned.disk_size:
+            return ""
+        return (
+            f"the disk has {node.virtual_size} bytes, and had {self.planned.disk_size} when "
+            "the bitmaps were taken out"
+        )
+
+    def why_unusable(self, node: Node, counts: TailCounts) -> str:
         """Returns why the tail on a node may miss writes; "" if it has all of them.
 
-        Args:
-            node: the node as it is now.
-            coarsened: returns how many bytes of the disk would be dirty if the tail had the
-                granularity of the canary, in whole granules. It is rarely called.
+        A disk that has grown since is no fault: QEMU has let its bitmaps grow as well.
         """
         tail, canary = node.find(self.name), node.find(self.canary_name)
         if not tail:
@@ -143,12 +161,9 @@ class Tail(NamedTuple):
             return (
                 "the tail is not the one that was made: it has another granularity or persistence"
             )
-        if node.virtual_size != self.planned.disk_size:
-            return (
-                f"the disk has {node.virtual_size} bytes, and had {self.planned.disk_size} when "
-                "the bitmaps were taken out"
-            )
-        if not canary or not self._is_alive(canary, tail, coarsened):
+        if node.virtual_size < self.planned.disk_size:
+            return self.why_resized(node)
+        if not canary or not self._is_alive(canary, tail, node, counts):
             return "the canary of the tail is gone or was changed: the tail may have been cleared"
         if node.is_read_only:
             return "the node is read-only: QEMU would not store the bitmaps"
@@ -156,7 +171,9 @@ class Tail(NamedTuple):
             return "the tail is busy: a job uses it; try again when the job has ended"
         return ""
 
-    def _is_alive(self, canary: NodeBitmap, tail: NodeBitmap, coarsened: Callable[[], int]) -> bool:
+    def _is_alive(
+        self, canary: NodeBitmap, tail: NodeBitmap, node: Node, counts: TailCounts
+    ) -> bool:
         """Whether the canary was never cleared.
 
         If it was, it has what the tail has since then, as coarse as it is itself. So a canary that
@@ -167,10 +184,14 @@ class Tail(NamedTuple):
         every = self._granules(granularity) * granularity
         if canary.granularity != granularity or not canary.is_recording:
             return False
-        if canary.is_inconsistent or canary.dirty_bytes != every:
+        if canary.is_inconsistent or canary.dirty_bytes < every:
+            return False
+        # In a disk that has grown, bits behind the former end can stand for others that are gone:
+        # the disk was made smaller first.
+        if self.why_resized(node) and not counts.is_canary_full():
             return False
         is_sparse = tail.dirty_bytes // self.granularity < self._granules(granularity)
-        return granularity == self.granularity or is_sparse or coarsened() < every
+        return granularity == self.granularity or is_sparse or counts.coarsened() < every
 
 
 def foreign_tail(node: Node) -> str:

@@ -58,7 +58,7 @@ def written_on(
         FormatError: a record is damaged.
     """
     tail = file.tail(number)
-    former = file.read_former_tails(number)
+    former = file.read_former_tails(number, node.virtual_size)
     found = node.find(tail.name)
     dirty_bytes = (found.dirty_bytes if found else 0) + (former.dirty_bytes if former else 0)
     coarse = Written((tail.name,), former, WrittenFacts(False, dirty_bytes))
@@ -91,7 +91,7 @@ def _recorded(
         return None, "another migration began here since, and another machine may have written"
     if not file.has_collected(number):
         return None, "live collect was not run at the source"
-    return Written((arrival,), file.read_collected(number)), ""
+    return Written((arrival,), file.read_collected(number, node.virtual_size)), ""
 
 
 def _dirty_if_complete(

@@ -9,7 +9,7 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from qcow2bm.bitmaps.entries import MAX_BITMAP_BYTES
 from qcow2bm.bits.digest import sha256
@@ -54,6 +54,15 @@ class SavedBitmap(NamedTuple):
     def sha256(self) -> str:
         """Returns the digest of QEMU's x-debug-block-dirty-bitmap-sha256 for the bitmap, in hex."""
         return sha256([self.octets], ceil_div(self.disk_size, self.granularity))
+
+    def resized(self, disk_size: int) -> Self:
+        """Returns the bitmap as QEMU has it after the disk was resized: what was added is clean."""
+        bits = ceil_div(disk_size, self.granularity)
+        length = ceil_div(bits, 8)
+        octets = bytearray(self.octets[:length]).ljust(length, b"\0")
+        if bits % 8:
+            octets[-1] &= (1 << bits % 8) - 1
+        return self._replace(disk_size=disk_size, octets=octets)
 
 
 class Sidecar(NamedTuple):

@@ -81,6 +81,7 @@ FAILURES = {
     "live record --qmp x --source missing.sock text": ("qmp", "missing.sock"),
     "live collect --qmp missing.sock text": ("qmp", "missing.sock"),
     "live status --qmp missing.sock": ("qmp", "missing.sock"),
+    "live remove --qmp missing.sock daily": ("qmp", "missing.sock"),
     "rescue finish missing": ("storage", "missing"),
     "rescue start --qmp missing.sock": ("qmp", "missing.sock"),
     "rescue arm --qmp missing.sock": ("qmp", "missing.sock"),

@@ -42,7 +42,7 @@ def copies(path: Path) -> dict[int, bytes]:
     file = OffloadFile.read(str(path))
     assert file.plan == PLAN
     return {
-        number: bytes(file.read_copy(number).octets)
+        number: bytes(file.read_copy(number, PLAN.bitmaps[number][0].disk_size).octets)
         for number in range(len(PLAN.bitmaps))
         if file.has_copy(number)
     }
@@ -80,11 +80,11 @@ def test_former_tails_and_recorders_are_read_again(tmp_path: Path) -> None:
     file.append_collected(0, recorder)
     again = OffloadFile.read(path)
     assert (again.tail(0).number, again.tail(1).number) == (0, 3)
-    assert again.read_former_tails(0) is None
-    together = again.read_former_tails(1)
+    assert again.read_former_tails(0, 64 * MiB) is None
+    together = again.read_former_tails(1, MiB)
     assert together
     assert (*together[:4], bytes(together.octets)) == (*former[0][:4], b"\1")
-    assert again.read_collected(0).sha256() == recorder.sha256()
+    assert again.read_collected(0, 64 * MiB).sha256() == recorder.sha256()
 
 
 @pytest.mark.spec("LIVE-19")
@@ -106,8 +106,8 @@ def test_what_was_collected_counts_for_the_migration_that_was_recorded_last(
     assert again.arrival_name(0).endswith("-3132333435363738")
     for one in (second, first):  # the recorder of one may have travelled from the other
         again.append_collected(0, one)
-        assert OffloadFile.read(path).read_collected(0).octets[0] & 2
-    assert OffloadFile.read(path).read_collected(0).octets[0] == 3
+        assert OffloadFile.read(path).read_collected(0, 64 * MiB).octets[0] & 2
+    assert OffloadFile.read(path).read_collected(0, 64 * MiB).octets[0] == 3
     assert not again.has_collected(1)
 
 
@@ -124,7 +124,7 @@ def test_a_tail_that_is_not_the_one_that_was_to_follow_is_refused(tmp_path: Path
     tail = file.tail(0).next
     file.append_rolled(0, SavedBitmap(tail.name, tail.granularity, True, 64 * MiB, bytes(2)))
     with pytest.raises(qcow2bm.FormatError, match="that was planned"):
-        OffloadFile.read(str(tmp_path / "file")).read_former_tails(0)
+        OffloadFile.read(str(tmp_path / "file")).read_former_tails(0, 64 * MiB)
 
 
 def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_copy_of_another_bitmap_is_refused(
     file = OffloadFile.create(str(tmp_path / "file"), PLAN)
     file.append_copy(0, changed)
     with pytest.raises(qcow2bm.FormatError, match=message):
-        OffloadFile.read(str(tmp_path / "file")).read_copy(0)
+        OffloadFile.read(str(tmp_path / "file")).read_copy(0, 64 * MiB)
 
 
 names = st.text(min_size=1, max_size=20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import pytest
@@ -19,8 +19,22 @@ def tail_of_disk(disk_size: int, granularity: int = 4 * MiB) -> Tail:
     return Tail(PlannedNode(UUID(int=7), "disk", disk_size, bitmaps, 65536), granularity)
 
 
-def never() -> int:
-    raise AssertionError("this is not needed")
+class Counts(NamedTuple):
+    """What is counted; None where the tail is judged without it."""
+
+    coarse: int | None = None
+    is_full: bool | None = None
+
+    def coarsened(self) -> int:
+        assert self.coarse is not None
+        return self.coarse
+
+    def is_canary_full(self) -> bool:
+        assert self.is_full is not None
+        return self.is_full
+
+
+never = Counts()
 
 
 def node_with(tail: Tail, marked: int = 0, **changes: Any) -> Node:
@@ -71,8 +85,8 @@ def test_a_canary_that_is_coarser_counts_while_the_tail_leaves_something_out() -
     assert tail.canary_granularity == 32 * MiB
     few, many = (granules - 1) * tail.granularity, granules * tail.granularity
     assert tail.why_unusable(node_with(tail, few), never) == ""
-    assert tail.why_unusable(node_with(tail, many), lambda: 16 * TiB - 32 * MiB) == ""
-    assert "cleared" in tail.why_unusable(node_with(tail, many), lambda: 16 * TiB)
+    assert tail.why_unusable(node_with(tail, many), Counts(16 * TiB - 32 * MiB)) == ""
+    assert "cleared" in tail.why_unusable(node_with(tail, many), Counts(16 * TiB))
     assert "cleared" in tail.why_unusable(node_with(tail, few, dirty_bytes=few), never)
 
 
@@ -101,7 +115,18 @@ def test_a_tail_that_was_changed(changes: dict[str, Any], message: str) -> None:
     changed = node.bitmaps[0]._replace(**changes)
     assert message in tail.why_unusable(node._replace(bitmaps=(changed, node.bitmaps[1])), never)
     assert "read-only" in tail.why_unusable(node._replace(is_read_only=True), never)
-    assert "had 1073741824" in tail.why_unusable(node._replace(virtual_size=2 * GiB), never)
+    assert "had 1073741824" in tail.why_unusable(node._replace(virtual_size=GiB - 512), never)
+
+
+@pytest.mark.spec("LIVE-24")
+def test_a_disk_that_has_grown() -> None:
+    tail = tail_of_disk(GiB)
+    grown = node_with(tail)._replace(virtual_size=2 * GiB)
+    assert tail.why_unusable(grown, Counts(is_full=True)) == ""
+    assert "canary" in tail.why_unusable(grown, Counts(is_full=False))
+    assert "canary" in tail.why_unusable(node_with(tail, dirty_bytes=GiB - 4 * MiB), never)
+    assert "had 1073741824" in tail.why_resized(grown)
+    assert not tail.why_resized(node_with(tail))
 
 
 def test_the_names_of_an_offload() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.console import Result, run
+from support.console import Result, environment, run
 from support.jsonspec import check_live, failure_in
-from support.offloaded import GRANULARITIES, MEANWHILE, make_disk
+from support.offloaded import GRANULARITIES, MEANWHILE, assert_back, make_disk
 from support.qemu import Disk
 from support.vm import Machine
 
@@ -210,7 +213,7 @@ def test_a_bitmap_that_is_still_in_the_machine_is_copied_again(
     assert command(tmp_path, "offload SOCKET file").status == 0
     file = OffloadFile.read(str(tmp_path / "file"))
     number = [bitmap.name for _, bitmap in file.plan.bitmaps].index("daily")
-    assert file.read_copy(number).sha256() == digest
+    assert file.read_copy(number, file.plan.nodes[0].disk_size).sha256() == digest
 
 
 @pytest.mark.spec("LIVE-4")
@@ -362,6 +365,9 @@ def test_removing(machine: Machine, tmp_path: Path) -> None:
     assert {*machine.bitmaps()} == {*GRANULARITIES}
     assert command(tmp_path, "remove SOCKET daily fine") == Result(0, "", "")
     assert {*machine.bitmaps()} == GRANULARITIES.keys() - {"daily", "fine"}
+    found = document(tmp_path, "remove SOCKET off")
+    assert found["removed"] == [{"node": "disk", "name": "off"}]
+    assert "off" not in machine.bitmaps()
 
 
 @pytest.mark.spec("LIVE-23")
@@ -389,6 +395,45 @@ def test_an_offload_that_fails_says_how_it_goes_on(machine: Machine, tmp_path: P
     machine.limit_files(None)
     assert command(tmp_path, "offload SOCKET file").status == 0
     assert command(tmp_path, "restore SOCKET file").status == 0
+
+
+def test_an_offload_that_is_interrupted_says_how_it_goes_on(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Ctrl-C, before the second bitmap leaves the machine."""
+    program = (
+        "import signal, sys\n"
+        "from qcow2bm import live\n"
+        "from qcow2bm.cli import console\n"
+        "real, removals = live.Monitor.transaction, []\n"
+        "def transaction(monitor, actions):\n"
+        "    removals.extend(a for a in actions if a['type'].endswith('remove'))\n"
+        "    if len(removals) == 2:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    real(monitor, actions)\n"
+        "live.Monitor.transaction = transaction\n"
+        "sys.argv = 'qcow2bm live offload --qmp vm.sock file'.split()\n"
+        "console.run()\n"
+    )
+    command_line = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command_line,
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    advice = "run the same command again to go on, or live restore to go back"
+    assert done.stderr == f"qcow2bm: file: interrupted; {advice}\n"
+    assert done.returncode == -signal.SIGINT
+    assert steps(tmp_path) == ["begun"]
+    assert len({*machine.bitmaps()} & {*GRANULARITIES}) == len(GRANULARITIES) - 1
+    assert command(tmp_path, "offload SOCKET file").status == 0
+    assert steps(tmp_path) == ["offloaded"]
+    assert command(tmp_path, "restore SOCKET file").status == 0
+    machine.quit()
+    assert_back(Disk(tmp_path / "disk.qcow2"), ())
 
 
 @pytest.mark.parametrize("action", ["restore", "status", "collect", "offload"])
@@ -423,8 +468,7 @@ def test_what_is_refused(tmp_path: Path, line: str, message: str) -> None:
     (text, *_) = done.err.splitlines()
     assert text.startswith("qcow2bm: ")
     assert re.search(message, done.err), done.err
-    if not line.startswith("remove"):
-        assert failure_in(command(tmp_path, f"{line} --json").out, done.err)
+    assert failure_in(command(tmp_path, f"{line} --json").out, done.err)
 
 
 @pytest.mark.parametrize(

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
+from support.exact_offload import (
+    begin,
+    collect,
+    complete,
+    end,
+    migrate,
+    migrate_and_write,
+    record,
+    restore,
+    waiting,
+)
 from support.offloaded import (
     LATER,
     MEANWHILE,
+    SIZE,
     Interrupted,
-    Range,
     Scene,
     assert_back,
     killed,
     offloaded,
 )
 from support.twin import KiB, MiB
-from support.vm import NOWHERE, Machine
+from support.vm import NOWHERE
 
 import qcow2bm
 from qcow2bm import live
 from qcow2bm.live.offload_file import OffloadFile
+from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.names import ARRIVAL_PREFIX, RECORDER_PREFIX
 
 NEAR = (MEANWHILE[0][0] + 256 * KiB, 512)
@@ -37,89 +48,6 @@ pytestmark = pytest.mark.usefixtures("system_emulator")
 def scene(tmp_path: Path) -> Iterator[Scene]:
     with offloaded(tmp_path, exact=True) as scene:
         yield scene
-
-
-class Hop(NamedTuple):
-    """A machine to which another migrates, and where its QMP server is."""
-
-    machine: Machine
-    address: Path
-
-
-@contextmanager
-def waiting(scene: Scene, name: str, *, paused: bool = False) -> Iterator[Hop]:
-    """A machine that waits for a migration."""
-    address = scene.path.with_name(name)
-    with Machine(scene.disk.path, incoming=True, paused=paused, monitor=address) as machine:
-        yield Hop(machine, address)
-
-
-def begin(source: Machine, destination: Machine, *capabilities: str) -> None:
-    """Begins a migration, which goes on until `complete`."""
-    for machine in (source, destination):
-        machine.enable(*capabilities)
-    ours, theirs = socket.socketpair()
-    destination.receive(theirs)
-    source.migrate(ours, slowly=True)
-    source.wait_for_migration("active")
-    destination.wait_for_migration("active")
-
-
-def complete(source: Machine, destination: Machine) -> None:
-    source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
-    source.wait_for_migration("completed")
-    source.wait_for("postmigrate")
-    destination.wait_for_migration("completed")
-
-
-def migrate(source: Machine, destination: Machine, *capabilities: str) -> None:
-    begin(source, destination, *capabilities)
-    complete(source, destination)
-
-
-def migrate_and_write(scene: Scene, hop: Hop, *written: Range, is_recorded: bool = False) -> None:
-    """Migrates the source, and lets the destination write."""
-    begin(scene.source, hop.machine)
-    if is_recorded:
-        record(scene, hop.address)
-    complete(scene.source, hop.machine)
-    hop.machine.wait_for("running")
-    scene.write(hop.machine, *written)
-
-
-def record(
-    scene: Scene, destination: Path, source: Path | None = None
-) -> tuple[live.RecorderFacts, ...]:
-    from_where = str(source or scene.address)
-    with live.Monitor(str(destination)) as ours, live.Monitor(from_where) as theirs:
-        return live.record(ours, theirs, str(scene.path))
-
-
-def collect(scene: Scene, address: Path | None = None) -> tuple[live.RecorderFacts, ...]:
-    with live.Monitor(str(address or scene.address)) as monitor:
-        return live.collect(monitor, str(scene.path))
-
-
-def restore(scene: Scene, address: Path | None = None, *, is_alone: bool = False) -> str:
-    """Puts the bitmaps back; returns why that was not exact, or "exact"."""
-    with live.Monitor(str(address or scene.address)) as monitor:
-        done = live.restore(monitor, str(scene.path), is_alone=is_alone)
-    assert all(one.is_safe for one in done.bitmaps)
-    written = {one.name: one.written for one in done.bitmaps}
-    assert written.pop("off") is None
-    (facts,) = set(written.values())
-    assert facts is not None
-    assert facts.dirty_bytes > 0
-    assert facts.is_exact == (not facts.reason)
-    return facts.reason or "exact"
-
-
-def end(scene: Scene, machine: Machine, *, is_exact: bool = True) -> None:
-    """Ends the machine that has the disk: its bitmaps have every write, and no more if exact."""
-    names = machine.bitmaps()
-    machine.quit()
-    assert not [n for n in names if n.startswith((RECORDER_PREFIX, ARRIVAL_PREFIX))]
-    assert_back(scene.disk, scene.written, is_exact=is_exact)
 
 
 @pytest.mark.spec("LIVE-17")
@@ -282,6 +210,42 @@ def test_recorded_while_the_source_waits_to_hand_over(scene: Scene) -> None:
         end(scene, machine)
 
 
+@pytest.mark.spec("LIVE-18", "LIVE-24")
+def test_a_disk_that_grows_on_the_way(scene: Scene) -> None:
+    resize = {"node-name": "disk", "size": SIZE + 32 * MiB}
+    scene.source.execute("block_resize", resize)
+    scene.write(scene.source, (SIZE + MiB, 512))
+    with waiting(scene, "destination") as hop:
+        machine, address = hop
+        migrate_and_write(scene, hop, LATER, is_recorded=True)
+        collect(scene)
+        machine.execute("block_resize", {**resize, "size": SIZE + 64 * MiB})
+        scene.write(machine, (SIZE + 63 * MiB, 512))
+        assert restore(scene, address) == "exact"
+        end(scene, machine)
+
+
+class Mute(live.Monitor):
+    """A connection to a machine that does not answer."""
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Answer:
+        if arguments is None and command == "qmp_capabilities":
+            return super().execute(command, arguments)
+        raise qcow2bm.QmpTimeoutError(command, 1)
+
+
+@pytest.mark.spec("LIVE-18")
+def test_of_two_machines_the_one_that_does_not_answer_is_named(scene: Scene) -> None:
+    with waiting(scene, "destination") as (machine, address):
+        begin(scene.source, machine)
+        with (
+            live.Monitor(str(address)) as ours,
+            Mute(str(scene.address)) as theirs,
+            pytest.raises(qcow2bm.QmpError, match="failed: the source: no answer within"),
+        ):
+            live.record(ours, theirs, str(scene.path))
+
+
 @pytest.mark.spec("LIVE-18")
 def test_a_recorder_that_the_file_does_not_name_does_not_count(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
@@ -312,7 +276,7 @@ def test_what_was_collected_after_another_migration_does_not_count(scene: Scene)
     with waiting(scene, "second") as (machine, address):
         begin(scene.source, machine)
         # Nothing tells that this time no other machine had the disk.
-        with pytest.raises(qcow2bm.StateError, match="another machine had the disk"):
+        with pytest.raises(qcow2bm.StateError, match="not the only machine that had the disk"):
             record(scene, address)
         complete(scene.source, machine)
         machine.wait_for("running")
@@ -344,7 +308,7 @@ def test_a_recorder_that_missed_another_machine_is_not_carried_on(scene: Scene) 
     scene.source.execute("cont")
     with waiting(scene, "second") as (machine, address):
         begin(scene.source, machine)
-        with pytest.raises(qcow2bm.StateError, match="another machine had the disk"):
+        with pytest.raises(qcow2bm.StateError, match="not the only machine that had the disk"):
             record(scene, address)
         complete(scene.source, machine)
         machine.wait_for("running")

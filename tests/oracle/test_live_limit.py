@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support.offloaded import LATER, WritingMonitor, assert_back, offloaded
+from support.offloaded import (
+    LATER,
+    WritingMonitor,
+    assert_back,
+    assert_no_write_is_missing,
+    offloaded,
+)
 from support.qemu import Disk
 from support.twin import GiB, KiB, MiB
 from support.vm import Machine
 
-from qcow2bm import live
+from qcow2bm import Qcow2BmError, live
 from qcow2bm.live.offload_file import OffloadFile
 from qcow2bm.live.stop_limit import Limited, Pace, limit_stop
 
@@ -47,6 +54,32 @@ def test_former_tails_are_put_back_too(tmp_path: Path, ending: str) -> None:
                 scene.restore(scene.path.with_name("again"))
                 machine.quit()
         assert_back(scene.disk, scene.written)
+
+
+@pytest.mark.spec("LIVE-20")
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[] if n % 6 == 3 else [pytest.mark.deep]) for n in range(40)],
+)
+def test_a_tail_that_is_cleared_while_a_new_one_begins(tmp_path: Path, number: int) -> None:
+    """Another program clears all bitmaps before a command: no write counts as known that is not."""
+    with offloaded(tmp_path) as scene:
+        left = [number]
+
+        def clear_and_write() -> None:
+            if not left[0]:
+                for name in scene.source.bitmaps():
+                    where = {"node": "disk", "name": name}
+                    scene.source.execute("block-dirty-bitmap-clear", where)
+                scene.write(scene.source, LATER)
+            left[0] -= 1
+
+        with WritingMonitor(scene.address, clear_and_write) as monitor, suppress(Qcow2BmError):
+            live.offload(monitor, str(scene.path), max_stop_seconds=1e-9)
+        with suppress(Qcow2BmError):
+            scene.restore()
+        scene.source.quit()
+        assert_no_write_is_missing(scene.disk, scene.written)
 
 
 @pytest.mark.spec("LIVE-20")

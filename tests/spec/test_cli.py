@@ -77,7 +77,7 @@ def test_what_every_reading_command_has() -> None:
     assert (of["--output"], of["-U, --force-share"]) == (
         "dump, map, check, verdict, repair, undo, salvage, stream dump, stream restore, "
         "sidecar load, sidecar dump, edits, live offload, live restore, live record, "
-        "live collect, live status, rescues",
+        "live collect, live status, live remove, rescues",
         "dump, map, check, stream write, sidecar save",
     )
     assert of["--dry-run"] == (
@@ -334,6 +334,8 @@ KEYS_OF_SCHEMA_1 = {
     "live status": "schema qmp filename status migration stop-bytes bitmaps nodes next",
     "Live bitmap": "node name granularity dirty-bytes recording persistent busy inconsistent "
     "stop-bytes",
+    "live remove": "schema qmp removed",
+    "Removed bitmap": "node name",
     "Offloaded node": "node step reason bitmaps",
     "Place of a bitmap": "name where",
     "rescue start": "schema qmp dry-run migration bitmaps",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.qemu import Disk
+from support.qemu import Disk, run_ok
 from support.twin import KiB, MiB
 from support.vm import NOWHERE, Machine
 
@@ -66,6 +66,7 @@ def assert_back(
     assert disk.check().returncode == 0
     with qcow2bm.open(disk.path) as image:
         found = {name: (b.granularity, b.auto, b.status) for name, b in image.bitmaps.items()}
+        size = image.virtual_size
     assert found == {
         name: (granularity, name != "off", "valid") for name, granularity in GRANULARITIES.items()
     }
@@ -79,7 +80,7 @@ def assert_back(
             assert bits == ours | widened(meanwhile, granularity), name
             continue
         coarse = [
-            (place * TAIL, min(TAIL, SIZE - place * TAIL)) for place in widened(meanwhile, TAIL)
+            (place * TAIL, min(TAIL, size - place * TAIL)) for place in widened(meanwhile, TAIL)
         ]
         assert ours | widened(meanwhile, granularity) <= bits
         assert bits <= ours | widened(coarse, granularity)
@@ -399,7 +400,52 @@ def _(scene: Scene) -> None:
     source.quit()
 
 
-@case("disk resized")
+GROWN = SIZE + 64 * MiB + 512
+
+
+def _resize(machine: Machine, size: int) -> None:
+    machine.execute("block_resize", {"node-name": "disk", "size": size})
+
+
+@case("disk grown")
 def _(scene: Scene) -> None:
-    scene.source.execute("block_resize", {"node-name": "disk", "size": SIZE + MiB + 512})
+    _resize(scene.source, GROWN)
+    scene.write(scene.source, (GROWN - 512, 512), LATER)
+    scene.restore()
+    scene.write(scene.source, (SIZE, 512))
+    scene.source.quit()
+
+
+@case("disk grown, then quit")
+def _(scene: Scene) -> None:
+    _resize(scene.source, GROWN)
+    scene.write(scene.source, (GROWN - 512, 512), LATER)
+    scene.source.quit()
+    scene.restore_into_the_image()
+
+
+@case("quit, then disk grown")
+def _(scene: Scene) -> None:
+    scene.source.quit()
+    run_ok("qemu-img", "resize", "-f", "qcow2", str(scene.disk.path), str(GROWN))
+    scene.restore_into_the_image()
+
+
+@case("disk grown, then migrated")
+def _(scene: Scene) -> None:
+    _resize(scene.source, GROWN)
+    _at_the_destination(scene)
+
+
+@case("disk made smaller")
+def _(scene: Scene) -> None:
+    _resize(scene.source, 128 * MiB)
+    scene.restore()
+
+
+@case("disk made smaller, then larger than before")
+def _(scene: Scene) -> None:
+    _resize(scene.source, SIZE - 64 * MiB)
+    _resize(scene.source, SIZE + 128 * MiB)
+    scene.write(scene.source, (SIZE, 128 * MiB))
     scene.restore()
