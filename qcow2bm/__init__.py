@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from qcow2bm.storage import new_file
     from qcow2bm.storage.file import FileStorage
     from qcow2bm.storage.interface import OtherUse, Storage, WritableStorage
+    from qcow2bm.tracker.asyncio_tracker import AsyncioTracker
     from qcow2bm.tracker.edit import TrackerEdit
     from qcow2bm.tracker.group import TrackerGroup
     from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activation",
+    "AsyncioTracker",
     "BackupReason",
     "BackupVerdict",
     "Barrier",
@@ -244,6 +246,7 @@ _NAMES_OF = {
     "qcow2bm.problems": ("Problem", "Severity"),
     "qcow2bm.storage.interface": ("OtherUse", "Storage", "WritableStorage"),
     "qcow2bm.storage.file": ("FileStorage",),
+    "qcow2bm.tracker.asyncio_tracker": ("AsyncioTracker",),
     "qcow2bm.tracker.edit": ("TrackerEdit",),
     "qcow2bm.tracker.group": ("TrackerGroup",),
     "qcow2bm.tracker.reports": (

@@ -302,6 +302,8 @@ class Bitmap:
         name = self._label
         table = self._table()
         if status != VALID or not table:
+            if status == INCONSISTENT and self._image.is_tracked:
+                raise BitmapInconsistentError(name, _TRACKED)
             raise _refusal(name, status, reason)
         return BitReader(self._image.file, self.entry, table.fingerprint)
 
@@ -312,6 +314,9 @@ class Bitmap:
     def _require_table(self) -> None:
         if not self.has_stale_bits:
             raise BitmapBrokenError(self._label, "is broken: its table cannot be read")
+
+
+_TRACKED = "is in use while the image is tracked: before it is read, rotate or disable it"
 
 
 def _refusal(name: str, status: BackupReason | Status, reason: str) -> BitmapError:

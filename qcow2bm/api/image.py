@@ -118,7 +118,15 @@ class Image:
 
         Bitmaps that share a name, or whose name cannot be read, are only in `directory`. Every
         commit makes the mapping anew; a `Bitmap` from before raises `StateError`.
+
+        While the image is tracked, bitmaps that are not tracked can be read, such as one that was
+        rotated away. Then the metadata are read again each time.
+
+        Raises:
+            ChangedWhileReadingError: the tracker is just changing the metadata: try again.
+            StorageError: the metadata could not be read again.
         """
+        self._opened.look_again()
         loaded = self._opened.loaded
         if not self._bitmaps or self._bitmaps[0] is not loaded:
             self._bitmaps = loaded, BitmapMapping(self._opened)

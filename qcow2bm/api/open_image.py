@@ -146,11 +146,29 @@ class OpenImage:
         """Records that the edit or the tracking has ended."""
         self._activity = None
 
+    @property
+    def is_tracked(self) -> bool:
+        """Whether tracking goes on."""
+        return self._activity is not None and self._activity.state == TRACKED
+
+    def look_again(self) -> None:
+        """Reads the metadata again while a tracker may have changed them.
+
+        Each `Bitmap` from before is outdated if the directory has changed.
+
+        Raises:
+            ChangedWhileReadingError: the tracker has just changed them: try again.
+            StorageError: reading failed.
+        """
+        if not self.is_tracked or not self.guard or not self.guard.is_held:
+            return
+        metadata = Metadata.load(self.storage, force_share=True)  # the tracker has the locks
+        if metadata.directory.entries != self.loaded.metadata.directory.entries:
+            self.outdate()
+        self.loaded = Loaded(metadata, self.revision)
+
     def outdated_error(self, subject: str) -> StateError:
         """Returns the error for using a ``subject`` that a change of the image has outdated."""
-        if self._activity and self._activity.state == TRACKED:
-            required = "read through a second image, which is opened with force_share=True"
-            return StateError("of an image that is being tracked", required, subject)
         return StateError("outdated by a commit", "looked up again", subject)
 
     def outdate(self) -> None:

@@ -1,9 +1,10 @@
-"""A context manager that an interrupt (Ctrl-C) does not leave half entered."""
+"""Context managers that an interrupt (Ctrl-C) or a cancellation does not leave half entered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
+from typing import Self
 
 from qcow2bm.errors import StateError
 
@@ -22,7 +23,7 @@ class Block:
         self._begin, self._end = begin, end
         self._is_used = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         """Calls ``begin``, and raises what it raises.
 
         Raises:
@@ -34,8 +35,9 @@ class Block:
         try:
             self._begin()
         except BaseException:
-            self._leave()
+            self.leave()
             raise
+        return self
 
     def __exit__(
         self,
@@ -43,11 +45,38 @@ class Block:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave()
+        self.leave()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Calls ``end`` before the block ends; it is called again then, and must allow for that."""
         try:
             self._end()
         except BaseException:  # an interrupt
             self._end()
             raise
+
+
+class AsyncBlock:
+    """`Block` as an asynchronous context manager, whose ``begin`` may wait."""
+
+    def __init__(self, begin: Callable[[], Awaitable[None]], end: Callable[[], None]) -> None:
+        """The object can be entered once, because ``begin`` and ``end`` belong to one block."""
+        self._begin = begin
+        self._block = Block(lambda: None, end)
+
+    async def __aenter__(self) -> None:
+        """Awaits ``begin``, and raises what it raises; as `Block.__enter__` does otherwise."""
+        self._block.__enter__()
+        try:
+            await self._begin()
+        except BaseException as error:
+            self._block.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._block.__exit__(kind, error, traceback)

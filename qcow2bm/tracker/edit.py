@@ -15,6 +15,7 @@ from qcow2bm.bitmaps.draft_bits import MAX_FACTOR, DraftBits, PackedSource, Sour
 from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.errors import BitmapError, LimitError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+from qcow2bm.tracker.block import Block
 from qcow2bm.tracker.fanout import merge
 from qcow2bm.tracker.session import Session
 
@@ -72,8 +73,8 @@ class TrackerEdit:
                 if kind is None:
                     self._session.require("edit")
                     self._session.store.plan(self._draft)  # raises what can be known before
-                    with self._session.fatal():
-                        self._commit()
+                    with self._session.in_flight.drained() as drained, self._session.fatal():
+                        self._commit(drained)
         finally:
             self._open_draft = None
 
@@ -83,9 +84,10 @@ class TrackerEdit:
             raise StateError("not going on", "inside its with block", "the edit")
         return self._open_draft
 
-    def _commit(self) -> None:
+    def _commit(self, drained: Block) -> None:
         session, draft = self._session, self._draft
         session.switch([*self._disabled, *self._removed], self._begun.values())
+        drained.leave()  # writes go on
         for step in self._merges:
             self._merge(step)
         for name, bitmap in self._begun.items():  # all that will be on disk has to be in memory
@@ -190,7 +192,8 @@ def rotate(session: Session, name: str, new_name: str) -> None:
         length = len(frozen.bits.octets)
         fresh = TrackedBitmap.unplaced(new_name, frozen.granularity, length)
         store.plan(draft)  # raises what can be known before
-        with session.fatal():
+        with session.in_flight.drained() as drained, session.fatal():
             session.switch([frozen], [fresh])
+            drained.leave()  # writes go on
             session.store_pieces([(frozen, frozen.due().tolist())])
             session.commit(store.plan(draft))

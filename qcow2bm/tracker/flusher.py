@@ -16,6 +16,7 @@ from qcow2bm.migration.lifecycle import has_ended
 from qcow2bm.tracker.batches import Batches
 from qcow2bm.tracker.reports import Convergence, FlushReport, Pending
 from qcow2bm.tracker.session import Session
+from qcow2bm.tracker.waiting import require_wanted
 
 _GUESS_BYTES_PER_SECOND = 50 << 20  # as long as nothing was measured
 _PROGRESS = 0.95  # a round is of use if it leaves no more than this part of what was left
@@ -54,6 +55,7 @@ class Flusher:
                 pieces += sum(len(numbers) for _, numbers in batch)
                 if deadline is not None and session.clock() - begun >= deadline:
                     break
+                require_wanted()
             return FlushReport(size, pieces, barriers, session.clock() - begun)
 
     def converge(

@@ -104,7 +104,7 @@ def inactivate(session: Session, data_file: FilePath | None) -> StopReport:
         begin(session, (), with_sentinel=True)
     migration, store = session.migration, session.store
     assert migration
-    with session.fatal():
+    with session.in_flight.drained(), session.fatal():
         report = session.store_all("inactivate")
         facts = Facts(
             Definition.of(store.file),

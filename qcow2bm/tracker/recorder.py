@@ -126,6 +126,9 @@ class Recorder:
                 if end - 1 >> shift == first:
                     place, bit = first >> 3, 1 << (first & 7)
                     if not octets[place] & bit:
+                        # Before, so that after an interrupt no new bit counts as stored; and
+                        # after, because a flush may have taken the piece meanwhile.
+                        touched[first >> _PIECE_SHIFT] = 1
                         octets[place] |= bit
                         touched[first >> _PIECE_SHIFT] = 1
                     return
@@ -172,6 +175,7 @@ class Recorder:
             new = old[:]
             pure_python.fill(new, first - 8 * start_byte, last - 8 * start_byte, is_set=True)
             if new != old:
+                touched[piece] = 1  # before and after, as in `mark`
                 octets[start_byte:stop_byte] = new
                 touched[piece] = 1
             first = last

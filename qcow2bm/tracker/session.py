@@ -24,6 +24,7 @@ from qcow2bm.tracker.rate import Rate
 from qcow2bm.tracker.recorder import Recorder
 from qcow2bm.tracker.reports import Activation, StopReport
 from qcow2bm.tracker.turns import Turns
+from qcow2bm.tracker.waiting import cancelled_by, require_wanted
 
 _LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
 _UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look at the bitmaps"
@@ -57,7 +58,7 @@ class Session:
         self.storage = storage
         self.store = store
         self.recorder = Recorder(Recording.of(store.bitmaps, store.file.virtual_size))
-        self.in_flight = InFlightWrites()
+        self.in_flight = InFlightWrites(lambda: self._turns.is_wanted)
         self.clock = clock
         self.flushing = Rate()
         self.barrier_seconds = 0.0
@@ -124,18 +125,22 @@ class Session:
     def abandon(self) -> None:
         """Ends tracking without storing anything, unless it has ended before."""
         self.require_free()
-        with self._turns.turn():
+        with cancelled_by(None), self._turns.turn():
             if not has_ended(self.state):
                 self.end("abandon")
 
-    def give_up(self) -> None:
-        """`abandon`, also where this thread is inside a write or an operation.
+    def release_mine(self) -> None:
+        """Ends the writes and the operation that this thread is inside of.
 
-        The caller will do nothing more with the tracker. An interrupt at the end of a write or of
-        an operation can leave its record behind, and must not keep the locks from being released.
+        The caller goes on with none of them. An interrupt at the end of a write or of an operation
+        can leave its record behind, and must not keep the locks from being released.
         """
         self.in_flight.end_mine()
         self._turns.give_back_mine()
+
+    def give_up(self) -> None:
+        """`abandon`, also where this thread is inside a write or an operation."""
+        self.release_mine()
         self.abandon()
 
     def disown(self) -> None:
@@ -151,14 +156,19 @@ class Session:
 
     # --- one operation at a time ---------------------------------------------------------------
 
-    def exclusive(self, event: Event = "flush") -> AbstractContextManager[None]:
+    def exclusive(self, event: Event = "flush") -> AbstractContextManager[object]:
         """Returns a context manager that lets one operation run at a time, if the state allows it.
 
         Raises:
             StateError: this thread would wait for itself; on entering: the state does not allow it.
         """
         self.require_free()
-        return self._turns.turn(lambda: self.require(event), self.store.forget)
+
+        def begin() -> None:
+            require_wanted()
+            self.require(event)
+
+        return self._turns.turn(begin, self.store.forget, self.in_flight.require_undrained)
 
     def require_free(self) -> None:
         """Raises `StateError` in a thread that would wait for its own write or edit."""
@@ -201,16 +211,18 @@ class Session:
         raise BitmapNotFoundError(name, "is not tracked")
 
     def switch(self, ended: Iterable[TrackedBitmap], begun: Iterable[TrackedBitmap]) -> None:
-        """Lets marks from now on go to other bitmaps; those ended have all marks before."""
+        """Lets marks from now on go to other bitmaps; those ended have all marks before.
+
+        No write is in flight: the caller has drained them.
+        """
         gone = list(ended)
-        with self.in_flight.drained():
-            before = self.recording
-            kept = [bitmap for bitmap in before.bitmaps if bitmap not in gone]
-            # What is beside the kept bitmap is brought to it below: until then no mark may go
-            # into the bitmap itself.
-            is_beside = before.is_beside and bool(kept)
-            bitmaps = *kept, *begun
-            self.recorder.replace(Recording.of(bitmaps, before.virtual_size, is_beside=is_beside))
+        before = self.recording
+        kept = [bitmap for bitmap in before.bitmaps if bitmap not in gone]
+        # What is beside the kept bitmap is brought to it below: until then no mark may go
+        # into the bitmap itself.
+        is_beside = before.is_beside and bool(kept)
+        bitmaps = *kept, *begun
+        self.recorder.replace(Recording.of(bitmaps, before.virtual_size, is_beside=is_beside))
         before.fan_out()
 
     # --- what is written -----------------------------------------------------------------------
@@ -231,15 +243,15 @@ class Session:
     def store_all(self, event: Event) -> StopReport:
         """Closes the recorder, stores all bitmaps but those that are carried, and clears in_use.
 
-        ``event`` is what the caller does afterwards: marks raise with the state it leads to.
+        ``event`` is what the caller does afterwards: marks raise with the state it leads to. No
+        write is in flight: the caller has drained them.
         """
         begun = self.clock()
         stored = self.stored_here
-        with self.in_flight.drained():
-            self.recorder.close(after(self.state, event))
-            self.recording.fan_out()
-            due: Batch = [(bitmap, bitmap.due().tolist()) for bitmap in stored]
-            data = self.store_pieces(due, is_quiet=True)
+        self.recorder.close(after(self.state, event))
+        self.recording.fan_out()
+        due: Batch = [(bitmap, bitmap.due().tolist()) for bitmap in stored]
+        data = self.store_pieces(due, is_quiet=True)
         sentinel = self.migration.sentinel_bitmap if self.migration else None
         end = self.store.end([*stored, sentinel] if sentinel else stored)
         self._execute(Plan(tuple(end), commit_point=0))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from qcow2bm.bitmaps.tracked_store import TrackedStore
+from qcow2bm.log import logger
 from qcow2bm.migration.lifecycle import State
 from qcow2bm.storage.file_identity import FilePath
 from qcow2bm.storage.write_guard import WriteGuard
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 class Tracker:
     """Records writes to a disk in bitmaps of its image, which are in_use meanwhile.
 
-    Made by `qcow2bm.Image.track`. Thread-safe. As a context manager it stops when the block ends;
-    if the block ends by an exception, it abandons.
+    Made by `qcow2bm.Image.track`. Thread-safe; for tasks there is `AsyncioTracker`. As a context
+    manager it stops when the block ends, also where KeyboardInterrupt, SystemExit or a cancellation
+    ends the block. If any other exception does, it abandons.
 
     *Guarantees*: a bitmap on disk without in_use has every bit marked since tracking began
     (INV-SUPERSET). If the process dies, the bitmaps are in_use, so no reader believes them.
@@ -65,10 +67,20 @@ class Tracker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None or self.state == "inactive":
+        if self.state in ("stopped", "abandoned"):
+            return
+        if self.state == "inactive" or (kind and issubclass(kind, Exception)):
             self.give_up()
-        elif self.state not in ("stopped", "abandoned"):
+            return
+        if kind:  # the program is told to end: nothing is wrong with what was recorded
+            self._session.release_mine()
+        try:
             self.stop()  # raises if tracking has failed
+        except BaseException as failure:
+            self.give_up()
+            if not kind or not isinstance(failure, Exception):
+                raise
+            logger.error("the bitmaps stay in use: %s", failure)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Tracker cannot be pickled")
@@ -113,7 +125,7 @@ class Tracker:
         """
         self._session.recorder.mark_many(ranges)
 
-    def writing(self, start: int, length: int) -> AbstractContextManager[None]:
+    def writing(self, start: int, length: int) -> AbstractContextManager[object]:
         """Marks a write of the guest, which is in flight while the block runs: `stop` waits for it.
 
         Inside the block, every method that may have to wait for writes raises `StateError`:
@@ -121,8 +133,16 @@ class Tracker:
 
         Raises:
             ValueError, StateError: as `mark` does, before the block begins.
+            StateError: it would wait for other writes of this thread, which would never end.
         """
         return self._session.in_flight.write(lambda: self.mark(start, length))
+
+    def async_writing(self, start: int, length: int) -> AbstractAsyncContextManager[None]:
+        """`writing` in a task of asyncio, which keeps no thread waiting.
+
+        Raises ValueError and StateError as `mark` does, before the block begins.
+        """
+        return self._session.in_flight.async_write(lambda: self.mark(start, length))
 
     @property
     def pending(self) -> Pending:
@@ -153,7 +173,7 @@ class Tracker:
             StateError: tracking has ended before.
         """
         session = self._session
-        with session.exclusive("stop"):
+        with session.exclusive("stop"), session.in_flight.drained():
             handover.cancel_before_stop(session)
             with session.fatal():
                 report = session.store_all("stop")

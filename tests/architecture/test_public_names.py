@@ -133,7 +133,7 @@ STANDARD = {
     *("Any", "Literal", "NamedTuple", "NoReturn", "None", "annotations"),
     *("Concatenate", "P", "QMPClient", "T"),
     *("Callable", "Collection", "Iterable", "Iterator", "Mapping", "Sequence"),
-    *("AbstractContextManager", "TracebackType"),
+    *("AbstractAsyncContextManager", "AbstractContextManager", "TracebackType"),
     *("Buffer", "NDArray", "UUID", "np", "os"),
 }
 

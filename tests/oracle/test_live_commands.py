@@ -405,6 +405,7 @@ def test_an_offload_that_is_interrupted_says_how_it_goes_on(
         "import signal, sys\n"
         "from qcow2bm import live\n"
         "from qcow2bm.cli import console\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored\n"
         "real, removals = live.Monitor.transaction, []\n"
         "def transaction(monitor, actions):\n"
         "    removals.extend(a for a in actions if a['type'].endswith('remove'))\n"

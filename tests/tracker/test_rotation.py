@@ -78,20 +78,35 @@ def test_a_rotation_divides_the_marks(names: tuple[bytes, ...]) -> None:
 
 
 @pytest.mark.spec("TRACK-22")
-def test_what_was_rotated_away_is_read_through_a_second_image(tmp_path: Path) -> None:
+def test_what_was_rotated_away_is_read_while_others_are_tracked(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(image(b"a"))
     old = granules(bytearray(path.read_bytes()), "a")
     with qcow2bm.open(path, "r+") as opened, opened.track() as tracker:
         tracker.mark(10 * GRANULE, 1)
-        tracker.rotate("a", "b")
-        with pytest.raises(qcow2bm.StateError, match="opened with force_share=True"):
+        with pytest.raises(qcow2bm.BitmapInconsistentError, match="rotate or disable it"):
             opened.bitmaps["a"].count()
+        before = opened.bitmaps["a"]
+        tracker.rotate("a", "b")
+        frozen = opened.bitmaps["a"]
+        assert frozen.count() == GRANULE * len(old | {10})
+        with pytest.raises(qcow2bm.StateError, match="outdated by a commit"):
+            before.count()
+        with pytest.raises(qcow2bm.BitmapInconsistentError, match="rotate or disable it"):
+            opened.bitmaps["b"].count()
         tracker.mark(20 * GRANULE, 1)
         tracker.flush()
+        assert frozen.count() == opened.bitmaps["a"].count()
         with qcow2bm.open(path, force_share=True) as beside:
             assert beside.bitmaps["a"].count() == GRANULE * len(old | {10})
             assert beside.bitmaps["b"].status == "inconsistent"
+        with tracker.edit() as edit:
+            edit.remove("a")
+            edit.add("in its place", GRANULE, enabled=False)
+            edit.merge("in its place", "b")
+        with pytest.raises((qcow2bm.StateError, qcow2bm.ChangedWhileReadingError)):
+            frozen.count()
+        assert opened.bitmaps["in its place"].count() == GRANULE
         tracker.mark(30 * GRANULE, 1)
     assert granules(bytearray(path.read_bytes()), "b") == {20, 30}
 
