@@ -200,7 +200,9 @@ def test_a_program_that_is_told_to_end_loses_no_bitmap(
 def test_the_recipe_for_sigterm(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     path.write_bytes(build_image(Stored(b"b", granularity_bits=BITS), size=SIZE).data)
-    (recipe,) = re.findall(r"`(signal\.signal\(.*?\))` in", (SPEC / "tracking.md").read_text("utf-8"))
+    (recipe,) = re.findall(
+        r"`(signal\.signal\(.*?\))` in", (SPEC / "tracking.md").read_text("utf-8")
+    )
     program = (
         "import signal, sys, time, qcow2bm\n"
         f"{recipe}\n"
