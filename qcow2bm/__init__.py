@@ -87,7 +87,14 @@ if TYPE_CHECKING:
     from qcow2bm.tracker.asyncio_tracker import AsyncioTracker
     from qcow2bm.tracker.edit import TrackerEdit
     from qcow2bm.tracker.group import TrackerGroup
-    from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
+    from qcow2bm.tracker.reports import (
+        Activation,
+        Convergence,
+        FlushReport,
+        IntentReport,
+        Pending,
+        StopReport,
+    )
     from qcow2bm.tracker.tracker import Tracker
 
 __all__ = [
@@ -128,6 +135,7 @@ __all__ = [
     "Hint",
     "Image",
     "ImageLockedError",
+    "IntentReport",
     "LimitError",
     "LostBitmap",
     "NoRoomError",
@@ -253,6 +261,7 @@ _NAMES_OF = {
         "Activation",
         "Convergence",
         "FlushReport",
+        "IntentReport",
         "Pending",
         "StopReport",
     ),

@@ -18,6 +18,7 @@ from qcow2bm.errors import (
     StateError,
     StorageError,
 )
+from qcow2bm.migration.intent import is_intent
 from qcow2bm.storage.interface import WritableStorage
 from qcow2bm.units import ceil_div, escape
 
@@ -212,6 +213,8 @@ class Edit:
             BitmapNotFoundError: there is no bitmap of that name.
         """
         self._draft.invalidate(name)
+        for intent in filter(is_intent, self._draft.names):
+            self._draft.invalidate(intent)  # or it would prove that the bitmap has every write
 
     def rename(self, name: str, new_name: str) -> None:
         """Gives a bitmap another name. The bitmap keeps its place in the directory.

@@ -424,6 +424,7 @@ class Image:
         others: Literal["refuse", "mark-in-use"] = "refuse",
         reserve: bool = False,
         generation: bool | None = None,
+        intent: bool = False,
     ) -> Tracker:
         """Begins to record writes to the disk in bitmaps, which are in_use when this returns.
 
@@ -443,6 +444,12 @@ class Image:
                 more after a migration; False to remove the token; None to leave that as it is.
                 The token uses an autoclear bit that is not registered with the format, see
                 spec/lifecycle.md.
+            intent: whether a crash loses no bitmap. A write then waits, where the guest has not
+                written for some time, until its region is durable in one more bitmap. If the
+                process or the host dies, `recover` makes the bitmaps valid again, see
+                spec/intent.md.
+
+        Bitmaps that an earlier tracker with intent left in_use are recovered first.
 
         Raises:
             ReadOnlyImageError: the image is open for reading only.
@@ -458,7 +465,47 @@ class Image:
         if not self._opened.guard:
             raise ReadOnlyImageError()
         self._opened.require_idle()
-        return begin(self._opened, names, others, reserve=reserve, generation=generation)
+        return begin(
+            self._opened, names, others, reserve=reserve, generation=generation, intent=intent
+        )
+
+    def recover(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
+        """Makes bitmaps valid that were tracked with intent when the process or the host died.
+
+        Each gets what the intent bitmap has, beside what is stored of it: every write since it
+        began to record, and more where a region was written to shortly before.
+
+        Args:
+            names: the bitmaps; by default all that can be recovered.
+
+        Returns: the names of the bitmaps that were recovered.
+
+        Raises:
+            EvidenceError: there is no intent bitmap that has every write.
+            BitmapError: a bitmap is not one of those that the intent bitmap stands for, or not
+                in_use.
+            Qcow2BmError: as `edit` and a commit do.
+        """
+        from qcow2bm.api.recover import recover
+
+        self._opened.require_open()
+        if not self._opened.guard:
+            raise ReadOnlyImageError()
+        self._opened.require_idle()
+        return recover(self._opened, names)[0]
+
+    @property
+    def recoverable(self) -> tuple[str, ...]:
+        """The names of the bitmaps that `recover` would make valid.
+
+        Raises:
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        from qcow2bm.api.recover import recoverable
+
+        return tuple(bitmap.name for bitmap in recoverable(self._opened))
 
     def bitmaps_to_track(
         self,

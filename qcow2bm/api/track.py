@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from qcow2bm.api import recover
 from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
 from qcow2bm.api.open_image import TRACKED, OpenImage
 from qcow2bm.bitmaps.status import BROKEN, VALID
 from qcow2bm.bitmaps.tracked_store import TrackedStore
-from qcow2bm.errors import BitmapError, CommitError, LimitError, StorageError
+from qcow2bm.errors import BitmapError, CommitError, LimitError, Qcow2BmError, StorageError
+from qcow2bm.log import logger
+from qcow2bm.migration.intent import is_intent
 from qcow2bm.migration.sentinel import is_sentinel
 from qcow2bm.tracker.recorder import require_global_lock
 from qcow2bm.tracker.tracker import Tracker
@@ -28,20 +31,28 @@ def begin(
     *,
     reserve: bool,
     generation: bool | None,
+    intent: bool,
 ) -> Tracker:
     """See `Image.track`; the image is open for writing, and nothing else goes on."""
     require_global_lock()
     storage = opened.guard
     assert storage is not None
-    store = TrackedStore(storage)
     names = None if names is None else list(names)
+    recover.clean_up(opened)
     chosen, left_out = choose(opened, names, others)
+    added = None
+    if intent:
+        added = recover.add_intent(opened, [bitmap.name for bitmap in chosen])
+        chosen, left_out = choose(opened, names, others)
+    store = TrackedStore(storage)
     try:
         if remove_sentinels(opened):
             store.reload()
             chosen, left_out = choose(opened, names, others)
     except (LimitError, StorageError):  # there is no room; no program trusts them while in_use
         left_out += _recording(opened, VALID, is_sentinel)
+    if not intent:  # there was no room to remove one: no program trusts it while it is in_use
+        left_out += _recording(opened, VALID, is_intent)
     try:
         store.begin(
             (b.entry for b in chosen),
@@ -55,7 +66,7 @@ def begin(
             error.path, error.step, error.outcome, error.reason, _NOT_BEGUN
         ) from error
     opened.outdate()
-    tracker = Tracker(storage, store, on_end=lambda: _end(opened))
+    tracker = Tracker(storage, store, on_end=lambda: _end(opened, tracker), intent=added)
     opened.begin(TRACKED, tracker.give_up)
     return tracker
 
@@ -99,6 +110,8 @@ def choose(
         if not chosen:
             raise ValueError("there are no names")
     for bitmap in chosen:
+        if is_intent(bitmap.name):
+            raise BitmapError(bitmap.name, "is an intent bitmap: leave it out")
         if is_sentinel(bitmap.name):
             raise BitmapError(bitmap.name, "is a sentinel that was left behind: leave it out")
         bitmap.require_valid()
@@ -119,7 +132,7 @@ def choose(
 def _recording(
     opened: OpenImage,
     status: str = VALID,
-    has_name: Callable[[str], bool] = lambda name: not is_sentinel(name),
+    has_name: Callable[[str], bool] = lambda name: not (is_sentinel(name) or is_intent(name)),
 ) -> list[Bitmap]:
     """Returns the bitmaps that are to record all writes, and have missed none.
 
@@ -134,11 +147,19 @@ def _recording(
     ]
 
 
-def _end(opened: OpenImage) -> None:
-    """Lets the image be used again after tracking, unless another process may use it by now."""
+def _end(opened: OpenImage, tracker: Tracker) -> None:
+    """Lets the image be used again after tracking, unless another process may use it by now.
+
+    The intent bitmap is removed if all bitmaps are stored. It does no harm where that fails.
+    """
     opened.end()
     if opened.guard and not opened.guard.is_held:
         opened.outdate()
         opened.leave("in other hands", "opened again")
     else:
         opened.reload("unreadable after tracking")
+        if tracker.state == "stopped" and tracker.intent:
+            try:
+                recover.clean_up(opened)
+            except Qcow2BmError as error:
+                logger.warning("%s: the intent bitmap stays in the image: %s", opened.name, error)

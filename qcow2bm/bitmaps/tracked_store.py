@@ -211,6 +211,20 @@ class TrackedStore:
                 self._free.reverse()  # the last is used first
                 return steps
 
+    def first_cluster(self, name: str) -> tuple[int, bytes]:
+        """Returns where the first cluster of a bitmap is, in host bytes, and what it has on disk.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        (entry,) = [entry for entry in self.metadata.directory.entries if entry.name == name]
+        offset = read_words(self.file, entry)[0]
+        if offset in (ZEROES, ONES):
+            raise ValueError(f"the bitmap {name!r} has no cluster")
+        content = bytearray(self.cluster_size)
+        self.file.read_into(offset, memoryview(content))
+        return offset, bytes(content)
+
     def load_draft(self) -> Draft:
         """`draft` of the image read afresh, which begins an operation.
 

@@ -12,6 +12,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.format import extensions
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE
+from qcow2bm.migration.intent import is_intent
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
 from qcow2bm.storage.file_identity import FileIdentity
 
@@ -192,7 +193,7 @@ def decide(
         for name, entry in ours.items()
     }
     for name, entry in found.entries.items():
-        is_new = name not in ours and not is_sentinel(name)
+        is_new = name not in ours and not (is_sentinel(name) or is_intent(name))
         if is_new and entry.auto and _is_sound(name, found):
             fates[name] = Fate("reloaded", "records writes in the image")
     return fates

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from threading import Lock
 from typing import TYPE_CHECKING
 
-from qcow2bm.errors import StateError
+from qcow2bm.errors import StateError, StorageError
 from qcow2bm.storage.interface import (
     OtherUse,
     WritableStorage,
@@ -34,6 +35,8 @@ class WriteGuard:
         self._storage = storage
         self._holes = as_sparse(storage)
         self._is_held = False
+        self._barriers = Lock()
+        self._failure: StorageError | None = None
         self._lock = ExitStack()  # may still have the lock of a release that was interrupted
 
     @property
@@ -53,7 +56,7 @@ class WriteGuard:
             self._lock.enter_context(self._storage.write_lock(timeout))
             if not self.excludes_other_hosts:
                 self._storage.refresh()
-            self._is_held = True
+            self._is_held, self._failure = True, None
         except BaseException:
             self.release()
             raise
@@ -78,9 +81,24 @@ class WriteGuard:
         self._storage.write(offset, parts)
 
     def barrier(self) -> None:
-        """Makes all earlier writes durable; raises `StateError` while the lock is not held."""
+        """Makes all earlier writes durable; raises `StateError` while the lock is not held.
+
+        If several threads ask for barriers, these come one after the other, and after one that
+        failed none succeeds: the system reports a failure to one of them alone, and then takes
+        what was lost for durable.
+
+        Raises:
+            StorageError: this barrier failed, or an earlier one.
+        """
         self._require_held()
-        self._storage.barrier()
+        with self._barriers:
+            if self._failure:
+                raise self._failure
+            try:
+                self._storage.barrier()
+            except StorageError as error:
+                self._failure = error
+                raise
 
     def truncate(self, size: int) -> None:
         """Shortens the storage; raises `StateError` while the lock is not held."""

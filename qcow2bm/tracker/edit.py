@@ -15,6 +15,7 @@ from qcow2bm.bitmaps.draft_bits import MAX_FACTOR, DraftBits, PackedSource, Sour
 from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.errors import BitmapError, LimitError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
+from qcow2bm.migration.intent import Intent
 from qcow2bm.tracker.block import Block
 from qcow2bm.tracker.fanout import merge
 from qcow2bm.tracker.session import Session
@@ -72,9 +73,10 @@ class TrackerEdit:
             with self._held:
                 if kind is None:
                     self._session.require("edit")
+                    intent = self._session.cover(self._draft, self._names())
                     self._session.store.plan(self._draft)  # raises what can be known before
                     with self._session.in_flight.drained() as drained, self._session.fatal():
-                        self._commit(drained)
+                        self._commit(drained, intent)
         finally:
             self._open_draft = None
 
@@ -84,7 +86,13 @@ class TrackerEdit:
             raise StateError("not going on", "inside its with block", "the edit")
         return self._open_draft
 
-    def _commit(self, drained: Block) -> None:
+    def _names(self) -> list[str]:
+        """The names of the bitmaps that are tracked after this edit."""
+        gone = [*self._disabled, *self._removed]
+        before = [bitmap for bitmap in self._session.recording.bitmaps if bitmap not in gone]
+        return [*(bitmap.name for bitmap in before), *self._begun]
+
+    def _commit(self, drained: Block, intent: Intent | None) -> None:
         session, draft = self._session, self._draft
         session.switch([*self._disabled, *self._removed], self._begun.values())
         drained.leave()  # writes go on
@@ -92,8 +100,11 @@ class TrackerEdit:
             self._merge(step)
         for name, bitmap in self._begun.items():  # all that will be on disk has to be in memory
             self._add(bitmap, draft.bits(name))
-        session.store_pieces([(bitmap, bitmap.due().tolist()) for bitmap in self._disabled])
-        session.commit(session.store.plan(draft))
+        due = [*self._disabled]
+        if intent:  # what was merged is in no write of the guest: a crash must not lose it
+            due += [b for b in session.recording.bitmaps if b.name not in self._begun]
+        session.store_pieces([(bitmap, bitmap.due().tolist()) for bitmap in due])
+        session.commit(session.store.plan(draft), intent=intent)
 
     def _merge(self, step: Merge) -> None:
         """Does one of the merges; everything marked before the end of the block is in memory."""
@@ -191,9 +202,11 @@ def rotate(session: Session, name: str, new_name: str) -> None:
         draft.find(name).flags &= ~(FLAG_AUTO | FLAG_IN_USE)
         length = len(frozen.bits.octets)
         fresh = TrackedBitmap.unplaced(new_name, frozen.granularity, length)
+        kept = (bitmap.name for bitmap in session.recording.bitmaps if bitmap is not frozen)
+        intent = session.cover(draft, [*kept, new_name])
         store.plan(draft)  # raises what can be known before
         with session.in_flight.drained() as drained, session.fatal():
             session.switch([frozen], [fresh])
             drained.leave()  # writes go on
             session.store_pieces([(frozen, frozen.due().tolist())])
-            session.commit(store.plan(draft))
+            session.commit(store.plan(draft), intent=intent)

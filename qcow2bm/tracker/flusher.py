@@ -46,6 +46,7 @@ class Flusher:
         session = self._session
         with session.exclusive("flush"):
             begun = session.clock()
+            before = session.intent.snapshot(session.recorder.paused()) if session.intent else None
             session.recording.fan_out()
             left = 1 << 62 if max_bytes is None else max(1, max_bytes // PIECE_BYTES)
             size = pieces = barriers = 0
@@ -56,6 +57,10 @@ class Flusher:
                 if deadline is not None and session.clock() - begun >= deadline:
                     break
                 require_wanted()
+            else:
+                if before and session.intent and max_bytes is None and session.stores_all:
+                    with session.fatal():
+                        session.intent.settle(before)
             return FlushReport(size, pieces, barriers, session.clock() - begun)
 
     def converge(

@@ -17,6 +17,7 @@ from qcow2bm.errors import CommitError, LimitError, StateError, StorageError
 from qcow2bm.format.directory import FLAG_IN_USE, DirectoryEntry
 from qcow2bm.log import logger
 from qcow2bm.migration.evidence import Definition, Departure, Facts, Fate, Witness, decide, judge
+from qcow2bm.migration.intent import Intent, is_intent
 from qcow2bm.migration.lifecycle import has_ended
 from qcow2bm.migration.sentinel import Sentinel, is_sentinel
 from qcow2bm.storage.file_identity import FileIdentity, FilePath, identify
@@ -105,6 +106,8 @@ def inactivate(session: Session, data_file: FilePath | None) -> StopReport:
     migration, store = session.migration, session.store
     assert migration
     with session.in_flight.drained(), session.fatal():
+        if session.intent:
+            session.intent.pause()
         report = session.store_all("inactivate")
         facts = Facts(
             Definition.of(store.file),
@@ -194,14 +197,28 @@ class _Comeback:
         self._has_kept = any(fate.kind == "kept" for fate in fates.values())
         self.draft = session.store.draft()
         if found.is_consistent:
-            for name in filter(is_sentinel, found.entries):
-                self.draft.remove(name)
+            for name in found.entries:
+                if is_sentinel(name) or is_intent(name):
+                    self.draft.remove(name)
+        self._intent = self._with_intent() if session.intent else None
         # Enabled bitmaps that do not fit the disk are not tracked, and miss writes from now on.
         names = {bitmap.name for bitmap in self.bitmaps}
         names |= {name for name in found.broken if found.entries[name].auto}
         for bitmap in self.draft.bitmaps.values():
             if decode_name(bitmap.name_bytes) in names:
                 bitmap.flags |= FLAG_IN_USE
+
+    def _with_intent(self) -> Intent:
+        """Adds a new intent bitmap for the bitmaps that are tracked from now on."""
+        store = self._session.store
+        names = [bitmap.name for bitmap in self.bitmaps]
+        intent = Intent.fresh(store.file.virtual_size, store.cluster_size, names)
+        self.draft.add(intent.canary_name, intent.granularity, enabled=False)
+        self.draft.fill(intent.canary_name, intent.canary_ranges, is_set=True)
+        # Nothing says which bits of the bitmaps are stored: until the next flushes, none counts.
+        self.draft.add(intent.name, intent.granularity, enabled=True)
+        self.draft.fill(intent.name, [(0, intent.virtual_size)], is_set=True)
+        return intent
 
     def _facts(self) -> Facts:
         """The image as it is now."""
@@ -269,6 +286,8 @@ class _Comeback:
         """Lets marks in again, once all of it is committed."""
         session = self._session
         recording = Recording.of(self.bitmaps, session.store.file.virtual_size)
+        if self._intent:  # before any mark is let in
+            session.take_intent(self._intent, recording)
         session.recorder.reopen(recording)
         if self._has_kept and self.activation.changed is not None:
             session.recorder.mark_many(self.activation.changed)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from threading import get_ident
 
@@ -89,7 +89,7 @@ class InFlightWrites:
 
         return Block(begin, lambda: self._end(write))
 
-    def async_write(self, mark: Callable[[], None]) -> AsyncBlock:
+    def async_write(self, mark: Callable[[], Awaitable[None]]) -> AsyncBlock:
         """Returns `write` as an asynchronous context manager: no thread waits."""
         write = _Write()
 
@@ -100,7 +100,7 @@ class InFlightWrites:
                 await self._changes.until(lambda: self._admit(write))
             finally:
                 self._waiting -= 1
-            mark()
+            await mark()
 
         return AsyncBlock(begin, lambda: self._end(write))
 

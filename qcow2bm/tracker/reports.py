@@ -92,3 +92,15 @@ class Activation(NamedTuple):
     reason: str
     bitmaps: dict[str, Fate]
     changed: NDArray[np.int64] | None
+
+
+class IntentReport(NamedTuple):
+    """What the intent bitmap has cost.
+
+    Attributes:
+        waits: how many writes had to wait until their region was durable.
+        barriers: for how many barriers; writes that wait at the same time share one.
+    """
+
+    waits: int
+    barriers: int

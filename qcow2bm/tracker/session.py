@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from qcow2bm.bitmaps.draft import Draft
 from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.clusters.plan import Barrier, Plan, Step
 from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
 from qcow2bm.log import logger
+from qcow2bm.migration.intent import Intent
 from qcow2bm.migration.lifecycle import Event, State, after, has_ended
 from qcow2bm.storage.forks import disown_in_forks
 from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.batches import Batch
 from qcow2bm.tracker.fanout import Recording
 from qcow2bm.tracker.inflight import InFlightWrites
+from qcow2bm.tracker.intent import IntentLog
 from qcow2bm.tracker.phase import Migration, Phase
 from qcow2bm.tracker.rate import Rate
 from qcow2bm.tracker.recorder import Recorder
@@ -44,6 +47,7 @@ class Session:
         clock: the time in seconds.
         flushing: how many bytes per second the storage takes.
         barrier_seconds: how long a barrier takes, by recent measurements.
+        intent: makes sure that a crash loses no mark; None without that.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Session:
         self.clock = clock
         self.flushing = Rate()
         self.barrier_seconds = 0.0
+        self.intent: IntentLog | None = None
+        self._intent_bitmap: Intent | None = None
         self._on_end = on_end
         self._phase = Phase()
         self._turns = Turns()
@@ -112,6 +118,8 @@ class Session:
         """Ends tracking by an event: marks raise from now on, and nothing more is written."""
         self.recorder.close(after(self.state, event), cause)
         self.in_flight.end_draining()
+        if self.intent:
+            self.intent.end()
         self.apply(event, cause=cause)
         self._on_end()
         if event == "fail":
@@ -203,6 +211,11 @@ class Session:
         carried = self.migration.carried if self.migration else ()
         return [bitmap for bitmap in self.recording.bitmaps if bitmap.name not in carried]
 
+    @property
+    def stores_all(self) -> bool:
+        """Whether all bitmaps that are tracked are stored here."""
+        return not self.migration or not self.migration.carried
+
     def find(self, name: str) -> TrackedBitmap:
         """The tracked bitmap of a name; raises `BitmapNotFoundError` if there is none."""
         for bitmap in self.recording.bitmaps:
@@ -224,6 +237,45 @@ class Session:
         bitmaps = *kept, *begun
         self.recorder.replace(Recording.of(bitmaps, before.virtual_size, is_beside=is_beside))
         before.fan_out()
+        if self.intent:
+            self.intent.follow(self.recording)
+
+    # --- intent --------------------------------------------------------------------------------
+
+    def begin_intent(self, intent: Intent) -> None:
+        """Lets writes wait from now on until a crash cannot lose their marks.
+
+        Raises:
+            StorageError: the intent bitmap could not be read.
+        """
+        self.intent = IntentLog(self.storage, self.fail_in_background)
+        self.take_intent(intent, self.recording)
+        self.intent.begin()
+
+    def take_intent(self, intent: Intent, recording: Recording) -> None:
+        """Goes on with another intent bitmap, which is in the image by now; no write is in flight.
+
+        Raises:
+            StorageError: it could not be read.
+        """
+        assert self.intent
+        self._intent_bitmap = intent
+        self.intent.place(intent.granularity, *self.store.first_cluster(intent.name))
+        self.intent.follow(recording)
+
+    def cover(self, draft: Draft, names: Iterable[str]) -> Intent | None:
+        """Lets the intent bitmap stand for these bitmaps once the draft is committed.
+
+        Returns what `commit` is to be told; None without intent.
+
+        Raises:
+            LimitError: there are too many of them.
+        """
+        if not self._intent_bitmap:
+            return None
+        intent = self._intent_bitmap.covering(names)
+        draft.rename(self._intent_bitmap.canary_name, intent.canary_name)
+        return intent
 
     # --- what is written -----------------------------------------------------------------------
 
@@ -277,8 +329,10 @@ class Session:
             raise CommitError(error.path, error.step, error.outcome, error.reason, text) from error
         self.flushing.add(plan.length, before - begun)
 
-    def commit(self, plan: Plan, *others: TrackedBitmap) -> None:
+    def commit(self, plan: Plan, *others: TrackedBitmap, intent: Intent | None = None) -> None:
         """Does what a plan of the store says; in_use are then the tracked bitmaps and ``others``.
+
+        ``intent`` is what `cover` has returned.
 
         Raises:
             CommitError: a write, a barrier or, afterwards, reading failed.
@@ -287,3 +341,6 @@ class Session:
             self.store.commit(plan, [*self.recording.bitmaps, *others])
         except CommitError as error:
             raise CommitError(error.path, error.step, error.outcome, error.reason, _LOST) from error
+        self._intent_bitmap = intent or self._intent_bitmap
+        if self.intent and self._intent_bitmap:
+            self.intent.move(self.store.first_cluster(self._intent_bitmap.name)[0])

@@ -19,7 +19,14 @@ from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker import handover
 from qcow2bm.tracker.edit import TrackerEdit, rotate
 from qcow2bm.tracker.flusher import Flusher
-from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
+from qcow2bm.tracker.reports import (
+    Activation,
+    Convergence,
+    FlushReport,
+    IntentReport,
+    Pending,
+    StopReport,
+)
 from qcow2bm.tracker.session import Session
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qcow2bm.migration.evidence import Policy
+    from qcow2bm.migration.intent import Intent
 
 
 class Tracker:
@@ -41,8 +49,10 @@ class Tracker:
 
     Attributes:
         mark: ``mark(start, length)`` records that guest bytes are written. Call it before the
-            write is acknowledged, and wait until it returns. Raises ValueError for a range that
-            is not on the disk, and marks nothing of it; StateError once tracking has ended.
+            write is acknowledged, and wait until it returns. With an intent bitmap call it before
+            the write begins: it returns once a crash cannot lose the mark any more. Raises
+            ValueError for a range that is not on the disk, and marks nothing of it; StateError once
+            tracking has ended.
     """
 
     def __init__(
@@ -52,11 +62,26 @@ class Tracker:
         *,
         on_end: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        intent: Intent | None = None,
     ) -> None:
-        """Tracks the bitmaps of the ``store``; ``on_end`` is called once tracking has ended."""
+        """Tracks the bitmaps of the ``store``.
+
+        Args:
+            storage: of the image.
+            store: the image, in which these bitmaps are in_use.
+            on_end: called once tracking has ended.
+            clock: the time in seconds.
+            intent: the intent bitmap of the image, if writes are to wait for it.
+
+        Raises:
+            StorageError: the intent bitmap could not be read.
+        """
         self._session = Session(storage, store, on_end=on_end, clock=clock)
         self._flusher = Flusher(self._session)
         self.mark = self._session.recorder.mark
+        if intent:
+            self._session.begin_intent(intent)
+            self.mark = self._mark_with_intent
 
     def __enter__(self) -> Tracker:
         return self
@@ -116,6 +141,17 @@ class Tracker:
         """
         self._session.require_free()
 
+    def _mark_with_intent(self, start: int, length: int) -> None:
+        self._session.recorder.mark(start, length)
+        if self._session.intent:
+            self._session.intent.wait(start, length)
+
+    @property
+    def intent(self) -> IntentReport | None:
+        """What waiting for the intent bitmap has cost so far; None without one."""
+        log = self._session.intent
+        return IntentReport(log.waits, log.barriers) if log else None
+
     def mark_many(self, ranges: NDArray[np.int64]) -> None:
         """`mark` for many ranges at once: (start, length) in guest bytes, int64[n, 2].
 
@@ -124,6 +160,8 @@ class Tracker:
             StateError: tracking has ended.
         """
         self._session.recorder.mark_many(ranges)
+        if self._session.intent:
+            self._session.intent.wait_many(ranges)
 
     def writing(self, start: int, length: int) -> AbstractContextManager[object]:
         """Marks a write of the guest, which is in flight while the block runs: `stop` waits for it.
@@ -142,7 +180,14 @@ class Tracker:
 
         Raises ValueError and StateError as `mark` does, before the block begins.
         """
-        return self._session.in_flight.async_write(lambda: self.mark(start, length))
+        intent = self._session.intent
+
+        async def mark() -> None:
+            self._session.recorder.mark(start, length)
+            if intent:
+                await intent.until_written(start, length)
+
+        return self._session.in_flight.async_write(mark)
 
     @property
     def pending(self) -> Pending:
