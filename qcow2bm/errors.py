@@ -21,6 +21,7 @@ The errors are divided by whose fault it is, and by what the caller may do next:
     │  └─ NoRoomError               the image has no room, and the storage cannot grow
     ├─ ComparisonError           a disk is not the one that is to be compared
     ├─ EvidenceError             nothing proves that saved bitmaps are still true of the disk
+    │  ├─ IntentError               the same, of bitmaps that a crash has left in use
     │  └─ TailError                 the same, of the bitmaps of an offload
     ├─ CommitError               a commit failed; says whether the edit took effect
     └─ QmpError                  a running QEMU could not be asked
@@ -437,6 +438,19 @@ class EvidenceError(Qcow2BmError):
         self.reason = reason
         facts = f"the disk may have been written to since the bitmaps were saved: {reason}"
         super().__init__(facts, reason, hint, hint=hint)
+
+
+class IntentError(EvidenceError):
+    """Bitmaps that a crash left in use cannot be recovered: nothing proves that writes are known.
+
+    ``reason`` says what the proof lacks.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        facts = f"the bitmaps cannot be recovered: {reason}"
+        Qcow2BmError.__init__(self, facts, reason)
+        self._arguments = (reason,)
 
 
 class TailError(EvidenceError):

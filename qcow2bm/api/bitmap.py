@@ -118,6 +118,16 @@ class Bitmap:
         return self.entry.granularity_bits < GRANULARITY_BITS_LIMIT
 
     @property
+    def is_auxiliary(self) -> bool:
+        """Whether this library added the bitmap for itself: it stands for no backup.
+
+        Sentinels are such bitmaps, see spec/lifecycle.md, and intent bitmaps, see spec/intent.md.
+        """
+        from qcow2bm.migration.intent import is_intent  # it takes time to load uuid
+
+        return self.is_sentinel or is_intent(self.entry.name)
+
+    @property
     def is_sentinel(self) -> bool:
         """Whether the bitmap is a sentinel of this library; see spec/lifecycle.md."""
         from qcow2bm.migration.sentinel import is_sentinel  # it takes time to load uuid

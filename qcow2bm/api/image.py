@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qcow2bm.clusters.space import FileSpace
     from qcow2bm.storage.interface import OtherUse
     from qcow2bm.storage.sources import Source
+    from qcow2bm.tracker.reports import Recovery
     from qcow2bm.tracker.tracker import Tracker
 
 
@@ -469,7 +470,7 @@ class Image:
             self._opened, names, others, reserve=reserve, generation=generation, intent=intent
         )
 
-    def recover(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
+    def recover(self, names: Iterable[str] | None = None, *, dry_run: bool = False) -> Recovery:
         """Makes bitmaps valid that were tracked with intent when the process or the host died.
 
         Each gets what the intent bitmap has, beside what is stored of it: every write since it
@@ -477,11 +478,10 @@ class Image:
 
         Args:
             names: the bitmaps; by default all that can be recovered.
-
-        Returns: the names of the bitmaps that were recovered.
+            dry_run: write nothing; the image need not be open for editing.
 
         Raises:
-            EvidenceError: there is no intent bitmap that has every write.
+            IntentError: there is no intent bitmap that has every write.
             BitmapError: a bitmap is not one of those that the intent bitmap stands for, or not
                 in_use.
             Qcow2BmError: as `edit` and a commit do.
@@ -489,10 +489,10 @@ class Image:
         from qcow2bm.api.recover import recover
 
         self._opened.require_open()
-        if not self._opened.guard:
+        if not self._opened.guard and not dry_run:
             raise ReadOnlyImageError()
         self._opened.require_idle()
-        return recover(self._opened, names)[0]
+        return recover(self._opened, names, dry_run=dry_run)
 
     @property
     def recoverable(self) -> tuple[str, ...]:

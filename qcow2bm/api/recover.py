@@ -11,10 +11,10 @@ from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
 from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bitmaps.status import INCONSISTENT, VALID
-from qcow2bm.clusters.plan import Plan
-from qcow2bm.errors import BitmapError, EvidenceError, LimitError, NoRoomError, StorageError
+from qcow2bm.errors import BitmapError, IntentError, LimitError, NoRoomError, StorageError
 from qcow2bm.log import logger
 from qcow2bm.migration.intent import Intent, find, is_intent
+from qcow2bm.tracker.reports import Recovery
 from qcow2bm.units import escape
 
 
@@ -55,18 +55,18 @@ def _covered(opened: OpenImage, intent: Intent) -> list[Bitmap]:
 
 def recover(
     opened: OpenImage, names: Iterable[str] | None = None, *, dry_run: bool = False
-) -> tuple[tuple[str, ...], Plan | None]:
+) -> Recovery:
     """See `Image.recover`; the image is open for editing, or for reading in a dry run."""
     intent, reason = evidence(opened)
     if intent is None:
-        raise EvidenceError(reason, None)
+        raise IntentError(reason)
     found = {bitmap.name: bitmap for bitmap in _covered(opened, intent)}
     wanted = list(found) if names is None else list(dict.fromkeys(names))
     for name in wanted:
         if name not in found:
             raise BitmapError(name, f"cannot be recovered: {_why_not(opened, intent, name)}")
     if not wanted:
-        return (), None
+        return Recovery(())
     left = found.keys() - {*wanted}
     with Edit(opened, dry_run=dry_run) as edit:
         for name in wanted:
@@ -78,7 +78,7 @@ def recover(
         plan = edit.plan() if dry_run else None
     if not dry_run:
         logger.info("%s: recovered %s", opened.name, [escape(name) for name in wanted])
-    return tuple(wanted), plan
+    return Recovery(tuple(wanted), plan)
 
 
 def _why_not(opened: OpenImage, intent: Intent, name: str) -> str:
@@ -101,9 +101,9 @@ def clean_up(opened: OpenImage) -> None:
     if not opened.metadata.directory.is_consistent:
         return
     try:
-        for bitmap in recoverable(opened):
-            try:
-                recover(opened, [bitmap.name])
+        for name in [bitmap.name for bitmap in recoverable(opened)]:
+            try:  # one by one, so that damage to one of them does not cost the others
+                recover(opened, [name])
             except BitmapError as error:
                 logger.warning("%s: %s", opened.name, error)
         names = [name for name in BitmapMapping(opened) if is_intent(name)]

@@ -197,6 +197,9 @@ def _advise(
         finishing = _finish_rescue(image, path)
         if finishing:
             return Advice("a rescue was interrupted", (finishing,))
+        recovering = _recover(image, path)
+        if recovering:
+            return Advice("a crash left bitmaps in use that can be recovered", (recovering,))
         why = f"writes may be missing from {listed((b.name for b in missing_writes), _MOST_NAMED)}"
         salvaging = _salvage_all(image, path)
         if salvaging:
@@ -223,8 +226,24 @@ def _bitmaps(image: Image) -> Iterator[Bitmap]:
     """Yields all bitmaps that stand for backups."""
     for entry in image.directory:
         bitmap = image.bitmap(entry.index)
-        if not bitmap.is_sentinel:
+        if not bitmap.is_auxiliary:
             yield bitmap
+
+
+def _recover(image: Image, path: str, *words: str) -> NextCommand | None:
+    """Returns the command that recovers bitmaps; all that can be recovered without ``words``."""
+    recoverable = image.recoverable
+    names = [find(image, word).name for word in words]
+    if not recoverable or not {*names} <= {*recoverable}:
+        return None
+    try:
+        plan = image.recover(names or None, dry_run=True).plan
+    except Qcow2BmError:
+        return None
+    if not _is_possible(path, plan):
+        return None
+    cost = "no write is lost; what was written shortly before the crash counts as more than it was"
+    return NextCommand(_argv("recover", path, *words), cost)
 
 
 def _fit_all(image: Image, path: str) -> NextCommand | None:
@@ -376,7 +395,7 @@ def advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> A
 def _advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> Advice:
     word = words_of(image, name)
     bitmap = _found(image, word)
-    if bitmap and bitmap.is_sentinel:
+    if bitmap and bitmap.is_auxiliary:
         return Advice()  # to salvage it would be to lose the evidence of a crash
     if reason == "disabled":
         return Advice("", _disabled(image, path, word))
@@ -384,6 +403,9 @@ def _advise_bitmap(image: Image, path: str, name: str, reason: BackupReason) -> 
         finishing = _finish_rescue(image, path)
         if finishing:
             return Advice("", (finishing,))
+        recovering = _recover(image, path, word)
+        if recovering:
+            return Advice("", (recovering,))
         plan = _try(image, lambda edit: edit.salvage(find(image, word).name))
         if _is_possible(path, plan):
             argv = _argv("salvage", path, word, options=["--all-dirty"])

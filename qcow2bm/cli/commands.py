@@ -54,6 +54,7 @@ COMMANDS_BY_GROUP = {
     "repair what is broken, outdated or in use": {
         "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
         "undo": Row("repair", "take back a repair"),
+        "recover": Row("recover", "make bitmaps valid that a crash left in use, without a loss"),
         "salvage": Row("salvage", "make an inconsistent or stale bitmap valid again"),
     },
     "carry bitmaps outside of an image": {

@@ -249,7 +249,7 @@ def _print_use(bitmaps: Sequence[Bitmap]) -> None:
     sentinels = [bitmap for bitmap in bitmaps if bitmap.is_sentinel]
     if any(bitmap.status == "inconsistent" for bitmap in sentinels):
         print("a sentinel is inconsistent: a VM has the disk, or did not end properly")
-    reasons = Counter(bitmap.backup_reason for bitmap in bitmaps if not bitmap.is_sentinel)
+    reasons = Counter(bitmap.backup_reason for bitmap in bitmaps if not bitmap.is_auxiliary)
     others = ", ".join(f"{n} {reason}" for reason, n in reasons.items() if reason != "usable")
     if others:
         usable = f"{reasons['usable']} of {count(reasons.total(), 'bitmap')}"

@@ -45,7 +45,7 @@ def not_in_use(image: Image, names: Iterable[str]) -> list[str]:
 
 def is_outdated(bitmap: Bitmap) -> bool:
     """Whether writes may be missing from a bitmap, and the bitmap stands for a backup."""
-    return bitmap.status in ("inconsistent", "stale") and not bitmap.is_sentinel
+    return bitmap.status in ("inconsistent", "stale") and not bitmap.is_auxiliary
 
 
 def needs_help(image: Image, problems: Iterable[Problem]) -> bool:
@@ -158,7 +158,7 @@ def valid_bitmaps(image: Image) -> tuple[list[Bitmap], list[str]]:
     left_out = [
         f"{_label(bitmap)} is {bitmap.status}, and left out"
         for bitmap in bitmaps
-        if bitmap.status != "valid" and not bitmap.is_sentinel
+        if bitmap.status != "valid" and not bitmap.is_auxiliary
     ]
     return [bitmap for bitmap in bitmaps if bitmap.status == "valid"], left_out
 

@@ -219,7 +219,7 @@ def _inconsistent(image: Image) -> Iterator[str]:
     return (
         name
         for name, bitmap in image.bitmaps.items()
-        if bitmap.status == "inconsistent" and not bitmap.is_sentinel
+        if bitmap.status == "inconsistent" and not bitmap.is_auxiliary
     )
 
 

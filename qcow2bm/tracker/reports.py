@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qcow2bm.clusters.plan import Plan
     from qcow2bm.migration.evidence import DiskOutcome, Fate
 
 
@@ -104,3 +105,15 @@ class IntentReport(NamedTuple):
 
     waits: int
     barriers: int
+
+
+class Recovery(NamedTuple):
+    """The result of `qcow2bm.Image.recover`.
+
+    Attributes:
+        names: of the bitmaps that were recovered, or would be.
+        plan: what would be written, in a dry run; None otherwise.
+    """
+
+    names: tuple[str, ...]
+    plan: Plan | None = None

@@ -69,6 +69,7 @@ FAILURES = {
     "repair text --no-undo": ("format", "text"),
     "undo vm.qcow2 missing": ("storage", "missing"),
     "undo vm.qcow2 text": ("format", "text"),
+    "recover vm.qcow2": ("intent", "vm.qcow2"),
     "salvage vm.qcow2 daily --all-dirty": ("bitmap", "vm.qcow2"),
     "stream dump text": ("format", "text"),
     "stream restore missing vm.qcow2": ("storage", "missing"),

@@ -62,6 +62,7 @@ ARGUMENTS: dict[type[Qcow2BmError], tuple[st.SearchStrategy[object], ...]] = {
     ),
     errors.ComparisonError: (names, words, st.sampled_from(FAULTS), words),
     errors.EvidenceError: (words,),
+    errors.IntentError: (words,),
     errors.TailError: (words, hints),
     errors.QmpError: (words, words, hints),
     errors.QmpRefusedError: (words, words, hints),

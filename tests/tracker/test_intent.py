@@ -1,0 +1,384 @@
+"""Tracking with intent: when a write may begin, what is taken out, recovered and refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from threading import Barrier, Event, Thread
+from uuid import UUID
+
+import numpy as np
+import pytest
+from support.images import Stored, build_image
+from support.recording import RecordingStorage
+
+import qcow2bm
+from qcow2bm.migration.intent import is_intent
+
+MIB = 1 << 20
+SIZE = 1024 * MIB
+GRANULARITY = 64 << 10
+
+
+def image() -> bytearray:
+    return build_image(
+        Stored(b"a", granularity_bits=16), Stored(b"b", granularity_bits=20), size=SIZE
+    ).data
+
+
+class Slow(RecordingStorage):
+    """A storage whose barriers wait, and can fail."""
+
+    def __init__(self, data: bytearray) -> None:
+        super().__init__(data)
+        self.may_go = Event()
+        self.may_go.set()
+        self.error: Exception | None = None
+
+    def barrier(self) -> None:
+        self.may_go.wait(60)
+        if self.error:
+            raise self.error
+        super().barrier()
+
+
+def crashed(data: bytes | bytearray) -> bytearray:
+    """The image as it is, with the bitmaps of a tracker that is gone."""
+    return bytearray(data)
+
+
+def dirty(data: bytearray, name: str) -> set[int]:
+    """The dirty granules of a bitmap that is valid."""
+    with qcow2bm.open(data) as opened:
+        bits = np.unpackbits(opened.bitmaps[name].packed(), bitorder="little")
+        return set(np.flatnonzero(bits).tolist())
+
+
+def regions(opened: qcow2bm.Image) -> set[int]:
+    """The regions of the intent bitmap as it is on disk."""
+    (name,) = [n for n, b in opened.bitmaps.items() if is_intent(n) and b.auto]
+    bits = np.unpackbits(opened.bitmaps[name].packed(), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+def recovered(data: bytearray) -> bytearray:
+    with qcow2bm.open(data, "r+") as opened:
+        assert {*opened.recoverable} == {"a", "b"}
+        assert {*opened.recover().names} == {"a", "b"}
+        assert not any(map(is_intent, opened.bitmaps))
+        assert {bitmap.status for bitmap in opened.bitmaps.values()} == {"valid"}
+    return data
+
+
+@pytest.mark.spec("INTENT-1", "INV-INTENT")
+@pytest.mark.parametrize("way", ["writing", "mark", "mark_many", "asyncio"])
+def test_a_write_waits_for_the_barrier(way: str) -> None:
+    storage = Slow(image())
+    begun = Event()
+
+    async def write_in_a_task(tracker: qcow2bm.Tracker) -> None:
+        async with tracker.async_writing(700 * MIB, 1):
+            begun.set()
+
+    def write() -> None:
+        if way == "writing":
+            with tracker.writing(700 * MIB, 1):
+                begun.set()
+        elif way == "mark":
+            tracker.mark(700 * MIB, 1)
+        elif way == "mark_many":
+            tracker.mark_many(np.array([(700 * MIB, 1), (300 * MIB, 4)]))
+        else:
+            asyncio.run(write_in_a_task(tracker))
+        begun.set()
+
+    with qcow2bm.open(storage, "r+") as opened, opened.track(intent=True) as tracker:
+        storage.may_go.clear()
+        thread = Thread(target=write)
+        thread.start()
+        assert not begun.wait(0.05)
+        storage.may_go.set()
+        thread.join()
+        assert begun.is_set()
+        with tracker.writing(700 * MIB, 2):  # of the same region, which is durable
+            pass
+        assert tracker.intent
+        assert tracker.intent == qcow2bm.IntentReport(waits=1, barriers=1) or way == "mark_many"
+        lost = recovered(crashed(storage.data))
+    assert {700 * 16} <= dirty(lost, "a")
+    assert dirty(lost, "b") >= {700}
+
+
+@pytest.mark.spec("INTENT-2")
+def test_writers_that_wait_share_one_barrier() -> None:
+    storage = Slow(image())
+    with qcow2bm.open(storage, "r+") as opened, opened.track(intent=True) as tracker:
+        storage.may_go.clear()
+        tracker_waits = Barrier(33)
+
+        def write(number: int) -> None:
+            tracker_waits.wait()
+            with tracker.writing(30 * number * MIB, 1):
+                pass
+
+        threads = [Thread(target=write, args=(number,)) for number in range(32)]
+        for thread in threads:
+            thread.start()
+        tracker_waits.wait()
+        while (tracker.intent or (0, 0))[0] < 31:  # one region may be set from the beginning
+            pass
+        storage.may_go.set()
+        for thread in threads:
+            thread.join()
+        assert tracker.intent
+        assert tracker.intent.barriers <= 3
+
+
+@pytest.mark.spec("INTENT-2")
+def test_who_writes_in_sequence_waits_seldom() -> None:
+    with qcow2bm.open(image(), "r+") as opened, opened.track(intent=True) as tracker:
+        for start in range(0, SIZE, MIB // 4):
+            with tracker.writing(start, MIB // 4):
+                pass
+        assert tracker.intent
+        assert tracker.intent.waits <= 12
+
+
+@pytest.mark.spec("INTENT-1")
+def test_what_is_durable_in_the_bitmaps_needs_no_intent() -> None:
+    with qcow2bm.open(image(), "r+") as opened, opened.track(intent=True) as tracker:
+        for start in range(0, 200 * MIB, MIB):
+            with tracker.writing(start, GRANULARITY):
+                pass
+        for _ in range(3):
+            tracker.flush()
+        assert regions(opened) == set()
+        before = tracker.intent
+        for start in range(0, 200 * MIB, MIB):
+            with tracker.writing(start + 512, 4096):
+                pass
+        assert tracker.intent == before
+        with tracker.writing(5 * MIB + GRANULARITY, 1):  # another granule of a region taken out
+            pass
+        assert tracker.intent != before
+        assert regions(opened) == {5}
+
+
+@pytest.mark.spec("INTENT-3")
+def test_regions_are_taken_out_once_they_are_stored() -> None:
+    data = image()
+    with qcow2bm.open(data, "r+") as opened, opened.track(intent=True) as tracker:
+        with tracker.writing(10 * MIB, 1):
+            pass
+        tracker.flush()
+        assert 10 in regions(opened)
+        tracker.flush()
+        assert 10 not in regions(opened)
+        with tracker.writing(20 * MIB, 1):
+            pass
+        lost = recovered(crashed(data))
+    assert dirty(lost, "a") == {10 * 16, *range(20 * 16, 21 * 16)}
+
+
+@pytest.mark.spec("INTENT-4")
+def test_an_edit_loses_nothing_that_was_merged() -> None:
+    data = image()
+    with qcow2bm.open(data, "r+") as opened:
+        with opened.edit() as edit:
+            edit.add("off", GRANULARITY, enabled=False)
+            edit.set("off", 400 * MIB, MIB)
+        tracker = opened.track(intent=True)
+        with tracker.edit() as changes:
+            changes.merge("a", "off")
+            changes.remove("off")
+        lost = recovered(crashed(data))
+        tracker.abandon()
+    assert {*range(400 * 16, 401 * 16)} <= dirty(lost, "a")
+
+
+@pytest.mark.spec("INTENT-4")
+def test_after_a_migration_all_of_it_counts_until_it_is_stored(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image())
+    with qcow2bm.open(path, "r+") as opened, opened.track(intent=True) as tracker:
+        with tracker.writing(10 * MIB, 1):
+            pass
+        tracker.inactivate()
+        tracker.activate()
+        lost = recovered(crashed(path.read_bytes()))
+        assert dirty(lost, "a") == {*range(SIZE // GRANULARITY)}
+        for _ in range(3):
+            tracker.flush()
+        with tracker.writing(20 * MIB, 1):
+            pass
+        lost = recovered(crashed(path.read_bytes()))
+        assert dirty(lost, "a") == {10 * 16, *range(20 * 16, 21 * 16)}
+    with qcow2bm.open(path) as again:
+        assert [*again.bitmaps] == ["a", "b"]
+        assert again.bitmaps["a"].count() == 2 * GRANULARITY
+
+
+@pytest.mark.spec("INTENT-1")
+def test_a_bit_that_cannot_be_stored_ends_tracking() -> None:
+    storage = Slow(image())
+    with qcow2bm.open(storage, "r+") as opened:
+        tracker = opened.track(intent=True)
+        storage.error = qcow2bm.StorageError("disk", 0, 0, "no")
+        with pytest.raises(qcow2bm.StateError, match="ended"), tracker.writing(MIB, 1):
+            pass
+        while tracker.state == "tracking":
+            pass
+        assert tracker.state == "failed"
+        storage.error = None
+
+
+@pytest.mark.spec("INTENT-1")
+def test_a_write_that_waits_does_not_outlive_the_tracker() -> None:
+    storage = Slow(image())
+    with qcow2bm.open(storage, "r+") as opened:
+        tracker = opened.track(intent=True)
+        storage.may_go.clear()
+        errors: list[Exception] = []
+
+        def write() -> None:
+            try:
+                with tracker.writing(MIB, 1):
+                    pass
+            except qcow2bm.StateError as error:
+                errors.append(error)
+
+        thread = Thread(target=write)
+        thread.start()
+        while not tracker.intent or not tracker.intent.waits:
+            pass
+        ending = Thread(target=tracker.abandon)
+        ending.start()
+        thread.join()
+        storage.may_go.set()
+        ending.join()
+        assert len(errors) == 1
+
+
+def spoiled(change: Callable[[bytearray], None]) -> tuple[str, ...]:
+    """What can be recovered of an image that has crashed and been changed."""
+    data = image()
+    with qcow2bm.open(data, "r+") as opened:
+        opened.track(intent=True)
+        lost = crashed(data)
+    change(lost)
+    with qcow2bm.open(lost) as again:
+        found = again.recoverable
+        if not found:
+            with pytest.raises(qcow2bm.IntentError, match="cannot be recovered"):
+                again.recover(dry_run=True)
+    return found
+
+
+def edited(operate: Callable[[qcow2bm.Edit, list[str]], None]) -> Callable[[bytearray], None]:
+    def change(data: bytearray) -> None:
+        with qcow2bm.open(data, "r+") as opened, opened.edit() as edit:
+            operate(edit, sorted(filter(is_intent, edit.names)))
+
+    return change
+
+
+def stale(data: bytearray) -> None:
+    data[95] &= ~1
+
+
+def cleared(edit: qcow2bm.Edit, names: list[str]) -> None:
+    for name in names:
+        edit.clear(name)
+
+
+def tracked_by_another(data: bytearray) -> None:
+    """Without intent, and killed; the intent bitmap records, so it is tracked, too."""
+    with qcow2bm.open(data, "r+") as opened, opened.edit() as edit:
+        for name in filter(is_intent, [*edit.names]):
+            edit.invalidate(name)
+
+
+@pytest.mark.spec("INTENT-6", "INTENT-8")
+@pytest.mark.parametrize(
+    "change",
+    [
+        stale,
+        tracked_by_another,
+        edited(cleared),
+        edited(lambda edit, names: edit.remove(names[0])),
+        edited(lambda edit, names: edit.remove(names[1])),
+        edited(lambda edit, names: edit.disable(names[0])),
+        edited(lambda edit, names: edit.enable(names[1])),
+        edited(lambda edit, names: edit.rename(names[0], "another")),
+        edited(lambda edit, names: edit.copy(names[0], f"qcow2bm-intent-{UUID(int=1)}")),
+        edited(lambda edit, names: edit.invalidate("a")),
+    ],
+    ids=[
+        "stale", "in_use", "cleared", "no intent", "no canary", "disabled", "enabled", "renamed",
+        "several", "invalidated",
+    ],
+)  # fmt: skip
+def test_what_proves_nothing(change: Callable[[bytearray], None]) -> None:
+    assert spoiled(lambda data: None) == ("a", "b")
+    assert spoiled(change) == ()
+
+
+@pytest.mark.spec("INTENT-5")
+def test_some_of_them_and_others_are_refused() -> None:
+    data = image()
+    with qcow2bm.open(data, "r+") as opened, opened.edit() as edit:
+        edit.add("lost before")
+        edit.invalidate("lost before")
+    with qcow2bm.open(data, "r+") as opened:
+        opened.track(["a", "b"], intent=True)
+        lost = crashed(data)
+    with qcow2bm.open(lost, "r+") as opened:
+        with pytest.raises(qcow2bm.BitmapError, match="does not stand for it"):
+            opened.recover(["lost before"])
+        assert opened.recover(["b"]).names == ("b",)
+        with pytest.raises(qcow2bm.BitmapError, match="it is valid"):
+            opened.recover(["b"])
+        assert opened.recoverable == ("a",)
+        assert opened.recover().names == ("a",)
+        assert not any(map(is_intent, opened.bitmaps))
+        with pytest.raises(qcow2bm.IntentError, match="there is no intent bitmap"):
+            opened.recover()
+
+
+@pytest.mark.spec("INTENT-7")
+@pytest.mark.parametrize("intent", [False, True])
+def test_the_next_tracker_recovers(intent: bool) -> None:
+    data = image()
+    with qcow2bm.open(data, "r+") as opened:
+        tracker = opened.track(intent=True)
+        with tracker.writing(10 * MIB, 1):
+            pass
+        lost = crashed(data)
+    with qcow2bm.open(lost, "r+") as opened, opened.track(intent=intent) as tracker:
+        assert tracker.names == ["a", "b"]
+        assert any(map(is_intent, opened.bitmaps)) == intent
+    with qcow2bm.open(lost) as opened:
+        assert [*opened.bitmaps] == ["a", "b"]
+    assert {10 * 16} <= dirty(lost, "a")
+
+
+def test_the_largest_intent_bitmap_has_a_cluster() -> None:
+    """Its bits would fill a cluster exactly, and all ones would be a table entry without one."""
+    data = build_image(Stored(b"a", granularity_bits=26), cluster_bits=16, size=16 << 40).data
+    with qcow2bm.open(data, "r+") as opened, opened.track(intent=True) as tracker:
+        tracker.inactivate()
+        tracker.activate()
+        with tracker.writing(0, 16 << 40):
+            pass
+        tracker.stop()
+
+
+def test_too_many_bitmaps() -> None:
+    names = [f"b{number}" for number in range(73)]
+    data = build_image(*(Stored(name.encode(), granularity_bits=20) for name in names), size=SIZE)
+    with (
+        qcow2bm.open(data.data, "r+") as opened,
+        pytest.raises(qcow2bm.LimitError, match="tracked with intent"),
+    ):
+        opened.track(intent=True)
