@@ -41,7 +41,9 @@ def check(
         opened.callback(data_file.close)
         with data_file.read_lock(), storage.read_lock():
             require_servable(storage, data_file)
-        opened.enter_context(open_image(storage)).bitmaps_to_track(names, others=others)
+        tracked = opened.enter_context(open_image(storage))
+        if not tracked.recoverable:  # what can be recovered will be when tracking begins
+            tracked.bitmaps_to_track(names, others=others)
 
 
 def require_servable(image: Storage, data: Storage) -> int:
@@ -105,6 +107,7 @@ class Disk:
         *,
         others: Others = "refuse",
         flush_interval: float = 0,
+        intent: bool = False,
     ) -> None:
         """Opens and locks image and data file as QEMU does, and begins to track.
 
@@ -116,6 +119,7 @@ class Disk:
             others: what to do with other enabled bitmaps, see `qcow2bm.Image.track`.
             flush_interval: the seconds between two flushes of what has changed in the bitmaps; 0
                 for no flush before the end.
+            intent: whether a crash loses no bitmap, see `qcow2bm.Image.track`.
 
         Raises:
             ImageLockedError: another process uses the image or the data file.
@@ -131,7 +135,7 @@ class Disk:
             opened.enter_context(self._data.write_lock(0))
             self.size = require_servable(storage, self._data)
             opened.callback(self._data.barrier)
-            self._tracker = tracked.track(names, others=others)
+            self._tracker = tracked.track(names, others=others, intent=intent)
             opened.push(self._end_tracking)
             if flush_interval:
                 opened.enter_context(self._tracker.background(flush_interval))

@@ -12,6 +12,8 @@ Parameters::
                           of refusing to begin
     flush-interval=5      the seconds between two flushes of the bitmaps; 0 for no flush before the
                           end
+    intent=yes            let no bitmap be lost if nbdkit or the host dies: a write to a region that
+                          was not written to for some time waits for one barrier more
 
 This file is a script for the Python inside nbdkit, and is not imported: nbdkit finds the functions
 by their names. `qcow2bm.serve.disk` does the work. ``nbdkit -v`` shows what the library logs.
@@ -64,6 +66,7 @@ _paths: dict[str, str] = {}
 _names: list[str] = []
 _others: served.Others = "refuse"
 _flush_interval = 5.0
+_intent = False
 _disk: served.Disk | None = None
 _signals: EndSignals | None = None
 
@@ -102,7 +105,7 @@ logger.setLevel(logging.INFO)
 
 def config(key: str, value: str) -> None:
     """Takes a parameter."""
-    global _others, _flush_interval
+    global _others, _flush_interval, _intent
     if key in ("image", "data"):
         _paths[key] = os.path.abspath(value)  # nbdkit changes its folder before it serves
     elif key == "bitmaps":
@@ -115,6 +118,10 @@ def config(key: str, value: str) -> None:
         _others = cast("served.Others", value)
     elif key == "flush-interval":
         _flush_interval = _seconds(value)
+    elif key == "intent":
+        if value not in ("yes", "no"):
+            raise UsageError(f"intent={value} must be yes or no")
+        _intent = value == "yes"
     else:
         raise UsageError(f"unknown parameter {key}")
 
@@ -155,6 +162,7 @@ def after_fork() -> None:
         _names or None,
         others=_others,
         flush_interval=_flush_interval,
+        intent=_intent,
     )
     _signals = EndSignals(_stop)
 

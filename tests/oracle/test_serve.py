@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -255,6 +256,46 @@ def test_after_a_kill_the_bitmaps_are_in_use(disk: RawDisk, background: bool) ->
     assert disk.image.path.read_bytes() == before
 
 
+@pytest.mark.spec("INTENT-1", "INTENT-5")
+@pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.deep)])
+def test_killed_at_any_moment_with_intent(disk: RawDisk, kills: int) -> None:
+    """The incremental backup after a recovery restores the disk byte for byte."""
+    chance = random.Random(kills)
+    disk.image.add("coarse", 65536)
+    for number in range(kills):
+        old = as_qemu_reads(disk)
+        with (
+            serving(disk, "flush-interval=0.02", "intent=yes") as server,
+            ThreadPoolExecutor() as clients,
+        ):
+            for _ in range(4):
+                switches = [part for line in load(chance, []) * 20 for part in ("-c", line)]
+                clients.submit(run, "qemu-io", "-f", "raw", *switches, server.uri)
+            time.sleep(chance.uniform(0.05, 0.3))
+            server.end(signal.SIGKILL)
+        with qcow2bm.open(disk.image.path, "r+") as image:
+            assert {*image.recover().names} == {"daily", "coarse"}
+        assert disk.image.check().returncode in (0, LEAKS)
+        new = as_qemu_reads(disk)
+        assert restored(disk, old, "daily") == new, number
+        assert restored(disk, old, "coarse") == new, number
+        for name in ("daily", "coarse"):
+            disk.image.bitmap(name, "--clear")
+    print(f"{kills} kills of a server under load, every backup restores the disk")
+
+
+@pytest.mark.spec("INTENT-7")
+def test_a_server_that_was_killed_recovers_when_it_begins_again(disk: RawDisk) -> None:
+    with serving(disk, "intent=yes") as server:
+        server.io("write -P 1 1M 64k")
+        server.end(signal.SIGKILL)
+    with serving(disk) as server:
+        server.end()
+    assert flags(disk) == {"daily": ["auto"]}
+    extents = disk.image.extents("daily")
+    assert any(start <= MiB and MiB + 65536 <= start + length for start, length in extents)
+
+
 def test_only_the_bitmaps_that_are_named(disk: RawDisk) -> None:
     disk.image.add("weekly, monthly", GRANULARITY)
     disk.image.add("other", GRANULARITY)
@@ -383,6 +424,7 @@ def test_subclusters_that_are_all_written_are_served(tmp_path: Path) -> None:
         (["image=vm.qcow2"], "the parameter data=PATH is missing"),
         (["colour=blue"], "unknown parameter colour"),
         (["flush-interval=soon"], "flush-interval=soon is no number of seconds"),
+        (["intent=perhaps"], "intent=perhaps must be yes or no"),
         (["others=ignore"], "others=ignore must be refuse or mark-in-use"),
         (["image=/nowhere/vm.qcow2", "data=/nowhere/vm.raw"], "No such file or directory"),
     ],
