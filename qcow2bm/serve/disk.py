@@ -22,6 +22,8 @@ from qcow2bm.units import align_up, escape
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from qcow2bm.tracker.reports import IntentReport
+
 Path = str | os.PathLike[str]
 Others = Literal["refuse", "mark-in-use"]
 
@@ -161,6 +163,11 @@ class Disk:
         traceback: TracebackType | None,
     ) -> None:
         self._opened.__exit__(kind, error, traceback)
+
+    @property
+    def intent(self) -> IntentReport | None:
+        """What the intent bitmap has cost so far; None without one."""
+        return self._tracker.intent
 
     def stop(self) -> None:
         """Waits for the writes in flight, refuses further writes, and stores the bitmaps.

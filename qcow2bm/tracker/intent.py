@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     Octets = NDArray[np.uint8]
 
 _MAX_AHEAD_BYTES = 256 << 20
+_GROWTH = 4
 _STREAMS = 64
+"""So many places are remembered at which a program may go on writing."""
 
 
 class Snapshot(NamedTuple):
@@ -62,7 +64,9 @@ class IntentLog:
         self._storing = Lock()  # one at a time, so that what is on disk is never older
         self._failure: BaseException | None = None
         self._is_due = self._is_over = self._is_paused = False
-        self._ends: dict[int, int] = {}  # of the regions that were set ahead, and their number
+        # By the region behind those that were set ahead, and by one in their middle: their number.
+        self._ends: dict[int, int] = {}
+        self._middles: dict[int, tuple[int, int]] = {}
         self._thread: Thread | None = None
 
     # --- what it is about -----------------------------------------------------------------------
@@ -79,6 +83,7 @@ class IntentLog:
             self._granularity = granularity
             self._most_ahead = max(1, _MAX_AHEAD_BYTES // granularity)
             self._ends.clear()
+            self._middles.clear()
             self._offset = offset
             self._wanted = bytearray(octets)  # bits to be on disk
             self._durable = bytearray(octets)  # no write of less has come since they were durable
@@ -96,6 +101,7 @@ class IntentLog:
         self._recording = recording
         self._shift = recording.granularity.bit_length() - 1
         self._settled = bytearray(len(recording.bits.octets))
+        self._size = recording.virtual_size
 
     # --- before a write -------------------------------------------------------------------------
 
@@ -105,20 +111,20 @@ class IntentLog:
         Raises:
             StateError: a bit could not be stored.
         """
-        if self._is_settled(start, length):
+        if not length or self.is_settled(start, length):
             return
         with self._changes.lock:
-            first, stop = self._want(start, length)
+            first, stop = self._want(int(start), int(length))
             if not self._is_durable(first, stop):
                 self.waits += 1
                 self._changes.wait_for(lambda: self._is_admitted(first, stop))
 
     async def until_written(self, start: int, length: int) -> None:
         """`wait` in a task of asyncio."""
-        if self._is_settled(start, length):
+        if not length or self.is_settled(start, length):
             return
         with self._changes.lock:
-            first, stop = self._want(start, length)
+            first, stop = self._want(int(start), int(length))
             if self._is_durable(first, stop):
                 return
             self.waits += 1
@@ -133,17 +139,19 @@ class IntentLog:
         for start, length in ranges.tolist():
             self.wait(start, length)
 
-    def _is_settled(self, start: int, length: int) -> bool:
+    def is_settled(self, start: int, length: int) -> bool:
         """Whether the granules of a range are durable in every tracked bitmap.
 
-        No lock is needed: a granule that is settled stays so while a write is in flight.
+        Then they are marked, too: nothing is left to be done. No lock is needed: a granule that is
+        settled stays so while a write is in flight. What is not on the disk is never settled, nor
+        is anything once tracking has ended.
         """
-        if not length:
-            return True
-        settled, shift = self._settled, self._shift
-        first, last = start >> shift, start + length - 1 >> shift
+        end, shift = start + length, self._shift
+        if not 0 <= start < end <= self._size:
+            return False
+        settled, first, last = self._settled, start >> shift, end - 1 >> shift
         if first == last:
-            return bool(settled[first >> 3] >> (first & 7) & 1)
+            return settled[first >> 3] >> (first & 7) & 1 == 1
         low, high = first >> 3, (last >> 3) + 1
         part = settled[low:high]
         filled = part[:]
@@ -154,15 +162,26 @@ class IntentLog:
         """Lets the bits of a range be stored, and of what may come next; returns its regions."""
         first, stop = start // self._granularity, ceil_div(start + length, self._granularity)
         if not self._is_durable(first, stop):
-            ahead = 0
-            if is_ahead and (before := self._ends.pop(first, 0)):
-                ahead = min(2 * before, self._most_ahead)
-            end = min(stop + ahead, ceil_div(self._recording.virtual_size, self._granularity))
-            self._ends[end] = max(1, end - stop)
-            while len(self._ends) > _STREAMS:
-                del self._ends[next(iter(self._ends))]
-            self._add(first, end)
+            before = self._ends.pop(first, 0) if is_ahead else 0
+            self._add(first, stop)
+            self._go_ahead(stop, _GROWTH * before)
+        elif first in self._middles:  # the regions that follow are stored before they are needed
+            end, before = self._middles.pop(first)
+            self._ends.pop(end, None)
+            self._go_ahead(end, _GROWTH * before)
         return first, stop
+
+    def _go_ahead(self, first: int, count: int) -> None:
+        """Lets the bits of so many regions be stored that are likely to be needed next."""
+        count = min(count, self._most_ahead)
+        end = min(first + count, ceil_div(self._recording.virtual_size, self._granularity))
+        self._add(first, end)
+        self._ends[end] = max(1, count)
+        if count > 1:
+            self._middles[first + count // 2] = end, count
+        for streams in (self._ends, self._middles):
+            while len(streams) > _STREAMS:
+                del streams[next(iter(streams))]
 
     def _add(self, first: int, stop: int) -> None:
         """Lets the bits of regions be stored, unless they are about to be."""
@@ -196,6 +215,7 @@ class IntentLog:
         """Stores nothing more until `place` is called: no write is in flight."""
         with self._storing, self._changes.lock:
             self._is_paused = True
+            self._size = 0
 
     def end(self) -> None:
         """Ends the thread: tracking has ended. When this returns, nothing more is stored.
@@ -204,6 +224,7 @@ class IntentLog:
         """
         with self._changes.lock:
             self._is_over = True
+            self._size = 0
             self._changes.announce()
         with self._storing:
             pass

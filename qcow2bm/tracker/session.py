@@ -242,8 +242,11 @@ class Session:
 
     # --- intent --------------------------------------------------------------------------------
 
-    def begin_intent(self, intent: Intent) -> None:
+    def begin_intent(self, intent: Intent) -> Callable[[int, int], None]:
         """Lets writes wait from now on until a crash cannot lose their marks.
+
+        Returns the function that marks a range and then waits, see `Tracker.mark`. A closure,
+        because a program calls it for every write of a guest.
 
         Raises:
             StorageError: the intent bitmap could not be read.
@@ -251,6 +254,14 @@ class Session:
         self.intent = IntentLog(self.storage, self.fail_in_background)
         self.take_intent(intent, self.recording)
         self.intent.begin()
+        mark, is_settled, wait = self.recorder.mark, self.intent.is_settled, self.intent.wait
+
+        def mark_with_intent(start: int, length: int) -> None:
+            if not is_settled(start, length):
+                mark(start, length)
+                wait(start, length)
+
+        return mark_with_intent
 
     def take_intent(self, intent: Intent, recording: Recording) -> None:
         """Goes on with another intent bitmap, which is in the image by now; no write is in flight.

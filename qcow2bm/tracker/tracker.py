@@ -80,8 +80,7 @@ class Tracker:
         self._flusher = Flusher(self._session)
         self.mark = self._session.recorder.mark
         if intent:
-            self._session.begin_intent(intent)
-            self.mark = self._mark_with_intent
+            self.mark = self._session.begin_intent(intent)
 
     def __enter__(self) -> Tracker:
         return self
@@ -141,11 +140,6 @@ class Tracker:
         """
         self._session.require_free()
 
-    def _mark_with_intent(self, start: int, length: int) -> None:
-        self._session.recorder.mark(start, length)
-        if self._session.intent:
-            self._session.intent.wait(start, length)
-
     @property
     def intent(self) -> IntentReport | None:
         """What waiting for the intent bitmap has cost so far; None without one."""
@@ -183,6 +177,8 @@ class Tracker:
         intent = self._session.intent
 
         async def mark() -> None:
+            if intent and intent.is_settled(start, length):
+                return
             self._session.recorder.mark(start, length)
             if intent:
                 await intent.until_written(start, length)
