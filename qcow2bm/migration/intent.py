@@ -125,6 +125,8 @@ def find(entries: Iterable[DirectoryEntry], virtual_size: int) -> tuple[Intent |
             return None, f"the {what} was {'enabled' if one.auto else 'disabled'}"
     if entry.granularity != canary.granularity:
         return None, "the intent bitmap has another granularity than its canary"
+    if not virtual_size or ceil_div(virtual_size, entry.granularity) > 8 * _MAX_BYTES:
+        return None, "the intent bitmap is not of a granularity that it is made with"
     assert entry.name is not None
     assert canary.name is not None
     return Intent(entry.name, entry.granularity, virtual_size, canary.name), ""

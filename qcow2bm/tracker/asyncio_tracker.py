@@ -47,7 +47,7 @@ class AsyncioTracker:
 
     Attributes:
         tracker: the tracker. Its methods that wait block the event loop.
-        mark: see `Tracker`.
+        mark: see `Tracker`. With an intent bitmap it blocks the event loop: use `writing`.
     """
 
     def __init__(self, tracker: Tracker) -> None:

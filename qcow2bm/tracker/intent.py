@@ -217,6 +217,10 @@ class IntentLog:
             self._is_paused = True
             self._size = 0
 
+    def disown(self) -> None:
+        """Takes nothing for settled any more: for a forked process, without the thread."""
+        self._is_over, self._size = True, 0
+
     def end(self) -> None:
         """Ends the thread: tracking has ended. When this returns, nothing more is stored.
 

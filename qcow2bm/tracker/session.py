@@ -160,6 +160,8 @@ class Session:
         self.in_flight.forget()
         if not has_ended(self.state):
             self.recorder.disown(after(self.state, "fork"))
+            if self.intent:
+                self.intent.disown()
             self.apply("fork")
 
     # --- one operation at a time ---------------------------------------------------------------

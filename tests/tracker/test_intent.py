@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from threading import Barrier, Event, Thread
@@ -361,6 +362,27 @@ def test_the_next_tracker_recovers(intent: bool) -> None:
     with qcow2bm.open(lost) as opened:
         assert [*opened.bitmaps] == ["a", "b"]
     assert {10 * 16} <= dirty(lost, "a")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_marks_nothing() -> None:
+    """Not even what is durable already."""
+    with qcow2bm.open(image(), "r+") as opened, opened.track(intent=True) as tracker:
+        tracker.mark(0, 1)
+        for _ in range(3):
+            tracker.flush()
+        tracker.mark(0, 1)
+        child = os.fork()
+        if child == 0:
+            try:
+                tracker.mark(0, 1)
+            except qcow2bm.StateError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        tracker.stop()
+        with pytest.raises(qcow2bm.StateError):
+            tracker.mark(0, 1)
 
 
 def test_the_largest_intent_bitmap_has_a_cluster() -> None:
