@@ -259,6 +259,6 @@ def test_some_states(layout: str) -> None:
 @pytest.mark.spec("INV-INTENT", "INTENT-5")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_states(layout: str) -> None:
-    count = sum(judge_all(play(layout, seed), Random(seed), 60) for seed in range(30))
+    count = sum(judge_all(play(layout, seed), Random(seed), 60) for seed in range(20))
     print(f"crash states recovered: {count} ({layout}), no write missing, no bitmap lost")
-    assert count > 5000
+    assert count > 4000
