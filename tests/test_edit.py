@@ -437,6 +437,7 @@ BITMAP_USES: dict[str, Callable[[qcow2bm.Bitmap], object]] = {
     "is_dirty_tracking": lambda bitmap: bitmap.is_dirty_tracking,
     "has_legal_granularity": lambda bitmap: bitmap.has_legal_granularity,
     "is_sentinel": lambda bitmap: bitmap.is_sentinel,
+    "is_auxiliary": lambda bitmap: bitmap.is_auxiliary,
     "require_valid": lambda bitmap: bitmap.require_valid(),
     "problems": lambda bitmap: bitmap.problems,
     "status": lambda bitmap: bitmap.status,

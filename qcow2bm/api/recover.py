@@ -90,16 +90,17 @@ def _why_not(opened: OpenImage, intent: Intent, name: str) -> str:
     return "it was disabled"
 
 
-def clean_up(opened: OpenImage) -> None:
+def clean_up(opened: OpenImage) -> bool:
     """Recovers what can be recovered, and removes the intent bitmaps: before tracking begins.
 
-    Where there is no room for that, they stay.
+    Where there is no room for that, they stay. Returns whether there were any.
 
     Raises:
         As `Image.edit` and a commit do.
     """
-    if not opened.metadata.directory.is_consistent:
-        return
+    directory = opened.metadata.directory
+    if not directory.is_consistent or not any(is_intent(one.name) for one in directory.entries):
+        return False
     try:
         for name in [bitmap.name for bitmap in recoverable(opened)]:
             try:  # one by one, so that damage to one of them does not cost the others
@@ -115,6 +116,7 @@ def clean_up(opened: OpenImage) -> None:
         if isinstance(error, StorageError) and not isinstance(error, NoRoomError):
             raise
         logger.warning("%s: an intent bitmap stays in the image: %s", opened.name, error)
+    return True
 
 
 def add_intent(opened: OpenImage, covered: Iterable[str]) -> Intent:

@@ -37,14 +37,16 @@ def begin(
     require_global_lock()
     storage = opened.guard
     assert storage is not None
+    store = TrackedStore(storage)
     names = None if names is None else list(names)
-    recover.clean_up(opened)
+    if recover.clean_up(opened):
+        store.reload()
     chosen, left_out = choose(opened, names, others)
     added = None
     if intent:
         added = recover.add_intent(opened, [bitmap.name for bitmap in chosen])
+        store.reload()
         chosen, left_out = choose(opened, names, others)
-    store = TrackedStore(storage)
     try:
         if remove_sentinels(opened):
             store.reload()

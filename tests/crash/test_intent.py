@@ -257,7 +257,7 @@ def test_some_states(layout: str) -> None:
 
 @pytest.mark.deep
 @pytest.mark.spec("INV-INTENT", "INTENT-5")
-@pytest.mark.parametrize(("layout", "seeds"), zip(LAYOUTS, (30, 30, 3), strict=True))
+@pytest.mark.parametrize(("layout", "seeds"), [*zip(LAYOUTS, (30, 30, 3), strict=True)])
 def test_many_states(layout: str, seeds: int) -> None:
     count = sum(judge_all(play(layout, seed), Random(seed), 60) for seed in range(seeds))
     print(f"crash states recovered: {count} ({layout}), no write missing, no bitmap lost")

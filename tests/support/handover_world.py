@@ -7,10 +7,12 @@ storage that goes back to an earlier state. A ghost set knows which granules wer
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -604,6 +606,10 @@ def _track(host: Host, generation: bool | None) -> Tracker | None:
 
 def _nothing() -> None:
     pass
+
+
+# A copy of a storage has a lock of its own; no thread holds one while a world is copied.
+copyreg.pickle(type(Lock()), lambda lock: (Lock, ()))
 
 
 def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
