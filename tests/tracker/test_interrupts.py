@@ -209,7 +209,8 @@ def test_the_recipe_for_sigterm(tmp_path: Path) -> None:
         "with qcow2bm.open('disk.qcow2', 'r+') as image, image.track() as tracker:\n"
         "    with tracker.background(interval=1000), tracker.writing(0, 1):\n"
         "        print('ready', flush=True)\n"
-        "        time.sleep(60)\n"
+        "        for _ in range(6000):  # a signal just before one sleep does not end it\n"
+        "            time.sleep(0.01)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE
