@@ -53,8 +53,9 @@ def begin(
             chosen, left_out = choose(opened, names, others)
     except (LimitError, StorageError):  # there is no room; no program trusts them while in_use
         left_out += _recording(opened, VALID, is_sentinel)
-    if not intent:  # there was no room to remove one: no program trusts it while it is in_use
-        left_out += _recording(opened, VALID, is_intent)
+    # There was no room to remove an old intent bitmap: no program trusts it while it is in_use.
+    ours = added.name if added else ""
+    left_out += _recording(opened, VALID, lambda name: is_intent(name) and name != ours)
     try:
         store.begin(
             (b.entry for b in chosen),

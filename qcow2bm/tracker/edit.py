@@ -15,7 +15,7 @@ from qcow2bm.bitmaps.draft_bits import MAX_FACTOR, DraftBits, PackedSource, Sour
 from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.errors import BitmapError, LimitError, StateError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
-from qcow2bm.migration.intent import Intent
+from qcow2bm.migration.intent import Intent, is_intent
 from qcow2bm.tracker.block import Block
 from qcow2bm.tracker.fanout import merge
 from qcow2bm.tracker.session import Session
@@ -127,6 +127,8 @@ class TrackerEdit:
 
     def _tracked(self, name: str) -> TrackedBitmap | None:
         """The bitmap if it is tracked or will be; raises for one that this edit has ended."""
+        if is_intent(name):
+            raise BitmapError(name, "is an intent bitmap, or its canary, and cannot be edited")
         if name in self._begun:
             return self._begun[name]
         for bitmap in self._session.recording.bitmaps:
