@@ -11,7 +11,7 @@ from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
 from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bitmaps.status import INCONSISTENT, VALID
-from qcow2bm.errors import BitmapError, IntentError, LimitError, NoRoomError, StorageError
+from qcow2bm.errors import BitmapError, IntentError, LimitError, NoRoomError
 from qcow2bm.log import logger
 from qcow2bm.migration.intent import Intent, find, is_intent
 from qcow2bm.tracker.reports import Recovery
@@ -90,30 +90,32 @@ def _why_not(opened: OpenImage, intent: Intent, name: str) -> str:
     return "it was disabled"
 
 
-def clean_up(opened: OpenImage) -> bool:
+def clean_up(opened: OpenImage, *, must_be_gone: bool) -> bool:
     """Recovers what can be recovered, and removes the intent bitmaps: before tracking begins.
 
-    Where there is no room for that, they stay. Returns whether there were any.
+    Returns whether there were any. Where there is no room to remove them they stay, unless they
+    ``must_be_gone``.
 
     Raises:
-        As `Image.edit` and a commit do.
+        NoRoomError, LimitError: there is no room to recover a bitmap, or to remove what must be.
+        Qcow2BmError: as `Image.edit` and a commit do.
     """
     directory = opened.metadata.directory
     if not directory.is_consistent or not any(is_intent(one.name) for one in directory.entries):
         return False
+    for name in [bitmap.name for bitmap in recoverable(opened)]:
+        try:  # one by one, so that damage to one of them does not cost the others
+            recover(opened, [name])
+        except BitmapError as error:
+            logger.warning("%s: %s", opened.name, error)
+    names = [name for name in BitmapMapping(opened) if is_intent(name)]
     try:
-        for name in [bitmap.name for bitmap in recoverable(opened)]:
-            try:  # one by one, so that damage to one of them does not cost the others
-                recover(opened, [name])
-            except BitmapError as error:
-                logger.warning("%s: %s", opened.name, error)
-        names = [name for name in BitmapMapping(opened) if is_intent(name)]
         if names:
             with Edit(opened, dry_run=False) as edit:
                 for name in names:
                     edit.remove(name)
-    except (LimitError, StorageError) as error:
-        if isinstance(error, StorageError) and not isinstance(error, NoRoomError):
+    except (LimitError, NoRoomError) as error:
+        if must_be_gone:
             raise
         logger.warning("%s: an intent bitmap stays in the image: %s", opened.name, error)
     return True

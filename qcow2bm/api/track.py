@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from qcow2bm.api import recover
 from qcow2bm.api.bitmap import Bitmap, BitmapMapping
@@ -37,39 +38,42 @@ def begin(
     require_global_lock()
     storage = opened.guard
     assert storage is not None
-    store = TrackedStore(storage)
+    store = TrackedStore(storage, is_shared=intent)
     names = None if names is None else list(names)
-    if recover.clean_up(opened):
+    if recover.clean_up(opened, must_be_gone=intent):
         store.reload()
     chosen, left_out = choose(opened, names, others)
-    added = None
-    if intent:
-        added = recover.add_intent(opened, [bitmap.name for bitmap in chosen])
-        store.reload()
-        chosen, left_out = choose(opened, names, others)
+    added = recover.add_intent(opened, [b.name for b in chosen]) if intent else None
     try:
-        if remove_sentinels(opened):
+        if added:
             store.reload()
             chosen, left_out = choose(opened, names, others)
-    except (LimitError, StorageError):  # there is no room; no program trusts them while in_use
-        left_out += _recording(opened, VALID, is_sentinel)
-    # There was no room to remove an old intent bitmap: no program trusts it while it is in_use.
-    ours = added.name if added else ""
-    left_out += _recording(opened, VALID, lambda name: is_intent(name) and name != ours)
-    try:
+        try:
+            if remove_sentinels(opened):
+                store.reload()
+                chosen, left_out = choose(opened, names, others)
+        except (LimitError, StorageError):  # there is no room; no program trusts them while in_use
+            left_out += _recording(opened, VALID, is_sentinel)
+        if not added:  # the same is true of an intent bitmap
+            left_out += _recording(opened, VALID, is_intent)
         store.begin(
             (b.entry for b in chosen),
             (b.entry for b in left_out),
             reserve=reserve,
             generation=generation,
         )
-    except CommitError as error:
-        opened.leave("in doubt after a failed commit", "opened again")
-        raise CommitError(
-            error.path, error.step, error.outcome, error.reason, _NOT_BEGUN
-        ) from error
-    opened.outdate()
-    tracker = Tracker(storage, store, on_end=lambda: _end(opened, tracker), intent=added)
+        opened.outdate()
+        tracker = Tracker(storage, store, on_end=lambda: _end(opened, tracker), intent=added)
+    except Exception as error:
+        if added:  # the program may go on without tracking
+            with suppress(Qcow2BmError):
+                store.distrust(is_intent)
+        if isinstance(error, CommitError):
+            opened.leave("in doubt after a failed commit", "opened again")
+            raise CommitError(
+                error.path, error.step, error.outcome, error.reason, _NOT_BEGUN
+            ) from error
+        raise
     opened.begin(TRACKED, tracker.give_up)
     return tracker
 
@@ -163,6 +167,6 @@ def _end(opened: OpenImage, tracker: Tracker) -> None:
         opened.reload("unreadable after tracking")
         if tracker.state == "stopped" and tracker.intent:
             try:
-                recover.clean_up(opened)
+                recover.clean_up(opened, must_be_gone=False)
             except Qcow2BmError as error:
                 logger.warning("%s: the intent bitmap stays in the image: %s", opened.name, error)

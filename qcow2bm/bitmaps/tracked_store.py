@@ -51,14 +51,19 @@ class TrackedStore:
         token: the token of the generation that `end` wrote, None where none is recorded.
     """
 
-    def __init__(self, storage: WritableStorage) -> None:
+    def __init__(self, storage: WritableStorage, *, is_shared: bool = False) -> None:
         """Reads the image; the caller holds its locks.
+
+        Args:
+            storage: of the image.
+            is_shared: whether another thread writes to the image as well: then it proves nothing
+                that the image changes while it is read.
 
         Raises:
             FormatError, UnsupportedError: the image cannot be edited.
             StorageError: reading failed.
         """
-        self._storage = ReadOnceStorage(storage)
+        self._storage = ReadOnceStorage(storage, is_watched=not is_shared)
         self._bitmaps: list[TrackedBitmap] = []
         self._reserves = False
         self._records_generation = False
@@ -224,6 +229,22 @@ class TrackedStore:
         content = bytearray(self.cluster_size)
         self.file.read_into(offset, memoryview(content))
         return offset, bytes(content)
+
+    def distrust(self, is_chosen: Callable[[str | None], bool]) -> None:
+        """Sets in_use of bitmaps that are not ours, by their names.
+
+        After a commit that failed, their entries may be in one place or in another.
+
+        Raises:
+            Qcow2BmError: writing, or reading the image afresh, failed.
+        """
+        self.forget()
+        for metadata in (self.metadata, Metadata.load(self._storage)):
+            for entry in metadata.directory.entries:
+                if is_chosen(entry.name):
+                    write = _flags_write(entry, entry.flags | FLAG_IN_USE)
+                    self._storage.write(write.offset, write.parts)
+        self._storage.barrier()
 
     def load_draft(self) -> Draft:
         """`draft` of the image read afresh, which begins an operation.

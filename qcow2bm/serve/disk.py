@@ -149,7 +149,7 @@ class Disk:
     ) -> None:
         if kind is not None:
             logger.warning("%s: the bitmaps stay in use: %s", self._name, error)
-            self._tracker.abandon()
+            self._tracker.give_up()
         elif self._tracker.state != "stopped":
             self.stop()  # which raises if tracking has failed before
 

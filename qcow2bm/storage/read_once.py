@@ -27,11 +27,15 @@ class ReadOnceStorage:
     caller does not change a buffer that it has written: buffers are remembered without a copy.
     """
 
-    def __init__(self, storage: WritableStorage) -> None:
-        """Nothing is remembered yet."""
+    def __init__(self, storage: WritableStorage, *, is_watched: bool = True) -> None:
+        """Nothing is remembered yet.
+
+        Unless the storage ``is_watched``, it has no change token.
+        """
         self.name = storage.name
         self._storage = storage
         self._holes = as_sparse(storage)
+        self._is_watched = is_watched
         self._is_remembering = False
         self._known: dict[int, Buffer] = {}  # by host offset
         self._starts: list[int] = []  # the keys of _known, ascending
@@ -139,8 +143,8 @@ class ReadOnceStorage:
         return self._storage.capacity()
 
     def change_token(self) -> object:
-        """The storage's change token."""
-        return self._storage.change_token()
+        """The storage's change token, if it is watched."""
+        return self._storage.change_token() if self._is_watched else None
 
     def read_lock(self) -> AbstractContextManager[None]:
         """The storage's lock of a reader."""

@@ -16,11 +16,12 @@ from contextlib import (
 )
 from contextvars import copy_context
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from qcow2bm.errors import StateError
 from qcow2bm.tracker.reports import Activation, Convergence, FlushReport, Pending, StopReport
 from qcow2bm.tracker.tracker import Tracker
-from qcow2bm.tracker.waiting import Cancellation, cancelled_by
+from qcow2bm.tracker.waiting import Cancellation, GivenUpError, cancelled_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +43,8 @@ class AsyncioTracker:
     `Tracker` does.
 
     *Guarantees*: a task that is cancelled has done nothing, or all that it asked for, when the
-    cancellation is raised. A write that is cancelled while it waits is not marked. A flush that is
-    cancelled may have stored a part.
+    cancellation is raised. A write that is cancelled while it waits does not begin; with an intent
+    bitmap it may be marked. A flush that is cancelled may have stored a part.
 
     Attributes:
         tracker: the tracker. Its methods that wait block the event loop.
@@ -56,6 +57,7 @@ class AsyncioTracker:
         self.mark = tracker.mark
         self._worker = ThreadPoolExecutor(1, "qcow2bm tracker")
         self._turn = asyncio.Lock()
+        self._cancellation: Cancellation | None = None  # of the last operation
         self._has_ended = False
 
     async def __aenter__(self) -> Self:
@@ -70,11 +72,18 @@ class AsyncioTracker:
         try:
             await self._run(lambda: self.tracker.__exit__(kind, error, traceback))
         except BaseException:
-            self.tracker.give_up()
+            await self._give_up()
             raise
         finally:
             self._has_ended = True
             self._worker.shutdown(wait=False)
+
+    async def _give_up(self) -> None:
+        """Ends tracking, whatever an operation is waiting for."""
+        if self._cancellation:
+            self._cancellation.set()
+        ending = asyncio.get_running_loop().run_in_executor(self._worker, self.tracker.give_up)
+        await _done(ending)
 
     @property
     def state(self) -> State:
@@ -193,7 +202,7 @@ class AsyncioTracker:
         async with self._turn:
             if self._has_ended:
                 return work()  # which raises
-            cancellation = Cancellation()
+            self._cancellation = cancellation = Cancellation()
 
             def call() -> T:
                 with cancelled_by(cancellation):
@@ -203,10 +212,17 @@ class AsyncioTracker:
             running = loop.run_in_executor(self._worker, copy_context().run, call)
             try:
                 return await asyncio.shield(running)
+            except GivenUpError:
+                raise StateError("being ended", "tracking", "the tracker") from None
             except asyncio.CancelledError:
                 cancellation.set()
-                while not running.done():  # however often the task is cancelled
-                    with suppress(asyncio.CancelledError):
-                        await asyncio.wait([running])
-                running.exception()  # the state of the tracker tells of a failure
+                await _done(running)
                 raise
+
+
+async def _done(future: asyncio.Future[Any]) -> None:
+    """Waits until a future is done, however often the task is cancelled; raises nothing."""
+    while not future.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    future.exception()  # the state of the tracker tells of a failure

@@ -200,7 +200,7 @@ class _Comeback:
             for name in found.entries:
                 if is_sentinel(name) or is_intent(name):
                     self.draft.remove(name)
-        self._intent = self._with_intent() if session.intent else None
+        self._intent = self._with_intent() if session.intent and found.is_consistent else None
         # Enabled bitmaps that do not fit the disk are not tracked, and miss writes from now on.
         names = {bitmap.name for bitmap in self.bitmaps}
         names |= {name for name in found.broken if found.entries[name].auto}
@@ -286,7 +286,7 @@ class _Comeback:
         """Lets marks in again, once all of it is committed."""
         session = self._session
         recording = Recording.of(self.bitmaps, session.store.file.virtual_size)
-        if self._intent:  # before any mark is let in
+        if session.intent:  # before any mark is let in
             session.take_intent(self._intent, recording)
         session.recorder.reopen(recording)
         if self._has_kept and self.activation.changed is not None:

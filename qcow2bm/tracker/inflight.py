@@ -124,9 +124,13 @@ class InFlightWrites:
             self._changes.announce()
 
     def end_mine(self) -> None:
-        """Records that all writes that began in the calling thread have ended."""
-        for write in [write for write in tuple(self._writes) if write.thread == get_ident()]:
-            self._end(write)
+        """Records that the writes have ended that the caller is inside of, and that began here.
+
+        Those of other tasks in this thread go on.
+        """
+        for write in _WITHIN.get():
+            if write.thread == get_ident() and write in self._writes:
+                self._end(write)
 
     def _is_in_write(self) -> bool:
         """Whether the caller is inside a write that is in flight."""

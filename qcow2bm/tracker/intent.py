@@ -52,7 +52,7 @@ class IntentLog:
     """
 
     def __init__(self, storage: WriteGuard, on_failure: Callable[[BaseException], None]) -> None:
-        """Before a write may begin, `place`, `follow` and `begin` are called.
+        """Before a write may begin, `place` and `follow` are called.
 
         Args:
             storage: of the image.
@@ -63,11 +63,14 @@ class IntentLog:
         self._changes = Changes()
         self._storing = Lock()  # one at a time, so that what is on disk is never older
         self._failure: BaseException | None = None
-        self._is_due = self._is_over = self._is_paused = False
+        self._refusal = "not begun"  # the state in which nothing is stored; "" if bits are stored
+        self._is_aside = False
+        self._is_due = self._is_working = False
+        self._placed = 0  # how often `place` was called: numbers of regions mean others since
         # By the region behind those that were set ahead, and by one in their middle: their number.
         self._ends: dict[int, int] = {}
         self._middles: dict[int, tuple[int, int]] = {}
-        self._thread: Thread | None = None
+        self._forget_settled()
 
     # --- what it is about -----------------------------------------------------------------------
 
@@ -89,7 +92,16 @@ class IntentLog:
             self._durable = bytearray(octets)  # no write of less has come since they were durable
             self._aged = np.zeros(len(octets), np.uint8)  # set when the flush before last began
             self._stored = bytes(octets)
-            self._is_paused = False
+            self._is_due = self._is_aside = False
+            self._refusal = ""
+            self._placed += 1
+            self._changes.announce()
+
+    def stand_aside(self) -> None:
+        """Lets all writes pass: there is no bitmap any more that could be recovered."""
+        with self._changes.lock:
+            self._is_aside = True
+            self._changes.announce()
 
     def move(self, offset: int) -> None:
         """Says where the same bits are after a commit."""
@@ -99,9 +111,17 @@ class IntentLog:
     def follow(self, recording: Recording) -> None:
         """Says where marks go from now on; no write is in flight. Nothing is settled there."""
         self._recording = recording
-        self._shift = recording.granularity.bit_length() - 1
-        self._settled = bytearray(len(recording.bits.octets))
-        self._size = recording.virtual_size
+        shift, octets = recording.granularity.bit_length() - 1, recording.bits.octets
+        self._settled = recording.virtual_size, shift, bytearray(len(octets))
+
+    def unfollow(self) -> None:
+        """Says that marks are about to go elsewhere: nothing is settled until `follow`."""
+        self._forget_settled()
+
+    def _forget_settled(self) -> None:
+        # The size of the disk, the exponent of the granularity, and the bits of the granules that
+        # are settled: one value, so that no thread sees parts of two.
+        self._settled = 0, 0, bytearray()
 
     # --- before a write -------------------------------------------------------------------------
 
@@ -109,30 +129,30 @@ class IntentLog:
         """Returns when the guest may write to a range that is marked already.
 
         Raises:
-            StateError: a bit could not be stored.
+            StateError: a bit could not be stored, or tracking does not go on.
         """
         if not length or self.is_settled(start, length):
             return
         with self._changes.lock:
-            first, stop = self._want(int(start), int(length))
-            if not self._is_durable(first, stop):
+            is_admitted = self._ask(int(start), int(length))
+            if not is_admitted():
                 self.waits += 1
-                self._changes.wait_for(lambda: self._is_admitted(first, stop))
+                self._changes.wait_for(is_admitted)
 
     async def until_written(self, start: int, length: int) -> None:
         """`wait` in a task of asyncio."""
         if not length or self.is_settled(start, length):
             return
         with self._changes.lock:
-            first, stop = self._want(int(start), int(length))
-            if self._is_durable(first, stop):
+            is_admitted = self._ask(int(start), int(length))
+            if is_admitted():
                 return
             self.waits += 1
-        await self._changes.until(lambda: self._is_admitted(first, stop))
+        await self._changes.until(is_admitted)
 
     def wait_many(self, ranges: NDArray[np.int64]) -> None:
         """`wait` for many ranges: (start, length) of int64[n, 2]; one barrier serves all."""
-        ranges = ranges[ranges[:, 1] > 0]
+        ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
         with self._changes.lock:
             for start, length in ranges.tolist():
                 self._want(start, length, is_ahead=False)
@@ -146,10 +166,11 @@ class IntentLog:
         settled stays so while a write is in flight. What is not on the disk is never settled, nor
         is anything once tracking has ended.
         """
-        end, shift = start + length, self._shift
-        if not 0 <= start < end <= self._size:
+        size, shift, settled = self._settled
+        end = start + length
+        if not 0 <= start < end <= size:
             return False
-        settled, first, last = self._settled, start >> shift, end - 1 >> shift
+        first, last = start >> shift, end - 1 >> shift
         if first == last:
             return settled[first >> 3] >> (first & 7) & 1 == 1
         low, high = first >> 3, (last >> 3) + 1
@@ -157,6 +178,17 @@ class IntentLog:
         filled = part[:]
         pure_python.fill(filled, first - 8 * low, last + 1 - 8 * low, is_set=True)
         return filled == part
+
+    def _ask(self, start: int, length: int) -> Callable[[], bool]:
+        """Wants the regions of a range; returns a function that says whether they are durable.
+
+        The function raises what `wait` does. The lock is held, here and there.
+        """
+        if self._is_aside or self._refusal:
+            return lambda: self._is_admitted(0, 0, self._placed)
+        first, stop = self._want(start, length)
+        placed = self._placed
+        return lambda: self._is_admitted(first, stop, placed)
 
     def _want(self, start: int, length: int, *, is_ahead: bool = True) -> tuple[int, int]:
         """Lets the bits of a range be stored, and of what may come next; returns its regions."""
@@ -189,16 +221,21 @@ class IntentLog:
         if not all(wanted[n >> 3] >> (n & 7) & 1 for n in range(first, stop)):
             pure_python.fill(wanted, first, stop, is_set=True)
             self._is_due = True
-            self._changes.announce()
+            if not self._is_working:
+                Thread(target=self._work, name="qcow2bm intent", daemon=True).start()
+                self._is_working = True  # the lock is held: the thread has not ended yet
 
     def _is_durable(self, first: int, stop: int) -> bool:
         durable = self._durable
         return all(durable[n >> 3] >> (n & 7) & 1 for n in range(first, stop))
 
-    def _is_admitted(self, first: int, stop: int) -> bool:
+    def _is_admitted(self, first: int, stop: int, placed: int) -> bool:
         """Whether regions are durable; wants them again if a flush has taken them out."""
-        if self._failure or self._is_over:
-            raise StateError("ended", "tracking", "the tracker") from self._failure
+        if self._is_aside:
+            return True
+        if self._failure or self._refusal or placed != self._placed:
+            state = self._refusal or "inactive"
+            raise StateError(state, "tracking", "the tracker") from self._failure
         if self._is_durable(first, stop):
             return True
         self._add(first, stop)
@@ -206,40 +243,34 @@ class IntentLog:
 
     # --- storing --------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Begins to store bits that are wanted, in a thread of its own."""
-        self._thread = Thread(target=self._work, name="qcow2bm intent", daemon=True)
-        self._thread.start()
-
     def pause(self) -> None:
-        """Stores nothing more until `place` is called: no write is in flight."""
-        with self._storing, self._changes.lock:
-            self._is_paused = True
-            self._size = 0
-
-    def disown(self) -> None:
-        """Takes nothing for settled any more: for a forked process, without the thread."""
-        self._is_over, self._size = True, 0
+        """Stores nothing more until `place` is called. A write that waits raises `StateError`."""
+        self._refuse("inactive")
 
     def end(self) -> None:
-        """Ends the thread: tracking has ended. When this returns, nothing more is stored.
+        """Stores nothing more. A write that waits raises `StateError`."""
+        self._refuse("ended")
 
-        A write that waits still raises `StateError`.
-        """
+    def _refuse(self, state: str) -> None:
+        """Refuses writes because of a state; when this returns, nothing is stored any more."""
         with self._changes.lock:
-            self._is_over = True
-            self._size = 0
+            self._refusal = state
+            self._forget_settled()
             self._changes.announce()
         with self._storing:
             pass
 
+    def disown(self) -> None:
+        """Takes nothing for settled any more: for a forked process, where no lock is waited for."""
+        self._refusal = "forked"
+        self._forget_settled()
+
     def _work(self) -> None:
+        """Stores bits in a thread of its own, as long as any are wanted."""
         while True:
             with self._changes.lock:
-                self._changes.wait_for(
-                    lambda: self._is_over or (self._is_due and not self._is_paused)
-                )
-                if self._is_over:
+                if not self._is_due or self._refusal:
+                    self._is_working = False
                     return
             try:
                 self._store()
@@ -254,7 +285,7 @@ class IntentLog:
         """Makes everything durable that is wanted now."""
         with self._storing:
             with self._changes.lock:
-                if self._is_over or self._is_paused:
+                if self._refusal:
                     return
                 self._is_due = False  # bits that are wanted from now on are for the next time
             target = self._write()
@@ -298,12 +329,14 @@ class IntentLog:
 
         A region stays whose marks are not all durable yet.
         """
-        settled = np.frombuffer(self._settled, np.uint8)
+        settled = np.frombuffer(self._settled[2], np.uint8)
         np.bitwise_or(settled, snapshot.marked, out=settled)
         if not snapshot.regions.any():
             return
         with self._storing:
             with self._changes.lock:
+                if self._refusal or self._is_aside:
+                    return
                 # Under the lock: a write that is marked from now on finds its region taken out.
                 marked = np.frombuffer(bytes(self._recording.bits.octets), np.uint8)
                 gone = snapshot.regions & ~self._regions(marked & ~settled)

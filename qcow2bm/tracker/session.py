@@ -14,7 +14,7 @@ from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.clusters.plan import Barrier, Plan, Step
 from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
 from qcow2bm.log import logger
-from qcow2bm.migration.intent import Intent
+from qcow2bm.migration.intent import Intent, is_intent
 from qcow2bm.migration.lifecycle import Event, State, after, has_ended
 from qcow2bm.storage.forks import disown_in_forks
 from qcow2bm.storage.write_guard import WriteGuard
@@ -114,12 +114,20 @@ class Session:
         except StateError as error:
             raise error from self._phase.cause
 
-    def end(self, event: Event, cause: BaseException | None = None) -> None:
-        """Ends tracking by an event: marks raise from now on, and nothing more is written."""
+    def end(
+        self, event: Event, cause: BaseException | None = None, *, is_trusted: bool = True
+    ) -> None:
+        """Ends tracking by an event: marks raise from now on, and nothing more is written.
+
+        Unless the end ``is_trusted``, the program may go on without tracking: then nothing is
+        recovered later by the intent bitmap.
+        """
         self.recorder.close(after(self.state, event), cause)
         self.in_flight.end_draining()
         if self.intent:
             self.intent.end()
+            if not is_trusted:
+                self._distrust_intent()
         self.apply(event, cause=cause)
         self._on_end()
         if event == "fail":
@@ -128,14 +136,23 @@ class Session:
     def fail(self, cause: BaseException) -> None:
         """Ends tracking by a failure, unless it has ended before."""
         if not has_ended(self.state):
-            self.end("fail", cause)
+            self.end("fail", cause, is_trusted=not isinstance(cause, Exception))
 
-    def abandon(self) -> None:
-        """Ends tracking without storing anything, unless it has ended before."""
+    def abandon(self, *, is_trusted: bool = False) -> None:
+        """Ends tracking without storing anything, unless it has ended before; see `end`."""
         self.require_free()
         with cancelled_by(None), self._turns.turn():
             if not has_ended(self.state):
-                self.end("abandon")
+                self.end("abandon", is_trusted=is_trusted)
+
+    def _distrust_intent(self) -> None:
+        """Marks the intent bitmap in_use, as well as that can be done."""
+        if not self.storage.is_held:
+            return
+        try:
+            self.store.distrust(is_intent)
+        except Exception as error:
+            logger.warning("the intent bitmap could not be marked in_use: %s", error)
 
     def release_mine(self) -> None:
         """Ends the writes and the operation that this thread is inside of.
@@ -147,9 +164,12 @@ class Session:
         self._turns.give_back_mine()
 
     def give_up(self) -> None:
-        """`abandon`, also where this thread is inside a write or an operation."""
+        """`abandon`, also where this thread is inside a write or an operation.
+
+        The program writes no more without another tracker, as after a `stop`.
+        """
         self.release_mine()
-        self.abandon()
+        self.abandon(is_trusted=True)
 
     def disown(self) -> None:
         """Ends tracking in a forked process: its memory is a copy, which no flush will store.
@@ -237,6 +257,8 @@ class Session:
         # into the bitmap itself.
         is_beside = before.is_beside and bool(kept)
         bitmaps = *kept, *begun
+        if self.intent:
+            self.intent.unfollow()
         self.recorder.replace(Recording.of(bitmaps, before.virtual_size, is_beside=is_beside))
         before.fan_out()
         if self.intent:
@@ -255,7 +277,6 @@ class Session:
         """
         self.intent = IntentLog(self.storage, self.fail_in_background)
         self.take_intent(intent, self.recording)
-        self.intent.begin()
         mark, is_settled, wait = self.recorder.mark, self.intent.is_settled, self.intent.wait
 
         def mark_with_intent(start: int, length: int) -> None:
@@ -265,15 +286,20 @@ class Session:
 
         return mark_with_intent
 
-    def take_intent(self, intent: Intent, recording: Recording) -> None:
+    def take_intent(self, intent: Intent | None, recording: Recording) -> None:
         """Goes on with another intent bitmap, which is in the image by now; no write is in flight.
+
+        Without one, writes go on without intent: no bitmap is tracked.
 
         Raises:
             StorageError: it could not be read.
         """
         assert self.intent
         self._intent_bitmap = intent
-        self.intent.place(intent.granularity, *self.store.first_cluster(intent.name))
+        if intent:
+            self.intent.place(intent.granularity, *self.store.first_cluster(intent.name))
+        else:
+            self.intent.stand_aside()
         self.intent.follow(recording)
 
     def cover(self, draft: Draft, names: Iterable[str]) -> Intent | None:

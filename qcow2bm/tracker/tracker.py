@@ -379,7 +379,8 @@ class Tracker:
     def abandon(self) -> None:
         """Ends tracking: nothing more is written, and the bitmaps stay in_use.
 
-        Waits for a flush or an edit that another thread is at.
+        The program may go on without tracking: an intent bitmap is marked in_use, too, so that
+        nothing is recovered by it. Waits for a flush or an edit that another thread is at.
 
         Raises:
             StateError: inside `writing` or `edit`.
@@ -387,5 +388,9 @@ class Tracker:
         self._session.abandon()
 
     def give_up(self) -> None:
-        """Abandons also where this thread is inside `writing` or `edit`: for closing the image."""
+        """Abandons also where this thread is inside `writing` or `edit`: for closing the image.
+
+        As after `stop`, nothing may write to the disk any more without another tracker: with an
+        intent bitmap the bitmaps can be recovered.
+        """
         self._session.give_up()

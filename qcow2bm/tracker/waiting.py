@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from asyncio import Future
 
 
-class CancelledError(Exception):
+class GivenUpError(Exception):
     """An operation was given up before it did anything."""
 
 
@@ -28,7 +28,7 @@ class Cancellation:
         self._changes: Changes | None = None
 
     def set(self) -> None:
-        """Lets the operation raise `CancelledError` if it waits, or when it would begin to wait."""
+        """Lets the operation raise `GivenUpError` if it waits, or when it would begin to wait."""
         self.is_set = True
         changes = self._changes
         if changes:
@@ -54,10 +54,10 @@ def cancelled_by(cancellation: Cancellation | None) -> Iterator[None]:
 
 
 def require_wanted() -> None:
-    """Raises `CancelledError` if the operation that runs here was given up."""
+    """Raises `GivenUpError` if the operation that runs here was given up."""
     cancellation = _CANCELLATION.get()
     if cancellation and cancellation.is_set:
-        raise CancelledError
+        raise GivenUpError
 
 
 class Changes:
@@ -86,7 +86,7 @@ class Changes:
         Returns whether the state was reached within ``timeout`` seconds.
 
         Raises:
-            CancelledError: the operation is not wanted any more.
+            GivenUpError: the operation is not wanted any more.
         """
         cancellation = _CANCELLATION.get()
         if cancellation is None:

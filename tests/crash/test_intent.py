@@ -159,7 +159,7 @@ def play(layout: str, seed: int) -> Run:
             tracker.stop()
             ended = len(storage.steps)
         else:
-            tracker.abandon()
+            tracker.give_up()
     return Run(data, storage.since(0), guest.events, ended)
 
 

@@ -382,6 +382,41 @@ def test_an_end_that_is_cancelled_itself_releases_the_lock(tmp_path: Path) -> No
     run(test())
 
 
+@pytest.mark.spec("TRACK-26")
+def test_an_end_that_is_cancelled_while_a_rotation_waits(tmp_path: Path) -> None:
+    """The rotation must not take a write of another task for ended."""
+    path = new_image(tmp_path)
+    operations: list[asyncio.Task[None]] = []
+    gates: list[Gate] = []
+
+    async def work() -> None:
+        async with tracking(path) as tracker:
+            gates.append(Gate(tracker, 7))
+            await until(lambda: gates[0].is_inside)
+            operations.append(asyncio.create_task(tracker.rotate("b", "new")))
+            await until(lambda: is_closed(tracker))
+            await asyncio.Event().wait()
+
+    async def test() -> None:
+        task = asyncio.create_task(work())
+        await until(lambda: bool(operations))
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(qcow2bm.StateError, match="being ended"):
+            await operations[0]
+        await gates[0].leave()
+
+    run(test())
+    with qcow2bm.open(path) as image:
+        assert [*image.bitmaps] == ["b"]
+        assert image.bitmaps["b"].status == "inconsistent"
+
+
 def test_every_operation(tmp_path: Path) -> None:
     async def test() -> None:
         async with tracking(new_image(tmp_path)) as tracker:

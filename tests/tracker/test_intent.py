@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from threading import Barrier, Event, Thread
 from uuid import UUID
 
 import numpy as np
 import pytest
+from support.faulty_storage import Fault, FaultyStorage
 from support.images import Stored, build_image
 from support.recording import RecordingStorage
 
@@ -36,12 +42,25 @@ class Slow(RecordingStorage):
         self.may_go = Event()
         self.may_go.set()
         self.error: Exception | None = None
+        self.barriers_left = 1 << 30
 
     def barrier(self) -> None:
         self.may_go.wait(60)
+        self.barriers_left -= 1
+        if self.barriers_left < 0:
+            raise qcow2bm.StorageError(self.name, 0, 0, "no", action="writing")
         if self.error:
             raise self.error
         super().barrier()
+
+
+class Capped(RecordingStorage):
+    """A storage that has room for so many bytes."""
+
+    most: int | None = None
+
+    def capacity(self) -> int | None:
+        return self.most
 
 
 def crashed(data: bytes | bytearray) -> bytearray:
@@ -259,6 +278,265 @@ def test_a_write_that_waits_does_not_outlive_the_tracker() -> None:
         storage.may_go.set()
         ending.join()
         assert len(errors) == 1
+
+
+LATER = 500 * MIB
+"""Where the guest writes after tracking has ended."""
+
+
+def abandoned(opened: qcow2bm.Image) -> None:
+    opened.track(intent=True).abandon()
+
+
+def failed(opened: qcow2bm.Image) -> None:
+    tracker = opened.track(intent=True)
+    tracker._session.fail(OSError("no space left"))
+
+
+def left_by_an_exception(opened: qcow2bm.Image) -> None:
+    with suppress(ZeroDivisionError), opened.track(intent=True):
+        raise ZeroDivisionError
+
+
+def interrupted_while_it_stores(opened: qcow2bm.Image) -> None:
+    tracker = opened.track(intent=True)
+    tracker._session.fail(KeyboardInterrupt())
+
+
+def closed(opened: qcow2bm.Image) -> None:
+    opened.track(intent=True)
+    opened.close()
+
+
+@pytest.mark.spec("INTENT-9")
+@pytest.mark.parametrize(
+    ("end", "is_recoverable"),
+    [
+        (abandoned, False),
+        (failed, False),
+        (left_by_an_exception, True),
+        (interrupted_while_it_stores, True),
+        (closed, True),
+    ],
+)
+def test_a_program_that_may_go_on_without_tracking(
+    end: Callable[[qcow2bm.Image], None], is_recoverable: bool
+) -> None:
+    """Then the bitmaps miss its writes, and nothing makes them valid again."""
+    data = image()
+    with qcow2bm.open(data, "r+") as opened:
+        end(opened)
+    with qcow2bm.open(data, "r+") as opened:
+        assert {opened.bitmaps[name].status for name in "ab"} == {"inconsistent"}
+        assert opened.recoverable == (("a", "b") if is_recoverable else ())
+        if not is_recoverable:
+            with pytest.raises(qcow2bm.BitmapError, match="no bitmap of the image is valid"):
+                opened.track()
+
+
+def session(storage: FaultyStorage) -> str:
+    """Tracks until a call of the storage fails; returns at which step, or "end"."""
+    step = "open"
+    try:
+        with qcow2bm.open(storage, "r+") as opened:
+            step = "track"
+            tracker = opened.track(intent=True)
+            step = "go on"
+            try:
+                with tracker.writing(10 * MIB, 1):
+                    pass
+                tracker.flush()
+                tracker.rotate("a", "c")
+                with tracker.writing(20 * MIB, 1):
+                    pass
+                with tracker.edit() as edit:
+                    edit.add("d", GRANULARITY)
+                tracker.flush()
+                tracker.mark(LATER, 1)
+                step = "give away"
+                tracker.inactivate()
+                tracker.activate()
+                step = "go on"
+                tracker.flush()
+                step = "stop"
+                tracker.stop()
+                step = "end"
+            finally:
+                if step != "end":  # the program knows, and goes on without tracking
+                    tracker.abandon()
+    except qcow2bm.Qcow2BmError:
+        return step
+    return step
+
+
+@pytest.mark.spec("INTENT-9")
+def test_every_call_that_fails() -> None:
+    """The guest goes on without tracking: nothing makes a bitmap valid that misses its writes."""
+    steps: Counter[str] = Counter()
+    for number in range(2000):
+        storage = FaultyStorage(image(), Fault(number))
+        step = session(storage)
+        if not storage.was_hit:
+            break
+        steps[step] += 1
+        with qcow2bm.open(bytearray(storage.data), "r+") as opened:
+            assert opened.recoverable == (), (number, step)
+            valid = {n for n, b in opened.bitmaps.items() if b.status == "valid" and b.auto}
+            if step == "go on":
+                assert not valid, number  # "a" is disabled once it is rotated away
+            if step in ("stop", "give away"):  # where they are valid, all is stored
+                granule = LATER // MIB
+                assert all(
+                    opened.bitmaps[name].packed()[granule // 8] >> granule % 8 & 1
+                    for name in valid & {"b"}
+                )
+    print(f"calls that failed: {dict(steps)}")
+    assert steps["track"] > 20
+    assert steps["go on"] > 60
+    assert steps["stop"] > 3
+
+
+@pytest.mark.spec("INTENT-9")
+def test_tracking_that_does_not_begin() -> None:
+    """Its bitmaps may be in_use already, and the program may go on without tracking."""
+    seen = set()
+    for number in range(10):
+        storage = Slow(image())
+        with qcow2bm.open(storage, "r+") as opened:
+            storage.barriers_left = number
+            try:
+                opened.track(intent=True)
+            except qcow2bm.CommitError:
+                with qcow2bm.open(bytearray(storage.data)) as again:
+                    seen.add(again.bitmaps["a"].status)
+                    assert again.recoverable == ()
+            else:
+                break
+    assert seen == {"valid", "inconsistent"}
+
+
+@pytest.mark.spec("INTENT-1")
+def test_a_mark_that_waits_while_the_image_is_given_away() -> None:
+    """It is in no `writing`, which the rules forbid; but it must not wait for ever."""
+    storage = Slow(image())
+    with qcow2bm.open(storage, "r+") as opened, opened.track(intent=True) as tracker:
+        storage.may_go.clear()
+        errors: list[Exception] = []
+
+        def mark() -> None:
+            try:
+                tracker.mark(700 * MIB, 1)
+            except qcow2bm.StateError as error:
+                errors.append(error)
+
+        thread = Thread(target=mark)
+        thread.start()
+        while not tracker.intent or not tracker.intent.waits:
+            pass
+        giving = Thread(target=tracker.inactivate)
+        giving.start()
+        thread.join(0.1)
+        storage.may_go.set()
+        giving.join()
+        thread.join()
+        tracker.activate()
+        with tracker.writing(700 * MIB, 1):
+            pass
+
+
+@pytest.mark.spec("INTENT-4")
+def test_an_image_that_comes_back_stale(tmp_path: Path) -> None:
+    """There is nothing left to be tracked, and nothing that a crash could cost."""
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image())
+    with qcow2bm.open(path, "r+") as opened, opened.track(intent=True) as tracker:
+        tracker.inactivate()
+        data = bytearray(path.read_bytes())
+        stale(data)
+        path.write_bytes(data)
+        assert tracker.activate().outcome == "changed"
+        assert tracker.names == []
+        with tracker.writing(5 * MIB, 1):
+            pass
+        for _ in range(3):
+            tracker.flush()
+    with qcow2bm.open(path) as again:
+        assert {again.bitmap(number).status for number in range(2)} == {"stale"}
+        assert {found.severity for found in again.check().problems} == {"leak"}  # what is stale
+
+
+def test_a_tracker_that_is_dropped_leaves_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image())
+
+    def track() -> None:
+        tracker = qcow2bm.open(path, "r+").track(intent=True)
+        tracker.mark(0, 1)
+        tracker.mark(700 * MIB, 1)
+
+    track()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    qcow2bm.open(path, "r+").close()
+
+
+def test_operations_on_a_file_while_the_guest_writes(tmp_path: Path) -> None:
+    """The bits of the intent bitmap are written while the metadata are read."""
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image())
+    with qcow2bm.open(path, "r+") as opened, opened.track(intent=True) as tracker:
+        is_over = Event()
+
+        def write(number: int) -> None:
+            for place in cycle(range(number, 1024, 7)):
+                with tracker.writing(place * MIB, 1):
+                    pass
+                if is_over.is_set():
+                    return
+
+        threads = [Thread(target=write, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for number in range(12):
+                tracker.rotate(next(name for name in tracker.names if name != "b"), f"r{number}")
+                with tracker.edit() as edit:
+                    edit.add(f"e{number}", GRANULARITY)
+                    edit.disable(f"e{number}")
+                tracker.flush()
+                tracker.begin_migration()
+                tracker.cancel_migration()
+        finally:
+            is_over.set()
+            for thread in threads:
+                thread.join()
+    assert tracker.state == "stopped"
+
+
+def test_many_marks_of_a_list() -> None:
+    with qcow2bm.open(image(), "r+") as opened, opened.track(intent=True) as tracker:
+        tracker.mark_many([(0, 1), (700 * MIB, 1)])  # type: ignore[arg-type]
+        assert 700 in regions(opened)
+
+
+@pytest.mark.spec("INTENT-7")
+@pytest.mark.parametrize("intent", [False, True])
+def test_without_room_nothing_is_lost(intent: bool) -> None:
+    """A disk is full on which a crash left bitmaps in use: they can be recovered later."""
+    storage = Capped(image())
+    with qcow2bm.open(storage, "r+") as opened:
+        tracker = opened.track(intent=True)
+        for place in range(0, SIZE, 100 * MIB):
+            tracker.mark(place, 1)
+    storage.most = len(storage.data)
+    before = bytes(storage.data)
+    with qcow2bm.open(storage, "r+") as opened, pytest.raises(qcow2bm.NoRoomError):
+        opened.track(intent=intent)
+    assert storage.data == before
+    storage.most = None
+    with qcow2bm.open(storage, "r+") as opened:
+        assert {*opened.recover().names} == {"a", "b"}
 
 
 def spoiled(change: Callable[[bytearray], None]) -> tuple[str, ...]:
