@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol, Self
 
 from qcow2bm.format.offload_file import PlannedNode
+from qcow2bm.migration.canary import MAX_BYTES, finest_granularity
 from qcow2bm.migration.sidecar import SavedBitmap
 from qcow2bm.qmp.machine import Node, NodeBitmap
 from qcow2bm.qmp.names import (
@@ -28,7 +29,6 @@ from qcow2bm.qmp.names import (
 )
 from qcow2bm.units import ceil_div
 
-_CANARY_BITS = 8 * (64 << 10)
 DEFAULT_GRANULARITY = 4 << 20
 MAX_GRANULARITY = 128 << 20
 """A coarser bitmap makes the source of a migration with the capability dirty-bitmaps spin."""
@@ -97,10 +97,8 @@ class Tail(NamedTuple):
     @property
     def canary_granularity(self) -> int:
         """That of the tail; or a coarser one, so that the canary takes one cluster to store."""
-        granularity = self.granularity
-        while granularity < MAX_GRANULARITY and self._granules(granularity) > _CANARY_BITS:
-            granularity *= 2
-        return granularity
+        size, least = self.planned.disk_size, self.granularity
+        return finest_granularity(size, 8 * MAX_BYTES, least, MAX_GRANULARITY)
 
     def _granules(self, granularity: int) -> int:
         return ceil_div(self.planned.disk_size, granularity)

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from qcow2bm.errors import LimitError
 from qcow2bm.format.directory import DirectoryEntry
+from qcow2bm.migration import canary
 from qcow2bm.units import ceil_div, encode_name
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ _CANARY = re.compile(f"({PREFIX}{_UUID})-of((?:-[0-9a-f]{{{_DIGEST_LENGTH}}})*)"
 _MAX_COVERED = 72
 """More do not fit into the longest name that a bitmap can have, of 1023 bytes."""
 
-_MAX_BYTES = 64 << 10  # of its bits
-_MIN_GRANULARITY, _MAX_GRANULARITY = 1 << 20, 2 << 30
+_MIN_GRANULARITY = 1 << 20
 
 
 class Intent(NamedTuple):
@@ -59,10 +59,8 @@ class Intent(NamedTuple):
         Raises:
             LimitError: there are too many of them.
         """
-        most_bits = 8 * min(cluster_size, _MAX_BYTES)
-        granularity = _MIN_GRANULARITY
-        while granularity < _MAX_GRANULARITY and ceil_div(virtual_size, granularity) >= most_bits:
-            granularity *= 2
+        most_bits = 8 * min(cluster_size, canary.MAX_BYTES) - 1
+        granularity = canary.finest_granularity(virtual_size, most_bits, _MIN_GRANULARITY)
         return cls(f"{PREFIX}{uuid4()}", granularity, virtual_size, "").covering(covered)
 
     def covering(self, names: Iterable[str]) -> Self:
@@ -83,12 +81,11 @@ class Intent(NamedTuple):
     @property
     def canary_ranges(self) -> list[tuple[int, int]]:
         """The dirty ranges of the canary: (start, length) in guest bytes."""
-        return [(0, 1), (self.virtual_size - 1, 1)]
+        return canary.ranges(self.virtual_size)
 
-    def is_alive(self, canary: NDArray[np.uint8]) -> bool:
+    def is_alive(self, octets: NDArray[np.uint8]) -> bool:
         """Whether the bits of the canary are as they were made."""
-        last = ceil_div(self.virtual_size, self.granularity) - 1
-        return bool(canary[0] & 1 and canary[last // 8] >> last % 8 & 1)
+        return canary.is_alive(octets, self.granularity, self.virtual_size)
 
 
 def _digest(name: str) -> str:
@@ -117,16 +114,12 @@ def find(entries: Iterable[DirectoryEntry], virtual_size: int) -> tuple[Intent |
     intents = [entry for entry in named if _NAME.fullmatch(entry.name or "")]
     if len(found) != 1 or len(intents) != 1 or intents[0].name != found[0][1].group(1):
         return None, "the intent bitmap or its canary is gone, or there are several"
-    (entry,), ((canary, _),) = intents, found
-    for what, one, is_enabled in (("intent bitmap", entry, True), ("canary", canary, False)):
-        if one.in_use:
-            return None, f"the {what} is in use: a program that wrote to the disk did not end well"
-        if one.auto != is_enabled:
-            return None, f"the {what} was {'enabled' if one.auto else 'disabled'}"
-    if entry.granularity != canary.granularity:
-        return None, "the intent bitmap has another granularity than its canary"
-    if not virtual_size or ceil_div(virtual_size, entry.granularity) > 8 * _MAX_BYTES:
+    (entry,), ((other, _),) = intents, found
+    reason = canary.why_no_evidence("intent bitmap", entry, other, entry.granularity)
+    if reason:
+        return None, reason
+    if not virtual_size or ceil_div(virtual_size, entry.granularity) > 8 * canary.MAX_BYTES:
         return None, "the intent bitmap is not of a granularity that it is made with"
     assert entry.name is not None
-    assert canary.name is not None
-    return Intent(entry.name, entry.granularity, virtual_size, canary.name), ""
+    assert other.name is not None
+    return Intent(entry.name, entry.granularity, virtual_size, other.name), ""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from qcow2bm.format.directory import DirectoryEntry
-from qcow2bm.units import align_up, ceil_div
+from qcow2bm.migration import canary
+from qcow2bm.units import align_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +24,7 @@ PREFIX = "qcow2bm-sentinel-"
 CANARY_SUFFIX = "-canary"
 _NAME = re.compile(PREFIX + r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(" + CANARY_SUFFIX + r")?")
 
-_MAX_BYTES = 64 << 10  # of its bits: what QEMU has to load and to store
-_MIN_GRANULARITY, _MAX_GRANULARITY = 512, 2 << 30
+_MIN_GRANULARITY = 512
 
 
 class Sentinel(NamedTuple):
@@ -43,10 +43,8 @@ class Sentinel(NamedTuple):
     @classmethod
     def fresh(cls, virtual_size: int, cluster_size: int) -> Sentinel:
         """A sentinel with a new name, of the finest granularity at which it fits in a cluster."""
-        most_bits = 8 * min(cluster_size, _MAX_BYTES)
-        granularity = _MIN_GRANULARITY
-        while granularity < _MAX_GRANULARITY and ceil_div(virtual_size, granularity) > most_bits:
-            granularity *= 2
+        most_bits = 8 * min(cluster_size, canary.MAX_BYTES)
+        granularity = canary.finest_granularity(virtual_size, most_bits, _MIN_GRANULARITY)
         return cls(f"{PREFIX}{uuid4()}", granularity, virtual_size)
 
     @property
@@ -57,25 +55,18 @@ class Sentinel(NamedTuple):
     @property
     def canary_ranges(self) -> list[tuple[int, int]]:
         """The dirty ranges of the canary: (start, length) in guest bytes."""
-        return [(0, 1), (self.virtual_size - 1, 1)]
+        return canary.ranges(self.virtual_size)
 
-    def is_alive(self, canary: NDArray[np.uint8]) -> bool:
+    def is_alive(self, octets: NDArray[np.uint8]) -> bool:
         """Whether the bits of the canary are as they were made."""
-        last = ceil_div(self.virtual_size, self.granularity) - 1
-        return bool(canary[0] & 1 and canary[last // 8] >> last % 8 & 1)
+        return canary.is_alive(octets, self.granularity, self.virtual_size)
 
-    def why_no_evidence(self, entry: DirectoryEntry | None, canary: DirectoryEntry | None) -> str:
-        """The reason why the sentinel proves nothing; empty if it does prove what was written."""
-        for what, found, is_enabled in (("sentinel", entry, True), ("canary", canary, False)):
-            if found is None:
-                return f"the {what} is gone"
-            if found.in_use:
-                return f"the {what} is in_use: a program that wrote to the image did not close it"
-            if found.auto != is_enabled:
-                return f"the {what} was {'enabled' if found.auto else 'disabled'}"
-            if found.granularity != self.granularity:
-                return f"the {what} has another granularity"
-        return ""
+    def why_no_evidence(self, entry: DirectoryEntry | None, other: DirectoryEntry | None) -> str:
+        """The reason why the sentinel proves nothing; empty if it does prove what was written.
+
+        ``other`` is the canary.
+        """
+        return canary.why_no_evidence("sentinel", entry, other, self.granularity)
 
     def written(self, octets: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The ranges that the bits record: int64[n, 2] of (start, length) in guest bytes."""
