@@ -221,9 +221,9 @@ class IntentLog:
         if not all(wanted[n >> 3] >> (n & 7) & 1 for n in range(first, stop)):
             pure_python.fill(wanted, first, stop, is_set=True)
             self._is_due = True
-            if not self._is_working:
-                Thread(target=self._work, name="qcow2bm intent", daemon=True).start()
-                self._is_working = True  # the lock is held: the thread has not ended yet
+        if self._is_due and not self._is_working:
+            Thread(target=self._work, name="qcow2bm intent", daemon=True).start()
+            self._is_working = True  # the lock is held: the thread has not ended yet
 
     def _is_durable(self, first: int, stop: int) -> bool:
         durable = self._durable

@@ -266,17 +266,22 @@ class Session:
 
     # --- intent --------------------------------------------------------------------------------
 
-    def begin_intent(self, intent: Intent) -> Callable[[int, int], None]:
+    def begin_intent(self, intent: Intent) -> None:
         """Lets writes wait from now on until a crash cannot lose their marks.
-
-        Returns the function that marks a range and then waits, see `Tracker.mark`. A closure,
-        because a program calls it for every write of a guest.
 
         Raises:
             StorageError: the intent bitmap could not be read.
         """
         self.intent = IntentLog(self.storage, self.fail_in_background)
         self.take_intent(intent, self.recording)
+
+    def marker(self) -> Callable[[int, int], None]:
+        """Returns the function that marks a range, and with intent waits: see `Tracker.mark`.
+
+        A closure, because a program calls the function for every write of a guest.
+        """
+        if not self.intent:
+            return self.recorder.mark
         mark, is_settled, wait = self.recorder.mark, self.intent.is_settled, self.intent.wait
 
         def mark_with_intent(start: int, length: int) -> None:

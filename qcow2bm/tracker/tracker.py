@@ -78,9 +78,9 @@ class Tracker:
         """
         self._session = Session(storage, store, on_end=on_end, clock=clock)
         self._flusher = Flusher(self._session)
-        self.mark = self._session.recorder.mark
         if intent:
-            self.mark = self._session.begin_intent(intent)
+            self._session.begin_intent(intent)
+        self.mark = self._session.marker()
 
     def __enter__(self) -> Tracker:
         return self

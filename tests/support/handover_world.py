@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from threading import Lock
+from time import sleep
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from qcow2bm.clusters.plan import Barrier, Plan, Step, Write, execute
 from qcow2bm.errors import ImageLockedError
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.format.header import FIELD_OFFSETS
+from qcow2bm.migration.intent import PREFIX as INTENT_PREFIX
 from qcow2bm.migration.sentinel import CANARY_SUFFIX, is_sentinel
 from qcow2bm.storage.write_guard import WriteGuard
 from qcow2bm.tracker.flusher import Flusher
@@ -36,6 +38,7 @@ from qcow2bm.tracker.reports import Activation
 from qcow2bm.tracker.session import Session
 from qcow2bm.tracker.tracker import Tracker
 from qcow2bm.tracker.turns import Turns
+from qcow2bm.tracker.waiting import Changes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -46,8 +49,11 @@ SECTOR = 512
 GRANULE = 512
 GRANULES = 4
 SIZE = GRANULE * GRANULES
-BY_A, BY_B, BY_STRANGERS, BY_B_LATER = range(GRANULES)
-"""The granule that each writer writes, so that a missing bit tells whose write it is."""
+BY_B, BY_A, BY_STRANGERS, BY_B_LATER = range(GRANULES)
+"""The granule that each writer writes, so that a missing bit tells whose write it is.
+
+That of A is not in the first region, which an intent bitmap has from its beginning.
+"""
 
 Dirty = frozenset[int]
 Snapshot = tuple[bytes, dict[str, Dirty]]
@@ -243,7 +249,9 @@ class Qemu:
             for name, (dirty, granularity, flags) in self.bits.items():
                 draft.remove(name)
                 draft.add(name, granularity, enabled=bool(flags & FLAG_AUTO))
-                draft.fill(name, [(n * granularity, granularity) for n in dirty], is_set=True)
+                starts = [number * granularity for number in dirty]
+                ranges = [(start, min(granularity, SIZE - start)) for start in starts]
+                draft.fill(name, ranges, is_set=True)
             store.file.__dict__["generation"] = None  # it knows of none, and changes none
             plan = plan_commit(store.metadata, draft, None)
             keeps = store.file.header.autoclear_features & 1 << 63
@@ -279,6 +287,17 @@ class Seen(NamedTuple):
 
 
 @lru_cache(1 << 12)  # more would not make it faster, and images are large
+def look_recovered(data: bytes) -> dict[str, Seen]:
+    """All bitmaps of an image by name, once those are recovered that a crash has left in_use."""
+    recovered = bytearray(data)
+    with qcow2bm.open(recovered, "r+") as image:
+        if not image.recoverable:
+            return {}
+        image.recover()
+    return look(bytes(recovered))
+
+
+@lru_cache(1 << 12)
 def look(data: bytes) -> dict[str, Seen]:
     """All bitmaps of an image by name."""
     with qcow2bm.open(data) as image:
@@ -300,6 +319,7 @@ class Options(NamedTuple):
     is_watched: bool
     carried: tuple[str, ...]
     policy: Policy
+    intent: bool = False
 
 
 class World:
@@ -393,6 +413,9 @@ class World:
         if state is None:
             if not self.disk.user:
                 yield "A starts", World._track_a
+                is_stale = not self.disk.data[AUTOCLEAR][-1] & 1
+                if self.options.intent and not is_stale:
+                    yield "fine is removed and made again", World._make_again
             return
         assert self.a
         if state in ("tracking", "migrating"):
@@ -425,7 +448,7 @@ class World:
             self.written[name] |= {granule}
 
     def _track_a(self) -> None:
-        self.a = _track(self.a_host, self.options.generation)
+        self.a = _track(self.a_host, self.options.generation, intent=self.options.intent)
         if self.a is None:
             self.a_host.disk.user = None
         self.since = frozenset()
@@ -482,7 +505,7 @@ class World:
         self._note("received" if receives else "reopened" if reopens else "opened")
 
     def _track_b(self) -> None:
-        self.b = _track(self.b_host, None)
+        self.b = _track(self.b_host, None)  # without intent
         if self.b is None:
             self.disk.user = None
         else:
@@ -535,6 +558,11 @@ class World:
             bits[name] = bits[name]._replace(dirty=frozenset())
             if name in self.written:
                 self.written[name] = frozenset()
+
+    def _make_again(self) -> None:
+        with self._edited() as bits:
+            bits["fine"] = Bits(frozenset(), GRANULE, FLAG_AUTO)
+            self.written["fine"] = frozenset()
 
     def _merge_into_one(self) -> None:
         with self._edited() as bits:
@@ -592,11 +620,11 @@ class World:
         return new
 
 
-def _track(host: Host, generation: bool | None) -> Tracker | None:
+def _track(host: Host, generation: bool | None, *, intent: bool = False) -> Tracker | None:
     """A tracker of whatever records writes; None if there is nothing."""
     image = qcow2bm.open(host, "r+")
     try:
-        tracker = image.track(generation=generation)
+        tracker = image.track(generation=generation, intent=intent)
     except qcow2bm.BitmapError:
         image._opened._resources.pop_all()
         return None
@@ -610,6 +638,7 @@ def _nothing() -> None:
 
 # A copy of a storage has a lock of its own; no thread holds one while a world is copied.
 copyreg.pickle(type(Lock()), lambda lock: (Lock, ()))
+copyreg.pickle(Changes, lambda changes: (Changes, ()))
 
 
 def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
@@ -618,6 +647,8 @@ def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
     The copy shares what never changes: copying all of it took half of the whole exploration.
     """
     old = tracker._session
+    while old.intent and old.intent._is_working:
+        sleep(0)  # the thread finds nothing more to store, and ends
     metadata, migration = old.store.metadata, old.migration
     file = metadata.file
     never_change: list[object] = [
@@ -630,7 +661,7 @@ def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
     if migration:
         never_change += [migration.sentinel, migration.departure]
     memo |= {id(value): value for value in never_change}
-    session = Session.__new__(Session)
+    memo[id(old)] = session = Session.__new__(Session)
     special = {"recorder", "in_flight", "clock", "_turns", "_on_end"}
     for name, value in vars(old).items():
         if name not in special:
@@ -644,7 +675,7 @@ def _copy_of(tracker: Tracker, memo: dict[int, Any]) -> Tracker:
     new._session = session
     new._flusher = Flusher(session)
     new._flusher._batches = deepcopy(tracker._flusher._batches, memo)
-    new.mark = session.recorder.mark
+    new.mark = session.marker()
     return new
 
 
@@ -664,8 +695,18 @@ def touched(tracker: Tracker) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(bitmap.due().tolist()) for bitmap in bitmaps)
 
 
+def intent_bits(tracker: Tracker) -> tuple[bytes, ...]:
+    """The bits that a tracker has of its intent bitmap, and those of settled granules."""
+    log = tracker._session.intent
+    if not log or tracker.state not in ("tracking", "migrating"):
+        return ()
+    return bytes(log._wanted), bytes(log._durable), log._aged.tobytes(), bytes(log._settled[2])
+
+
 def plain_name(name: str, sentinel: str) -> str:
     """The name, without what is different in each path."""
+    if name.startswith(INTENT_PREFIX):
+        return f"{name[: len(INTENT_PREFIX)]}{name[len(INTENT_PREFIX) + 36 :]}"
     if is_sentinel(name):
         whose = "its" if name.removesuffix(CANARY_SUFFIX) == sentinel else "another"
         return f"{whose} {'canary' if name.endswith(CANARY_SUFFIX) else 'sentinel'}"
