@@ -257,8 +257,8 @@ class IntentLog:
             self._refusal = state
             self._forget_settled()
             self._changes.announce()
-        with self._storing:
-            pass
+        with self._storing:  # until what is being stored now is on the disk
+            self._is_due = False
 
     def disown(self) -> None:
         """Takes nothing for settled any more: for a forked process, where no lock is waited for."""
@@ -316,9 +316,9 @@ class IntentLog:
 
         ``marking`` is held by those who mark.
         """
-        marked = np.frombuffer(bytes(self._recording.bits.octets), np.uint8)
-        with marking:
-            pass  # a bit that was copied now has its piece touched, too
+        copied = bytes(self._recording.bits.octets)
+        with marking:  # a bit that was copied has its piece touched, too, once this is entered
+            marked = np.frombuffer(copied, np.uint8)
         with self._changes.lock:
             durable = np.frombuffer(bytes(self._durable), np.uint8)
             regions, self._aged = self._aged & durable, durable

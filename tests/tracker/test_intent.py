@@ -682,3 +682,31 @@ def test_too_many_bitmaps() -> None:
         pytest.raises(qcow2bm.LimitError, match="tracked with intent"),
     ):
         opened.track(intent=True)
+
+
+@pytest.mark.spec("INTENT-7")
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_group(is_stopped: bool) -> None:
+    """Each disk has an intent bitmap of its own."""
+    disks = {name: image() for name in ("vda", "vdb")}
+    images = {name: qcow2bm.open(data, "r+") for name, data in disks.items()}
+    trackers = {name: opened.track(intent=True) for name, opened in images.items()}
+    group = qcow2bm.TrackerGroup(trackers)
+    for number, tracker in enumerate(trackers.values()):
+        with tracker.writing(number * 100 * MIB, 1):
+            pass
+    if is_stopped:
+        assert all(isinstance(report, qcow2bm.StopReport) for report in group.stop().values())
+    left = {name: crashed(data) for name, data in disks.items()}
+    for opened in images.values():
+        opened.close()
+    for number, data in enumerate(left.values()):
+        with qcow2bm.open(data, "r+") as again:
+            assert again.recoverable == (() if is_stopped else ("a", "b"))
+            if again.recoverable:
+                again.recover()
+            assert [*again.bitmaps] == ["a", "b"]
+            for bitmap in again.bitmaps.values():
+                assert bitmap.status == "valid"
+                starts = np.concatenate([*bitmap.extents()])[:, 0]
+                assert starts.max() == number * 100 * MIB

@@ -42,15 +42,17 @@ ACTIONS: dict[str, Callable[[qcow2bm.Tracker], object]] = {
 }
 
 
-def interrupt(path: Path, action: str, at: int) -> bool:
+def interrupt(path: Path, action: str, at: int, *, intent: bool) -> bool:
     """Interrupts an action at that line, closes at once, and judges.
+
+    With intent, all bitmaps are valid once they are recovered.
 
     Returns:
         Whether there is such a line.
     """
     interrupter = Interrupter(at, FOLDER)
     image = qcow2bm.open(path, "r+")
-    tracker = image.track()
+    tracker = image.track(intent=intent)
     tracker.mark(3 << 20, 1)
     has_returned = False
     try:
@@ -62,37 +64,47 @@ def interrupt(path: Path, action: str, at: int) -> bool:
     else:
         image.close()
     with qcow2bm.open(path, "r+") as again:  # the locks are free
+        if again.recoverable:
+            again.recover()
+        if intent and action != "abandon":
+            assert {"b"} <= again.bitmaps.keys()
+            assert {bitmap.status for bitmap in again.bitmaps.values()} == {"valid"}
         for bitmap in again.bitmaps.values():
             if bitmap.status == "valid" and bitmap.name == "b":
                 number = int.from_bytes(bitmap.packed().tobytes(), "little")
                 assert number >> (3 << 20 >> BITS) & 1
-                assert number >> (5 << 20 >> BITS) & 1 or action not in ("mark", "writing")
+                is_marked = has_returned and action in ("mark", "writing")
+                assert number >> (5 << 20 >> BITS) & 1 or not is_marked
     assert has_returned or interrupter.was_hit
     return interrupter.was_hit
 
 
-def interrupt_lines(folder: Path, action: str, step: int) -> None:
+def interrupt_lines(folder: Path, action: str, step: int, *, intent: bool) -> None:
     """Interrupts one line in ``step``, from the first to the last."""
     data = build_image(Stored(b"b", granularity_bits=BITS), size=SIZE).data
     path = folder / "disk.qcow2"
     line = 0
     path.write_bytes(data)
-    while interrupt(path, action, line):
+    while interrupt(path, action, line, intent=intent):
         path.write_bytes(data)
         line += step
     assert line >= {"mark": 5, "writing": 20}.get(action, 10)
     print(f"{action}: {line // step} lines of {line} interrupted")
 
 
+@pytest.mark.spec("INTENT-9")
+@pytest.mark.parametrize("intent", [False, True])
 @pytest.mark.parametrize("action", ACTIONS)
-def test_some_lines(tmp_path: Path, action: str) -> None:
-    interrupt_lines(tmp_path, action, 11 if action in ("flush", "rotate", "stop") else 1)
+def test_some_lines(tmp_path: Path, action: str, intent: bool) -> None:
+    is_long = action in ("flush", "rotate", "stop")
+    interrupt_lines(tmp_path, action, (29 if intent else 11) if is_long else 1, intent=intent)
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("intent", [False, True])
 @pytest.mark.parametrize("action", ["flush", "rotate", "stop"])
-def test_every_line(tmp_path: Path, action: str) -> None:
-    interrupt_lines(tmp_path, action, 1)
+def test_every_line(tmp_path: Path, action: str, intent: bool) -> None:
+    interrupt_lines(tmp_path, action, 1, intent=intent)
 
 
 def edit(tracker: qcow2bm.Tracker) -> None:
