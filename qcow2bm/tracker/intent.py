@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Octets = NDArray[np.uint8]
 
 _MAX_AHEAD_BYTES = 256 << 20
-_GROWTH = 4
+_GROWTH = 16
 _STREAMS = 64
 """So many places are remembered at which a program may go on writing."""
 

@@ -1,6 +1,6 @@
 """Measures what tracking with intent costs, compared with tracking without.
 
-    .venv/bin/python tests/bench/intent.py [--rounds 5] [--folder FOLDER]
+    .venv/bin/python tests/bench/intent.py [--rounds 5] [--folder FOLDER] [--nbdkit]
 
 A disk of 64 GiB on a raw data file, with one bitmap of 64 KiB granularity, is written to through
 `qcow2bm.serve.disk.Disk`, as the nbdkit plugin does it; the bitmap is flushed every 0.2 seconds.
@@ -10,6 +10,10 @@ A disk of 64 GiB on a raw data file, with one bitmap of 64 KiB granularity, is w
 - first: 32 threads write 4 KiB each at 50 places where nothing was written before. It also says how
   many first writes share one barrier.
 
+With --nbdkit, `qemu-img bench` writes to nbdkit with the plugin instead: 98,304 times 4 KiB in turn
+to 32,768 places (32 at a time), 1 GiB in pieces of 256 KiB (one at a time), and 1,600 times 4 KiB
+to as many places (32 at a time). It needs nbdkit, and the Python that nbdkit runs.
+
 Both kinds run in turn (A B A B ...). Times are medians, in milliseconds; "slower" compares them.
 The folder is where image and data file are; by default the folder for temporary files.
 """
@@ -17,8 +21,11 @@ The folder is where image and data file are; by default the folder for temporary
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
 import qcow2bm  # noqa: E402
+from qcow2bm import serve  # noqa: E402
 from qcow2bm.serve.disk import Disk  # noqa: E402
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -96,31 +104,62 @@ def first(disk: Disk, seed: int) -> float:
     return in_threads(32, write)
 
 
+def in_process(name: str, folder: Path, seed: int, *, intent: bool) -> tuple[float, int, int]:
+    """Returns the milliseconds that one kind of work took, the waits, and the barriers."""
+    image, data = make(folder)
+    with Disk(image, data, flush_interval=0.2, intent=intent) as disk:
+        taken = {"again": again, "sequential": sequential, "first": first}[name](disk, seed)
+        report = disk.intent or qcow2bm.IntentReport(0, 0)
+    return taken, report.waits, report.barriers
+
+
+BENCHES = {
+    "again": ["-c 32768 -s 4096 -S 2097152 -d 32", "-c 98304 -s 4096 -S 2097152 -d 32"],
+    "sequential": ["-c 4096 -s 262144 -d 1"],
+    "first": ["-c 1600 -s 4096 -S 33554432 -d 32"],
+}
+"""The arguments of `qemu-img bench`; the last run of each is measured."""
+
+
+def through_nbdkit(name: str, folder: Path, seed: int, *, intent: bool) -> tuple[float, int, int]:
+    """The same with nbdkit; waits and barriers are not known."""
+    image, data = make(folder)
+    socket = '"nbd+unix:///?socket=$unixsocket"'
+    runs = [f"qemu-img bench -w -f raw -t none {bench} {socket}" for bench in BENCHES[name]]
+    script = Path(serve.__file__).with_name("nbdkit_plugin.py")
+    command = ["nbdkit", "-U", "-", "-t", "32", "python", str(script), f"image={image}"]
+    command += [f"data={data}", "flush-interval=0.2", f"intent={'yes' if intent else 'no'}"]
+    command += ["--run", "set -e; " + "; sleep 1; ".join(runs)]
+    path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    return 1000 * float(re.findall(r"completed in ([\d.]+) seconds", done.stdout)[-1]), 0, 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=None)
+    parser.add_argument("--nbdkit", action="store_true")
     arguments = parser.parse_args()
     tempfile.tempdir = arguments.folder
-    for work in (again, sequential, first):
+    measure = through_nbdkit if arguments.nbdkit else in_process
+    for name in BENCHES:
         times: dict[bool, list[float]] = {False: [], True: []}
-        costs: list[qcow2bm.IntentReport] = []
+        waits = barriers = 0
         for seed in range(arguments.rounds):
             for intent in (False, True):
                 with tempfile.TemporaryDirectory() as folder:
-                    image, data = make(Path(folder))
-                    with Disk(image, data, flush_interval=0.2, intent=intent) as disk:
-                        times[intent].append(work(disk, seed))
-                        if disk.intent:
-                            costs.append(disk.intent)
+                    taken, *counts = measure(name, Path(folder), seed, intent=intent)
+                times[intent].append(taken)
+                waits, barriers = waits + counts[0], barriers + counts[1]
         without, with_intent = median(times[False]), median(times[True])
-        waits, barriers = (sum(each) for each in zip(*costs, strict=True))
-        print(
-            f"{work.__name__:11}: without {without:8.1f}, with intent {with_intent:8.1f}: "
-            f"{100 * (with_intent / without - 1):+6.1f} % slower; {waits / max(1, barriers):.1f} "
-            f"waits a barrier ({waits} and {barriers})",
-            flush=True,
-        )
+        line = f"{name:11}: without {without:8.1f}, with intent {with_intent:8.1f}: "
+        line += f"{100 * (with_intent / without - 1):+6.1f} % slower"
+        if barriers:
+            line += f"; {waits / barriers:.1f} waits a barrier ({waits} and {barriers})"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

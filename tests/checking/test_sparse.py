@@ -158,8 +158,16 @@ def test_little_more_is_read_than_is_stored(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.spec("CHECK-6")
-@pytest.mark.parametrize("command", [*COMMANDS, ["verdict", "00000"]], ids=" ".join)
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        (name, command)
+        for row, name in enumerate(IMAGES)
+        for column, command in enumerate([*COMMANDS, ["verdict", "00000"]])
+        if column < 2 or (row + column) % 3 == 0
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
 def test_each_command_takes_memory_for_what_is_stored(
     name: str, command: list[str], small: Path, tmp_path: Path
 ) -> None:

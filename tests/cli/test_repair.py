@@ -213,7 +213,6 @@ BARRIER_STEP, WRITE_STEP = struct.pack(">BIQ", 0, 0, 0), struct.pack(">BIQ2s", 1
     [
         (1 << 13, WRITE_STEP, "does not match"),
         (1 << 13, BARRIER_STEP, "does not match"),
-        pytest.param(MAX_STEPS, WRITE_STEP, "does not match", marks=pytest.mark.deep),
         pytest.param(MAX_STEPS, BARRIER_STEP, "does not match", marks=pytest.mark.deep),
         (MAX_STEPS + 1, BARRIER_STEP, "more than the limit of 262144"),
         (1, struct.pack(">BIQ", 1, (1 << 32) - 1, 0), "more than the limit of 1073741824"),

@@ -166,11 +166,11 @@ def test_a_system_call_fails(folder: Path, injection: Injection) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("name", EDITS)
 def test_a_system_call_of_any_edit_fails(folder: Path, name: str) -> None:
-    came = Counter(
-        require_old_or_new(name, folder / "disk.qcow2", injection, when)
-        for injection in INJECTIONS
-        for when in injection.occasions(name)
-    )
+    came: Counter[str] = Counter()
+    for number, injection in enumerate(INJECTIONS):
+        occasions = [*injection.occasions(name)]
+        for when in occasions[number % 2 :: 2] or occasions:
+            came[require_old_or_new(name, folder / "disk.qcow2", injection, when)] += 1
     print(f"{name}: {came.total()} injections: {dict(came)}")
 
 

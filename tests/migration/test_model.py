@@ -56,6 +56,8 @@ def depth_of(options: Options) -> int:
     """How deep options are explored at length: each further event takes four times as long."""
     if options == Options(False, True, ("fine", "coarse"), "merge"):
         return 5
+    if not options.is_watched:
+        return 3
     has_most_states = options.generation and not options.carried
     return 4 if has_most_states or options[2:4] == (("fine",), "merge") else 3
 

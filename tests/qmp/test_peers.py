@@ -153,7 +153,7 @@ def test_many_fields_are_wrong(
     values = (LEFT_OUT, *WRONG)
     tries: list[dict[int, list[tuple[Way, object]]]] = [
         {n: [(way, value)]} for n, way in places for value in values
-    ]
+    ][::2]
     chance = random.Random(11)
     for _ in range(200):
         altered: dict[int, list[tuple[Way, object]]] = {}
