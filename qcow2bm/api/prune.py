@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qcow2bm.bitmaps.rules import RESERVED_PREFIX
 from qcow2bm.errors import BitmapStaleError
-from qcow2bm.units import align_up
+from qcow2bm.units import align_up, escape
 
 if TYPE_CHECKING:
     from qcow2bm.api.bitmap import Bitmap
@@ -73,7 +73,8 @@ def choose_to_prune(
     for name in sorted(names - bitmaps.keys()):
         bitmaps[name]  # raises
     if bitmaps and not image.is_consistent:
-        raise BitmapStaleError(next(iter(bitmaps)), hint="salvage-or-remove-all")
+        reason = "is stale, and stale bitmaps can only be removed all together"
+        raise BitmapStaleError(next(iter(bitmaps)), reason, "salvage-or-remove-all")
     is_any_in_use = any(bitmap.in_use for bitmap in bitmaps.values())
     recoverable = frozenset(image.recoverable if is_any_in_use else ())
     selects = inconsistent or disabled
@@ -93,9 +94,8 @@ def choose_to_prune(
     removed = tuple(name for name, reason in judged if reason is None)
     kept = tuple((name, reason) for name, reason in judged if reason is not None)
     if bitmaps and not selects and not {"named", "pattern"} & {reason for _, reason in kept}:
-        raise ValueError(
-            "no bitmap has a name like that, so all would be removed: for that, remove all of them"
-        )
+        shown = ", ".join(f'"{escape(pattern)}"' for pattern in patterns)
+        raise ValueError(f"no name of a bitmap matches {shown}, so all bitmaps would be removed")
     return Pruning(removed, kept, _freed(image, removed))
 
 

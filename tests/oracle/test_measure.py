@@ -19,7 +19,8 @@ def used(disk: Disk) -> int:
     """The bytes of all clusters that are in use."""
     audit = Audit(disk.path.read_bytes())
     assert audit.miscounted == {}
-    return audit.cluster_size * len(audit.refcounts)
+    size: int = audit.cluster_size
+    return size * len(audit.refcounts)
 
 
 def all_dirty(path: Path, granularity: int, size: int = SIZE) -> Disk:
