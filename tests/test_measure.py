@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support import golden_images
 from support.audit import Audit
 from support.images import ONES, ZEROES, Stored, build_image
+from support.layouts import LAYOUTS, build
 
 import qcow2bm
 from qcow2bm import Addition, BitmapSpace, Growth, build_empty_image
+from qcow2bm.storage.memory import MemoryStorage
 
 CLUSTER = 512
 COVERED = 8 * CLUSTER << 16  # bytes of the disk, by a cluster of bits
@@ -153,11 +157,102 @@ def test_an_image_that_is_not_edited_is_not_measured() -> None:
         image.measure_addition()
 
 
+@pytest.mark.spec("MEASURE-8")
+@pytest.mark.parametrize("spare", [0, 1, 2, 3, 5, 6, 8])
+def test_a_device_without_room_is_an_error_that_says_what_is_missing(spare: int) -> None:
+    device = Device(build_image(Stored(), size=4 * COVERED).data, spare)
+    with qcow2bm.open(device, "r+") as image:
+        if spare < 2 + 4:  # a table and a directory, and the bits
+            with pytest.raises(qcow2bm.NoRoomError) as caught:
+                image.measure_addition(granularity=1 << 16)
+            assert caught.value.missing == (2 - spare if spare < 2 else 6 - spare) * CLUSTER
+        else:
+            addition = image.measure_addition(granularity=1 << 16)
+            assert addition.full.total == 5 * CLUSTER
+            assert addition.full.file == 0
+
+
+class Device(MemoryStorage):
+    """A storage that cannot grow, with some free clusters at its end."""
+
+    def __init__(self, data: bytearray, spare: int) -> None:
+        super().__init__(data)
+        data.extend(bytes(spare * CLUSTER))
+        self.length = len(data)
+
+    def capacity(self) -> int:
+        return self.length
+
+
+@pytest.mark.spec("MEASURE-8")
+@pytest.mark.parametrize("name", ["version_2", "dirty", "full_header", "broken"])
+def test_a_measurement_fails_for_the_reason_for_which_the_edit_fails(name: str) -> None:
+    data = getattr(golden_images, name)().data
+    with pytest.raises(qcow2bm.Qcow2BmError) as of_edit:
+        add(bytearray(data), 1)
+    with qcow2bm.open(data) as image, pytest.raises(type(of_edit.value)) as of_measurement:
+        image.measure_addition()
+    assert str(of_measurement.value) == str(of_edit.value)
+
+
 @pytest.mark.spec("MEASURE-5")
 def test_very_many_bitmaps_are_measured_without_being_made() -> None:
     with qcow2bm.open(build_image(size=1 << 50, cluster_bits=21).data) as image:
         addition = image.measure_addition(60_000, granularity=2 << 20)
     assert addition.full.data == 60_000 * (64 << 20)
+
+
+def add(data: bytearray, count: int) -> None:
+    """Adds bitmaps of the default granularity, with names of 36 bytes."""
+    with qcow2bm.open(data, "r+") as image, image.edit() as edit:
+        for number in range(count):
+            edit.add(name(number))
+
+
+@pytest.mark.spec("MEASURE-5")
+def test_some_layouts_grow_by_what_was_measured_or_are_refused() -> None:
+    require_exact_growth([*LAYOUTS][::10])
+
+
+@pytest.mark.deep
+@pytest.mark.spec("MEASURE-5")
+def test_every_layout_grows_by_what_was_measured_or_is_refused() -> None:
+    grown, refused = require_exact_growth(LAYOUTS)
+    print(f"{grown} times an image grew as measured, {refused} times both were refused")
+
+
+def require_exact_growth(layouts: Iterable[str]) -> tuple[int, int]:
+    """Adds bitmaps to images with snapshots, unknown extensions, wrong refcounts, and so on.
+
+    Returns how often an image grew, and how often it refused.
+    """
+    grown = refused = 0
+    for layout in layouts:
+        before = build(layout)
+        for count in (1, 30):
+            after = bytearray(before)
+            try:
+                add(after, count)
+            except qcow2bm.Qcow2BmError as error:
+                with qcow2bm.open(before) as image, pytest.raises(type(error)):
+                    image.measure_addition(count)
+                refused += 1
+                continue
+            with qcow2bm.open(before) as image, qcow2bm.open(after) as edited:
+                growth = image.measure_addition(count).empty
+                assert growth.total == in_use(edited) - in_use(image), layout
+            assert growth.file == len(after) - len(before), layout
+            grown += 1
+    assert grown > refused
+    return grown, refused
+
+
+def in_use(image: qcow2bm.Image) -> int:
+    """The bytes of all clusters that are in use."""
+    end, free = image.file_space()
+    assert end is not None
+    assert free is not None
+    return end - free
 
 
 # Bitmaps that are there

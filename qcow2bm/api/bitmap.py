@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -243,7 +244,7 @@ class Bitmap:
             As `full_space` and `table` do.
         """
         full = self.full_space(virtual_size)
-        return full and kept_space(full, self.table(), self._image.file.cluster_size)
+        return full and kept_space(full, self._words(), self._image.file.cluster_size)
 
     def table(self) -> Iterator[TableRun]:
         """Returns the entries of the bitmap table in order, as runs, whatever the status.
@@ -254,11 +255,14 @@ class Bitmap:
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
+        return runs_of_entries(self._words(), self._image.file.cluster_size)
+
+    def _words(self) -> array[int]:
+        """Returns the bitmap table, uint64[n]; raises as `table` does."""
         found = self._table()
         self._require_table()
-        file = self._image.file
-        reader = BitReader(file, self.entry, found.fingerprint if found else None)
-        return runs_of_entries(reader.table(), file.cluster_size)
+        expected = found.fingerprint if found else None
+        return BitReader(self._image.file, self.entry, expected).table()
 
     def count(self) -> int:
         """Returns how many guest bytes are dirty, clipped to the disk.

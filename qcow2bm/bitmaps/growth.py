@@ -14,9 +14,11 @@ from qcow2bm.bitmaps.entries import MAX_NAME_SIZE, required_table_size
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.rules import default_granularity, require_granularity
 from qcow2bm.clusters.guest_map import GuestMap
+from qcow2bm.clusters.header_draft import HeaderDraft
 from qcow2bm.errors import BitmapStaleError, LimitError
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH
 from qcow2bm.format.directory import HEAD_LENGTH
+from qcow2bm.format.extensions import BitmapsExtension, build_bitmaps_extension
 from qcow2bm.units import align_up, ceil_div
 
 
@@ -83,7 +85,8 @@ def measure_addition(
         LimitError: a structure would grow too large.
         NoRoomError: there are too few free clusters, and the storage cannot grow.
         StorageError: reading failed.
-        UnsupportedError: the version of qcow2 is 2, or the disk has 0 bytes.
+        UnsupportedError: the version of qcow2 is 2, the disk has 0 bytes, or the header is laid out
+            in a way that cannot be changed safely.
         ValueError: QEMU could not use such a number of bitmaps, granularity, or length of a name.
     """
     file, directory = metadata.file, metadata.directory
@@ -107,6 +110,9 @@ def measure_addition(
     if size > MAX_DIRECTORY_SIZE:
         raise LimitError("the size of the bitmap directory", size, MAX_DIRECTORY_SIZE)
 
+    extension = BitmapsExtension(bitmaps, 0, size, cluster_size)
+    _require_room_in_header(metadata, build_bitmaps_extension(extension))
+
     entries = required_table_size(granularity, virtual_size, cluster_size)
     table = ceil_div(ENTRY_LENGTH * entries, cluster_size)
     new_directory = ceil_div(size, cluster_size)
@@ -126,3 +132,19 @@ def measure_addition(
         )
 
     return Addition(granularity, growth(0), growth(entries * count))
+
+
+def _require_room_in_header(metadata: Metadata, payload: bytes) -> None:
+    """Returns if the header can lead to another bitmap directory.
+
+    Raises:
+        LimitError: the header area would be too large.
+        UnsupportedError: the header is laid out in a way that cannot be changed safely.
+    """
+    header = HeaderDraft(metadata.file)
+    header.clear_unknown_autoclear()
+    if metadata.directory.extension:
+        header.straighten()
+        header.replace(payload)
+    else:
+        header.insert(payload)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
 from typing import NamedTuple
 
 from qcow2bm.bitmaps.entries import (
@@ -15,8 +15,7 @@ from qcow2bm.bitmaps.entries import (
 )
 from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.bitmaps.rules import require_granularity
-from qcow2bm.bitmaps.table_entries import TableRun
-from qcow2bm.format.bitmap_table import ENTRY_LENGTH
+from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.units import align_up
 
@@ -87,14 +86,13 @@ def full_space(entry: DirectoryEntry, virtual_size: int, cluster_size: int) -> B
     return BitmapSpace(entry.size, tables, entries * cluster_size)
 
 
-def kept_space(full: BitmapSpace, table: Iterable[TableRun], cluster_size: int) -> BitmapSpace:
+def kept_space(full: BitmapSpace, words: array[int], cluster_size: int) -> BitmapSpace:
     """Returns the space of a bitmap that keeps those clusters of its bits that lie on the disk.
 
     Args:
         full: the space if all clusters of the bits that lie on the disk were stored.
-        table: the bitmap table as it is.
+        words: the bitmap table as it is, uint64[n].
         cluster_size: in bytes.
     """
-    entries = full.data // cluster_size
-    stored = (min(run.entries, entries - run.first) for run in table if run.kind == "allocated")
-    return full._replace(data=cluster_size * sum(max(0, count) for count in stored))
+    on_disk = words[: full.data // cluster_size]
+    return full._replace(data=cluster_size * sum(1 for word in on_disk if word & MASKS.offset))

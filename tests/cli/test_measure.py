@@ -157,7 +157,7 @@ def test_arguments_that_do_not_go_together(folder: Path, arguments: str, reason:
     assert reason in result.err
 
 
-@pytest.mark.parametrize("id", IDS)
+@pytest.mark.parametrize("id", [id for id in IDS if id != "bitmap-table.limit"])  # takes long
 def test_a_broken_image_is_measured_or_refused(id: str, tmp_path: Path) -> None:
     (tmp_path / "vm.qcow2").write_bytes(broken(id))
     for arguments in (["--resize", "1G"], ["--add"]):

@@ -10,8 +10,8 @@ from qcow2bm import FormatError, LimitError, build_empty_image
 
 
 @pytest.mark.parametrize("refcount_bits", [1, 2, 4, 8, 16, 32, 64])
-@pytest.mark.parametrize("cluster_size", [512, 4096, 1 << 16, 2 << 20])
-@pytest.mark.parametrize("size", [512, 64 << 20, (5 << 30) + 512])
+@pytest.mark.parametrize("cluster_size", [512, 4096, 1 << 16])
+@pytest.mark.parametrize("size", [512, 64 << 20, (1 << 30) + 512])
 def test_every_cluster_of_a_new_image_is_counted_once(
     size: int, cluster_size: int, refcount_bits: int
 ) -> None:
@@ -25,9 +25,9 @@ def test_every_cluster_of_a_new_image_is_counted_once(
 
 
 def test_the_default_is_a_cluster_size_for_which_the_l1_table_is_small_enough() -> None:
-    most = 2 << 50
-    assert qcow2bm.open(build_empty_image(most).head).cluster_size == 64 << 10
-    assert qcow2bm.open(build_empty_image(most + 512).head).cluster_size == 2 << 20
+    for size, cluster_size in ((2 << 50, 64 << 10), ((2 << 50) + 512, 2 << 20)):
+        with qcow2bm.open(build_empty_image(size).head) as image:
+            assert image.cluster_size == cluster_size
 
 
 @pytest.mark.parametrize(
