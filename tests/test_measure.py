@@ -195,6 +195,15 @@ def test_a_measurement_fails_for_the_reason_for_which_the_edit_fails(name: str) 
     assert str(of_measurement.value) == str(of_edit.value)
 
 
+@pytest.mark.spec("MEASURE-8")
+def test_while_an_image_is_edited_or_tracked_it_is_not_measured() -> None:
+    with qcow2bm.open(build_image(Stored()).data, "r+") as image:
+        with image.edit(), pytest.raises(qcow2bm.StateError, match="being edited"):
+            image.measure_addition()
+        with image.track(), pytest.raises(qcow2bm.StateError, match="being tracked"):
+            image.measure_addition()
+
+
 @pytest.mark.spec("MEASURE-5")
 def test_very_many_bitmaps_are_measured_without_being_made() -> None:
     with qcow2bm.open(build_image(size=1 << 50, cluster_bits=21).data) as image:

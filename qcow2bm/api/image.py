@@ -296,7 +296,8 @@ class Image:
             virtual_size: of the disk in bytes, if that is to be resized before.
 
         Raises:
-            As `Edit.add` and `Edit.plan` do.
+            StateError: the image is closed, being edited, or being tracked.
+            Others as `Edit.add` and `Edit.plan` do.
         """
         from qcow2bm.bitmaps.growth import measure_addition
 

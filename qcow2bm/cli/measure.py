@@ -221,7 +221,7 @@ def _run_new(arguments: Arguments, disk_size: int) -> None:
         new = build_empty_image(
             align_up(disk_size, _SECTOR_SIZE),
             arguments.cluster_size,
-            arguments.refcount_bits or _REFCOUNT_BITS,
+            _REFCOUNT_BITS if arguments.refcount_bits is None else arguments.refcount_bits,
         )
         with open(new.head.ljust(new.length, b"\0")) as image:
             document = {**output.head(""), "filename": None}

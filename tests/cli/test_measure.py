@@ -123,6 +123,7 @@ def test_a_new_image_needs_no_file(tmp_path: Path) -> None:
         ("--size 16T -g 512", "size of a bitmap of granularity 512 in bytes is 4294967296"),
         ("--size 1T --cluster-size 512", "a new image: the size of the L1 table"),
         ("--size 1T --cluster-size 1000", "a new image: cluster_size is 1000"),
+        ("--size 1T --refcount-bits 0", "a new image: refcount_bits is 0"),
         ("--size 0", "a bitmap of a disk of 0 bytes"),
         ("vm.qcow2 --resize 1E", "the size of a bitmap of granularity 65536"),
         ("vm.qcow2 --add -g 1000", "vm.qcow2: granularity is 1000"),

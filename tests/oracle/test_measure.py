@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from support.audit import Audit
+from support.console import run
 from support.qemu import Disk, run_ok
 
 import qcow2bm
@@ -103,6 +105,19 @@ def test_after_a_resize_by_qemu_a_bitmap_takes_what_was_measured(
         expected = image.bitmaps["daily"].space_after_resize(smaller)
     run_ok("qemu-img", "resize", "-q", "--shrink", disk.path, str(smaller))
     assert space(disk) == expected
+
+
+@pytest.mark.spec("MEASURE-1")
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+def test_the_most_is_what_qemu_img_measures(cluster_size: int, tmp_path: Path) -> None:
+    disk = Disk.create(tmp_path / "disk", SIZE, cluster_size=cluster_size)
+    with qcow2bm.open(disk.path, "r+") as image, image.edit() as edit:
+        for number in range(20):
+            edit.add(f"{number}" * (number + 1), 512 << number % 8)
+    theirs = run_ok("qemu-img", "measure", "--output=json", "-O", "qcow2",
+                    "-o", f"cluster_size={cluster_size}", disk.path)  # fmt: skip
+    ours = run(["measure", "--json", disk.path.name], tmp_path)
+    assert json.loads(ours.out)["together"]["full"]["total"] == json.loads(theirs)["bitmaps"]
 
 
 def space(disk: Disk) -> BitmapSpace | None:
