@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from qcow2bm.api.bitmap import Bitmap
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
+    from qcow2bm.api.prune import KeptReason, Pruning, choose_to_prune
     from qcow2bm.api.repair import check, plan_repair, plan_undo, repair, salvage, undo
     from qcow2bm.api.undo_file import UndoFile
     from qcow2bm.bitmaps.backup_verdict import BackupReason, BackupVerdict
     from qcow2bm.bitmaps.bit_reader import Totals
+    from qcow2bm.bitmaps.growth import Addition, Growth
     from qcow2bm.bitmaps.space import BitmapSpace
     from qcow2bm.bitmaps.status import Status
     from qcow2bm.bitmaps.table_entries import EntryKind, TableRun
     from qcow2bm.bitmaps.tables import Clusters
+    from qcow2bm.bits.coarser import GranularityTotals
     from qcow2bm.bits.operations import Op
     from qcow2bm.checking.check import Check
     from qcow2bm.checking.directory_repair import LostBitmap
@@ -101,6 +104,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activation",
+    "Addition",
     "AsyncioTracker",
     "BackupReason",
     "BackupVerdict",
@@ -132,6 +136,8 @@ __all__ = [
     "FileStorage",
     "FlushReport",
     "FormatError",
+    "GranularityTotals",
+    "Growth",
     "Header",
     "HeaderExtension",
     "Hint",
@@ -139,6 +145,7 @@ __all__ = [
     "ImageLockedError",
     "IntentError",
     "IntentReport",
+    "KeptReason",
     "LimitError",
     "LostBitmap",
     "NoRoomError",
@@ -148,6 +155,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Problem",
+    "Pruning",
     "Qcow2BmError",
     "QmpError",
     "QmpRefusedError",
@@ -182,6 +190,7 @@ __all__ = [
     "build_seal",
     "build_undo",
     "check",
+    "choose_to_prune",
     "compare",
     "live",
     "new_file",
@@ -204,14 +213,17 @@ _NAMES_OF = {
     "qcow2bm.api.bitmap": ("Bitmap",),
     "qcow2bm.api.edit": ("Edit",),
     "qcow2bm.api.image": ("Image", "open"),
+    "qcow2bm.api.prune": ("KeptReason", "Pruning", "choose_to_prune"),
     "qcow2bm.api.repair": ("check", "plan_repair", "plan_undo", "repair", "salvage", "undo"),
     "qcow2bm.api.undo_file": ("UndoFile",),
     "qcow2bm.bitmaps.backup_verdict": ("BackupReason", "BackupVerdict"),
     "qcow2bm.bitmaps.bit_reader": ("Totals",),
+    "qcow2bm.bitmaps.growth": ("Addition", "Growth"),
     "qcow2bm.bitmaps.space": ("BitmapSpace",),
     "qcow2bm.bitmaps.status": ("Status",),
     "qcow2bm.bitmaps.table_entries": ("EntryKind", "TableRun"),
     "qcow2bm.bitmaps.tables": ("Clusters",),
+    "qcow2bm.bits.coarser": ("GranularityTotals",),
     "qcow2bm.bits.operations": ("Op",),
     "qcow2bm.checking.check": ("Check",),
     "qcow2bm.checking.directory_repair": ("LostBitmap",),

@@ -453,6 +453,9 @@ BITMAP_USES: dict[str, Callable[[qcow2bm.Bitmap], object]] = {
     "stale_totals": lambda bitmap: bitmap.stale_totals(),
     "has_stale_bits": lambda bitmap: bitmap.has_stale_bits,
     "space": lambda bitmap: bitmap.space,
+    "full_space": lambda bitmap: bitmap.full_space(),
+    "space_after_resize": lambda bitmap: bitmap.space_after_resize(bitmap.disk_size),
+    "coarser_totals": lambda bitmap: bitmap.coarser_totals(),
     "table": lambda bitmap: list(bitmap.table()),
 }
 

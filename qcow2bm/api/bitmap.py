@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -9,8 +10,12 @@ from typing import TYPE_CHECKING
 from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bitmaps.backup_verdict import DISABLED, USABLE, BackupReason, BackupVerdict
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
-from qcow2bm.bitmaps.entries import GRANULARITY_BITS_LIMIT, why_not_found
-from qcow2bm.bitmaps.space import BitmapSpace, space_of
+from qcow2bm.bitmaps.entries import (
+    GRANULARITY_BITS_LIMIT,
+    MAX_GRANULARITY_BITS,
+    why_not_found,
+)
+from qcow2bm.bitmaps.space import BitmapSpace, full_space, kept_space, space_of
 from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE, VALID, Status
 from qcow2bm.bitmaps.table_entries import TableRun, runs_of_entries
 from qcow2bm.bitmaps.tables import Clusters, Table, has_readable_table
@@ -33,6 +38,8 @@ from qcow2bm.units import escape
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from qcow2bm.bits.coarser import GranularityTotals
 
 
 class Bitmap:
@@ -203,6 +210,42 @@ class Bitmap:
         image.survey()  # asks the storage whether the image has changed
         return space_of(image.metadata, self.entry)
 
+    def full_space(self, virtual_size: int | None = None) -> BitmapSpace | None:
+        """Returns the most that the bitmap can take: every cluster of its bits is stored.
+
+        None if `space` is None, or if QEMU could not use the granularity of the bitmap.
+
+        Args:
+            virtual_size: of the disk in bytes, if that is to be resized.
+
+        Raises:
+            LimitError: a disk of that size would need more bits than QEMU allows.
+            StorageError, ImageLockedError, ChangedWhileReadingError: as of `space`.
+            UnsupportedError: the disk has 0 bytes.
+        """
+        if not self.space:
+            return None
+        size = self.disk_size if virtual_size is None else virtual_size
+        return full_space(self.entry, size, self._image.file.cluster_size)
+
+    def space_after_resize(self, virtual_size: int) -> BitmapSpace | None:
+        """Returns the space after the disk is resized, and before anything more is written.
+
+        QEMU makes a new part of the disk clean in the bitmap, so no cluster of bits is stored for
+        that part.
+
+        *Guarantees*: if the disk becomes smaller, QEMU may store less data: a last cluster
+        of bits that becomes all zeros is not stored.
+
+        Args:
+            virtual_size: of the disk in bytes.
+
+        Raises:
+            As `full_space` and `table` do.
+        """
+        full = self.full_space(virtual_size)
+        return full and kept_space(full, self._words(), self._image.file.cluster_size)
+
     def table(self) -> Iterator[TableRun]:
         """Returns the entries of the bitmap table in order, as runs, whatever the status.
 
@@ -212,11 +255,14 @@ class Bitmap:
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.
         """
+        return runs_of_entries(self._words(), self._image.file.cluster_size)
+
+    def _words(self) -> array[int]:
+        """Returns the bitmap table, uint64[n]; raises as `table` does."""
         found = self._table()
         self._require_table()
-        file = self._image.file
-        reader = BitReader(file, self.entry, found.fingerprint if found else None)
-        return runs_of_entries(reader.table(), file.cluster_size)
+        expected = found.fingerprint if found else None
+        return BitReader(self._image.file, self.entry, expected).table()
 
     def count(self) -> int:
         """Returns how many guest bytes are dirty, clipped to the disk.
@@ -233,6 +279,21 @@ class Bitmap:
     def totals(self, *, with_extents: bool = True) -> Totals:
         """Returns dirty guest bytes and number of extents, in one pass; raises as `count` does."""
         return self._bits().totals(with_extents=with_extents)
+
+    def coarser_totals(self) -> tuple[GranularityTotals, ...]:
+        """Returns what the next backup costs at this granularity, and what at coarser ones.
+
+        The first element is that of the bitmap itself: dirty guest bytes, and the number of
+        extents. Each following one counts the same dirty granules at twice the granularity, up to
+        2 GiB, or to a granularity at which nothing or all is dirty: coarser ones make no
+        difference. What a finer granularity would have had cannot be known from the bits.
+
+        *Guarantees*: memory does not grow with the bitmap; the bits are read once.
+
+        Raises:
+            As `count` does.
+        """
+        return self._bits().coarser_totals(1 << MAX_GRANULARITY_BITS)
 
     def extents(self) -> Iterator[NDArray[np.int64]]:
         """Yields the dirty ranges of the disk: int64[n, 2] of (start, length) in guest bytes.

@@ -22,11 +22,12 @@ from qcow2bm.format.features import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_F
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER, Header
 from qcow2bm.problem_errors import as_error
 from qcow2bm.problems import Problem
-from qcow2bm.storage.interface import use_by_another_process
+from qcow2bm.storage.interface import WritableStorage, use_by_another_process
 from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.units import decode_name, escape
 
 if TYPE_CHECKING:
+    from qcow2bm.bitmaps.growth import Addition
     from qcow2bm.bitmaps.space import BitmapSpace
     from qcow2bm.checking.check import Check
     from qcow2bm.clusters.layout import Snapshot
@@ -273,6 +274,49 @@ class Image:
 
         self._opened.survey()  # asks the storage whether the image has changed
         return space_of_all(self._opened.metadata)
+
+    def measure_addition(
+        self,
+        count: int = 1,
+        *,
+        granularity: int | None = None,
+        name_size: int = 36,
+        virtual_size: int | None = None,
+    ) -> Addition:
+        """Returns by how much the image grows if bitmaps are added in one edit.
+
+        *Guarantees*: nothing is written. `Edit.add` of such bitmaps makes the image grow by exactly
+        what is returned as `Addition.empty`, and an edit that also stores every cluster of their
+        bits by exactly `Addition.full`.
+
+        Args:
+            count: how many bitmaps.
+            granularity: as in `Edit.add`.
+            name_size: the length of each name in bytes; 36 is that of a UUID.
+            virtual_size: of the disk in bytes, if that is to be resized before.
+
+        Raises:
+            StateError: the image is closed, being edited, or being tracked.
+            Others as `Edit.add` and `Edit.plan` do.
+        """
+        from qcow2bm.bitmaps.growth import measure_addition
+
+        opened, storage = self._opened, self._opened.storage
+        opened.require_idle()
+        capacity = storage.capacity() if isinstance(storage, WritableStorage) else None
+        size = self.virtual_size if virtual_size is None else virtual_size
+        try:
+            return measure_addition(
+                opened.metadata,
+                capacity,
+                count=count,
+                granularity=granularity,
+                name_size=name_size,
+                virtual_size=size,
+            )
+        finally:  # a change by another process must not be reported as damage
+            with opened.lock():
+                opened.metadata.verify()
 
     def file_space(self, *, count_free: bool = True) -> FileSpace:
         """Returns where the used part of the image file ends, and how much before that is free.

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qcow2bm.bits.coarser import GranularityTotals
+
 _CountBits = Callable[[memoryview], int]
 _CountEdges = Callable[[memoryview, int], int]
 
@@ -190,6 +192,23 @@ class BitReader:
         from qcow2bm.bits import counting
 
         return counting.count_bits, counting.count_edges
+
+    def coarser_totals(self, coarsest: int) -> tuple[GranularityTotals, ...]:
+        """Counts what would be dirty at this granularity and at coarser ones, in one pass.
+
+        The granularities double, up to ``coarsest``, or to one at which nothing or all is dirty.
+        """
+        import numpy as np
+
+        from qcow2bm.bits.coarser import CoarserCounter
+
+        counter = CoarserCounter(self._entry.granularity, coarsest, self._file.virtual_size)
+        for chunk in self.chunks(vectorize=True):
+            if chunk.data is None:
+                counter.constant(chunk.kind == ALL_ONES, chunk.length_bytes)
+            else:
+                counter.bits(np.frombuffer(chunk.data, np.uint8)[: chunk.length_bytes])
+        return counter.finish()
 
     def sha256(self) -> str:
         """Returns the SHA-256 of the bits as 64-bit little-endian words, at least one, in hex."""

@@ -16,6 +16,9 @@ from qcow2bm.bitmaps.entries import (
 from qcow2bm.errors import LimitError, UnsupportedError
 from qcow2bm.units import ceil_div, encode_name
 
+RESERVED_PREFIX = "qcow2bm-"
+"""How the name of each bitmap begins that this library adds for itself."""
+
 _MIN_DEFAULT_GRANULARITY, _MAX_DEFAULT_GRANULARITY = 4 << 10, 64 << 10
 
 

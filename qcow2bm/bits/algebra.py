@@ -51,11 +51,8 @@ def coarsen(bits: Octets, factor: int) -> Octets:
     if len(bits) % whole:
         bits = np.concatenate((bits, np.zeros(-len(bits) % whole, np.uint8)))
     if factor < 8:
-        parts = _coarse_octets(factor)[bits].reshape(-1, factor)
-        result = parts[:, 0]
-        for place in range(1, factor):
-            result = result | parts[:, place] << np.uint8(place * 8 // factor)
-        return result[:length]
+        halves = _halved_words().take(bits.view("<u2"), mode="wrap")  # "raise" is slower
+        return coarsen(halves, factor // 2)[:length]
     step = factor // 8
     word = min(step, 8)
     any_set = bits.view(f"u{word}") != 0
@@ -81,10 +78,11 @@ def refine(bits: Octets, factor: int, length: int) -> Octets:
 
 
 @cache
-def _coarse_octets(factor: int) -> Octets:
-    """The result of `coarsen` for each of the 256 byte values; ``factor`` is 2 or 4."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    coarse = bits.reshape(256, -1, factor).any(axis=2)
+def _halved_words() -> Octets:
+    """The result of `coarsen` by the factor 2 for each of the 65,536 values of two bytes."""
+    words = np.arange(1 << 16, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    bits = np.unpackbits(words, axis=1, bitorder="little")
+    coarse = bits.reshape(-1, 8, 2).any(axis=2)
     return np.packbits(coarse, axis=1, bitorder="little")[:, 0]
 
 

@@ -33,11 +33,13 @@ COMMANDS_BY_GROUP = {
         "dump": Row("dump", "show everything about the bitmaps of an image"),
         "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
         "check": Row("check", "find everything that is wrong with an image, and explain it"),
+        "measure": Row("measure", "measure the room that bitmaps take, and would take"),
         "verdict": Row("verdict", "say whether the next incremental backup can use a bitmap"),
     },
     "edit bitmaps": {
         "add": Row("edit", "add a bitmap that records writes from now on"),
         "remove": Row("edit", "remove bitmaps"),
+        "prune": Row("prune", "remove bitmaps by rule"),
         "clear": Row("edit", "make bitmaps clean"),
         "enable": Row("edit", "make bitmaps record writes"),
         "disable": Row("edit", "stop bitmaps from recording writes"),

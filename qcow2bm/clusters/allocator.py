@@ -91,6 +91,18 @@ class _Search(NamedTuple):
         return [run for run in (*self.placed, *self.pieces, *grown) if run]
 
 
+class Need(NamedTuple):
+    """What an allocation takes beside the clusters themselves.
+
+    Attributes:
+        refcount_clusters: by how many clusters the refcount table and the refcount blocks grow.
+        end: the number of the cluster behind the last one that is allocated.
+    """
+
+    refcount_clusters: int
+    end: int
+
+
 class Allocator:
     """Plans the allocation and the freeing of clusters in an image.
 
@@ -163,6 +175,16 @@ class Allocator:
         self._fresh = [*whole, *pieces]
         self._count(self._fresh, 0, 1)
         return Allocation(tuple(first for first, _ in whole), tuple(pieces))
+
+    def need(self, runs: Sequence[int], loose: int) -> Need:
+        """Returns what `allocate` would take, and allocates nothing; raises as `allocate` does."""
+        search = self._search_untaken(runs, loose)
+        clusters = 0
+        if growth := search.growth:
+            clusters = len(growth.blocks)
+            if growth.table_clusters:
+                clusters += growth.table_clusters - self.refcounts.table_clusters
+        return Need(clusters, max((stop for _, stop in search.places), default=0))
 
     def _search_untaken(self, runs: Sequence[int], loose: int) -> _Search:
         """Searches for clusters to which no L1 or L2 table leads."""

@@ -48,8 +48,8 @@ def test_opening_an_image_needs_no_numpy() -> None:
 
 MODULES = ("compare", "live", "new_file", "problems", "rescue", "sidecar", "stream", "units")
 LITERALS = (
-    *("BackupReason", "CommitOutcome", "EntryKind", "Hint", "Op", "OtherUse", "Policy", "Severity"),
-    *("State", "Status"),
+    *("BackupReason", "CommitOutcome", "EntryKind", "Hint", "KeptReason", "Op", "OtherUse"),
+    *("Policy", "Severity", "State", "Status"),
 )
 
 

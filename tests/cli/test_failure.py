@@ -69,6 +69,8 @@ FAILURES = {
     "repair text --no-undo": ("format", "text"),
     "undo vm.qcow2 missing": ("storage", "missing"),
     "undo vm.qcow2 text": ("format", "text"),
+    "measure vm.qcow2 nope": ("bitmap-not-found", "vm.qcow2"),
+    "prune vm.qcow2 --keep nope": ("bitmap-not-found", "vm.qcow2"),
     "recover vm.qcow2": ("intent", "vm.qcow2"),
     "salvage vm.qcow2 daily --all-dirty": ("bitmap", "vm.qcow2"),
     "stream dump text": ("format", "text"),

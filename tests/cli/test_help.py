@@ -150,6 +150,6 @@ def test_the_help_shows_each_default(parser: Parser) -> None:
 def test_the_help_explains_only_what_the_command_takes(
     parser: Parser, explained: str, arguments: set[str]
 ) -> None:
-    taken = {word.metavar for word in parser.words}
+    taken = {metavar for word in parser.words for metavar in word.metavar.split()}
     taken |= {str(option.metavar) for option in parser.options}
     assert explained not in " ".join(parser.format_help().split()) or taken & arguments

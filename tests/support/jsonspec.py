@@ -53,6 +53,16 @@ def check_verdict(document: object) -> None:
     _check_object("verdict", document, "verdict")
 
 
+def check_measure(document: object) -> None:
+    """Raises AssertionError unless the document is what ``measure`` may print."""
+    _check_object("measure", document, "measure")
+
+
+def check_prune(document: object) -> None:
+    """Raises AssertionError unless the document is what ``prune`` may print."""
+    _check_object("prune", document, "prune")
+
+
 def check_sidecar_dump(document: object) -> None:
     """Raises AssertionError unless the document is what ``sidecar dump`` may print."""
     _check_object("sidecar dump", document, "sidecar dump")
