@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from tempfile import SpooledTemporaryFile
 from typing import TYPE_CHECKING
 
 from qcow2bm.cli.arguments import byte_range
@@ -23,6 +22,8 @@ from qcow2bm.cli.messages import about
 from qcow2bm.units import decode_name, escape
 
 if TYPE_CHECKING:
+    from tempfile import SpooledTemporaryFile
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -63,7 +64,9 @@ class RangeInput:
     """
 
     def __enter__(self) -> RangeInput:
-        self._spool = SpooledTemporaryFile(_LONGEST_IN_MEMORY)
+        from tempfile import SpooledTemporaryFile  # which other edits need not load
+
+        self._spool: SpooledTemporaryFile[bytes] = SpooledTemporaryFile(_LONGEST_IN_MEMORY)
         self._lines = 0  # that were read
         try:
             self._read()

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.model import OPERATORS
 from support.traced_memory import traced_memory
@@ -49,6 +49,7 @@ def numbers_of(pieces: list[list[int]]) -> set[int]:
 @pytest.mark.spec("ALG-2")
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("stretch", [1, 3, 1 << 16])
+@settings(max_examples=40)
 @given(operands=st.lists(streams(), min_size=1, max_size=4), unit=st.sampled_from([1, 1 << 56]))
 def test_a_combination_is_that_of_the_sets(
     op: Op, stretch: int, operands: list[list[list[int]]], unit: int
@@ -57,7 +58,7 @@ def test_a_combination_is_that_of_the_sets(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extent_streams, "STRETCH_EDGES", stretch)
         pieces = list(combine(op, [extents_of(operand, unit) for operand in operands]))
-    assert all(len(piece) for piece in pieces)
+    assert all(0 < 2 * len(piece) <= stretch * len(operands) + 1 for piece in pieces)
     found = [tuple(extent) for piece in pieces for extent in piece.tolist()]
     assert all(length > 0 for _, length in found)
     assert all(start + length < following for (start, length), (following, _) in pairwise(found))
@@ -92,6 +93,6 @@ def peak(op: Op, extents: int) -> int:
 
 
 @pytest.mark.spec("ALG-4")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["or", "subtract"])
 def test_memory_does_not_grow_with_the_extents(op: Op) -> None:
-    assert peak(op, 1 << 19) < 1.5 * peak(op, 1 << 17)
+    assert peak(op, 1 << 18) < 1.2 * peak(op, 1 << 16)
