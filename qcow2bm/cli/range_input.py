@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from qcow2bm import StorageError
 from qcow2bm.cli.arguments import byte_range
 from qcow2bm.cli.files import STANDARD, name_of, read_pieces
 from qcow2bm.cli.messages import about
@@ -60,7 +61,7 @@ class RangeInput:
 
     Raises:
         ValueError: a line is not one that ``map`` prints, or the end is missing.
-        StorageError: reading failed.
+        StorageError: reading failed, or the temporary file cannot be written.
     """
 
     def __enter__(self) -> RangeInput:
@@ -83,11 +84,13 @@ class RangeInput:
 
         Raises:
             ValueError: a range reaches beyond the disk.
+            StorageError: the temporary file cannot be read.
         """
         import numpy as np
 
-        self._spool.seek(0)
-        while data := self._spool.read(_ROW * _ROWS_AT_ONCE):
+        with _about_temporary_file("reading"):
+            self._spool.seek(0)
+        while data := self._kept():
             rows = np.frombuffer(data, np.int64).reshape(-1, 3)
             starts, lengths = rows[:, 1], rows[:, 2]
             is_outside = (starts > disk_size) | (lengths > disk_size - starts)
@@ -98,6 +101,11 @@ class RangeInput:
                     f"the disk, which has {disk_size} bytes"
                 )
             yield rows[:, 1:]
+
+    def _kept(self) -> bytes:
+        """Returns the next rows that were kept."""
+        with _about_temporary_file("reading"):
+            return self._spool.read(_ROW * _ROWS_AT_ONCE)
 
     def _read(self) -> None:
         blocks = self._blocks()
@@ -145,7 +153,8 @@ class RangeInput:
         for line, (start, length, kind) in enumerate(rows, self._lines + 1):
             if kind[0] == ord("1"):
                 numbers.extend((line, int(start), int(length)))
-        self._spool.write(numbers)
+        with _about_temporary_file("writing"):
+            self._spool.write(numbers)
         self._lines += len(rows)
 
     def _wrong_line(self, block: bytes, row: re.Pattern[bytes]) -> ValueError:
@@ -158,6 +167,14 @@ class RangeInput:
     def _error(self, reason: str) -> ValueError:
         """The error for the line that follows those that were read."""
         return ValueError(f"line {self._lines + 1}: {reason}")
+
+
+@contextmanager
+def _about_temporary_file(action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.from_os(error, "temporary file", 0, 0, action) from error
 
 
 def range_or_input(text: str) -> Range | RangeInput:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -155,6 +157,17 @@ def test_memory_does_not_grow_with_the_input(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(range_input, "_LONGEST_IN_MEMORY", 1 << 16)
     monkeypatch.setattr(range_input, "_ROWS_AT_ONCE", 1 << 9)
     assert memory_of_a_long_input(folder, 14_000) < 1.2 * memory_of_a_long_input(folder, 7_000)
+
+
+@pytest.mark.parametrize("call", ["write", "seek", "read"])
+def test_a_temporary_file_that_fails_is_a_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, call, fail)
+    assert refused(folder, LINE).err == "qcow2bm: temporary file: No space left on device\n"
 
 
 ROW = '{ "offset": 0, "length": 512, "type": 1, "description": "dirty"}'
