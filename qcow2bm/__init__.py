@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qcow2bm.api import sidecar, stream
     from qcow2bm.api.attach import attach
     from qcow2bm.api.bitmap import Bitmap
+    from qcow2bm.api.dirty_set import Combination, DirtySet, union
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
     from qcow2bm.api.prune import KeptReason, Pruning, choose_to_prune
@@ -121,11 +122,13 @@ __all__ = [
     "ChangedWhileReadingError",
     "Check",
     "Clusters",
+    "Combination",
     "CommitError",
     "CommitOutcome",
     "ComparisonError",
     "Convergence",
     "DirectoryEntry",
+    "DirtySet",
     "Edit",
     "EmptyImage",
     "EntryKind",
@@ -205,12 +208,14 @@ __all__ = [
     "sidecar",
     "stream",
     "undo",
+    "union",
     "units",
 ]
 
 _NAMES_OF = {
     "qcow2bm.api.attach": ("attach",),
     "qcow2bm.api.bitmap": ("Bitmap",),
+    "qcow2bm.api.dirty_set": ("Combination", "DirtySet", "union"),
     "qcow2bm.api.edit": ("Edit",),
     "qcow2bm.api.image": ("Image", "open"),
     "qcow2bm.api.prune": ("KeptReason", "Pruning", "choose_to_prune"),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from qcow2bm.api.dirty_set import DirtySet
 from qcow2bm.api.open_image import OpenImage
 from qcow2bm.bitmaps.backup_verdict import DISABLED, USABLE, BackupReason, BackupVerdict
 from qcow2bm.bitmaps.bit_reader import BitReader, Totals
@@ -42,12 +43,14 @@ if TYPE_CHECKING:
     from qcow2bm.bits.coarser import GranularityTotals
 
 
-class Bitmap:
+class Bitmap(DirtySet):
     """One bitmap of an image.
 
     The bits are read only on demand, by `count`, `extents`, `packed` and `sha256`. These raise an
     error unless `status` is "valid", so that no backup relies on a bitmap that misses writes. Only
     `stale_bits` and `stale_totals` read the bits of other bitmaps.
+
+    ``a | b``, ``a & b``, ``a ^ b`` and ``a - b`` combine bitmaps, see `Combination`.
     """
 
     def __init__(self, opened: OpenImage, entry: DirectoryEntry, revision: int) -> None:

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 COMMANDS_BY_GROUP = {
     "look at bitmaps": {
         "dump": Row("dump", "show everything about the bitmaps of an image"),
-        "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
+        "map": Row("map", "list the dirty and clean ranges of bitmaps, as nbdinfo does"),
         "check": Row("check", "find everything that is wrong with an image, and explain it"),
         "measure": Row("measure", "measure the room that bitmaps take, and would take"),
         "verdict": Row("verdict", "say whether the next incremental backup can use a bitmap"),

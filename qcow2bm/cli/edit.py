@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 from qcow2bm import Edit, Image, Op, open
 from qcow2bm.cli.arguments import (
@@ -18,13 +18,13 @@ from qcow2bm.cli.arguments import (
     EditingArguments,
     add_editing,
     add_image,
-    byte_range,
     size,
 )
 from qcow2bm.cli.images import find, new_name, not_in_use, open_to_edit
 from qcow2bm.cli.messages import about, say
 from qcow2bm.cli.output import listed, print_dry_run
 from qcow2bm.cli.parser import Parser, UsageError
+from qcow2bm.cli.range_input import Range, RangeInput, inputs_read, range_or_input, ranges_of
 from qcow2bm.units import escape
 
 _MOST_LISTED = 5
@@ -60,7 +60,11 @@ _EXAMPLES = {
     "invalidate": ("qcow2bm invalidate vm.qcow2 --all", "qcow2bm invalidate vm.qcow2 daily"),
     "rename": ("qcow2bm rename vm.qcow2 daily monday", "qcow2bm rename vm.qcow2 @0 monday"),
     "copy": ("qcow2bm copy vm.qcow2 daily monday", "qcow2bm copy vm.qcow2 daily coarse -g 1M"),
-    "set": ("qcow2bm set vm.qcow2 daily 1M:64k 8M:", "qcow2bm set --dry-run vm.qcow2 daily 0:1G"),
+    "set": (
+        "qcow2bm set vm.qcow2 daily 1M:64k 8M:",
+        "qcow2bm set --dry-run vm.qcow2 daily 0:1G",
+        "qcow2bm map --json --dirty old.qcow2 daily | qcow2bm set vm.qcow2 daily -",
+    ),
     "reset": ("qcow2bm reset vm.qcow2 daily 1M:64k",),
     "invert": ("qcow2bm invert vm.qcow2 daily",),
     "fit": ("qcow2bm fit vm.qcow2 --all",),
@@ -78,7 +82,7 @@ class Arguments(EditingArguments):
     name: str
     names: list[str]
     new: str
-    ranges: list[tuple[int, int | None]]
+    ranges: list[Range | RangeInput]
     granularity: int | None
     disabled: bool
     all: bool
@@ -135,7 +139,8 @@ def _define_rename(parser: Parser) -> None:
 
 def _define_ranges(parser: Parser) -> None:
     parser.add_word("name", "NAME", "the bitmap")
-    parser.add_word("ranges", "START:LENGTH", "ranges of the disk", "+", byte_range)
+    text = "ranges of the disk; - means the dirty ranges on standard input, as map prints them"
+    parser.add_word("ranges", "START:LENGTH", text, "+", range_or_input)
     parser.notes += (RANGE_NOTE,)
 
 
@@ -193,6 +198,7 @@ def run(arguments: Arguments) -> int:
         )
     plan, note = None, None
     with (
+        inputs_read(arguments.ranges if "ranges" in arguments else ()),
         about(arguments.image, ValueError),
         open_to_edit(arguments.image, arguments) as image,
         image.edit(dry_run=arguments.dry_run) as edit,
@@ -229,20 +235,15 @@ def _copy(arguments: Arguments, image: Image, edit: Edit) -> None:
     edit.copy(name, new_name(arguments.new), arguments.granularity, enabled)
 
 
-def _set(arguments: Arguments, image: Image, edit: Edit) -> None:
-    edit.set_many(find(image, arguments.name).name, _ranges(arguments, image))
+def _fill(operation: Callable[[Edit, str, Any], None]) -> Operation:
+    """The same operation on all ranges."""
 
+    def operate(arguments: Arguments, image: Image, edit: Edit) -> None:
+        name = find(image, arguments.name).name
+        for ranges in ranges_of(arguments.ranges, image.virtual_size):
+            operation(edit, name, ranges)
 
-def _reset(arguments: Arguments, image: Image, edit: Edit) -> None:
-    edit.reset_many(find(image, arguments.name).name, _ranges(arguments, image))
-
-
-def _ranges(arguments: Arguments, image: Image) -> list[tuple[int, int]]:
-    """The ranges; those without a length reach to the end of the disk."""
-    return [
-        (start, max(0, image.virtual_size - start) if length is None else length)
-        for start, length in arguments.ranges
-    ]
+    return operate
 
 
 def _merge(arguments: Arguments, image: Image, edit: Edit) -> None:
@@ -310,8 +311,8 @@ _OPERATIONS: dict[str, Operation] = {
     "invalidate": _invalidate,
     "rename": _rename,
     "copy": _copy,
-    "set": _set,
-    "reset": _reset,
+    "set": _fill(Edit.set_many),
+    "reset": _fill(Edit.reset_many),
     "invert": _each(Edit.invert),
     "fit": _each(Edit.fit),
     "merge": _merge,

@@ -1,13 +1,14 @@
-"""The command ``map``: the dirty and clean ranges of one bitmap, in the shape nbdinfo uses.
+"""The command ``map``: the dirty and clean ranges of bitmaps, in the shape nbdinfo uses.
 
-*Spec*: spec/json.md, "map".
+*Spec*: spec/json.md, "map"; spec/algebra.md.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import get_args
 
-from qcow2bm import Bitmap, open
+from qcow2bm import Combination, DirtySet, Image, Op, open
 from qcow2bm.cli import output
 from qcow2bm.cli.arguments import (
     NAME_NOTE,
@@ -28,7 +29,8 @@ class Arguments(OutputArguments, ReadingArguments):
     """The values of the arguments of ``map``."""
 
     image: str
-    name: str
+    names: list[str]
+    op: Op
     totals: bool
     dirty: bool
 
@@ -36,10 +38,20 @@ class Arguments(OutputArguments, ReadingArguments):
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
-    parser.examples = ("qcow2bm map vm.qcow2 daily", "qcow2bm map --dirty --json vm.qcow2 daily")
+    parser.examples = (
+        "qcow2bm map vm.qcow2 daily",
+        "qcow2bm map --dirty --json vm.qcow2 daily",
+        "qcow2bm map --totals vm.qcow2 monday tuesday wednesday",
+    )
     parser.notes = (NAME_NOTE,)
     add_image(parser)
-    parser.add_word("name", "NAME", "the bitmap")
+    parser.add_word("names", "NAME", "the bitmap; of several, what --op says", "+")
+    parser.add_argument(
+        "--op",
+        choices=get_args(Op),
+        default="or",
+        help="how to combine the first of several bitmaps with each other one",
+    )
     add_output(parser)
     add_reading(parser)
     parser.add_argument(
@@ -54,7 +66,7 @@ def run(arguments: Arguments) -> int:
         about(arguments.image),
         open(arguments.image, force_share=arguments.force_share) as image,
     ):
-        bitmap = find(image, arguments.name)
+        bitmap = _chosen(image, arguments)
         problems = image.problems
         if arguments.totals:
             _print_totals(bitmap, image.virtual_size, arguments)
@@ -67,7 +79,13 @@ def run(arguments: Arguments) -> int:
     return output.status_of(problems)
 
 
-def _print_totals(bitmap: Bitmap, virtual_size: int, arguments: Arguments) -> None:
+def _chosen(image: Image, arguments: Arguments) -> DirtySet:
+    """Returns the bitmap that is meant, or the combination of several."""
+    bitmaps = [find(image, name) for name in arguments.names]
+    return bitmaps[0] if len(bitmaps) == 1 else Combination(arguments.op, *bitmaps)
+
+
+def _print_totals(bitmap: DirtySet, virtual_size: int, arguments: Arguments) -> None:
     dirty = bitmap.count()
     lines = []
     for kind, size in enumerate((virtual_size - dirty, dirty)):
@@ -86,7 +104,7 @@ def _print_totals(bitmap: Bitmap, virtual_size: int, arguments: Arguments) -> No
         print("\n".join(lines))
 
 
-def _print_lines(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None:
+def _print_lines(bitmap: DirtySet, virtual_size: int, *, dirty_only: bool) -> None:
     line = "%10d  %10d  %3d  %s\n"
     end = 0
     for extents in bitmap.extents():
@@ -101,7 +119,7 @@ def _print_lines(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None
         sys.stdout.write(line % (end, virtual_size - end, 0, "clean"))
 
 
-def _print_json(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None:
+def _print_json(bitmap: DirtySet, virtual_size: int, *, dirty_only: bool) -> None:
     from qcow2bm.cli.rows import RowPrinter
 
     ends = [b', "type": 0, "description": "clean"}', b', "type": 1, "description": "dirty"}']
@@ -112,11 +130,11 @@ def _print_json(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None:
     output.write_rows(b"[", printer, rows, b"\n]\n")
 
 
-def _dirty(bitmap: Bitmap) -> output.Rows:
+def _dirty(bitmap: DirtySet) -> output.Rows:
     return ((extents[:, 0], extents[:, 1], 0) for extents in bitmap.extents())
 
 
-def _alternating(bitmap: Bitmap, virtual_size: int) -> output.Rows:
+def _alternating(bitmap: DirtySet, virtual_size: int) -> output.Rows:
     """Clean and dirty ranges in turn over the whole disk, as pieces: starts, lengths, phase.
 
     The phase is 0 if the piece begins with a clean range, 1 if with a dirty one.

@@ -218,6 +218,13 @@ def bench_process(bench: Bench, folder: Path) -> None:
 
             bench.compare(f"extents {density:.1%}, read included / naive", found, naive)
 
+            def united(bitmap: qcow2bm.Bitmap = bitmap) -> int:
+                return sum(len(extents) for extents in (bitmap | bitmap).extents())
+
+            bench.compare(
+                f"union of two, {density:.1%} / extents of both", united, partial(_twice, found)
+            )
+
     entries = 262144
     contiguous = np.arange(1, entries + 1, dtype=np.uint64) << np.uint64(CLUSTER_BITS)
     mixed = contiguous.copy()
@@ -244,8 +251,14 @@ def bench_process(bench: Bench, folder: Path) -> None:
         )
 
 
+def _twice(run: Callable[[], object]) -> None:
+    run()
+    run()
+
+
 _MEMORY = """
 import re, sys, numpy, qcow2bm, qcow2bm.bits.extents, qcow2bm.bitmaps.bit_reader
+import qcow2bm.bits.extent_streams
 def peak():  # not ru_maxrss, which a process inherits
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 with qcow2bm.open(sys.argv[1]) as image:
@@ -255,7 +268,8 @@ with qcow2bm.open(sys.argv[1]) as image:
     if sys.argv[2] == "load":
         bitmap.packed()
     else:
-        for extents in bitmap.extents(): pass
+        both = bitmap | bitmap
+        for extents in (both if sys.argv[2] == "union" else bitmap).extents(): pass
     print(peak() - before)
 """
 
@@ -263,6 +277,7 @@ with qcow2bm.open(sys.argv[1]) as image:
 def bench_memory(bench: Bench, folder: Path) -> None:
     """Prints the most memory above what was in use before, each in a process of its own."""
     cases = [("stream extents", "extents", density) for density in (0.0, 0.01, 0.5, 1.0)]
+    cases += [("stream the union of two bitmaps", "union", density) for density in (0.01, 0.5)]
     cases.append(("load 512 MiB", "load", 0.5))
     for title, what, density in cases:
         if bench.only not in title:

@@ -21,6 +21,7 @@ class Case(NamedTuple):
     image: str
     arguments: str  # IMAGE stands for the image's name
     status: int = 0
+    input: str = ""  # what is on standard input
 
 
 CASES = [
@@ -85,6 +86,12 @@ CASES = [
     Case("prune-misspelt", "sound", "prune --keep-pattern Daily* IMAGE", 1),
     Case("prune-stale", "stale", "prune --keep daily IMAGE", 1),
     Case("prune-no-rule", "sound", "prune IMAGE", 64),
+    Case("map-several", "sound", "map --dirty IMAGE daily weekly größe"),
+    Case("map-several-and-json", "sound", "map --output=json IMAGE daily größe --op and"),
+    Case("map-several-xor", "sound", "map IMAGE @2 daily weekly --op xor"),
+    Case("map-several-subtract-totals", "sound", "map --totals IMAGE größe daily --op subtract"),
+    Case("map-several-one-in-use", "crashed", "map --output=json IMAGE base daily", 1),
+    Case("map-several-no-such-name", "sound", "map IMAGE daily monthly", 1),
     Case("edit-silent", "sound", "set IMAGE daily 20M:4k 24M:2M"),
     Case("edit-dry-run", "sound", "set --dry-run IMAGE daily 20M:4k 24M:2M"),
     Case("edit-dry-run-json", "sound", "set --dry-run --output=json IMAGE daily 20M:4k 24M:2M"),
@@ -109,6 +116,33 @@ CASES = [
     Case("edit-new-name-at", "sound", "rename IMAGE daily @1", 1),
     Case("edit-range", "sound", "set IMAGE daily 1M", 64),
     Case("edit-range-beyond", "sound", "reset IMAGE daily 39M:2M", 1),
+    Case(
+        "edit-range-input",
+        "sound",
+        "set --dry-run IMAGE daily -",
+        input="  20971520        4096    1  dirty\n  25165824     2097152    1  dirty\n",
+    ),
+    Case(
+        "edit-range-input-beyond",
+        "sound",
+        "reset IMAGE daily -",
+        1,
+        input="         0    16777216    0  clean\n  40894464     2097152    1  dirty\n",
+    ),
+    Case(
+        "edit-range-input-wrong",
+        "sound",
+        "set IMAGE daily 1M:64k -",
+        1,
+        input="         0    16777216    0  clean\n  16777216  60.0%   1 dirty\n",
+    ),
+    Case(
+        "edit-range-input-cut-off",
+        "sound",
+        "set --output=json IMAGE daily -",
+        1,
+        input='[\n{ "offset":  0, "length": 512, "type": 1, "description": "dirty"}',
+    ),
     Case("edit-merge-from", "sound", "merge IMAGE daily monthly --from IMAGE --dry-run", 1),
 ]
 
@@ -116,7 +150,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_output(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     (tmp_path / "vm.qcow2").write_bytes(getattr(images, case.image)().data)
-    result = run(case.arguments.replace("IMAGE", "vm.qcow2").split(), tmp_path)
+    result = run(case.arguments.replace("IMAGE", "vm.qcow2").split(), tmp_path, case.input.encode())
     shown = f"$ qcow2bm {case.arguments.replace('IMAGE', 'vm.qcow2')}\n{result.out}"
     if result.err:
         shown += f"--- standard error\n{result.err}"

@@ -45,7 +45,10 @@ def test_an_option_takes_any_name_behind_its_equals_sign(folder: Path, name: str
 
 @pytest.mark.spec("CLI-13")
 def test_options_behind_the_dashes_are_names(folder: Path) -> None:
-    assert run(["map", "vm.qcow2", "--", "daily", "--totals"], folder).status == 64
+    named = run(["map", "vm.qcow2", "--", "daily", "--totals"], folder)
+    assert named.status == 1
+    assert 'bitmap "--totals" not found' in named.err
+    assert run(["verdict", "vm.qcow2", "--", "daily", "--json"], folder).status == 64
     assert run(["dump", "--", "vm.qcow2", "-q"], folder).status == 64
 
 
@@ -70,7 +73,7 @@ def test_options_may_stand_among_names(folder: Path) -> None:
         (["dump", "vm.qcow2", "--totals"], "qcow2bm dump"),
         (["map", "vm.qcow2", "daily", "-rf"], "qcow2bm map"),
         (["map", "vm.qcow2", "daily", "--sha256"], "qcow2bm map"),
-        (["map", "vm.qcow2", "--", "daily", "-x"], "qcow2bm map"),
+        (["verdict", "vm.qcow2", "--", "daily", "-x"], "qcow2bm verdict"),
     ],
 )
 def test_wrong_usage_names_the_help_that_helps(

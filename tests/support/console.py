@@ -13,6 +13,7 @@ import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from qcow2bm.cli import main
@@ -36,11 +37,30 @@ def _working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def run(arguments: Sequence[str], folder: Path) -> Result:
+@contextmanager
+def _standard_input(data: bytes) -> Iterator[None]:
+    """Gives this process another standard input, with a file descriptor of its own."""
+    before = sys.stdin
+    with TemporaryFile("w+") as file:
+        file.buffer.write(data)
+        file.seek(0)
+        sys.stdin = file
+        try:
+            yield
+        finally:
+            sys.stdin = before
+
+
+def run(arguments: Sequence[str], folder: Path, standard_input: bytes = b"") -> Result:
     """One command in this process, with ``folder`` as working directory."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     err = io.StringIO()
-    with _working_in(folder), redirect_stdout(out), redirect_stderr(err):
+    with (
+        _working_in(folder),
+        _standard_input(standard_input),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         try:
             status = main(arguments)
         except SystemExit as end:
