@@ -1,5 +1,7 @@
 """The command ``map``: the dirty and clean ranges of one bitmap, in the shape nbdinfo uses.
 
+What ``--data`` adds is in ``map_with_data``.
+
 *Spec*: spec/json.md, "map".
 """
 
@@ -7,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from qcow2bm import Bitmap, open
-from qcow2bm.cli import output
+from qcow2bm import Bitmap, Image, open
+from qcow2bm.cli import map_with_data, output
 from qcow2bm.cli.arguments import (
     NAME_NOTE,
     OutputArguments,
@@ -21,8 +23,6 @@ from qcow2bm.cli.images import find
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.parser import Parser
 
-DESCRIPTIONS = ("clean", "dirty")
-
 
 class Arguments(OutputArguments, ReadingArguments):
     """The values of the arguments of ``map``."""
@@ -31,12 +31,17 @@ class Arguments(OutputArguments, ReadingArguments):
     name: str
     totals: bool
     dirty: bool
+    data: bool
 
 
 def define(parser: Parser) -> None:
     """Adds the arguments."""
     parser.namespace = Arguments
-    parser.examples = ("qcow2bm map vm.qcow2 daily", "qcow2bm map --dirty --json vm.qcow2 daily")
+    parser.examples = (
+        "qcow2bm map vm.qcow2 daily",
+        "qcow2bm map --dirty --json vm.qcow2 daily",
+        "qcow2bm map --data --totals vm.qcow2 daily",
+    )
     parser.notes = (NAME_NOTE,)
     add_image(parser)
     parser.add_word("name", "NAME", "the bitmap")
@@ -46,6 +51,11 @@ def define(parser: Parser) -> None:
         "--totals", action="store_true", help="print only how much is dirty and how much is clean"
     )
     parser.add_argument("--dirty", action="store_true", help="leave out what is clean")
+    parser.add_argument(
+        "--data",
+        action="store_true",
+        help="also say what the image has there: data, zeros, or nothing",
+    )
 
 
 def run(arguments: Arguments) -> int:
@@ -58,6 +68,8 @@ def run(arguments: Arguments) -> int:
         problems = image.problems
         if arguments.totals:
             _print_totals(bitmap, image.virtual_size, arguments)
+        elif arguments.data:
+            _print_with_data(image, bitmap, arguments)
         elif arguments.output == "json":
             _print_json(bitmap, image.virtual_size, dirty_only=arguments.dirty)
         else:
@@ -69,21 +81,37 @@ def run(arguments: Arguments) -> int:
 
 def _print_totals(bitmap: Bitmap, virtual_size: int, arguments: Arguments) -> None:
     dirty = bitmap.count()
+    by_kind = map_with_data.totals(bitmap) if arguments.data else ({}, {})
     lines = []
-    for kind, size in enumerate((virtual_size - dirty, dirty)):
-        percent = output.percent(size, virtual_size)
-        description = DESCRIPTIONS[kind]
-        if arguments.dirty and not kind:
+    for type, size in enumerate((virtual_size - dirty, dirty)):
+        description = map_with_data.TYPES[type]
+        if arguments.dirty and not type:
             continue
         if arguments.output == "json":
-            row = {"size": size, "percent": percent, "type": kind, "description": description}
+            percent = output.percent(size, virtual_size)
+            row = {"size": size, "percent": percent, "type": type, "description": description}
+            row |= {f"{description}-{name}-bytes": part for name, part in by_kind[type].items()}
             lines.append(output.as_json(row))
-        else:
-            lines.append(f"{size:10d} {percent:5.1f}% {kind:3d} {description}")
+            continue
+        for name, part in {"": size, **by_kind[type]}.items():
+            percent = output.percent(part, virtual_size)
+            lines.append(f"{part:10d} {percent:5.1f}% {type:3d} {description} {name}".rstrip())
     if arguments.output == "json":
         print("[\n" + ",\n".join(lines) + "\n]")
     else:
         print("\n".join(lines))
+
+
+def _print_with_data(image: Image, bitmap: Bitmap, arguments: Arguments) -> None:
+    if arguments.output == "json":
+        map_with_data.print_json(
+            bitmap,
+            image.virtual_size,
+            dirty_only=arguments.dirty,
+            has_backing_file=image.backing_file is not None,
+        )
+    else:
+        map_with_data.print_lines(bitmap, dirty_only=arguments.dirty)
 
 
 def _print_lines(bitmap: Bitmap, virtual_size: int, *, dirty_only: bool) -> None:

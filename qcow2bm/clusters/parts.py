@@ -1,6 +1,6 @@
 """Reading many ranges of a file, without what lies in holes, a few at a time.
 
-*Spec*: spec/check.md, CHECK-6.
+*Spec*: spec/check.md, CHECK-6; spec/data.md, DATA-10.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qcow2bm.checking.runs import Numbers
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.stored_extents import stored_extents
+
+Numbers = NDArray[np.int64]
 
 BATCH_BYTES = 1 << 17
 """About as much is read at once: so little that the arrays stay in the processor's cache."""
