@@ -1,6 +1,6 @@
 """Reading many ranges of a file, without what lies in holes, a few at a time.
 
-*Spec*: spec/check.md, CHECK-6; spec/data.md, DATA-10.
+*Spec*: spec/check.md, CHECK-6; spec/data.md, MAP-10.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _WINDOW_BYTES = 1 << 20
 _TABLES_AT_ONCE = 1 << 12
 """The number of L2 tables for which holes are looked for at once."""
 
-_ADVICE = "; what the image has for the disk is not known; check lists all such faults"
+_ADVICE = "; what the image has for the disk is not known: run check on the image"
 
 _FATAL = {
     "header.incompatible_features.unknown",
