@@ -99,7 +99,8 @@ def refine(ours: Iterator[Piece], theirs: Iterator[Piece]) -> Iterator[Refined]:
         else:
             place = int(min(one.ends[-1], other.ends[-1]))
             left, right = one.cut(place), other.cut(place)
-            ends = np.union1d(left.ends, right.ends)
+            ends = np.sort(np.concatenate((left.ends, right.ends)), kind="stable")
+            ends = ends[np.append(np.diff(ends) > 0, True)]
             yield Refined(
                 ends,
                 left.labels[np.searchsorted(left.ends, ends)],

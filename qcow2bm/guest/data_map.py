@@ -26,6 +26,9 @@ _OFFSET = np.uint64(L1_MASKS["offset"])
 _WINDOW_BYTES = 1 << 20
 """The bytes of an L1 table that are read at once."""
 
+_BATCH_BYTES = 1 << 19
+"""About as much of the L2 tables is read at once: most entries of most tables are 0."""
+
 _TABLES_AT_ONCE = 1 << 12
 """The number of L2 tables for which holes are looked for at once."""
 
@@ -160,16 +163,18 @@ class DataMap:
         entries = np.minimum(self._entries_of_table, self._clusters - firsts)
         with file.lock():
             parts = stored_parts(file, tables, tables + length * entries, Holes())
-        for batch in parts.batches():
+        for batch in parts.batches(_BATCH_BYTES):
             with file.lock():
                 data = batch.read(file)
                 self._verify()
-            # The first cluster of the disk of each part, and then that of each entry.
+            used = self._kinds.used(data)
+            # The first cluster of the disk of each part, then that of each entry in use.
             begins = firsts[batch.ranges] + (batch.starts - tables[batch.ranges]) // length
             counts = batch.lengths // length
             behind = np.cumsum(counts)
-            clusters = np.repeat(begins - (behind - counts), counts) + np.arange(behind[-1])
-            kinds, fault = self._kinds.of(data, clusters << file.header.cluster_bits)
+            part = np.searchsorted(behind, used, "right")
+            clusters = used + (begins - (behind - counts))[part]
+            kinds, fault = self._kinds.of(data, used, clusters)
             if fault:
                 raise self._error(batch, tables, fault.entry, fault.reason)
             yield self._ranges(clusters, kinds)
@@ -184,7 +189,7 @@ class DataMap:
     def _ranges(self, clusters: Numbers, kinds: Kinds) -> Ranges:
         """Clusters of the disk, whose units have these kinds, as ranges without the unallocated."""
         units, size = self._kinds.units, self._kinds.unit_size
-        is_first = np.append(True, kinds[1:] != kinds[:-1])
+        is_first = np.append(True, kinds[1:] != kinds[:-1])[: len(kinds)]
         is_first[units::units] |= np.diff(clusters) != 1
         firsts = np.flatnonzero(is_first)
         stops = np.append(firsts[1:], len(kinds))

@@ -34,7 +34,7 @@ _BITMAP_OF_ZEROS = np.uint64(SUBCLUSTERS_PER_CLUSTER)  # the shift to it
 
 
 class EntryFault(NamedTuple):
-    """What is wrong with an entry, by its number among those that were judged."""
+    """What is wrong with an entry, by its number among those that were read."""
 
     entry: int
     reason: str
@@ -63,16 +63,27 @@ class L2Kinds:
         if self._is_extended or file.header.version == 2:
             self._reserved |= _MASKS["zero"]
 
-    def of(self, data: bytearray, starts: Numbers) -> tuple[Kinds, EntryFault | None]:
-        """Returns the kinds of the units of some entries, uint8[entries * units].
+    def used(self, data: bytearray) -> Numbers:
+        """Returns which entries are not all zeros, int64[n]; all others are unallocated."""
+        words = np.frombuffer(data, np.uint64)  # in whatever order of bytes
+        if not self._is_extended:
+            return np.flatnonzero(words)
+        return np.flatnonzero(words[::2] | words[1::2])
 
-        Also returns what is wrong with the first entry that has a fault, or None.
+    def of(
+        self, data: bytearray, used: Numbers, clusters: Numbers
+    ) -> tuple[Kinds, EntryFault | None]:
+        """Returns the kinds of the units of some entries, uint8[n * units].
+
+        Also returns what is wrong with the first of these entries that has a fault, or None.
 
         Args:
-            data: the entries as they are stored.
-            starts: the guest offset of each entry, int64[entries].
+            data: entries as they are stored.
+            used: the numbers of the entries in question among them, int64[n].
+            clusters: the number of the cluster of the disk of each, int64[n].
         """
-        words = np.frombuffer(data, ">u8").astype(np.uint64).reshape(len(starts), -1)
+        words = np.frombuffer(data, ">u8").reshape(-1, self.entry_length // L2_ENTRY_LENGTH)
+        words = words[used].astype(np.uint64)
         entries = words[:, 0]
         is_compressed = entries & _MASKS["compressed"] != 0
         is_zero = entries & _MASKS["zero"] != 0
@@ -82,21 +93,23 @@ class L2Kinds:
         has_cluster = offsets != 0
         if self._has_data_file:
             has_cluster |= (plain & _MASKS["copied"] != 0) & ~is_zero
+        starts = clusters << self._bits
         faults = list(self._faults(entries, is_compressed, plain, offsets, has_cluster, starts))
         if self._is_extended:
             impossible = impossible_subclusters(words[:, 1], is_compressed, has_cluster)
             faults += _first(impossible, "has subclusters that cannot be")
-            kinds = self._subclusters(data, is_compressed)
+            kinds = self._subclusters(words[:, 1], is_compressed)
         else:
             kinds = np.where(has_cluster, np.uint8(DataKind.DATA), np.uint8(DataKind.UNALLOCATED))
             kinds[is_zero] = DataKind.ZERO
             kinds[is_compressed] = DataKind.COMPRESSED
-        return kinds, min(faults, default=None, key=lambda fault: fault.entry)
+        first = min(faults, default=None, key=lambda fault: fault.entry)
+        return kinds, first and first._replace(entry=int(used[first.entry]))
 
-    def _subclusters(self, data: bytearray, is_compressed: Flags) -> Kinds:
+    def _subclusters(self, bitmaps: Words, is_compressed: Flags) -> Kinds:
         """The kinds of the subclusters of extended entries without faults."""
-        bitmaps = np.frombuffer(data, np.uint8).reshape(-1, self.entry_length)[:, L2_ENTRY_LENGTH:]
-        bits = np.unpackbits(bitmaps[:, ::-1], axis=1, bitorder="little")
+        octets = bitmaps.astype("<u8").view(np.uint8).reshape(-1, 8)
+        bits = np.unpackbits(octets, axis=1, bitorder="little")
         allocated, zero = np.split(bits, 2, axis=1)
         kinds: Kinds = allocated * np.uint8(DataKind.DATA) + zero * np.uint8(DataKind.ZERO)
         kinds[is_compressed] = DataKind.COMPRESSED

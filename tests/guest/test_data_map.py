@@ -26,7 +26,6 @@ from support.traced_memory import traced_memory
 
 import qcow2bm
 from qcow2bm import DataKind, FormatError
-from qcow2bm.clusters import parts
 from qcow2bm.guest import data_map
 
 CLUSTER = 512  # whose L2 tables have 64 entries
@@ -86,7 +85,7 @@ def test_the_last_range_ends_where_the_disk_ends_inside_of_a_cluster(cluster_bit
 
 
 def test_neighbours_are_joined_across_l2_tables_and_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "BATCH_BYTES", CLUSTER // 4)
+    monkeypatch.setattr(data_map, "_BATCH_BYTES", CLUSTER // 4)
     monkeypatch.setattr(data_map, "_TABLES_AT_ONCE", 2)
     full = dict.fromkeys(range(64), COPIED | CLUSTER)
     image = mapped_image({2: full, 1: full, 0: full, 4: full}, size=5 * TABLE)
@@ -247,7 +246,7 @@ def test_an_unaligned_l1_entry_is_named() -> None:
 def test_what_lies_before_a_fault_is_returned_and_nothing_behind_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(parts, "BATCH_BYTES", CLUSTER)
+    monkeypatch.setattr(data_map, "_BATCH_BYTES", CLUSTER)
     image = mapped_image({0: {0: ZERO, 1: CLUSTER}, 1: {1: ZERO, 5: CLUSTER | 2}}, size=2 * TABLE)
     with qcow2bm.open(image.data) as opened:
         found = opened.data_extents()
@@ -346,7 +345,7 @@ def test_l2_tables_in_holes_cost_no_reading_and_no_memory(tmp_path: Path) -> Non
 def test_a_change_of_the_tables_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_forced: bool
 ) -> None:
-    monkeypatch.setattr(parts, "BATCH_BYTES", CLUSTER)
+    monkeypatch.setattr(data_map, "_BATCH_BYTES", CLUSTER)
     image = mapped_image({0: {1: ZERO}, 1: {1: ZERO}, 2: {1: ZERO}}, size=4 * TABLE)
     path = tmp_path / "disk"
     path.write_bytes(image.data)
