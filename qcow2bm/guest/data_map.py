@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qcow2bm.bits.partitions import Piece, Ranges, partition
 from qcow2bm.clusters.file import ClusterFile
@@ -132,15 +133,13 @@ class DataMap:
         words = entries.words.view(np.uint64)
         tables = (words & _OFFSET).astype(np.int64)
         own = header.l1_table_offset, header.l1_table_offset + L1_ENTRY_LENGTH * header.l1_size
-        in_order = np.argsort(tables, kind="stable")
-        is_again = np.zeros(len(tables), bool)
-        is_again[in_order[1:]] = np.diff(tables[in_order]) == 0
+        is_repeated = _is_repeated(tables) & (tables != 0)
         faults = (
             (words & _RESERVED != 0, "has reserved bits set"),
             (tables >= file.file_size, "leads to {lead:#x}, past the end of the file"),
             (tables % file.cluster_size != 0, "leads to {lead:#x}, not the start of a cluster"),
             ((tables >= own[0]) & (tables < own[1]), "leads to {lead:#x}, in the L1 table itself"),
-            (is_again & (tables != 0), "leads to {lead:#x}, as does an entry before it"),
+            (is_repeated, "leads to {lead:#x}, as does another entry"),
         )
         for is_wrong, reason in faults:
             if is_wrong.any():
@@ -201,3 +200,14 @@ class DataMap:
         is_inside = starts < limit
         found = Ranges(starts, np.minimum(ends, limit), kinds[firsts].astype(np.int64))
         return Ranges(*(column[is_inside] for column in found))
+
+
+def _is_repeated(values: Numbers) -> NDArray[np.bool_]:
+    """Returns which values are there more than once, bool[n]."""
+    in_order = np.sort(values)
+    again = in_order[1:][in_order[1:] == in_order[:-1]]
+    if not len(again):  # as in a sound image, which may have millions of values
+        return np.zeros(len(values), bool)
+    places = np.searchsorted(again, values)
+    is_repeated: NDArray[np.bool_] = np.append(again, -1)[places] == values
+    return is_repeated

@@ -23,21 +23,14 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench.reading import (  # noqa: E402
-    CLUSTER_BITS,
-    CLUSTER_SIZE,
-    TIB,
-    Bench,
-    command,
-    folder,
-    nbdinfo,
-    ours,
-)
+from support.benchmarks import Bench, command, folder, nbdinfo, ours  # noqa: E402
 from support.images import ZEROES, Stored, Word, build_image  # noqa: E402
 
 import qcow2bm  # noqa: E402
 
-SIZE = 16 * TIB
+SIZE = 16 << 40
+CLUSTER_BITS = 16
+CLUSTER_SIZE = 1 << CLUSTER_BITS
 ALLOCATED = (10 << 30) >> CLUSTER_BITS  # clusters
 PER_TABLE = CLUSTER_SIZE // 8
 BITS_PER_CLUSTER = 8 * CLUSTER_SIZE

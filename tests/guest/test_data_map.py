@@ -217,7 +217,7 @@ def test_an_l2_entry_that_cannot_be_is_named(
     [
         (CLUSTER | 1, "has reserved bits set"),
         (1 << 40, "leads to 0x10000000000, past the end of the file"),
-        ("first table", "leads to .*, as does an entry before it"),
+        ("first table", "leads to .*, as does another entry"),
         ("l1-table", "leads to .*, in the L1 table itself"),
     ],
 )
@@ -229,7 +229,9 @@ def test_an_l1_entry_that_cannot_be_is_named(entry: int | str, reason: str) -> N
     with pytest.raises(FormatError, match=reason) as raised:
         kinds(image.data)
     error = raised.value
-    assert (error.structure, error.field, error.offset) == ("L1 table", "entry 3", offset)
+    number = 0 if entry == "first table" else 3
+    assert (error.structure, error.field) == ("L1 table", f"entry {number}")
+    assert error.offset == offset - 8 * (3 - number)
 
 
 @pytest.mark.spec("MAP-6")

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from support.console import run
+from support.images import Built
 from support.jsonspec import check_map
+from support.mapped_images import (
+    COMPRESSED,
+    COPIED,
+    EXTENDED,
+    WITH_DATA_FILE,
+    ZERO,
+    mapped_image,
+)
 from support.qemu import Disk, run_ok
+from support.qemu import run as run_tool
 
 import qcow2bm
 
@@ -196,3 +206,37 @@ def test_many_random_images_are_as_qemu_maps_them(tmp_path: Path) -> None:
     print(dict(found))
     wanted = ("present/data/compressed", "backing", "extended_l2", "raw data file", "version 2")
     assert all(found[trait] for trait in (*wanted, "data file", "preallocation"))
+
+
+FAULTS: dict[str, Callable[[], Built]] = {
+    "an offset in the data file that is not that of the disk": lambda: mapped_image(
+        {0: {5: COPIED | 512}}, size=32 * KIB, **WITH_DATA_FILE
+    ),
+    "the offset 0 in the data file, not at the start of the disk": lambda: mapped_image(
+        {0: {5: COPIED}}, size=32 * KIB, **WITH_DATA_FILE
+    ),
+    "a compressed cluster in an image with a data file": lambda: mapped_image(
+        {0: {5: COMPRESSED | 700}}, size=32 * KIB, **WITH_DATA_FILE
+    ),
+    "the bit zero in version 2": lambda: mapped_image({0: {5: ZERO}}, size=32 * KIB, version=2),
+    "a place that is not the start of a cluster": lambda: mapped_image(
+        {0: {5: COPIED | 512}}, cluster_bits=12, size=64 * KIB
+    ),
+    "a subcluster both allocated and zero": lambda: mapped_image(
+        {0: {0: (COPIED | 1 << 14, 1 << 32 | 1)}}, cluster_bits=14, size=64 * KIB, **EXTENDED
+    ),
+    "a subcluster without a cluster": lambda: mapped_image(
+        {0: {0: (0, 1)}}, cluster_bits=14, size=64 * KIB, **EXTENDED
+    ),
+}
+
+
+@pytest.mark.spec("MAP-6")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_qemu_maps_no_disk_with_these_faults_either(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(FAULTS[fault]().data)
+    (tmp_path / "disk.raw").write_bytes(bytes(64 * KIB))
+    with qcow2bm.open(path) as image, pytest.raises(qcow2bm.FormatError):
+        list(image.data_extents())
+    assert run_tool("qemu-img", "map", "--output=json", "-f", "qcow2", path).returncode
