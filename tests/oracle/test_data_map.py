@@ -208,6 +208,56 @@ def test_many_random_images_are_as_qemu_maps_them(tmp_path: Path) -> None:
     assert all(found[trait] for trait in (*wanted, "data file", "preallocation"))
 
 
+def damage(image: qcow2bm.Image, data: bytearray, choose: random.Random) -> None:
+    """Changes a bit of the L1 table, or of an L2 table, mostly of an entry that is in use."""
+    start = image.header.l1_table_offset
+    l1_entries = range(start, start + 8 * image.header.l1_size, 8)
+    words = [int.from_bytes(data[place : place + 8], "big") for place in l1_entries]
+    tables = [word & ~(1 << 63) for word in words if word]
+    l2_entries = [
+        place
+        for table in tables
+        for place in range(table, min(table + image.cluster_size, len(data)) - 7, 8)
+        if any(data[place : place + 8]) or place < table + 64
+    ]
+    is_l2 = l2_entries and choose.random() < 0.8
+    place = choose.choice(l2_entries if is_l2 else l1_entries)
+    bit = choose.randrange(64)
+    data[place + bit // 8] ^= 1 << bit % 8
+
+
+@pytest.mark.deep
+@pytest.mark.spec("MAP-6")
+def test_a_damaged_table_is_refused_or_is_as_qemu_maps_it(tmp_path: Path) -> None:
+    found: Counter[str] = Counter()
+    for seed in range(500, 500 + 13 * 2):
+        here = tmp_path / str(seed)
+        here.mkdir()
+        made = make(here, seed)
+        path = made.disk.path
+        sound = path.read_bytes() if path.stat().st_size < 64 << 20 else b""
+        for number in range(6 if sound else 0):
+            data = bytearray(sound)
+            with qcow2bm.open(sound) as image:
+                damage(image, data, random.Random(6 * seed + number))
+            path.write_bytes(data)
+            done = run_tool("qemu-img", "map", "--output=json", *made.disk.arguments)
+            try:
+                with qcow2bm.open(path) as image:
+                    list(image.data_extents())
+            except qcow2bm.FormatError:
+                found["refused by both" if done.returncode else "refused here"] += 1
+                continue
+            assert not done.returncode, (seed, number, done.stderr)
+            ours = by_us(made.disk)
+            assert ours == by_qemu(made.disk, has_backing_file=made.has_backing_file)
+            found["the same map"] += 1
+        for other in here.iterdir():
+            other.unlink()
+    print(dict(found))
+    assert all(found[what] > 5 for what in ("refused by both", "refused here", "the same map"))
+
+
 FAULTS: dict[str, Callable[[], Built]] = {
     "an offset in the data file that is not that of the disk": lambda: mapped_image(
         {0: {5: COPIED | 512}}, size=32 * KIB, **WITH_DATA_FILE
