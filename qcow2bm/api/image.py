@@ -326,8 +326,8 @@ class Image:
         tables are read while the caller goes on; the locks of a reader are held only for that. The
         backing file and the data file are never opened.
 
-        With ``force_share``, another process may change the tables meanwhile. Then each range is as
-        the tables said when they were read.
+        With ``force_share``, and while the image is tracked, the tables may change meanwhile. Then
+        each range is as the tables said when they were read.
 
         Raises:
             FormatError: a table has an entry that cannot be, or the header is such that the tables
@@ -339,6 +339,7 @@ class Image:
         from qcow2bm.api.data_extents import data_extents
 
         self._opened.require_open()
+        self._opened.look_again()
         return data_extents(self._opened)
 
     @property

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from qcow2bm.bits.partitions import Piece, Ranges, partition
 from qcow2bm.clusters.file import ClusterFile
-from qcow2bm.clusters.parts import Holes, Numbers, Parts, stored_parts
-from qcow2bm.errors import ChangedWhileReadingError, FormatError
+from qcow2bm.clusters.parts import Holes, Numbers, stored_parts
+from qcow2bm.errors import ChangedWhileReadingError, FormatError, Qcow2BmError
 from qcow2bm.format.l1_l2 import L1_ENTRY_LENGTH, L1_MASKS
 from qcow2bm.guest.l2_kinds import Kinds, L2Kinds
 from qcow2bm.problem_errors import as_error
@@ -146,8 +146,8 @@ class DataMap:
                 first = int(is_wrong.argmax())
                 number = int(entries.numbers[first])
                 offset = header.l1_table_offset + L1_ENTRY_LENGTH * number
-                reason = reason.format(lead=int(tables[first])) + _ADVICE
-                raise FormatError(L1_TABLE, f"entry {number}", offset, reason)
+                reason = reason.format(lead=int(tables[first]))
+                raise self._error(L1_TABLE, number, offset, reason)
         return tables
 
     def _found_by(self, numbers: Numbers, tables: Numbers) -> Iterator[Ranges]:
@@ -175,15 +175,18 @@ class DataMap:
             clusters = used + (begins - (behind - counts))[part]
             kinds, fault = self._kinds.of(data, used, clusters)
             if fault:
-                raise self._error(batch, tables, fault.entry, fault.reason)
+                _, places = batch.places(np.array([fault.entry * length]))
+                place = int(places[0])
+                number = place % file.cluster_size // length
+                raise self._error(L2_TABLE, number, place, fault.reason)
             yield self._ranges(clusters, kinds)
 
-    def _error(self, batch: Parts, tables: Numbers, entry: int, reason: str) -> FormatError:
-        length = self._kinds.entry_length
-        ranges, places = batch.places(np.array([entry * length]))
-        offset, table = int(places[0]), int(tables[ranges[0]])
-        number = (offset - table) // length
-        return FormatError(L2_TABLE, f"entry {number}", offset, reason + _ADVICE)
+    def _error(self, table: str, number: int, offset: int, reason: str) -> Qcow2BmError:
+        """The error for an entry that cannot be: of an image that has grown, no fault is known."""
+        file = self._file
+        if file.storage.size() != file.file_size:
+            return ChangedWhileReadingError(file.storage.name, "image")
+        return FormatError(table, f"entry {number}", offset, reason + _ADVICE)
 
     def _ranges(self, clusters: Numbers, kinds: Kinds) -> Ranges:
         """Clusters of the disk, whose units have these kinds, as ranges without the unallocated."""

@@ -362,6 +362,46 @@ def test_a_change_of_the_tables_is_noticed(
 
 
 @pytest.mark.spec("MAP-9")
+def test_an_entry_that_leads_to_what_a_vm_has_just_added_is_no_fault(tmp_path: Path) -> None:
+    image = mapped_image({0: {1: ZERO}}, size=TABLE)
+    path = tmp_path / "disk"
+    path.write_bytes(image.data)
+    with qcow2bm.open(path, force_share=True) as opened:
+        end = len(image.data)
+        with path.open("r+b") as other:
+            other.seek(end - CLUSTER)  # the L2 table
+            other.write((COPIED | end).to_bytes(8, "big"))
+            other.seek(end)
+            other.write(bytes(CLUSTER))
+        found = opened.data_extents()
+        with pytest.raises(qcow2bm.ChangedWhileReadingError):
+            next(found)
+    assert kinds(path)[0] == (0, CLUSTER, DATA)
+
+
+@pytest.mark.spec("MAP-9")
+def test_an_image_that_is_edited_or_tracked_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(mapped_image({0: {0: ZERO}}, Stored(), size=2 * TABLE).data)
+    expected = [[0, CLUSTER, ZEROS], [CLUSTER, 2 * TABLE - CLUSTER, UNALLOCATED]]
+    with qcow2bm.open(path, "r+") as image:
+
+        def found() -> list[list[int]]:
+            return [row for part in image.data_extents() for row in part.tolist()]
+
+        assert found() == expected
+        with image.edit() as edit:
+            edit.add("new")
+        assert found() == expected
+        with image.track() as tracker:
+            assert found() == expected
+            tracker.mark(0, 512)
+            tracker.flush()
+            assert found() == expected
+        assert found() == expected
+
+
+@pytest.mark.spec("MAP-9")
 def test_nothing_is_read_of_an_image_that_is_closed() -> None:
     with qcow2bm.open(mapped_image({}, size=TABLE).data) as image:
         found = image.data_extents()
