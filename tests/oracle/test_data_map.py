@@ -135,8 +135,9 @@ def make(folder: Path, seed: int) -> Made:
     size -= 512 * choose.randrange(min(3 * cluster, size) // 512)
     arguments: list[str] = []
     if storage == "backing file":
-        base = Disk.create(folder / "base", max(512, size // 2 // 512 * 512))
-        base.io(f"write 0 {min(size // 2, 64 * KIB) or 512}")
+        base_size = max(512, size // 2 // 512 * 512)
+        base = Disk.create(folder / "base", base_size)
+        base.io(f"write 0 {min(base_size, 64 * KIB)}")
         arguments = ["-b", str(base.path), "-F", "qcow2"]
     elif storage == "version 2":
         options["compat"] = "0.10"
