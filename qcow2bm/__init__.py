@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qcow2bm.api import sidecar, stream
     from qcow2bm.api.attach import attach
     from qcow2bm.api.bitmap import Bitmap
+    from qcow2bm.api.data_extents import DataTotals
     from qcow2bm.api.dirty_set import Combination, DirtySet, union
     from qcow2bm.api.edit import Edit
     from qcow2bm.api.image import Image, open
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from qcow2bm.format.features import Feature
     from qcow2bm.format.header import Header
     from qcow2bm.format.undo_file import UndoLog, UndoStep, build_seal, build_undo, parse_undo
+    from qcow2bm.guest.kinds import DataKind
     from qcow2bm.migration.evidence import Fate, Policy
     from qcow2bm.migration.lifecycle import State
     from qcow2bm.problems import Problem, Severity
@@ -127,6 +129,8 @@ __all__ = [
     "CommitOutcome",
     "ComparisonError",
     "Convergence",
+    "DataKind",
+    "DataTotals",
     "DirectoryEntry",
     "DirtySet",
     "Edit",
@@ -215,6 +219,7 @@ __all__ = [
 _NAMES_OF = {
     "qcow2bm.api.attach": ("attach",),
     "qcow2bm.api.bitmap": ("Bitmap",),
+    "qcow2bm.api.data_extents": ("DataTotals",),
     "qcow2bm.api.dirty_set": ("Combination", "DirtySet", "union"),
     "qcow2bm.api.edit": ("Edit",),
     "qcow2bm.api.image": ("Image", "open"),
@@ -271,6 +276,7 @@ _NAMES_OF = {
     "qcow2bm.format.features": ("Feature",),
     "qcow2bm.format.header": ("Header",),
     "qcow2bm.format.undo_file": ("UndoLog", "UndoStep", "build_seal", "build_undo", "parse_undo"),
+    "qcow2bm.guest.kinds": ("DataKind",),
     "qcow2bm.migration.evidence": ("Fate", "Policy"),
     "qcow2bm.migration.lifecycle": ("State",),
     "qcow2bm.problems": ("Problem", "Severity"),

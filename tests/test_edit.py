@@ -447,6 +447,8 @@ BITMAP_USES: dict[str, Callable[[qcow2bm.Bitmap], object]] = {
     "count": lambda bitmap: bitmap.count(),
     "totals": lambda bitmap: bitmap.totals(),
     "extents": lambda bitmap: list(bitmap.extents()),
+    "data_extents": lambda bitmap: list(bitmap.data_extents()),
+    "data_totals": lambda bitmap: bitmap.data_totals(),
     "packed": lambda bitmap: bitmap.packed(),
     "sha256": lambda bitmap: bitmap.sha256(),
     "stale_bits": lambda bitmap: bitmap.stale_bits(),

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qcow2bm.api.data_extents import DataTotals
     from qcow2bm.bits.coarser import GranularityTotals
 
 
@@ -310,6 +311,29 @@ class Bitmap(DirtySet):
             reading failed.
         """
         return self._bits().extents()
+
+    def data_extents(self) -> Iterator[NDArray[np.int64]]:
+        """Yields what is dirty and what the image has there, for the whole disk without gaps.
+
+        Each array is int64[n, 4] with n >= 1: start and length in guest bytes, whether the range is
+        dirty (0 or 1), and the value of its `DataKind`. No two neighbours are alike in both. The
+        bits and the tables are read while the caller goes on.
+
+        Raises:
+            As `count` and `Image.data_extents` do.
+        """
+        from qcow2bm.api.data_extents import dirty_data_extents
+
+        return dirty_data_extents(self._image, self.extents())
+
+    def data_totals(self) -> DataTotals:
+        """Returns how many bytes of the disk `data_extents` has of each kind, clean and dirty.
+
+        Raises as `data_extents` does.
+        """
+        from qcow2bm.api.data_extents import data_totals
+
+        return data_totals(self.data_extents())
 
     def packed(self) -> NDArray[np.uint8]:
         """Returns all bits: uint8[ceil(bits / 8)], least significant first, zero past the disk.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -27,6 +27,11 @@ from qcow2bm.storage.sources import open_source, open_writable
 from qcow2bm.units import decode_name, escape
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qcow2bm.api.data_extents import DataTotals
+    from qcow2bm.api.dirty_set import DirtySet
     from qcow2bm.bitmaps.growth import Addition
     from qcow2bm.bitmaps.space import BitmapSpace
     from qcow2bm.checking.check import Check
@@ -357,6 +362,52 @@ class Image:
         """
         self._opened.require_open()
         return use_by_another_process(self._opened.storage)
+
+    def data_extents(self) -> Iterator[NDArray[np.int64]]:
+        """Yields what the image has for each range of the disk, in order, without gaps.
+
+        Each array is int64[n, 3] with n >= 1: start and length in guest bytes, and the value of the
+        `DataKind`, as `spec/data.md` defines the kinds. The last range ends where the disk ends. No
+        two neighbours are of one kind, also where one array ends and the next one begins. The L2
+        tables are read while the caller goes on; the locks of a reader are held only for that. The
+        backing file and the data file are never opened.
+
+        With ``force_share``, and while the image is tracked, the tables may change meanwhile. Then
+        each range is as the tables said when they were read.
+
+        Raises:
+            FormatError: a table has an entry that cannot be, or the header is such that the tables
+                cannot be read.
+            ImageLockedError: another process writes to the image.
+            ChangedWhileReadingError: the image changed since it was opened.
+            StorageError: reading failed.
+        """
+        from qcow2bm.api.data_extents import data_extents
+
+        self._opened.require_open()
+        self._opened.look_again()
+        return data_extents(self._opened)
+
+    def dirty_data_extents(self, dirty: DirtySet) -> Iterator[NDArray[np.int64]]:
+        """`Bitmap.data_extents` for a combination of bitmaps, or for any other set.
+
+        Raises:
+            ValueError: the set is of a larger disk.
+            Qcow2BmError: as ``dirty.extents`` and `data_extents` do.
+        """
+        from qcow2bm.api.data_extents import dirty_data_extents
+
+        if dirty.disk_size > self.virtual_size:
+            raise ValueError(f"of {dirty.disk_size} bytes, but the disk has {self.virtual_size}")
+        self._opened.require_open()
+        self._opened.look_again()
+        return dirty_data_extents(self._opened, dirty.extents())
+
+    def dirty_data_totals(self, dirty: DirtySet) -> DataTotals:
+        """`Bitmap.data_totals` for any set; raises as `dirty_data_extents` does."""
+        from qcow2bm.api.data_extents import data_totals
+
+        return data_totals(self.dirty_data_extents(dirty))
 
     @property
     def problems(self) -> tuple[Problem, ...]:

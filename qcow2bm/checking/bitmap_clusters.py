@@ -12,10 +12,10 @@ import numpy as np
 
 from qcow2bm.bitmaps.directory import BitmapDirectory
 from qcow2bm.bitmaps.tables import readable_entries, used_by_tables
-from qcow2bm.checking.parts import Holes, disjoint_pieces, stored_parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Numbers, Runs
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.parts import Holes, disjoint_pieces, stored_parts
 from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS
 from qcow2bm.problems import DATA
 

@@ -14,12 +14,12 @@ from qcow2bm.checking.bitmap_clusters import BitmapClusters
 from qcow2bm.checking.differences import Differences
 from qcow2bm.checking.guest import GuestWalk, L1Table
 from qcow2bm.checking.listing import Listing
-from qcow2bm.checking.parts import Holes
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Runs
 from qcow2bm.checking.stored_refcounts import StoredRefcounts
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.layout import snapshot_entries
+from qcow2bm.clusters.parts import Holes
 from qcow2bm.clusters.problems import MAX_L1_BYTES
 from qcow2bm.clusters.stored_extents import stored_extents
 from qcow2bm.format import extensions

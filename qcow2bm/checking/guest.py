@@ -14,10 +14,10 @@ import numpy as np
 from qcow2bm.checking.cluster_counts import ClusterCounts
 from qcow2bm.checking.l2_entries import L2Entries, RefcountsOf, Words
 from qcow2bm.checking.listing import Faults, Listing
-from qcow2bm.checking.parts import Holes, disjoint_pieces, stored_parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Flags, Numbers, Runs
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.parts import Holes, disjoint_pieces, stored_parts
 from qcow2bm.format.l1_l2 import L1_ENTRY_LENGTH, L1_MASKS
 
 _RESERVED = np.uint64(L1_MASKS["reserved_high"] | L1_MASKS["reserved_low"])

@@ -12,18 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcow2bm.checking.listing import Listing
-from qcow2bm.checking.parts import Parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Flags, Numbers, Runs
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.parts import Parts
 from qcow2bm.format.features import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2
 from qcow2bm.format.l1_l2 import (
     L2_ENTRY_LENGTH,
     L2_MASKS,
-    SUBCLUSTER_MASKS,
-    SUBCLUSTERS_PER_CLUSTER,
     compressed_extent,
 )
+from qcow2bm.guest.l2_kinds import impossible_subclusters
 
 _RESERVED = np.uint64(L2_MASKS["reserved_high"] | L2_MASKS["reserved_low"])
 _OFFSET = np.uint64(L2_MASKS["offset"])
@@ -114,13 +113,10 @@ class L2Entries:
 
     def _judge_subclusters(self, words: Words, bitmaps: Words) -> None:
         """Notes subclusters both allocated and zero, or allocated without a cluster."""
-        allocated = bitmaps & np.uint64(SUBCLUSTER_MASKS["allocated"])
-        zero = bitmaps >> np.uint64(SUBCLUSTERS_PER_CLUSTER)
-        is_wrong = np.where(
-            (words & _COMPRESSED) != 0,
-            bitmaps != 0,
-            (allocated & zero != 0) | (((words & _OFFSET) == 0) & (allocated != 0)),
-        )
+        has_cluster = (words & _OFFSET) != 0
+        if self._has_data_file:
+            has_cluster |= (words & _COPIED) != 0  # the first cluster of the data file
+        is_wrong = impossible_subclusters(bitmaps, (words & _COMPRESSED) != 0, has_cluster)
         self._note("l2-table.entry.subclusters", is_wrong, "has subclusters that cannot be")
 
     def _count(self, words: Words, times: Times, *, is_active: bool) -> None:

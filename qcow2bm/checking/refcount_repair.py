@@ -14,10 +14,10 @@ from qcow2bm.bitmaps.metadata import Metadata
 from qcow2bm.checking.bitmap_clusters import BitmapClusters
 from qcow2bm.checking.check import Checker
 from qcow2bm.checking.findings import Findings
-from qcow2bm.checking.parts import Holes
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Numbers, Runs
 from qcow2bm.checking.stored_refcounts import Counts, StoredRefcounts
+from qcow2bm.clusters.parts import Holes
 from qcow2bm.clusters.plan import SECTOR_SIZE, Write
 from qcow2bm.format.refcounts import build_refcount_block
 from qcow2bm.problem_kinds import BITMAPS_GONE

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcow2bm.checking.listing import Faults, Listing
-from qcow2bm.checking.parts import Holes, Parts, stored_parts
 from qcow2bm.checking.references import References
 from qcow2bm.checking.runs import Numbers, groups
 from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.clusters.parts import Holes, Parts, stored_parts
 from qcow2bm.clusters.problems import MAX_REFCOUNT_TABLE_BYTES
 from qcow2bm.errors import LimitError
 from qcow2bm.format.header import MAX_REFCOUNT_ORDER

@@ -1,6 +1,8 @@
 """The command ``map``: the dirty and clean ranges of bitmaps, in the shape nbdinfo uses.
 
 *Spec*: spec/json.md, "map"; spec/algebra.md.
+
+What ``--data`` adds is in ``map_with_data``.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import sys
 from typing import get_args
 
 from qcow2bm import Combination, DirtySet, Image, Op, open
-from qcow2bm.cli import output
+from qcow2bm.cli import map_with_data, output
 from qcow2bm.cli.arguments import (
     NAME_NOTE,
     OutputArguments,
@@ -22,8 +24,6 @@ from qcow2bm.cli.images import find
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.parser import Parser
 
-DESCRIPTIONS = ("clean", "dirty")
-
 
 class Arguments(OutputArguments, ReadingArguments):
     """The values of the arguments of ``map``."""
@@ -33,6 +33,7 @@ class Arguments(OutputArguments, ReadingArguments):
     op: Op
     totals: bool
     dirty: bool
+    data: bool
 
 
 def define(parser: Parser) -> None:
@@ -42,6 +43,7 @@ def define(parser: Parser) -> None:
         "qcow2bm map vm.qcow2 daily",
         "qcow2bm map --dirty --json vm.qcow2 daily",
         "qcow2bm map --totals vm.qcow2 monday tuesday wednesday",
+        "qcow2bm map --data --totals vm.qcow2 daily",
     )
     parser.notes = (NAME_NOTE,)
     add_image(parser)
@@ -58,6 +60,11 @@ def define(parser: Parser) -> None:
         "--totals", action="store_true", help="print only how much is dirty and how much is clean"
     )
     parser.add_argument("--dirty", action="store_true", help="leave out what is clean")
+    parser.add_argument(
+        "--data",
+        action="store_true",
+        help="also say what the image has there: data, zeros, or nothing",
+    )
 
 
 def run(arguments: Arguments) -> int:
@@ -69,7 +76,11 @@ def run(arguments: Arguments) -> int:
         bitmap = _chosen(image, arguments)
         problems = image.problems
         if arguments.totals:
-            _print_totals(bitmap, image.virtual_size, arguments)
+            _print_totals(image, bitmap, arguments)
+        elif arguments.data and arguments.output == "json":
+            map_with_data.print_json(image, bitmap, dirty_only=arguments.dirty)
+        elif arguments.data:
+            map_with_data.print_lines(image, bitmap, dirty_only=arguments.dirty)
         elif arguments.output == "json":
             _print_json(bitmap, image.virtual_size, dirty_only=arguments.dirty)
         else:
@@ -85,19 +96,23 @@ def _chosen(image: Image, arguments: Arguments) -> DirtySet:
     return bitmaps[0] if len(bitmaps) == 1 else Combination(arguments.op, *bitmaps)
 
 
-def _print_totals(bitmap: DirtySet, virtual_size: int, arguments: Arguments) -> None:
-    dirty = bitmap.count()
+def _print_totals(image: Image, bitmap: DirtySet, arguments: Arguments) -> None:
+    dirty, virtual_size = bitmap.count(), image.virtual_size
+    by_kind = map_with_data.totals(image, bitmap) if arguments.data else ({}, {})
     lines = []
-    for kind, size in enumerate((virtual_size - dirty, dirty)):
-        percent = output.percent(size, virtual_size)
-        description = DESCRIPTIONS[kind]
-        if arguments.dirty and not kind:
+    for type, size in enumerate((virtual_size - dirty, dirty)):
+        description = map_with_data.TYPES[type]
+        if arguments.dirty and not type:
             continue
         if arguments.output == "json":
-            row = {"size": size, "percent": percent, "type": kind, "description": description}
+            percent = output.percent(size, virtual_size)
+            row = {"size": size, "percent": percent, "type": type, "description": description}
+            row |= {f"{description}-{name}-bytes": part for name, part in by_kind[type].items()}
             lines.append(output.as_json(row))
-        else:
-            lines.append(f"{size:10d} {percent:5.1f}% {kind:3d} {description}")
+            continue
+        for name, part in {"": size, **by_kind[type]}.items():
+            percent = output.percent(part, virtual_size)
+            lines.append(f"{part:10d} {percent:5.1f}% {type:3d} {description} {name}".rstrip())
     if arguments.output == "json":
         print("[\n" + ",\n".join(lines) + "\n]")
     else:

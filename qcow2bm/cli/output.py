@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from qcow2bm.cli.rows import RowPrinter
 
-    Rows = Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]
+    Ends = int | NDArray[np.int64]
+    Rows = Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Ends]]
 
 Document = dict[str, Any]
 
@@ -213,9 +214,10 @@ def write_rows(opening: bytes, printer: RowPrinter, rows: Rows, closing: bytes) 
     out = sys.stdout.buffer
     out.write(opening)
     comma = 1  # which the first row must not have
-    for firsts, seconds, phase in chain(beginning, rows):
+    for firsts, seconds, ends in chain(beginning, rows):
         for start in range(0, len(firsts), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
-            out.write(printer.print(firsts[part], seconds[part], phase)[comma:])
+            here = ends if isinstance(ends, int) else ends[part]
+            out.write(printer.print(firsts[part], seconds[part], here)[comma:])
             comma = 0
     out.write(closing)

@@ -26,7 +26,8 @@ def _digits() -> NDArray[np.uint32]:
 class RowPrinter:
     """Rows of two numbers each: ``before`` first ``between`` second ``after``.
 
-    ``afters`` are the texts that end a row, used in turn; they must be equally long.
+    ``afters`` are the texts that end a row, which must be equally long. They are used in turn, or
+    each row says which one it has; a printer is for one of these.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class RowPrinter:
             tuple(self._column(start + _WORD * word) for word in range(self._words))
             for start in (first, second)
         )
+        self._ends = np.frombuffer(b"".join(afters), np.uint8).reshape(len(afters), -1)
+        place = self._length - self._ends.shape[1]
+        self._end_column = np.ndarray(
+            (count, self._ends.shape[1]), np.uint8, self._text.data, place, (self._length, 1)
+        )
         self._digits = _digits()
         # The last group of a number that is 0 shows "0", higher ones show nothing.
         self._spaced = self._digits.copy()
@@ -63,12 +69,19 @@ class RowPrinter:
         return np.ndarray((rows,), np.uint32, self._text.data, offset, (self._length,))
 
     def print(
-        self, firsts: NDArray[np.int64], seconds: NDArray[np.int64], phase: int = 0
+        self,
+        firsts: NDArray[np.int64],
+        seconds: NDArray[np.int64],
+        ends: int | NDArray[np.int64] = 0,
     ) -> memoryview:
         """The text of these rows, at most `BLOCK_ROWS`; valid until the next call.
 
-        ``phase`` is the number of the row's end in ``afters`` with which they begin.
+        ``ends`` is the number of the text in ``afters`` that ends the first row, if they are used
+        in turn; otherwise the number of that of each row, int64[n].
         """
+        phase = ends if isinstance(ends, int) else 0
+        if not isinstance(ends, int):
+            self._end_column[: len(firsts)] = self._ends[ends]
         stop = phase + len(firsts)
         for columns, numbers in zip(self._columns, (firsts, seconds), strict=True):
             high = numbers

@@ -21,7 +21,7 @@ ROWS = (
     ("problem_errors", "problem_kinds"),
     ("format", "bits", "storage"),
     ("clusters",),
-    ("bitmaps",),
+    ("bitmaps", "guest"),
     ("migration",),
     ("tracker",),
     ("checking",),

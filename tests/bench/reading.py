@@ -18,14 +18,10 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import construct
 import numpy as np
@@ -33,6 +29,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from support.benchmarks import PYTHON, Bench, command, folder, nbdinfo, ours  # noqa: E402
 from support.images import Stored, build_image  # noqa: E402
 
 import qcow2bm  # noqa: E402
@@ -41,7 +38,6 @@ from qcow2bm.format.bitmap_table import ENTRY_LENGTH, MASKS, build_bitmap_table 
 TIB = 1 << 40
 CLUSTER_BITS = 16
 CLUSTER_SIZE = 1 << CLUSTER_BITS
-PYTHON = sys.executable
 IMPORTS = "import argparse, json, dataclasses, construct"
 
 
@@ -76,83 +72,6 @@ def random_bits(
     if density == 0.5:
         return random.integers(0, 256, length_bytes, np.uint8)
     return np.packbits(random.random(8 * length_bytes, np.float32) < density)
-
-
-class Bench:
-    """Runs pairs in turn and prints a line for each."""
-
-    def __init__(self, rounds: int, only: str) -> None:
-        self.rounds = rounds
-        self.only = only
-
-    def compare(
-        self,
-        title: str,
-        ours: Callable[[], object],
-        theirs: Callable[[], object],
-        *,
-        times_in_a_row: int = 1,
-    ) -> None:
-        """Runs both in turn, ``ours`` so often in a row if once is too short to be measured."""
-        if self.only not in title:
-            return
-        times: dict[Callable[[], object], list[float]] = {ours: [], theirs: []}
-        for round_ in range(self.rounds + 1):
-            for run, count in ((ours, times_in_a_row), (theirs, 1)):
-                start = time.perf_counter()
-                for _ in range(count):
-                    run()
-                if round_:
-                    times[run].append((time.perf_counter() - start) / count)
-        a, b = median(times[ours]), median(times[theirs])
-        ratio = f"{b / a:5.2f}x faster" if b > a else f"{a / b:5.2f}x slower"
-        print(f"{title:<58}{a * 1e3:9.1f} ms {b * 1e3:9.1f} ms  {ratio}")
-
-
-def command(*arguments: str | Path) -> Callable[[], object]:
-    def run() -> None:
-        subprocess.run(
-            [*map(str, arguments)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""},
-        )
-
-    return run
-
-
-def is_listening(socket: Path) -> bool:
-    """Returns whether a server listens at the path: the path is there shortly before that."""
-    lines = Path("/proc/net/unix").read_text().splitlines()
-    return any(line.endswith(f" {socket}") and " 00010000 " in line for line in lines)
-
-
-def nbdinfo(image: Path) -> Callable[[], object]:
-    """Returns a function that serves the image with its bitmap, and lists the map as JSON."""
-
-    def run() -> None:
-        socket = image.with_suffix(".sock")
-        server = subprocess.Popen(
-            ["qemu-nbd", "-r", "-f", "qcow2", "-B", "b", "-k", socket, "-t", image]
-        )
-        try:
-            while not is_listening(socket):
-                time.sleep(0.001)
-            subprocess.run(
-                ["nbdinfo", "--map=qemu:dirty-bitmap:b", "--json", f"nbd+unix:///?socket={socket}"],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-        finally:
-            server.terminate()
-            server.wait()
-            socket.unlink(missing_ok=True)
-
-    return run
-
-
-def ours(*arguments: str | Path) -> Callable[[], object]:
-    return command(PYTHON, "-m", "qcow2bm", *arguments)
 
 
 def bench_commands(bench: Bench, folder: Path) -> None:
@@ -292,12 +211,6 @@ def bench_memory(bench: Bench, folder: Path) -> None:
         )
         peak = int(done.stdout) / (1 << 20)
         print(f"{title}, 512 MiB of bits, {density:.0%} set: {peak:.1f} MiB")
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="qcow2bm-bench-") as name:
-        yield Path(name)
 
 
 def main() -> None:

@@ -27,9 +27,10 @@ from support.sparse_images import (
 )
 
 import qcow2bm
-from qcow2bm.checking import cluster_counts, guest, parts, refcount_repair, stored_refcounts
+from qcow2bm.checking import cluster_counts, guest, refcount_repair, stored_refcounts
 from qcow2bm.checking.check import Check
 from qcow2bm.checking.repair import plan_repair
+from qcow2bm.clusters import parts
 from qcow2bm.clusters.plan import Barrier, Plan, Write
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.storage.memory import MemoryStorage

@@ -141,6 +141,13 @@ def made(base: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.spec("CHECK-1")
+def test_the_first_cluster_of_a_data_file_with_extended_entries_is_sound(tmp_path: Path) -> None:
+    disk = Disk.create(tmp_path / "disk", MiB, data_file=tmp_path / "data", extended_l2="on")
+    disk.io("write 0 4k", "write 128k 4k")
+    assert by_us(disk.path) == by_qemu(disk.path) == Judged(0, 0)
+
+
 @pytest.fixture(scope="module", params=BASES)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(request.param, tmp_path_factory.mktemp("check"))

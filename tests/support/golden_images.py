@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from support.images import ONES, ZEROES, Built, Stored, build_image, extension
+from support.mapped_images import COMPRESSED, COPIED, ZERO, mapped_image
 
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_EXTRA_DATA_COMPATIBLE, FLAG_IN_USE
 from qcow2bm.format.extensions import BACKING_FORMAT, DATA_FILE
@@ -22,6 +23,19 @@ def sound() -> Built:
         backing_name=b"base.qcow2",
         extensions=[extension(BACKING_FORMAT, b"qcow2"), extension(0x1234, b"unknown")],
     )
+
+
+def mapped() -> Built:
+    """Data of each kind, of which some is dirty."""
+    some = {0: COPIED | 512, 1: COPIED | 512, 2: ZERO, 3: COMPRESSED | 700}
+    tables = {0: {**some, 5: ZERO}, 2: some}
+    return mapped_image(tables, Stored(b"daily", (b"\x05",), granularity_bits=10), size=70_144)
+
+
+def mapped_with_fault() -> Built:
+    """An L2 table entry leads past the end of the file; the bitmap is sound."""
+    bitmap = Stored(b"daily", (b"\x05",), granularity_bits=10)
+    return mapped_image({1: {4: 1 << 40}}, bitmap, size=70_144)
 
 
 def empty() -> Built:

@@ -1,6 +1,6 @@
 """Reading many ranges of a file, without what lies in holes, a few at a time.
 
-*Spec*: spec/check.md, CHECK-6.
+*Spec*: spec/check.md, CHECK-6; spec/data.md, MAP-10.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qcow2bm.checking.runs import Numbers
 from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.clusters.stored_extents import stored_extents
+
+Numbers = NDArray[np.int64]
 
 BATCH_BYTES = 1 << 17
 """About as much is read at once: so little that the arrays stay in the processor's cache."""
@@ -37,17 +39,18 @@ class Parts(NamedTuple):
         """The lengths in bytes, int64[n]."""
         return self.ends - self.starts
 
-    def batches(self) -> Iterator[Parts]:
-        """Yields the same parts, of which those longer than `BATCH_BYTES` are cut, in batches.
+    def batches(self, batch_bytes: int | None = None) -> Iterator[Parts]:
+        """Yields the same parts, of which those longer than ``batch_bytes`` are cut, in batches.
 
-        A batch has about `BATCH_BYTES`.
+        A batch has about ``batch_bytes``, by default `BATCH_BYTES`.
         """
-        pieces = -(-self.lengths // BATCH_BYTES)
+        most = batch_bytes or BATCH_BYTES
+        pieces = -(-self.lengths // most)
         cut = np.repeat(np.arange(len(pieces)), pieces)
         number = np.arange(len(cut)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = self.starts[cut] + number * BATCH_BYTES
-        ends = np.minimum(starts + BATCH_BYTES, self.ends[cut])
-        places = np.cumsum(ends - starts) // (BATCH_BYTES + 1)
+        starts = self.starts[cut] + number * most
+        ends = np.minimum(starts + most, self.ends[cut])
+        places = np.cumsum(ends - starts) // (most + 1)
         edges = np.flatnonzero(np.diff(places, prepend=-1, append=-1)).tolist()
         for first, stop in pairwise(edges):
             here = slice(first, stop)
