@@ -593,7 +593,10 @@ class Image:
     def recoverable(self) -> tuple[str, ...]:
         """The names of the bitmaps that `recover` would make valid.
 
+        While the image is tracked with intent, these are the bitmaps that a crash would leave so.
+
         Raises:
+            StateError: an edit or a tracker has changed the bitmap directory since it was read.
             ImageLockedError: another process writes to the image.
             ChangedWhileReadingError: the image changed since it was opened.
             StorageError: reading failed.

@@ -44,6 +44,7 @@ def begin(
         store.reload()
     chosen, left_out = choose(opened, names, others)
     added = recover.add_intent(opened, [b.name for b in chosen]) if intent else None
+    is_distrusted = bool(added)
     try:
         if added:
             store.reload()
@@ -56,6 +57,7 @@ def begin(
             left_out += _recording(opened, VALID, is_sentinel)
         if not added:  # the same is true of an intent bitmap
             left_out += _recording(opened, VALID, is_intent)
+        is_distrusted = any(is_intent(entry.name) for entry in store.metadata.directory.entries)
         store.begin(
             (b.entry for b in chosen),
             (b.entry for b in left_out),
@@ -65,9 +67,10 @@ def begin(
         opened.outdate()
         tracker = Tracker(storage, store, on_end=lambda: _end(opened, tracker), intent=added)
     except Exception as error:
-        if added:  # the program may go on without tracking
+        if is_distrusted:  # bitmaps may be in_use, and the program may go on without tracking
             with suppress(Qcow2BmError):
                 store.distrust(is_intent)
+                storage.barrier_anew()
         if isinstance(error, CommitError):
             opened.leave("in doubt after a failed commit", "opened again")
             raise CommitError(

@@ -231,20 +231,26 @@ class TrackedStore:
         return offset, bytes(content)
 
     def distrust(self, is_chosen: Callable[[str | None], bool]) -> None:
-        """Sets in_use of bitmaps that are not ours, by their names.
+        """Sets in_use of bitmaps that are not ours, by their names; no barrier follows.
 
-        After a commit that failed, their entries may be in one place or in another.
+        After a commit that failed, their entries are where they were, or where they were to be.
 
         Raises:
             Qcow2BmError: writing, or reading the image afresh, failed.
         """
+        self._distrust(self.metadata, is_chosen)  # first: reading may fail
+        self.distrust_anew(is_chosen)
+
+    def distrust_anew(self, is_chosen: Callable[[str | None], bool]) -> None:
+        """`distrust` once others may have changed the image; raises as `distrust` does."""
         self.forget()
-        for metadata in (self.metadata, Metadata.load(self._storage)):
-            for entry in metadata.directory.entries:
-                if is_chosen(entry.name):
-                    write = _flags_write(entry, entry.flags | FLAG_IN_USE)
-                    self._storage.write(write.offset, write.parts)
-        self._storage.barrier()
+        self._distrust(Metadata.load(self._storage), is_chosen)
+
+    def _distrust(self, metadata: Metadata, is_chosen: Callable[[str | None], bool]) -> None:
+        for entry in metadata.directory.entries:
+            if is_chosen(entry.name):
+                write = _flags_write(entry, entry.flags | FLAG_IN_USE)
+                self._storage.write(write.offset, write.parts)
 
     def load_draft(self) -> Draft:
         """`draft` of the image read afresh, which begins an operation.

@@ -67,5 +67,5 @@ def run(arguments: Arguments) -> int:
         if count is not None:
             print_text(f"{quoted(name)} is valid, with every write: {size(count)} dirty")
     if not done.names:
-        print("nothing to recover: no bitmap is in use")
+        print("nothing to recover: no bitmap is in use for which the intent bitmap stands")
     return 0

@@ -57,10 +57,13 @@ class Intent(NamedTuple):
         The cluster has bits past the end of the disk, so that it never becomes an all-ones entry.
 
         Raises:
-            LimitError: there are too many of them.
+            LimitError: there are too many of them, or the disk is too large.
         """
         most_bits = 8 * min(cluster_size, canary.MAX_BYTES) - 1
         granularity = canary.finest_granularity(virtual_size, most_bits, _MIN_GRANULARITY)
+        bits = ceil_div(virtual_size, granularity)
+        if bits > most_bits:
+            raise LimitError("the number of bits of an intent bitmap", bits, most_bits)
         return cls(f"{PREFIX}{uuid4()}", granularity, virtual_size, "").covering(covered)
 
     def covering(self, names: Iterable[str]) -> Self:

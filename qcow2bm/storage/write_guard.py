@@ -100,6 +100,17 @@ class WriteGuard:
                 self._failure = error
                 raise
 
+    def barrier_anew(self) -> None:
+        """`barrier` for what was written since a barrier failed; it says nothing of the rest.
+
+        Raises:
+            StateError: the lock is not held.
+            StorageError: this barrier failed.
+        """
+        self._require_held()
+        with self._barriers:
+            self._storage.barrier()
+
     def truncate(self, size: int) -> None:
         """Shortens the storage; raises `StateError` while the lock is not held."""
         self._require_held()

@@ -101,7 +101,7 @@ class AsyncioTracker:
         return self.tracker.activation
 
     def mark_many(self, ranges: NDArray[np.int64]) -> None:
-        """See `Tracker.mark_many`."""
+        """See `Tracker.mark_many`. With an intent bitmap it blocks the event loop."""
         self.tracker.mark_many(ranges)
 
     def writing(self, start: int, length: int) -> AbstractAsyncContextManager[None]:

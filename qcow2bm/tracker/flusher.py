@@ -58,7 +58,8 @@ class Flusher:
                     break
                 require_wanted()
             else:
-                if before and session.intent and max_bytes is None and session.stores_all:
+                is_all = pieces < left and session.stores_all
+                if before and session.intent and is_all:
                     with session.fatal():
                         session.intent.settle(before)
             return FlushReport(size, pieces, barriers, session.clock() - begun)

@@ -105,6 +105,8 @@ def inactivate(session: Session, data_file: FilePath | None) -> StopReport:
         begin(session, (), with_sentinel=True)
     migration, store = session.migration, session.store
     assert migration
+    if session.intent and migration.carried:
+        _leave_out_carried(session, migration)
     with session.in_flight.drained(), session.fatal():
         if session.intent:
             session.intent.pause()
@@ -125,6 +127,20 @@ def inactivate(session: Session, data_file: FilePath | None) -> StopReport:
         session.apply("inactivate", migration=migration)
         session.storage.release()
         return report
+
+
+def _leave_out_carried(session: Session, migration: Migration) -> None:
+    """Lets the intent bitmap not stand any more for the bitmaps that the migration carries.
+
+    They are in_use in the image, and the program may go on without tracking.
+    """
+    store = session.store
+    draft = store.load_draft()
+    intent = session.cover(draft, [bitmap.name for bitmap in session.stored_here])
+    plan = store.plan(draft)  # raises what can be known before anything is written
+    others = [migration.sentinel_bitmap] if migration.sentinel_bitmap else []
+    with session.fatal():
+        session.commit(plan, *others, intent=intent)
 
 
 def _identity(path: FilePath | None) -> FileIdentity | None:

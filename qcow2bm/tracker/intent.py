@@ -154,8 +154,9 @@ class IntentLog:
         """`wait` for many ranges: (start, length) of int64[n, 2]; one barrier serves all."""
         ranges = np.asarray(ranges, np.int64).reshape(-1, 2)
         with self._changes.lock:
-            for start, length in ranges.tolist():
-                self._want(start, length, is_ahead=False)
+            if not (self._is_aside or self._refusal):
+                for start, length in ranges.tolist():
+                    self._want(start, length, is_ahead=False)
         for start, length in ranges.tolist():
             self.wait(start, length)
 
@@ -234,7 +235,7 @@ class IntentLog:
         if self._is_aside:
             return True
         if self._failure or self._refusal or placed != self._placed:
-            state = self._refusal or "inactive"
+            state = self._refusal or ("failed" if self._failure else "inactive")
             raise StateError(state, "tracking", "the tracker") from self._failure
         if self._is_durable(first, stop):
             return True
@@ -247,9 +248,9 @@ class IntentLog:
         """Stores nothing more until `place` is called. A write that waits raises `StateError`."""
         self._refuse("inactive")
 
-    def end(self) -> None:
-        """Stores nothing more. A write that waits raises `StateError`."""
-        self._refuse("ended")
+    def end(self, state: str) -> None:
+        """Stores nothing more. A write that waits raises `StateError`, which has the state."""
+        self._refuse(state)
 
     def _refuse(self, state: str) -> None:
         """Refuses writes because of a state; when this returns, nothing is stored any more."""

@@ -12,7 +12,7 @@ from qcow2bm.bitmaps.draft import Draft
 from qcow2bm.bitmaps.tracked_bitmap import TrackedBitmap
 from qcow2bm.bitmaps.tracked_store import TrackedStore
 from qcow2bm.clusters.plan import Barrier, Plan, Step
-from qcow2bm.errors import BitmapNotFoundError, CommitError, StateError
+from qcow2bm.errors import BitmapNotFoundError, CommitError, Qcow2BmError, StateError
 from qcow2bm.log import logger
 from qcow2bm.migration.intent import Intent, is_intent
 from qcow2bm.migration.lifecycle import Event, State, after, has_ended
@@ -30,6 +30,10 @@ from qcow2bm.tracker.turns import Turns
 from qcow2bm.tracker.waiting import cancelled_by, require_wanted
 
 _LOST = "tracking has ended, and the bitmaps stay in use: they miss writes; take full backups"
+_TRUSTED_STILL = (
+    "the intent bitmap could not be marked in_use: nothing may write to the disk before the next "
+    "track or recover"
+)
 _UNKNOWN = "all is stored, but whether the bitmaps are valid now is unknown: look at the bitmaps"
 
 
@@ -68,6 +72,8 @@ class Session:
         self.barrier_seconds = 0.0
         self.intent: IntentLog | None = None
         self._intent_bitmap: Intent | None = None
+        self._is_distrusted = False
+        self._is_critical = False
         self._on_end = on_end
         self._phase = Phase()
         self._turns = Turns()
@@ -120,39 +126,64 @@ class Session:
         """Ends tracking by an event: marks raise from now on, and nothing more is written.
 
         Unless the end ``is_trusted``, the program may go on without tracking: then nothing is
-        recovered later by the intent bitmap.
+        recovered later by the intent bitmap. Of an image that is given away nothing is left to be
+        recovered: its bitmaps are stored, or carried by the migration.
+
+        Raises:
+            Qcow2BmError: the intent bitmap could not be marked in_use.
         """
         self.recorder.close(after(self.state, event), cause)
-        self.in_flight.end_draining()
-        if self.intent:
-            self.intent.end()
-            if not is_trusted:
-                self._distrust_intent()
-        self.apply(event, cause=cause)
-        self._on_end()
+        self.apply(event, cause=cause)  # before anything that may take long, and be interrupted
         if event == "fail":
             logger.error("tracking has failed: %s", cause, exc_info=cause)
+        try:
+            self.in_flight.end_draining()
+            if self.intent:
+                self.intent.end(self.state)
+                if not is_trusted and self.storage.is_held:
+                    self.store.distrust(is_intent)
+                    self._complete_distrust()
+        finally:
+            self._on_end()
 
     def fail(self, cause: BaseException) -> None:
         """Ends tracking by a failure, unless it has ended before."""
-        if not has_ended(self.state):
+        if has_ended(self.state):
+            return
+        try:
             self.end("fail", cause, is_trusted=not isinstance(cause, Exception))
+        except Qcow2BmError as error:
+            logger.error("%s: %s", _TRUSTED_STILL, error)
 
     def abandon(self, *, is_trusted: bool = False) -> None:
-        """Ends tracking without storing anything, unless it has ended before; see `end`."""
+        """Ends tracking without storing anything, unless it has ended before; see `end`.
+
+        If it has ended in another way, the intent bitmap is marked in_use now.
+        """
         self.require_free()
         with cancelled_by(None), self._turns.turn():
             if not has_ended(self.state):
                 self.end("abandon", is_trusted=is_trusted)
+            elif not is_trusted and self.state in ("abandoned", "failed"):
+                self._distrust_later()
 
-    def _distrust_intent(self) -> None:
-        """Marks the intent bitmap in_use, as well as that can be done."""
-        if not self.storage.is_held:
+    def _distrust_later(self) -> None:
+        """Marks the intent bitmap in_use once tracking has ended, unless that is done.
+
+        The image may have been edited since, and have another tracker.
+        """
+        intent = self._intent_bitmap
+        if not intent or self._is_distrusted:
             return
-        try:
-            self.store.distrust(is_intent)
-        except Exception as error:
-            logger.warning("the intent bitmap could not be marked in_use: %s", error)
+        if not self.storage.is_held:
+            raise StateError("closed", "open: open it, and invalidate the bitmaps", "the image")
+        # The canary has the same name, and more behind it.
+        self.store.distrust_anew(lambda name: name is not None and name.startswith(intent.name))
+        self._complete_distrust()
+
+    def _complete_distrust(self) -> None:
+        self.storage.barrier_anew()
+        self._is_distrusted = True
 
     def release_mine(self) -> None:
         """Ends the writes and the operation that this thread is inside of.
@@ -196,6 +227,8 @@ class Session:
 
         def begin() -> None:
             require_wanted()
+            if self._is_critical:  # an interrupt came before `fatal` could end tracking
+                self.fail(KeyboardInterrupt())
             self.require(event)
 
         return self._turns.turn(begin, self.store.forget, self.in_flight.require_undrained)
@@ -209,11 +242,13 @@ class Session:
     @contextmanager
     def fatal(self) -> Iterator[None]:
         """Ends tracking if the block raises."""
+        is_inner, self._is_critical = self._is_critical, True
         try:
             yield
         except BaseException as error:
             self.fail(error)
             raise
+        self._is_critical = is_inner
 
     def fail_in_background(self, cause: BaseException) -> None:
         """`fail`, from a thread that is in no operation."""

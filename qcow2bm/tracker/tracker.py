@@ -360,6 +360,7 @@ class Tracker:
             ImageLockedError: another process uses the image.
             FormatError, UnsupportedError: the image cannot be edited as it is now.
             StorageError: reading failed, there is no room, or another file is in its place.
+            LimitError: with intent, the image has too many bitmaps now, or too large a disk.
             CommitError: a write or barrier failed.
             StateError: the image was not given away, or ``other_side_has_stopped`` is needed.
 
@@ -380,10 +381,13 @@ class Tracker:
         """Ends tracking: nothing more is written, and the bitmaps stay in_use.
 
         The program may go on without tracking: an intent bitmap is marked in_use, too, so that
-        nothing is recovered by it. Waits for a flush or an edit that another thread is at.
+        nothing is recovered by it; also if tracking has ended already, other than by `stop`. Waits
+        for a flush or an edit that another thread is at.
 
         Raises:
-            StateError: inside `writing` or `edit`.
+            StateError: inside `writing` or `edit`; or the image is closed already, and an intent
+                bitmap could not be marked.
+            Qcow2BmError: an intent bitmap could not be marked: the disk must not be written to.
         """
         self._session.abandon()
 
