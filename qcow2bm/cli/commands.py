@@ -34,6 +34,7 @@ COMMANDS_BY_GROUP = {
         "map": Row("map", "list the dirty and clean ranges of a bitmap, as nbdinfo does"),
         "check": Row("check", "find everything that is wrong with an image, and explain it"),
         "verdict": Row("verdict", "say whether the next incremental backup can use a bitmap"),
+        "verify": Row("verify", "prove that a backup and a bitmap together make up the disk"),
     },
     "edit bitmaps": {
         "add": Row("edit", "add a bitmap that records writes from now on"),

@@ -38,7 +38,8 @@ from support.sparse_images import IMAGES  # noqa: E402
 
 import qcow2bm  # noqa: E402
 from qcow2bm.compare.content import Content, RawContent  # noqa: E402
-from qcow2bm.compare.differences import WORKERS, find_differences  # noqa: E402
+from qcow2bm.compare.differences import find_differences  # noqa: E402
+from qcow2bm.compare.pieces import WORKERS  # noqa: E402
 from qcow2bm.compare.qemu_nbd import served  # noqa: E402
 from qcow2bm.storage.file import FileStorage  # noqa: E402
 
