@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -14,6 +15,8 @@ from support.jsonspec import check_verify
 from support.qemu import Disk
 
 import qcow2bm
+from qcow2bm import compare
+from qcow2bm.compare.nbd import NbdReader
 
 GRANULE = 65536
 SIZE = 64 << 20
@@ -187,3 +190,53 @@ def test_who_writes_to_one_of_the_files_is_noticed(which: str, tmp_path: Path) -
     assert len(done.err.splitlines()) == 1
     assert verify(tmp_path, "daily", "--backup-format=qcow2").status == 0
     assert (tmp_path / "vm.qcow2").read_bytes() == before
+
+
+@pytest.mark.spec("SALVAGE-7")
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 << 20])
+@pytest.mark.parametrize("kind", ["plain", "compressed", "overlay", "extended", "cut off"])
+def test_a_served_image_has_the_content_that_qemu_converts(
+    kind: str, cluster_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, size = tmp_path / "vm.qcow2", 8 << 20
+    options = [f"cluster_size={cluster_size}"]
+    if kind == "extended":
+        if cluster_size < 16384:
+            return
+        options.append("extended_l2=on")
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", ",".join(options)]
+    if kind == "overlay":
+        tool(*create, tmp_path / "base", str(size))
+        tool("qemu-io", "-c", f"write -P 3 0 {size}", tmp_path / "base")
+        create += ["-F", "qcow2", "-b", str(tmp_path / "base")]
+    tool(*create, path, str(size))
+    compressed = "-c" if kind == "compressed" else ""
+    at = 2 << 20
+    for command in (
+        f"write -P 1 0 {at}",
+        f"write {compressed} -P 2 {at} {at}",
+        f"write -P 4 {2 * at + 512} 70000" if kind != "compressed" else f"write -P 4 {2 * at} {at}",
+        f"write -z {at // 2} {at // 4}",
+    ):
+        tool("qemu-io", "-c", command, path)
+    if kind == "cut off":  # QEMU reads zeros behind the end
+        os.truncate(path, path.stat().st_size - 300)
+    tool("qemu-img", "convert", "-O", "raw", path, tmp_path / "raw")
+    expected = (tmp_path / "raw").read_bytes()
+    asked: list[int] = []
+    read = NbdReader.read_into
+
+    def read_into(self: NbdReader, start: int, buffer: memoryview) -> None:
+        asked.append(start)
+        read(self, start, buffer)
+
+    monkeypatch.setattr(NbdReader, "read_into", read_into)
+    step = 512 << 10
+    with compare.served(str(path), 1) as content, content.reader() as reader:
+        buffer = memoryview(bytearray(step))
+        for start in range(0, size, step):
+            reader.read_into(start, buffer)
+            assert bytes(buffer) == expected[start : start + step], start
+    if kind in ("plain", "overlay") and cluster_size >= 4096:
+        assert 0 not in asked
+    assert asked
