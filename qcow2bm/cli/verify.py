@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from qcow2bm import open
 from qcow2bm.cli import output
@@ -93,6 +93,7 @@ def run(arguments: Arguments) -> int:
         bitmap = find(image, arguments.name)
         is_outdated = arguments.stale and bitmap.status in ("inconsistent", "stale")
         totals = bitmap.stale_totals() if is_outdated else bitmap.totals(with_extents=False)
+        dirty, compared = totals.dirty_bytes, image.virtual_size - totals.dirty_bytes
         with (
             explained("--backup-format", arguments.backup, "--new-format"),
             compare.open_disks(
@@ -108,68 +109,64 @@ def run(arguments: Arguments) -> int:
             found = compare.find_missing(
                 disks.old, disks.new, bitmap, trust_stored=arguments.stale, progress=show
             )
-            missing, dirty = _Missing(found), totals.dirty_bytes
-            summary = _Summary(missing, dirty, image.virtual_size - dirty)
+            missing = _Missing(found)
             if arguments.output == "json":
-                _print_json(arguments, image.virtual_size, summary)
+                _print_ranges(arguments, missing, image.virtual_size)
             else:
-                _print(arguments, summary, is_outdated=is_outdated)
-    return output.PROBLEMS_FOUND if missing.length else 0
+                missing.find()
+    if arguments.output == "json":
+        _print_rest(missing, dirty, compared)
+    else:
+        bits = f"{'the stored bits of ' * is_outdated}bitmap {quoted(arguments.name)}"
+        _print(path, missing, bits, f"{size(compared)} compared, {size(dirty)} dirty")
+    return output.PROBLEMS_FOUND if missing.count else 0
 
 
 class _Missing:
-    """The ranges in which a write is missing from the bitmap, added up while they are found.
+    """The ranges that are missing from the bitmap, which are counted while they are found.
 
     Attributes:
         count: how many ranges were found so far.
         length: how many bytes these ranges have.
+        first: the first of these ranges, at most `_MOST_LISTED`, as [start, length].
     """
 
     def __init__(self, found: Iterator[NDArray[np.int64]]) -> None:
         """Takes arrays int64[n, 2] of (start, length)."""
         self.count = 0
         self.length = 0
+        self.first: list[list[int]] = []
         self._found = found
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         for ranges in self._found:
             self.count += len(ranges)
             self.length += int(ranges[:, 1].sum())
+            self.first += ranges[: _MOST_LISTED - len(self.first)].tolist()
             yield ranges
 
-
-class _Summary(NamedTuple):
-    """What is found out: the ranges, and how many bytes are dirty and compared."""
-
-    missing: _Missing
-    dirty: int
-    compared: int
+    def find(self) -> None:
+        """Finds all ranges."""
+        for _ in self:
+            pass
 
 
-def _print(arguments: Arguments, summary: _Summary, *, is_outdated: bool) -> None:
-    missing = summary.missing
-    first: list[list[int]] = []
-    for ranges in missing:
-        first += ranges[: _MOST_LISTED - len(first)].tolist()
-    for start, length in first:
+def _print(path: str, missing: _Missing, bits: str, sizes: str) -> None:
+    for start, length in missing.first:
         print(f"{start:>14}  {length:>14}  missing")
-    if missing.count > len(first):
-        print(f"and {count(missing.count - len(first), 'more range')}")
-    bits = "the stored bits of bitmap" if is_outdated else "bitmap"
-    answer = f"yes: {bits} {quoted(arguments.name)} and the backup together make up the disk"
+    if missing.count > len(missing.first):
+        print(f"and {count(missing.count - len(missing.first), 'more range')}")
+    answer = f"yes: {bits} and the backup together make up the disk"
     if missing.count:
-        ranges_ = count(missing.count, "range")
         answer = (
-            f"no: writes are missing from {bits} {quoted(arguments.name)}: {size(missing.length)} "
-            f"in {ranges_} differ from the backup, and are clean"
+            f"no: writes are missing from {bits}: {size(missing.length)} in "
+            f"{count(missing.count, 'range')} differ from the backup, and are clean"
         )
-    print_text(
-        f"{escape(arguments.image)}: {answer}; {size(summary.compared)} compared, "
-        f"{size(summary.dirty)} dirty"
-    )
+    print_text(f"{escape(path)}: {answer}; {sizes}")
 
 
-def _print_json(arguments: Arguments, virtual_size: int, summary: _Summary) -> None:
+def _print_ranges(arguments: Arguments, missing: _Missing, virtual_size: int) -> None:
+    """Prints the beginning of the document, with all ranges, while they are found."""
     from qcow2bm.cli.rows import RowPrinter
 
     document = {
@@ -179,12 +176,16 @@ def _print_json(arguments: Arguments, virtual_size: int, summary: _Summary) -> N
     }
     opening = f'{output.as_json(document).removesuffix("}")}, "missing": ['
     printer = RowPrinter(b',\n {"start": ', b', "length": ', (b"}",), virtual_size)
-    rows = ((ranges[:, 0], ranges[:, 1], 0) for ranges in summary.missing)
+    rows = ((ranges[:, 0], ranges[:, 1], 0) for ranges in missing)
     output.write_rows(opening.encode(), printer, rows, b"],\n")
-    following = {
-        "proved": not summary.missing.count,
-        "missing-bytes": summary.missing.length,
-        "dirty-bytes": summary.dirty,
-        "compared-bytes": summary.compared,
+
+
+def _print_rest(missing: _Missing, dirty: int, compared: int) -> None:
+    """Prints the rest of the document."""
+    document = {
+        "proved": not missing.count,
+        "missing-bytes": missing.length,
+        "dirty-bytes": dirty,
+        "compared-bytes": compared,
     }
-    print(output.as_json(following).removeprefix("{"))
+    print(output.as_json(document).removeprefix("{"))

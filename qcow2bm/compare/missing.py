@@ -22,7 +22,7 @@ from qcow2bm.units import align_up
 if TYPE_CHECKING:
     from qcow2bm.api import Bitmap
 
-_PART_BITS = 1 << 20
+_PART_BITS = 1 << 18
 """The disk is compared in parts of so many granules, which bounds the memory."""
 
 _LEAST_SKIP_BYTES = 64 << 10

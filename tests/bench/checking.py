@@ -12,8 +12,9 @@ The image is of a disk of 16 TiB, of which 10 GiB are allocated, with a bitmap o
 random. Then come sparse images of less than 1 MB that claim much, which are made by
 tests/support/sparse_images.py. Two raw files of 4 GiB are compared as `salvage --compare` does:
 equal, full of random bytes, in the page cache if there is room for them; one also as a qcow2 image.
-Then `verify` compares them, as a whole process, with a bitmap that is clean, or of which every other
-MiB is dirty; and the process's peak of memory is shown. With --comparing, nothing else is measured.
+Then `verify` compares them, as a whole process, with a bitmap that is clean, or of which every
+other MiB is dirty; and the process's peak of memory is shown. With --comparing, nothing else is
+measured.
 Needs qemu-utils, and 13 GB in the folder for temporary files.
 """
 
@@ -115,8 +116,8 @@ def verify(*arguments: str | Path) -> None:
 
 def print_memory(*arguments: str | Path) -> None:
     """Prints the peak of a verification, and how much of that a start takes."""
-    program = "import resource, sys; from qcow2bm.cli import main; main(sys.argv[1:]); "
-    program += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    program = "import sys; from qcow2bm.cli import main; main(sys.argv[1:]); "
+    program += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     peaks = []
     for command in (["map", arguments[0], "clean"], ["verify", *arguments]):
         done = subprocess.run(

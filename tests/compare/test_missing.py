@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.contents import MemoryContent, patched, places_in
 from support.images import Stored, build_image
+from support.traced_memory import traced_memory
 
 import qcow2bm
 from qcow2bm.compare import find_missing, missing
@@ -114,6 +115,37 @@ def test_short_dirty_ranges_are_read_past_and_holes_are_not_read() -> None:
     found = found_in(bitmap_of(every_second, 12, SIZE), MemoryContent(bytes(SIZE)), new)
     assert found == [(n << 12, 4096) for n in range(1, PIECE_BYTES >> 12, 2)]
     assert len(new.read) == 1
+
+
+class Pattern(MemoryContent):
+    """A content of any size that repeats a few sectors."""
+
+    def __init__(self, sectors: bytes, size: int) -> None:
+        super().__init__(sectors * (PIECE_BYTES // len(sectors)))
+        self.size = size
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        assert not start % PIECE_BYTES
+        buffer[:] = self.data[: len(buffer)]
+
+    def next_data(self, start: int) -> int:
+        return start
+
+
+@pytest.mark.spec("VERIFY-5")
+@pytest.mark.parametrize("size", [1 << 28, pytest.param(1 << 33, marks=pytest.mark.deep)])
+def test_memory_does_not_grow_with_the_disk_or_the_bitmap(size: int) -> None:
+    """Every other granule of 512 bytes is dirty, and half of the others are missing."""
+    stored = Stored(b"daily", [b"\x55" * 4096] * (size >> 24), 9)
+    old = Pattern(bytes(2048), size)
+    new = Pattern(bytes(512) + b"\1" * 512 + bytes(1024), size)
+    with qcow2bm.open(build_image(stored, size=size, cluster_bits=12).data) as image:
+        bitmap = image.bitmaps["daily"]
+        with traced_memory() as memory:
+            count = sum(map(len, find_missing(old, new, bitmap)))
+    print(f"{size >> 20} MiB: {count} ranges missing, at most {memory.peak >> 10} KiB of memory")
+    assert count == size >> 11
+    assert memory.peak < 32 << 20
 
 
 class Changing(MemoryContent):
