@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,19 @@ _MOST_RUNS = 16
 """One request to a server takes less time than reading more runs than that."""
 
 
+class _Table(NamedTuple):
+    """An L2 table.
+
+    Attributes:
+        hosts: the host offset of each cluster, int64[n].
+        ends: for each cluster the number behind the last one that follows it without a gap,
+            int64[n]; 0 if the file does not hold the cluster as it is.
+    """
+
+    hosts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
 class PlainClusters:
     """The clusters of the active disk that a file holds as they are: allocated, not compressed.
 
@@ -41,7 +56,7 @@ class PlainClusters:
         self._is_known = not header.incompatible_features & ~_KNOWN and not header.crypt_method
         self._entries = file.cluster_size // L2_ENTRY_LENGTH
         self._number = -1
-        self._table: NDArray[np.uint64] | None = None
+        self._table: _Table | None = None
 
     def runs(self, start: int, length: int) -> list[tuple[int, int]] | None:
         """Returns where a range of the disk lies in the file, as (host offset, length).
@@ -52,34 +67,42 @@ class PlainClusters:
             StorageError: reading failed.
         """
         size = self._file.cluster_size
-        first, last = start // size, (start + length - 1) // size
-        number = first // self._entries
+        number, place = divmod(start, self._entries * size)
         table = self._l2_table(number) if self._is_known else None
-        if table is None or last // self._entries != number:
+        if table is None or place + length > self._entries * size:
             return None
-        words = table[first - number * self._entries :][: last - first + 1]
-        offsets = words & _OFFSET
-        if (words & _NOT_PLAIN).any() or not offsets.all() or (offsets % np.uint64(size)).any():
-            return None
-        hosts = offsets.astype(np.int64)
-        begins = np.flatnonzero(np.diff(hosts, prepend=-1) != size)
-        if len(begins) > _MOST_RUNS:
-            return None
-        found = []
-        for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(hosts)], strict=True):
-            skip = max(0, start - (first + begin) * size)
-            stop = min(start + length, (first + end) * size) - (first + begin) * size
-            found.append((int(hosts[begin]) + skip, stop - skip))
-        return found if all(self._file.contains(*run) for run in found) else None
+        found: list[tuple[int, int]] = []
+        while length:
+            cluster, skip = divmod(place, size)
+            count = min(int(table.ends[cluster]) * size - place, length)
+            if count <= 0 or len(found) == _MOST_RUNS:
+                return None
+            found.append((int(table.hosts[cluster]) + skip, count))
+            place += count
+            length -= count
+        return found
 
-    def _l2_table(self, number: int) -> NDArray[np.uint64] | None:
-        """Returns an L2 table, uint64[n]; None if there is none that can be read."""
+    def _l2_table(self, number: int) -> _Table | None:
+        """Returns an L2 table; None if there is none that can be read."""
         if number != self._number:
-            self._table = self._read_table(number)
+            words = self._read_table(number)
+            self._table = None if words is None else self._parse(words)
             self._number = number
         return self._table
 
+    def _parse(self, words: NDArray[np.uint64]) -> _Table:
+        size = self._file.cluster_size
+        hosts = (words & _OFFSET).astype(np.int64)
+        is_plain = (words & _NOT_PLAIN == 0) & (hosts > 0) & (hosts % size == 0)
+        is_plain &= hosts < self._file.file_size
+        is_last = np.ones(len(hosts), np.bool_)
+        is_last[:-1] = (np.diff(hosts) != size) | ~is_plain[1:]
+        stops = np.flatnonzero(is_last) + 1
+        ends = np.repeat(stops, np.diff(stops, prepend=0))
+        return _Table(hosts, np.where(is_plain, ends, 0))
+
     def _read_table(self, number: int) -> NDArray[np.uint64] | None:
+        """Returns the entries of an L2 table, uint64[n]; None if there is none to be read."""
         file, size = self._file, self._file.cluster_size
         place = file.header.l1_table_offset + number * L1_ENTRY_LENGTH
         if number >= file.header.l1_size or not file.contains(place, L1_ENTRY_LENGTH):
