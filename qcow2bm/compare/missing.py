@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qcow2bm.api import Bitmap
 
 _PART_BITS = 1 << 18
-"""The disk is compared in parts of so many granules, whole words of bits: this bounds the memory."""
+"""The disk is compared in parts of so many granules, which are whole words of bits."""
 
 _LEAST_SKIP_BYTES = 64 << 10
 """To read past a shorter dirty range takes less time than one more read."""
