@@ -453,6 +453,7 @@ BITMAP_USES: dict[str, Callable[[qcow2bm.Bitmap], object]] = {
     "sha256": lambda bitmap: bitmap.sha256(),
     "stale_bits": lambda bitmap: bitmap.stale_bits(),
     "stale_totals": lambda bitmap: bitmap.stale_totals(),
+    "stale_extents": lambda bitmap: list(bitmap.stale_extents()),
     "has_stale_bits": lambda bitmap: bitmap.has_stale_bits,
     "space": lambda bitmap: bitmap.space,
     "full_space": lambda bitmap: bitmap.full_space(),

@@ -368,6 +368,13 @@ class Bitmap(DirtySet):
         """Returns dirty guest bytes and number of extents of `stale_bits`; raises as it does."""
         return self._stale().totals()
 
+    def stale_extents(self) -> Iterator[NDArray[np.int64]]:
+        """Yields the dirty ranges of `stale_bits`, as `extents` yields ranges; raises as it does.
+
+        Memory does not grow with the bitmap, so there is no `LimitError`.
+        """
+        return self._stale().extents()
+
     @property
     def has_stale_bits(self) -> bool:
         """Whether the bitmap has a table that `stale_bits` and `table` can read."""

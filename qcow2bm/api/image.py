@@ -10,6 +10,7 @@ from qcow2bm.api.bitmap import Bitmap, BitmapMapping
 from qcow2bm.api.edit import Edit
 from qcow2bm.api.open_image import Loaded, OpenImage
 from qcow2bm.bitmaps.backup_verdict import MISSING, BackupVerdict
+from qcow2bm.bitmaps.rules import default_granularity
 from qcow2bm.errors import BitmapNotFoundError, ReadOnlyImageError
 from qcow2bm.format.directory import DirectoryEntry
 from qcow2bm.format.extensions import (
@@ -179,6 +180,11 @@ class Image:
     def cluster_size(self) -> int:
         """The size of a cluster in bytes."""
         return self._opened.file.cluster_size
+
+    @property
+    def default_granularity(self) -> int:
+        """The granularity of a bitmap that is added without one, in bytes; as QEMU chooses it."""
+        return default_granularity(self.cluster_size)
 
     @property
     def file_size(self) -> int:

@@ -104,18 +104,23 @@ def add_editing(
     )
     text = "print text for people, or JSON for programs"
     add_output(parser, text if has_result else f"with --dry-run: {text}")
-    parser.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        type=seconds,
-        default=0,
-        help="wait this many seconds if another process uses the image",
-    )
+    add_wait(parser, "uses the image")
     parser.add_argument(
         "--no-lock",
         action="store_true",
         help="write without locks, on a file system that has none; if a VM uses the image "
         "meanwhile, the image is destroyed",
+    )
+
+
+def add_wait(parser: Parser, condition: str) -> None:
+    """Adds --wait; ``condition`` says what another process does that is waited for."""
+    parser.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=seconds,
+        default=0,
+        help=f"wait this many seconds if another process {condition}",
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from qcow2bm import attach
-from qcow2bm.cli.arguments import NEW_NAME_NOTE, SIZE_NOTE, seconds, size
+from qcow2bm.cli.arguments import NEW_NAME_NOTE, SIZE_NOTE, add_wait, size
 from qcow2bm.cli.images import new_name
 from qcow2bm.cli.messages import about
 from qcow2bm.cli.parser import Arguments as ParserArguments
@@ -66,13 +66,7 @@ def define(parser: Parser) -> None:
         action="store_true",
         help="you know that RAW is a raw disk, although it begins like a qcow2 image",
     )
-    parser.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        type=seconds,
-        default=0,
-        help="wait this many seconds if another process writes to RAW",
-    )
+    add_wait(parser, "writes to RAW")
 
 
 def run(arguments: Arguments) -> int:

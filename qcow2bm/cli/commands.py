@@ -35,6 +35,7 @@ COMMANDS_BY_GROUP = {
         "check": Row("check", "find everything that is wrong with an image, and explain it"),
         "measure": Row("measure", "measure the room that bitmaps take, and would take"),
         "verdict": Row("verdict", "say whether the next incremental backup can use a bitmap"),
+        "verify": Row("verify", "prove that a backup and a bitmap together make up the disk"),
     },
     "edit bitmaps": {
         "add": Row("edit", "add a bitmap that records writes from now on"),

@@ -15,10 +15,16 @@ from qcow2bm.cli.arguments import (
     NEW_NAME_NOTE,
     RANGE_NOTE,
     SIZE_NOTE,
-    EditingArguments,
     add_editing,
     add_image,
     size,
+)
+from qcow2bm.cli.comparing import (
+    COMPARE_NOTE,
+    ComparingArguments,
+    add_compare,
+    differences,
+    require_compare,
 )
 from qcow2bm.cli.images import find, new_name, not_in_use, open_to_edit
 from qcow2bm.cli.messages import about, say
@@ -49,10 +55,18 @@ valid and miss writes. Bitmaps that were marked are inconsistent: salvage them, 
 take a full backup.
 """
 
-_EPILOGS = {"remove": _REMOVE_EPILOG, "invalidate": _INVALIDATE_EPILOG}
+_ADD_EPILOG = f"""
+With --compare the new bitmap is not clean: exactly what differs between OLD and NEW is dirty. That
+makes a bitmap anew that was lost. {COMPARE_NOTE}"""
+
+_EPILOGS = {"add": _ADD_EPILOG, "remove": _REMOVE_EPILOG, "invalidate": _INVALIDATE_EPILOG}
 
 _EXAMPLES = {
-    "add": ("qcow2bm add vm.qcow2 daily", "qcow2bm add vm.qcow2 fine -g 4k --disabled"),
+    "add": (
+        "qcow2bm add vm.qcow2 daily",
+        "qcow2bm add vm.qcow2 fine -g 4k --disabled",
+        "qcow2bm add vm.qcow2 daily --compare last-backup.raw vm.qcow2",
+    ),
     "remove": ("qcow2bm remove vm.qcow2 daily weekly", "qcow2bm remove vm.qcow2 --all"),
     "clear": ("qcow2bm clear vm.qcow2 daily",),
     "enable": ("qcow2bm enable vm.qcow2 daily weekly",),
@@ -75,7 +89,7 @@ _EXAMPLES = {
 }
 
 
-class Arguments(EditingArguments):
+class Arguments(ComparingArguments):
     """The values of the arguments of all these commands; each has some of them."""
 
     image: str
@@ -109,6 +123,7 @@ def _define_add(parser: Parser) -> None:
     parser.add_word("name", "NAME", "the name of the new bitmap")
     parser.notes = (NEW_NAME_NOTE,)
     _add_form(parser, "the cluster size, but 4k to 64k")
+    add_compare(parser, parser.add_argument)
 
 
 def _define_copy(parser: Parser) -> None:
@@ -196,6 +211,8 @@ def run(arguments: Arguments) -> int:
         raise UsageError(
             "give names or --all, not both" if arguments.all else "give names, or --all"
         )
+    if "compared" in arguments:
+        require_compare(arguments)
     plan, note = None, None
     with (
         inputs_read(arguments.ranges if "ranges" in arguments else ()),
@@ -215,7 +232,13 @@ def run(arguments: Arguments) -> int:
 
 def _add(arguments: Arguments, image: Image, edit: Edit) -> None:
     name = new_name(arguments.name)
-    edit.add(name, arguments.granularity, enabled=not arguments.disabled)
+    enabled = not arguments.disabled
+    edit.add(name, arguments.granularity, enabled)  # if that is refused, nothing is compared
+    if arguments.compared:
+        granularity = arguments.granularity or image.default_granularity
+        changed = differences(arguments, image, [granularity])
+        edit.remove(name)
+        edit.load(name, granularity, changed[granularity], enabled)
 
 
 def _remove(arguments: Arguments, image: Image, edit: Edit) -> None:

@@ -6,31 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from qcow2bm import ComparisonError, Image, Plan
+from qcow2bm import Image, Plan
 from qcow2bm.cli import output
 from qcow2bm.cli.advice import advise_anew
-from qcow2bm.cli.arguments import NAME_NOTE, EditingArguments, add_editing, add_image
+from qcow2bm.cli.arguments import NAME_NOTE, add_editing, add_image
+from qcow2bm.cli.comparing import (
+    COMPARE_NOTE,
+    ComparingArguments,
+    add_compare,
+    differences,
+    require_compare,
+)
 from qcow2bm.cli.images import find, open_to_edit, outdated
-from qcow2bm.cli.messages import CommandError, about, progress, say
+from qcow2bm.cli.messages import about, say
 from qcow2bm.cli.next_command import Advice, print_advice
 from qcow2bm.cli.output import Document, json_text, quoted, size
 from qcow2bm.cli.parser import Parser, UsageError
 from qcow2bm.cli.terminal import print_text
-from qcow2bm.units import escape
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from qcow2bm import compare
-
-_EPILOG = """\
-With --compare the bitmap gets exactly what differs between OLD and NEW. OLD must be what the last
-backup restores to: the full backup with all increments. NEW is what the disk holds now: IMAGE
-itself, or its data file. Each is a raw file or block device, or a qcow2 image, which is read with
-qemu-nbd. IMAGE is locked meanwhile.
+_EPILOG = f"""\
+With --compare each bitmap gets exactly what differs between OLD and NEW, at its granularity. The
+two are read once, however many bitmaps are named. {COMPARE_NOTE.rstrip()}
+If several bitmaps are named, OLD must be the last backup of each of them.
 
 With --trust-stale every write since the bitmap was last stored is missing from it: use it only if
 you know that there was none.
@@ -43,18 +41,14 @@ exit status: 0 done; 1 the command failed, and all is as before unless the messa
 """
 
 
-class Arguments(EditingArguments):
+class Arguments(ComparingArguments):
     """The values of the arguments of ``salvage``."""
 
     image: str
     names: list[str]
     all: bool
     all_dirty: bool
-    compared: tuple[str, str] | None
     trust_stale: bool
-    old_format: compare.DiskFormat | None
-    new_format: compare.DiskFormat | None
-    is_current: bool
 
 
 def define(parser: Parser) -> None:
@@ -64,6 +58,7 @@ def define(parser: Parser) -> None:
         "qcow2bm salvage vm.qcow2 daily --all-dirty",
         "qcow2bm salvage vm.qcow2 --all --all-dirty",
         "qcow2bm salvage vm.qcow2 daily --compare last-backup.raw vm.qcow2",
+        "qcow2bm salvage vm.qcow2 daily fine --compare last-backup.raw vm.qcow2",
     )
     parser.notes = (NAME_NOTE,)
     parser.epilog = _EPILOG
@@ -76,30 +71,11 @@ def define(parser: Parser) -> None:
     way.add_argument(
         "--all-dirty", action="store_true", help="make all of it dirty: the next backup saves all"
     )
-    way.add_argument(
-        "--compare",
-        dest="compared",
-        metavar=("OLD", "NEW"),
-        nargs=2,
-        help="make dirty what differs between the last backup and the disk",
-    )
+    add_compare(parser, way.add_argument)
     way.add_argument(
         "--trust-stale",
         action="store_true",
         help="keep the bits that are stored, though writes may be missing from them",
-    )
-    for which, metavar in (("old", "OLD"), ("new", "NEW")):
-        parser.add_argument(
-            f"--{which}-format",
-            choices=("raw", "qcow2"),
-            help=f"the format of {metavar}; needed if {metavar} begins like a qcow2 image",
-        )
-    parser.add_argument(
-        "--assert-current",
-        dest="is_current",
-        action="store_true",
-        help="compare with NEW although it is neither IMAGE nor its data file: you know that it is "
-        "what the disk holds now",
     )
     add_editing(parser, has_result=True)
 
@@ -110,12 +86,9 @@ def run(arguments: Arguments) -> int:
         raise UsageError(
             "give names or --all, not both" if arguments.all else "give names, or --all"
         )
-    if arguments.compared and len(arguments.names) != 1:
-        raise UsageError("--compare needs one NAME: each bitmap stands for a backup of its own")
-    if not arguments.compared and (
-        arguments.old_format or arguments.new_format or arguments.is_current
-    ):
-        raise UsageError("--old-format, --new-format and --assert-current need --compare")
+    if arguments.compared and arguments.all:
+        raise UsageError("--compare needs names: OLD is not the last backup of just any bitmap")
+    require_compare(arguments)
     with about(arguments.image), open_to_edit(arguments.image, arguments) as image:
         names = _chosen(arguments, image)
         plan = _salvage(arguments, image, names)
@@ -146,10 +119,12 @@ def _salvage(arguments: Arguments, image: Image, names: Sequence[str]) -> Plan |
             f"{them}, and so from all backups that rely on {them}"
         )
     _require_salvageable(image, names)
-    changed = _changed(arguments, image, names[0]) if arguments.compared else None
+    granularities = {name: image.bitmaps[name].granularity for name in names}
+    changed = differences(arguments, image, {*granularities.values()}) if arguments.compared else {}
     with image.edit(dry_run=arguments.dry_run) as edit:
         for name in names:
-            edit.salvage(name, changed, trust_stored=arguments.trust_stale)
+            packed = changed.get(granularities[name])
+            edit.salvage(name, packed, trust_stored=arguments.trust_stale)
         return edit.plan() if arguments.dry_run else None
 
 
@@ -158,50 +133,6 @@ def _require_salvageable(image: Image, names: Iterable[str]) -> None:
     with image.edit(dry_run=True) as edit:
         for name in names:
             edit.salvage(name)
-
-
-def _changed(arguments: Arguments, image: Image, name: str) -> NDArray[np.uint8]:
-    """The bits of all granules in which the disk differs from the last backup."""
-    from qcow2bm import compare  # which needs numpy
-
-    assert arguments.compared
-    old, new = arguments.compared
-    say(
-        f"note: {escape(old)} must have exactly the content to which the last backup restores, "
-        f"with all increments: the next backup will not save what is equal in {escape(new)}"
-    )
-    try:
-        with compare.open_disks(
-            image,
-            compare.ComparedDisk(old, arguments.old_format),
-            compare.ComparedDisk(new, arguments.new_format),
-            is_current=arguments.is_current,
-            is_image_locked=not arguments.dry_run,
-            locking=not arguments.no_lock,
-            lock_timeout=arguments.wait,
-        ) as disks:
-            if disks.old.size != disks.new.size:
-                say(
-                    f"warning: {escape(old)} has {disks.old.size} bytes, the disk "
-                    f"{disks.new.size}: was it resized since?"
-                )
-            with progress(min(disks.old.size, disks.new.size)) as show:
-                granularity = image.bitmaps[name].granularity
-                return compare.find_differences(disks.old, disks.new, granularity, progress=show)
-    except ComparisonError as error:
-        option = "--old-format" if error.path == old else "--new-format"
-        raise CommandError(error.path, f"{error.reason}{_advice(error, option)}") from error
-
-
-def _advice(error: ComparisonError, option: str) -> str:
-    if error.fault == "not-current":
-        return ": if you know that it is what the disk holds now, --assert-current"
-    if error.fault == "container":
-        cure = "make it raw or qcow2 if it is one"
-        if error.container == "qcow2":
-            cure = f"say {option} qcow2 if it is one"
-        return f": {cure}; if it is a disk on which a guest wrote that, {option} raw"
-    return ""
 
 
 def _print(image: Image, names: Sequence[str], plan: Plan | None) -> None:

@@ -1,4 +1,4 @@
-"""Opening the two disks that salvage compares: the last backup, and what the disk holds now.
+"""Opening the two disks that are compared: the last backup, and what the disk holds now.
 
 A comparison with the wrong disk makes backups miss writes without a sign, so everything that can
 be known about the two is checked before they are read.
@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qcow2bm.compare.content import Content, Identity, RawContent, identity
-from qcow2bm.compare.differences import WORKERS
+from qcow2bm.compare.pieces import WORKERS
 from qcow2bm.compare.qemu_nbd import ServedContent, served
 from qcow2bm.errors import ComparisonError, StorageError
 from qcow2bm.storage.file import FileStorage
@@ -75,7 +75,7 @@ def open_disks(
     """Opens the last backup of a disk and what the disk holds now, and locks both in the block.
 
     Args:
-        image: the image whose bitmap is to be salvaged.
+        image: the image of the disk.
         old: what the last backup restores to, with all its increments.
         new: what the disk holds now: the image itself, or its raw data file; its format is only
             used for another file.

@@ -16,9 +16,11 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO
 
-from qcow2bm.compare.content import Identity, RawContent, identity
+from qcow2bm.clusters.file import ClusterFile
+from qcow2bm.compare.content import Identity, RawContent, Reader, identity
+from qcow2bm.compare.direct import DirectReader
 from qcow2bm.compare.nbd import NbdReader
-from qcow2bm.errors import StorageError, UnsupportedError
+from qcow2bm.errors import FormatError, StorageError, UnsupportedError
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.units import escape
 
@@ -40,25 +42,26 @@ class ServedContent:
         self,
         name: str,
         process: subprocess.Popen[bytes],
-        readers: Sequence[NbdReader],
+        size: int,
+        readers: Sequence[Reader],
         files: Sequence[RawContent],
         identities: set[Identity],
     ) -> None:
-        """Takes one connection for each thread that may read at a time.
+        """Takes one reader for each thread that may read at a time.
 
-        The caller has locked the files, and ends process and connections afterwards.
+        The caller has locked the files, and ends process and readers afterwards.
         """
         self.name = name
         self._process = process
-        self.size = readers[0].size
+        self.size = size
         self.identities = identities
         self._files = files
-        self._idle: SimpleQueue[NbdReader] = SimpleQueue()
+        self._idle: SimpleQueue[Reader] = SimpleQueue()
         for reader in readers:
             self._idle.put(reader)
 
     @contextmanager
-    def reader(self) -> Iterator[NbdReader]:
+    def reader(self) -> Iterator[Reader]:
         """See `qcow2bm.compare.content.Content`."""
         reader = self._idle.get()
         try:
@@ -107,21 +110,35 @@ def served(
         process = _start(options, socket, connections, path, said)
         opened.callback(process.wait)
         opened.callback(process.kill)  # nothing is lost, and SIGTERM may be ignored at the start
-        readers = [
+        connected = [
             opened.enter_context(closing(_connect(process, socket, path, said)))
             for _ in range(connections)
         ]
         folder.cleanup()  # so that no other process can connect
-        own = identity(os.stat(path)) if is_locked else None
+        own = identity(os.stat(path))
+        readers: Sequence[Reader] = connected
         contents, identities = [], set()
         for name, status in _opened_files(process.pid).items():
             identities.add(identity(status))
-            if identity(status) != own:
-                storage = FileStorage(name, locking=locking, lock_timeout=wait)
-                opened.callback(storage.close)
-                opened.enter_context(storage.read_lock())
+            is_own = identity(status) == own
+            needs_lock = not (is_own and is_locked)
+            storage = FileStorage(name, locking=locking and needs_lock, lock_timeout=wait)
+            opened.callback(storage.close)
+            opened.enter_context(storage.read_lock())
+            if needs_lock:
                 contents.append(RawContent(storage))
-        yield ServedContent(path, process, readers, contents, identities)
+            if is_own:
+                readers = _direct(connected, storage)
+        yield ServedContent(path, process, connected[0].size, readers, contents, identities)
+
+
+def _direct(connected: Sequence[NbdReader], storage: FileStorage) -> Sequence[Reader]:
+    """Returns for each connection a reader that reads from the image file what it can."""
+    try:
+        file = ClusterFile(storage, force_share=True)
+    except (FormatError, UnsupportedError):  # of no harm: qemu-nbd can open the file
+        return connected
+    return [DirectReader(each, file) for each in connected]
 
 
 def _opened_files(process_id: int) -> dict[str, os.stat_result]:

@@ -12,6 +12,9 @@ The image is of a disk of 16 TiB, of which 10 GiB are allocated, with a bitmap o
 random. Then come sparse images of less than 1 MB that claim much, which are made by
 tests/support/sparse_images.py. Two raw files of 4 GiB are compared as `salvage --compare` does:
 equal, full of random bytes, in the page cache if there is room for them; one also as a qcow2 image.
+Then `verify` compares them, as a whole process, with a bitmap that is clean, or of which every
+other MiB is dirty; and the process's peak of memory is shown. With --comparing, nothing else is
+measured.
 Needs qemu-utils, and 13 GB in the folder for temporary files.
 """
 
@@ -26,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -38,7 +42,8 @@ from support.sparse_images import IMAGES  # noqa: E402
 
 import qcow2bm  # noqa: E402
 from qcow2bm.compare.content import Content, RawContent  # noqa: E402
-from qcow2bm.compare.differences import WORKERS, find_differences  # noqa: E402
+from qcow2bm.compare.differences import find_differences  # noqa: E402
+from qcow2bm.compare.pieces import WORKERS  # noqa: E402
 from qcow2bm.compare.qemu_nbd import served  # noqa: E402
 from qcow2bm.storage.file import FileStorage  # noqa: E402
 
@@ -93,6 +98,66 @@ def make_disks(folder: Path) -> tuple[Path, Path, Path]:
     return old, new, image
 
 
+def bitmaps(folder: Path, image: Path) -> Path:
+    """Adds a clean and a half-dirty bitmap to an image, and to a new one for the raw disk."""
+    empty = folder / "bitmaps.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", empty, str(COMPARED))
+    for path in (image, empty):
+        with qcow2bm.open(path, "r+") as opened, opened.edit() as edit:
+            edit.add("clean", GRANULARITY)
+            edit.add("half", GRANULARITY)
+            edit.set_many("half", [(at, 1 << 20) for at in range(0, COMPARED, 2 << 20)])
+    return empty
+
+
+def verify(*arguments: str | Path) -> None:
+    run(sys.executable, "-m", "qcow2bm", "verify", *arguments)
+
+
+def print_memory(*arguments: str | Path) -> None:
+    """Prints the peak of a verification, and how much of that a start takes."""
+    program = "import sys; from qcow2bm.cli import main; main(sys.argv[1:]); "
+    program += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    peaks = []
+    for command in (["map", arguments[0], "clean"], ["verify", *arguments]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    print(f"memory of verify: {peaks[1]:.0f} MiB, {peaks[1] - peaks[0]:.0f} MiB more than map")
+
+
+def compare_disks(folder: Path, rounds: int) -> None:
+    """Measures comparisons of two disks."""
+    old, new, image = make_disks(folder)
+    title = "two raw files of 4 GiB / cmp"
+    compare(title, lambda: differing(old, new), lambda: run("cmp", old, new), rounds)
+    both = "qemu-img", "compare", "-f", "raw", "-F"
+
+    def theirs_raw() -> None:
+        run(*both, "raw", old, new)
+
+    def theirs() -> None:
+        run(*both, "qcow2", old, image)
+
+    title = "two raw files of 4 GiB / qemu-img compare"
+    compare(title, lambda: differing(old, new), theirs_raw, rounds)
+    title = "raw and qcow2, 4 GiB / qemu-img compare"
+    compare(title, lambda: differing(old, image), theirs, rounds)
+    empty = bitmaps(folder, image)
+    raw = "--new", new, "--assert-current"
+    for name in ("clean", "half"):
+        title = f"verify raw disk, {name} / qemu-img compare"
+        compare(title, partial(verify, empty, name, old, *raw), theirs_raw, rounds)
+        title = f"verify qcow2 disk, {name} / qemu-img compare"
+        compare(title, partial(verify, image, name, old), theirs, rounds)
+    print_memory(image, "half", old)
+
+
 def compare(
     title: str, ours: Callable[[], object], theirs: Callable[[], object], rounds: int
 ) -> None:
@@ -126,8 +191,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5, help="how often each command is measured")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--comparing", action="store_true", help="measure only the comparisons")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     with tempfile.TemporaryDirectory(prefix="qcow2bm-bench-") as folder:
+        if arguments.comparing:
+            compare_disks(Path(folder), rounds)
+            return
         path = Path(folder, "vm.qcow2")
         make_image(path)
 
@@ -141,16 +211,7 @@ def main() -> None:
         compare("repair --dry-run / qemu-img check", lambda: run(*python, *dry_run), theirs, rounds)
         for name in SPARSE:
             compare_sparse(Path(folder, "sparse.qcow2"), name, rounds)
-        old, new, image = make_disks(Path(folder))
-        title = "two raw files of 4 GiB / cmp"
-        compare(title, lambda: differing(old, new), lambda: run("cmp", old, new), rounds)
-        both = "qemu-img", "compare", "-f", "raw", "-F"
-        title = "two raw files of 4 GiB / qemu-img compare"
-        compare(title, lambda: differing(old, new), lambda: run(*both, "raw", old, new), rounds)
-        title = "raw and qcow2, 4 GiB / qemu-img compare"
-        compare(
-            title, lambda: differing(old, image), lambda: run(*both, "qcow2", old, image), rounds
-        )
+        compare_disks(Path(folder), rounds)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ FAILURES = {
     "map crashed.qcow2 daily": ("bitmap-inconsistent", "crashed.qcow2"),
     "check text": ("format", "text"),
     "verdict missing daily": ("storage", "missing"),
+    "verify vm.qcow2 daily missing": ("storage", "missing"),
+    "verify vm.qcow2 nope missing": ("bitmap-not-found", "vm.qcow2"),
     "add vm.qcow2 daily": ("bitmap-exists", "vm.qcow2"),
     "add vm.qcow2 new -g 1000": ("wrong-value", "vm.qcow2"),
     "add stale.qcow2 new": ("bitmap-stale", "stale.qcow2"),

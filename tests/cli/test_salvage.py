@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from uuid import UUID
 
 import pytest
+from support import contents
 from support.console import run
 from support.images import Stored, build_image
 from support.jsonspec import check_salvage
@@ -17,6 +19,7 @@ from support.problem_images import broken
 import qcow2bm
 from qcow2bm import compare as comparing
 from qcow2bm.clusters.plan import Barrier, Write
+from qcow2bm.compare import RawContent
 from qcow2bm.format.directory import FLAG_AUTO, FLAG_IN_USE
 from qcow2bm.migration.sentinel import PREFIX
 
@@ -81,7 +84,7 @@ def test_all_at_once(tmp_path: Path, autoclear: bool) -> None:
         ["--all-dirty"],
         ["--all", "crashed", "--all-dirty"],
         ["--all", "--compare", "old", "new"],
-        ["crashed", "disabled", "--compare", "old", "new"],
+        ["crashed", "disabled", "--old-format", "raw", "--all-dirty"],
     ],
 )
 def test_which_bitmaps_are_meant_must_be_clear(tmp_path: Path, arguments: list[str]) -> None:
@@ -266,11 +269,7 @@ def test_an_edit_goes_on_after_a_salvage_that_failed() -> None:
 
 
 def write_raw(folder: Path, name: str, *granules: int, size: int = SIZE) -> None:
-    with (folder / name).open("wb") as file:
-        for number in granules:
-            file.seek(number * GRANULE + 100)
-            file.write(b"x")
-        file.truncate(size)
+    contents.write_raw(folder / name, *granules, size=size)
 
 
 COMPARE = ["salvage", "vm.qcow2", "crashed", "--compare", "old", "new", "--assert-current"]
@@ -285,6 +284,75 @@ def test_what_differs_is_dirty(tmp_path: Path) -> None:
     assert (done.status, done.err) == (0, NOTE)
     assert done.out.startswith('"crashed" is valid: 192 KiB (196608 bytes) of 10 MiB ')
     assert dirty(tmp_path) == {"crashed": [7, 8, 159]}
+
+
+COARSE = Stored(b"coarse", [b"\1"], granularity_bits=20, flags=FLAG_AUTO | FLAG_IN_USE)
+FINE = Stored(b"fine", granularity_bits=9, flags=FLAG_AUTO | FLAG_IN_USE)
+SEVERAL = ("crashed", "coarse", "fine")
+
+
+def bits(folder: Path) -> dict[str, list[int]]:
+    with qcow2bm.open(folder / "vm.qcow2") as image:
+        return {name: image.bitmaps[name].packed().tolist() for name in SEVERAL}
+
+
+@pytest.mark.spec("SALVAGE-1", "SALVAGE-9")
+@pytest.mark.parametrize("autoclear", [True, False])
+def test_several_bitmaps_get_what_each_would_get_alone(
+    autoclear: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_raw(tmp_path, "old", 3, 7, 159, size=SIZE - GRANULE)
+    write_raw(tmp_path, "new", 3, 8, 40)
+    write(tmp_path, CRASHED, COARSE, FINE, autoclear=autoclear)
+    for name in SEVERAL:
+        words = [name if word == "crashed" else word for word in COMPARE]
+        assert run(words, tmp_path).status == 0
+    alone = bits(tmp_path)
+    assert dirty(tmp_path)["crashed"] == [7, 8, 40, 159]
+    write(tmp_path, CRASHED, COARSE, FINE, autoclear=autoclear)
+    read: list[str] = []
+
+    def reader(content: RawContent) -> AbstractContextManager[RawContent]:
+        read.append(content.name)
+        return nullcontext(content)
+
+    monkeypatch.setattr(RawContent, "reader", reader)
+    names = [word for word in COMPARE if word != "crashed"]
+    done = run([*names[:2], *SEVERAL, *names[2:], "--json"], tmp_path)
+    assert done.status == 0
+    assert bits(tmp_path) == alone
+    assert sorted(read) == ["new"] * comparing.WORKERS + ["old"] * comparing.WORKERS
+    document = json.loads(done.out)
+    check_salvage(document)
+    sizes = [("crashed", 4 * GRANULE), ("coarse", 3 << 20), ("fine", 3 * 512 + GRANULE)]
+    assert document["salvaged"] == [{"name": name, "dirty-bytes": length} for name, length in sizes]
+    assert (document["schema"], document["inconsistent"]) == (1, [])
+
+
+@pytest.mark.spec("SALVAGE-9")
+def test_if_one_of_several_cannot_be_salvaged_none_is_and_nothing_is_compared(
+    tmp_path: Path,
+) -> None:
+    before = write(tmp_path, CRASHED, SOUND, COARSE)
+    for way in (["--compare", "old", "new"], ["--all-dirty"], ["--trust-stale"]):
+        done = run(["salvage", "vm.qcow2", "crashed", "sound", "coarse", *way], tmp_path)
+        assert (done.status, done.out) == (1, "")
+        assert '"sound" is neither in_use nor stale' in done.err
+        assert "note: " not in done.err
+    assert (tmp_path / "vm.qcow2").read_bytes() == before
+
+
+@pytest.mark.parametrize("way", ["--all-dirty", "--trust-stale"])
+def test_several_names_are_salvaged_in_one_edit(way: str, tmp_path: Path) -> None:
+    write(tmp_path, CRASHED, SOUND, DISABLED, COARSE)
+    plan = run(["salvage", "vm.qcow2", "crashed", "coarse", way, "--dry-run"], tmp_path).out
+    assert plan.count("<- commit") <= 1
+    assert run(["salvage", "vm.qcow2", "crashed", "coarse", way], tmp_path).status == 0
+    found = dirty(tmp_path)
+    assert found["disabled"] == "inconsistent"
+    assert (found["crashed"], found["coarse"]) == (
+        (ALL, ALL) if way == "--all-dirty" else ([0, 2], list(range(16)))
+    )
 
 
 @pytest.mark.spec("SALVAGE-5")
@@ -469,7 +537,7 @@ def test_no_other_process_gets_the_image_while_disks_are_compared(
     write(tmp_path, CRASHED)
     write_raw(tmp_path, "old", 1)
     write_raw(tmp_path, "new")
-    compare, tried = comparing.find_differences, []
+    compare, tried = comparing.find_differences_at, []
 
     def compare_and_try(*arguments: object, **options: object) -> object:
         with pytest.raises(qcow2bm.ImageLockedError):
@@ -477,7 +545,7 @@ def test_no_other_process_gets_the_image_while_disks_are_compared(
         tried.append(True)
         return compare(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(comparing, "find_differences", compare_and_try)
+    monkeypatch.setattr(comparing, "find_differences_at", compare_and_try)
     assert run(COMPARE, tmp_path).status == 0
     assert tried
     assert dirty(tmp_path) == {"crashed": [1]}

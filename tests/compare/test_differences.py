@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.contents import MemoryContent, patched, places_in
 
-from qcow2bm.compare.content import Content, RawContent, Reader
-from qcow2bm.compare.differences import PIECE_BYTES, find_differences
+from qcow2bm.compare.content import Content, RawContent
+from qcow2bm.compare.differences import find_differences, find_differences_at
+from qcow2bm.compare.pieces import PIECE_BYTES
 from qcow2bm.errors import ChangedWhileReadingError, StorageError
 from qcow2bm.storage.file import FileStorage
-
-HOLE = 4096
-
-
-class Memory:
-    """A content in memory that tells of its holes."""
-
-    name = "memory"
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.size = data, len(data)
-        self.read: list[tuple[int, int]] = []
-
-    def reader(self) -> AbstractContextManager[Reader]:
-        return nullcontext(self)
-
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        self.read.append((start, len(buffer)))
-        assert start + len(buffer) <= self.size
-        buffer[:] = self.data[start : start + len(buffer)]
-
-    def next_data(self, start: int) -> int:
-        while start < self.size and not any(self.data[start : start + HOLE]):
-            start += HOLE
-        return min(start, self.size)
-
-    def require_unchanged(self) -> None:
-        pass
-
-    def interrupt(self) -> None:
-        pass
 
 
 def dirty(octets: np.ndarray[Any, Any], bits: int) -> list[int]:
@@ -69,15 +40,7 @@ def expected(old: bytes, new: bytes, granularity: int) -> list[int]:
 
 
 SECTORS = 3 * PIECE_BYTES // 512
-places = st.dictionaries(st.integers(0, 3 * PIECE_BYTES - 1), st.integers(1, 255), max_size=6)
-
-
-def content(base: dict[int, int], more: dict[int, int], sectors: int) -> bytes:
-    data = bytearray(512 * sectors)
-    for place, value in (base | more).items():
-        if place < len(data):
-            data[place] = value
-    return bytes(data)
+places = places_in(3 * PIECE_BYTES)
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,25 +62,39 @@ def test_it_is_what_the_plainest_way_finds(
     granularity_bits: int,
     workers: int,
 ) -> None:
-    old, new = content(common, only_old, old_sectors), content(common, only_new, new_sectors)
+    old = patched(common | only_old, 512 * old_sectors)
+    new = patched(common | only_new, 512 * new_sectors)
     granularity = 1 << granularity_bits
     done: list[int] = []
     found = find_differences(
-        Memory(old), Memory(new), granularity, workers=workers, progress=done.append
+        MemoryContent(old), MemoryContent(new), granularity, workers=workers, progress=done.append
     )
     assert dirty(found, -(-len(new) // granularity)) == expected(old, new, granularity)
     assert sum(done) == min(len(old), len(new))
 
 
+@pytest.mark.spec("SALVAGE-9")
+def test_several_granularities_are_found_by_reading_once() -> None:
+    old = patched({0: 1, 70_000: 2, 3 * PIECE_BYTES - 1: 3}, 3 * PIECE_BYTES)
+    new = MemoryContent(patched({600_000: 1, 70_000: 2}, 3 * PIECE_BYTES + 512))
+    granularities = 512, 4096, 65536, 1 << 20, 1 << 31
+    found = find_differences_at(MemoryContent(old), new, granularities)
+    assert len(new.read) == 3
+    for granularity in granularities:
+        alone = find_differences(MemoryContent(old), new, granularity)
+        assert found[granularity].tolist() == alone.tolist()
+        assert dirty(alone, -(-new.size // granularity)) == expected(old, new.data, granularity)
+
+
 def test_what_is_a_hole_in_both_is_not_read() -> None:
     data = bytearray(64 * PIECE_BYTES)
     data[40 * PIECE_BYTES] = 1
-    old, new = Memory(bytes(len(data))), Memory(bytes(data))
+    old, new = MemoryContent(bytes(len(data))), MemoryContent(bytes(data))
     assert dirty(find_differences(old, new, 65536), len(data) >> 16) == [40 * PIECE_BYTES >> 16]
     assert old.read == new.read == [(40 * PIECE_BYTES, PIECE_BYTES)]
 
 
-class Failing(Memory):
+class Failing(MemoryContent):
     """Fails at its n-th reading."""
 
     def __init__(self, data: bytes, number: int) -> None:
@@ -135,8 +112,8 @@ class Failing(Memory):
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_read_that_fails_ends_it(which: str, number: int, workers: int) -> None:
     data = b"\1" * (8 * PIECE_BYTES)
-    old: Content = Failing(data, number) if which == "old" else Memory(data)
-    new: Content = Failing(data, number) if which == "new" else Memory(data)
+    old: Content = Failing(data, number) if which == "old" else MemoryContent(data)
+    new: Content = Failing(data, number) if which == "new" else MemoryContent(data)
     with pytest.raises(StorageError, match="Input/output error"):
         find_differences(old, new, 65536, workers=workers)
 

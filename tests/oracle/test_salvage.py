@@ -157,7 +157,7 @@ def test_nobody_writes_meanwhile_to_what_belongs_to_a_disk(
         tool("qemu-img", "convert", "-O", "qcow2", raw, old)
     else:
         old.write_bytes(raw.read_bytes())
-    compare = comparing.find_differences
+    compare = comparing.find_differences_at
 
     def compare_and_write(*arguments: object, **options: object) -> object:
         found = compare(*arguments, **options)  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def test_nobody_writes_meanwhile_to_what_belongs_to_a_disk(
             assert 'Failed to get "write" lock' in done.stderr
         return found
 
-    monkeypatch.setattr(comparing, "find_differences", compare_and_write)
+    monkeypatch.setattr(comparing, "find_differences_at", compare_and_write)
     arguments = ["salvage", "vm.qcow2", "daily", "--compare", "old", "vm.qcow2"]
     arguments += [] if what == "data file" else ["--old-format=qcow2"]
     done = run(arguments, tmp_path)

@@ -75,9 +75,9 @@ def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
-        "dump, map, check, measure, verdict, prune, repair, undo, recover, salvage, stream dump, "
-        "stream restore, sidecar load, sidecar dump, edits, live offload, live restore, "
-        "live record, live collect, live status, live remove, rescues",
+        "dump, map, check, measure, verdict, verify, prune, repair, undo, recover, salvage, "
+        "stream dump, stream restore, sidecar load, sidecar dump, edits, live offload, "
+        "live restore, live record, live collect, live status, live remove, rescues",
         "dump, map, check, measure, stream write, sidecar save",
     )
     assert of["--dry-run"] == (
@@ -315,6 +315,8 @@ KEYS_OF_SCHEMA_1 = {
     "Clusters": "all-zeroes all-ones allocated",
     "Extent": "start length",
     "verdict": "schema filename bitmap usable reason message dirty-bytes next",
+    "verify": "schema filename bitmap backup missing proved missing-bytes dirty-bytes "
+    "compared-bytes",
     "Problem": "id severity structure field offset message bitmap bitmap-index",
     "map": "offset length type description",
     "map totals": "size percent type description",

@@ -63,6 +63,11 @@ def check_prune(document: object) -> None:
     _check_object("prune", document, "prune")
 
 
+def check_verify(document: object) -> None:
+    """Raises AssertionError unless the document is what ``verify`` may print."""
+    _check_object("verify", document, "verify")
+
+
 def check_sidecar_dump(document: object) -> None:
     """Raises AssertionError unless the document is what ``sidecar dump`` may print."""
     _check_object("sidecar dump", document, "sidecar dump")
