@@ -185,7 +185,7 @@ def _changed(arguments: Arguments, image: Image, name: str) -> NDArray[np.uint8]
                     f"warning: {escape(old)} has {disks.old.size} bytes, the disk "
                     f"{disks.new.size}: was it resized since?"
                 )
-            with progress(min(disks.old.size, disks.new.size)) as show:
+            with progress(min(disks.old.size, disks.new.size), "compared") as show:
                 granularity = image.bitmaps[name].granularity
                 return compare.find_differences(disks.old, disks.new, granularity, progress=show)
     except ComparisonError as error:
