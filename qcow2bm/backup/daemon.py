@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -46,9 +47,13 @@ class StorageDaemon:
         """Sends a QMP command, and returns the answer.
 
         Raises:
-            QmpRefusedError: QEMU refuses the command.
+            QmpRefusedError: QEMU refuses the command, or would since a name or path is not UTF-8.
             QmpError: the daemon has ended, or does not answer.
         """
+        try:
+            json.dumps(arguments, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise QmpRefusedError(command, "QEMU takes no name that is not UTF-8") from error
         try:
             return self._monitor.execute(command, arguments)
         except QmpRefusedError:
@@ -105,7 +110,7 @@ class StorageDaemon:
             pause = min(2 * pause, _LONGEST_PAUSE)
         error = job.get("error")
         if error:
-            raise StorageError(path, 0, 0, f"cannot be written: {escape(error.text())}")
+            raise StorageError(path, 0, 0, f"QEMU cannot fill it: {escape(error.text())}")
         self.execute("job-dismiss", {"id": _JOB})
         return done
 

@@ -13,8 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count, groupby
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,8 @@ from support.qemu import Disk, ToolError, run_ok
 import qcow2bm
 from qcow2bm import backup
 from qcow2bm.backup.allocation import require_allocated, require_sound
+from qcow2bm.backup.daemon import StorageDaemon
+from qcow2bm.qmp.answers import Answer
 
 KiB, MiB = 1 << 10, 1 << 20
 SIZE = 24 * MiB + 512
@@ -115,7 +119,8 @@ def test_a_folder_with_all_backups_can_be_moved(tmp_path: Path) -> None:
     for name in ("full:1", "one:1"):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     assert content(tmp_path / "moved/one:1") == content(disk.path)
-    back_up(disk, "two", "--base", "moved/full:1")
+    with Disk(tmp_path / "moved/full:1").held_by_qemu_io(read_only=True):
+        back_up(disk, "two", "--base", "moved/full:1")
     assert Disk(tmp_path / "two").info()["backing-filename"] == str(tmp_path / "moved/full:1")
     assert content(tmp_path / "two") == content(disk.path)
 
@@ -215,6 +220,21 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
         assert run(["backup", "vm.qcow2", NAME, *target, *wrong], tmp_path).status == 64
 
 
+def test_a_name_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
+    disk = Disk.create(tmp_path / "vm.qcow2", SIZE)
+    name = os.fsdecode(b"day\xff")
+    disk.bitmap(name, "--add")
+    done = run(["backup", "vm.qcow2", name, "full", "--full"], tmp_path)
+    assert done.status == 0
+    before, there = disk.path.read_bytes(), files(tmp_path)
+    done = run(["backup", "vm.qcow2", name, "new", "--base", "full"], tmp_path)
+    assert (done.status, disk.path.read_bytes(), files(tmp_path)) == (1, before, there)
+    assert "vm.qcow2: the QMP command blockdev-backup failed: QEMU takes no name that" in done.err
+    done = run(["backup", "vm.qcow2", "daily", name, "--full"], tmp_path)
+    assert (done.status, disk.path.read_bytes(), files(tmp_path)) == (1, before, there)
+    assert r"day\xff.incomplete: QEMU cannot open it: QEMU takes no name that" in done.err
+
+
 def test_what_is_encrypted_is_refused(tmp_path: Path) -> None:
     disk = Disk.create(tmp_path / "vm.qcow2", SIZE, **{"encrypt.format": "luks"})
     before = disk.path.read_bytes()
@@ -257,24 +277,22 @@ def due(tmp_path: Path) -> Disk:
     return disk
 
 
-def interrupted(disk: Disk, event: Callable[[], object], *, verify: bool = False) -> None:
+def interrupted(disk: Disk, event: Callable[[], object]) -> None:
     """Takes a backup, and lets something happen while QEMU copies."""
     happened: list[int] = []
 
-    def progress(count: int) -> None:
-        assert count > 0
+    def progress(copied: int) -> None:
+        assert copied > 0
         if not happened:
-            happened.append(count)
+            happened.append(copied)
             assert (disk.path.parent / "new.incomplete").exists()
             event()
 
     target, base = (str(disk.path.parent / name) for name in ("new", "full"))
     with qcow2bm.open(disk.path, "r+") as image:
         planned = backup.plan_backup(image, NAME, target, base=base)
-        try:
-            backup.back_up(planned, verify=verify, progress=progress)
-        finally:
-            assert happened
+        backup.back_up(planned, progress=progress)
+        assert happened
 
 
 def daemons() -> list[int]:
@@ -320,6 +338,58 @@ def test_a_failure_leaves_the_disk_as_it_was(due: Disk) -> None:
     assert due.path.with_name("new").read_bytes() == b"mine"
     assert (due.path.read_bytes(), files(due.path.parent)) == (before, there | {"new"})
     assert daemons() == []
+
+
+@pytest.mark.spec("BACKUP-8")
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_a_failure_at_each_step(how: str, due: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something happens before each command that the daemon is to do."""
+    before, there = due.path.read_bytes(), files(due.path.parent)
+    execute = StorageDaemon.execute
+
+    def disturbed(last: int) -> Callable[..., Answer]:
+        numbers = count()
+
+        def call(*arguments: Any) -> Answer:
+            if next(numbers) == last:
+                if how == "interrupt":
+                    raise KeyboardInterrupt
+                (daemon,) = daemons()
+                os.kill(daemon, signal.SIGKILL)
+            return execute(*arguments)
+
+        return call
+
+    for number in count():
+        with monkeypatch.context() as patched:
+            patched.setattr(StorageDaemon, "execute", disturbed(number))
+            try:
+                interrupted(due, lambda: None)
+                break
+            except (KeyboardInterrupt, qcow2bm.QmpError):
+                pass
+        assert (due.path.read_bytes(), files(due.path.parent)) == (before, there)
+        assert daemons() == []
+    assert number > 8
+    assert content(due.path.with_name("new")) == content(due.path)
+
+
+@pytest.mark.spec("BACKUP-9")
+def test_the_order_of_what_becomes_durable(due: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def noting(real: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            done.append(what)
+            return real(*arguments)
+
+        return call
+
+    wanted = {"fsync": "durable", "link": "named", "pwritev": "edited"}
+    for call, what in wanted.items():
+        monkeypatch.setattr(os, call, noting(getattr(os, call), what))
+    interrupted(due, lambda: None)
+    assert [what for what, _ in groupby(done)] == ["durable", "named", "durable", "edited"]
 
 
 @pytest.mark.spec("BACKUP-8")
@@ -378,6 +448,32 @@ def test_a_copy_that_lacks_something_is_noticed(due: Disk, tmp_path: Path) -> No
         file.write(bytes(8))
     with pytest.raises(qcow2bm.StorageError, match="the copy is not whole: "):
         require_sound(path)
+
+
+@pytest.mark.spec("BACKUP-8", "BACKUP-11")
+@pytest.mark.parametrize("fault", ["lacks the guest bytes from 0x100000", "is not whole: "])
+def test_a_bad_copy_is_not_kept(fault: str, due: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, there = due.path.read_bytes(), files(due.path.parent)
+    part = due.path.with_name("new.incomplete")
+    run_job, end_daemon = StorageDaemon.run_job, StorageDaemon.quit
+
+    def skip(daemon: StorageDaemon, command: str, *arguments: Any) -> int:
+        return 0 if command == "blockdev-backup" else run_job(daemon, command, *arguments)
+
+    def forget(daemon: StorageDaemon) -> None:
+        end_daemon(daemon)
+        with part.open("r+b") as file:
+            file.seek(int.from_bytes(part.read_bytes()[40:48]))  # the L1 table
+            file.write(bytes(8))
+
+    if "lacks" in fault:
+        monkeypatch.setattr(StorageDaemon, "run_job", skip)
+    else:
+        monkeypatch.setattr(StorageDaemon, "quit", forget)
+    done = run(["backup", "vm.qcow2", NAME, "new", "--base", "full"], due.path.parent)
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith(f"qcow2bm: new.incomplete: the copy {fault}")
+    assert (due.path.read_bytes(), files(due.path.parent)) == (before, there)
 
 
 def left_over(folder: Path) -> list[str]:
