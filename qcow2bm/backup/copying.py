@@ -49,7 +49,8 @@ def back_up(
     *Guarantees*: the target has its name only when it is complete and durable, and the bitmap
     changes after that, in one edit. If anything fails before, or this process is killed, the image
     is as before, and there is no file with the name of the target. The locks of the image are held
-    all the time, so no other process writes to the disk meanwhile.
+    all the time, so no other process writes to the disk meanwhile. The thread that calls this has
+    no running event loop.
 
     Args:
         planned: what `plan_backup` returned for an image that is open for editing.
@@ -59,6 +60,7 @@ def back_up(
     Raises:
         CommitError: the target is complete, but the bitmap could not be changed.
         ReadOnlyImageError: the image is open for reading only.
+        StateError: the image was edited since the backup was planned.
         UnsupportedError: a program of QEMU, or the package qemu.qmp, is not installed.
         QmpError: qemu-storage-daemon failed.
         StorageError: a file cannot be opened, read or written; or the target is not a true copy.
@@ -66,14 +68,13 @@ def back_up(
     """
     image = planned.image
     image.edit()  # raises if the image is open for reading only, before anything is made
+    dirty = planned.dirty.extents() if planned.dirty else None  # raises if the bitmap has changed
     started = time.monotonic()
-    extents = None
     with incomplete_file(planned.target) as part:
         with storage_daemon() as daemon:
             copied = _copy(daemon, planned, part, progress)
         require_sound(part)
-        if planned.base is not None:
-            extents = require_allocated(part, image.bitmaps[planned.name].extents())
+        extents = None if dirty is None else require_allocated(part, dirty)
         if verify:
             _verify(image, part)
     seconds = time.monotonic() - started
@@ -94,8 +95,7 @@ def _copy(
             progress(done - reported)
             reported = done
 
-    image = planned.image
-    base = planned.base
+    image, base = planned.image, planned.base
     file = {**file_node(image.name), "locking": "off"}  # this process holds the locks of a writer
     daemon.add_node("disk", image.name, {"driver": "qcow2", "read-only": True, "file": file})
     new: dict[str, Any] = {"driver": "qcow2", "file": "file", "size": image.virtual_size}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qcow2bm.bitmaps.backup_verdict import MISSING, BackupReason
 from qcow2bm.bitmaps.status import BROKEN, INCONSISTENT, STALE
+from qcow2bm.compare import Identity, identity
 from qcow2bm.errors import (
     BitmapBrokenError,
     BitmapError,
@@ -23,7 +24,7 @@ from qcow2bm.storage.new_file import require_absent
 from qcow2bm.units import escape
 
 if TYPE_CHECKING:
-    from qcow2bm.api import Edit, Image
+    from qcow2bm.api import Bitmap, Edit, Image
     from qcow2bm.clusters.plan import Plan
 
 Then = Literal["clear", "rotate", "keep"]
@@ -46,6 +47,7 @@ class PlannedBackup:
         name: the bitmap.
         target: the path of the new image.
         base: the path of the backup on which the new image lies; None for a full backup.
+        dirty: the bitmap, whose dirty part is copied; None for a full backup.
         then: what is done with the bitmap afterwards.
         new: the bitmap that records from then on, if ``then`` is "rotate".
         total_bytes: how many guest bytes are dirty; of a full backup, the size of the disk.
@@ -56,6 +58,7 @@ class PlannedBackup:
     name: str
     target: str
     base: str | None
+    dirty: Bitmap | None
     then: Then
     new: str | None
     total_bytes: int
@@ -101,23 +104,26 @@ def plan_backup(
     if (then == "rotate") != (new is not None):
         raise ValueError('a name for the new bitmap goes together with then="rotate"')
     require_absent(target)
-    total = image.virtual_size
+    total, dirty = image.virtual_size, None
     if base is not None:
         _require_other_file(image, base)
-        total = _usable_bytes(image, name)
+        total, dirty = _usable_bytes(image, name), image.bitmaps[name]
     with image.edit(dry_run=True) as edit:
         _advance(image, edit, name, then, new)
         plan = edit.plan()
-    return PlannedBackup(image, name, target, base, then, new, total, plan)
+    return PlannedBackup(image, name, target, base, dirty, then, new, total, plan)
 
 
 def _require_other_file(image: Image, base: str) -> None:
-    try:
-        is_same = os.path.samefile(image.name, base)
-    except OSError as error:
-        raise StorageError.from_os(error, base, 0, 0) from error
-    if is_same:
+    if _identity(image.name) == _identity(base):
         raise StorageError(base, 0, 0, "is the disk itself: give the last backup of the disk")
+
+
+def _identity(path: str) -> Identity:
+    try:
+        return identity(os.stat(path))
+    except OSError as error:
+        raise StorageError.from_os(error, path, 0, 0) from error
 
 
 def _usable_bytes(image: Image, name: str) -> int:

@@ -118,7 +118,7 @@ def _back_up(arguments: Arguments, planned: backup.PlannedBackup) -> backup.Back
         with progress(planned.total_bytes, "copied") as show:
             return backup.back_up(planned, verify=arguments.verify, progress=show)
     except CommitError:
-        say(f"note: {escape(arguments.target)} is complete; only the bitmaps were not changed")
+        say(f"note: {escape(arguments.target)} is complete")
         raise
 
 

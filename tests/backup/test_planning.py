@@ -45,6 +45,16 @@ def test_an_image_open_for_reading_is_not_backed_up(image: Path, target: str) ->
     assert list(image.parent.iterdir()) == [image]
 
 
+def test_an_edit_outdates_a_plan(image: Path, base: str, target: str) -> None:
+    with qcow2bm.open(image, "r+") as opened:
+        planned = backup.plan_backup(opened, "daily", target, base=base)
+        with opened.edit() as edit:
+            edit.disable("daily")
+        with pytest.raises(qcow2bm.StateError):
+            backup.back_up(planned)
+    assert not Path(target).exists()
+
+
 @pytest.mark.parametrize("then", ["clear", "keep", "rotate"])
 def test_a_new_bitmap_goes_together_with_a_rotation(
     image: Path, target: str, then: backup.Then
@@ -76,6 +86,11 @@ def test_the_disk_is_no_backup_of_itself(image: Path, target: str) -> None:
             backup.plan_backup(opened, "daily", target, base=str(link))
         with pytest.raises(qcow2bm.StorageError, match="No such file"):
             backup.plan_backup(opened, "daily", target, base=f"{target}.missing")
+    with (
+        qcow2bm.open(image.read_bytes()) as in_memory,
+        pytest.raises(qcow2bm.StorageError, match=f"{in_memory.name}: No such file"),
+    ):
+        backup.plan_backup(in_memory, "daily", target, base=str(image))
 
 
 def test_a_missing_daemon_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
