@@ -5,11 +5,11 @@
 ...     for extents in image.bitmaps["daily"].extents():
 ...         print(extents)                                       # int64[n, 2]: start, length
 
-The public names are those in ``__all__``. Eight of them are modules: `compare` finds what differs
-between two disks, `live` makes the stops of machines on QEMU short, `new_file` writes files whole
-or not at all, `problems` names the severities of a `Problem`, `rescue` keeps bitmaps of running
-machines through migrations, `sidecar` and `stream` carry bitmaps outside of images, `units` reads
-and prints sizes and names.
+The public names are those in ``__all__``. Nine of them are modules: `backup` takes backups of disks
+whose machines are off, `compare` finds what differs between two disks, `live` makes the stops of
+machines on QEMU short, `new_file` writes files whole or not at all, `problems` names the severities
+of a `Problem`, `rescue` keeps bitmaps of running machines through migrations, `sidecar` and
+`stream` carry bitmaps outside of images, `units` reads and prints sizes and names.
 
 Each public name is loaded on first use: importing the package loads neither construct nor numpy.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qcow2bm import compare, live, problems, units
+    from qcow2bm import backup, compare, live, problems, units
     from qcow2bm.api import sidecar, stream
     from qcow2bm.api.attach import attach
     from qcow2bm.api.bitmap import Bitmap
@@ -193,6 +193,7 @@ __all__ = [
     "Write",
     "__version__",
     "attach",
+    "backup",
     "build_empty_image",
     "build_seal",
     "build_undo",
@@ -298,6 +299,7 @@ _NAMES_OF = {
 }
 _HOME_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 _MODULES = {
+    "backup": "qcow2bm.backup",
     "compare": "qcow2bm.compare",
     "live": "qcow2bm.live",
     "new_file": "qcow2bm.storage.new_file",

@@ -54,6 +54,7 @@ Hint = Literal[
     "copy-again",
     "decompress",
     "force-share",
+    "full-backup",
     "judge",
     "lock-timeout",
     "read-offload",
@@ -75,7 +76,8 @@ Hint = Literal[
 ``assert-raw``: assert that a disk is raw although it begins like another format.
 ``assert-unchanged``: assert that nothing wrote to the disk, or make the bitmaps dirty everywhere.
 ``force-share``: read without locks although another process writes. ``lock-timeout``: wait for the
-other process. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
+other process. ``full-backup``: take a full backup, for which the state of the bitmap does not
+matter. ``unlocked``, ``unlocked-write``: read or write without locks, since the file system
 has no locks. ``remove-all``: remove all bitmaps at once. ``remove-bitmap``: remove a bitmap to make
 room. ``salvage-or-remove-all``: salvage the bitmaps, or remove all bitmaps at once. ``judge``:
 judge the evidence of a machine that was armed, and settle its bitmaps. ``rename-copies``: finish a
@@ -100,6 +102,7 @@ _HINTS: dict[Hint, str] = {
     "copy-again": "if an image is expected here, copy the image again",
     "decompress": "decompress it first",
     "force-share": "read it anyway with force_share=True",
+    "full-backup": "to take a full backup, pass base=None",
     "judge": "call qcow2bm.rescue.judge, and qcow2bm.rescue.settle with each verdict",
     "lock-timeout": "stop that process, or wait for it with lock_timeout",
     "read-offload": "put its bitmaps back with qcow2bm.live.restore_offline",

@@ -54,6 +54,9 @@ COMMANDS_BY_GROUP = {
         "merge": Row("edit", "combine bitmaps, of any granularity"),
         "bitmap": Row("bitmap", "edit bitmaps with the arguments of qemu-img bitmap"),
     },
+    "take backups": {
+        "backup": Row("backup", "copy what is dirty, or the whole disk, into a new image"),
+    },
     "repair what is broken, outdated or in use": {
         "repair": Row("repair", "repair the metadata of bitmaps, so that QEMU opens the image"),
         "undo": Row("repair", "take back a repair"),

@@ -119,7 +119,7 @@ def shown(disks: compare.OpenDisks) -> Iterator[Callable[[int], None] | None]:
             f"warning: {escape(old.name)} has {old.size} bytes, the disk {new.size}: was it "
             "resized since?"
         )
-    with progress(min(old.size, new.size)) as show:
+    with progress(min(old.size, new.size), "compared") as show:
         yield show
 
 

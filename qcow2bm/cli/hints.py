@@ -30,6 +30,7 @@ _WORDS: dict[Hint, tuple[tuple[str, str], ...]] = {
     "copy-again": (("", "if an image is expected here, copy the image again"),),
     "decompress": (("", "decompress it first"),),
     "force-share": (("-U", "read it anyway with -U"), _WAIT),
+    "full-backup": (("", "to take a full backup, give --full instead of --base"),),
     "judge": (("", "judge it: qcow2bm rescue verdict --qmp SOCKET"),),
     "lock-timeout": (_WAIT,),
     "read-offload": (("", "put its bitmaps back: qcow2bm live restore FILE IMAGE"),),

@@ -38,6 +38,15 @@ def find(image: Image, name: str) -> Bitmap:
     return image.bitmaps[_plain(name)]
 
 
+def name_of(image: Image, name: str) -> str:
+    """The name of the bitmap that NAME on the command line means, also if there is none so named.
+
+    Raises:
+        BitmapNotFoundError: NAME is a number, and there is no such entry.
+    """
+    return _by_number(image, name).name if _is_number(name) else _plain(name)
+
+
 def not_in_use(image: Image, names: Iterable[str]) -> list[str]:
     """Returns those of some bitmaps that --all means: those that are not in use."""
     return [name for name in names if not image.bitmaps[name].in_use]

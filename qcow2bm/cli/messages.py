@@ -12,7 +12,7 @@ from importlib import import_module
 
 from qcow2bm import CommitError, Qcow2BmError, StorageError
 from qcow2bm.cli.hints import explain
-from qcow2bm.units import escape
+from qcow2bm.units import escape, format_size
 
 FAILED = 1
 
@@ -75,8 +75,10 @@ def fail(subject: str, reason: str) -> int:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None] | None]:
+def progress(total: int, done: str) -> Iterator[Callable[[int], None] | None]:
     """Shows on a terminal how much of ``total`` bytes is done: with tqdm if it is installed.
+
+    ``done`` says what is done with them, such as "compared".
 
     Yields a function that is to be called with each further number of bytes that is done; None
     if standard error is no terminal.
@@ -87,7 +89,7 @@ def progress(total: int) -> Iterator[Callable[[int], None] | None]:
     try:
         tqdm = import_module("tqdm").tqdm
     except ImportError:
-        yield _Percentage(total).add
+        yield _Percentage(total, done).add
         print(file=sys.stderr)
         return
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
@@ -97,7 +99,8 @@ def progress(total: int) -> Iterator[Callable[[int], None] | None]:
 class _Percentage:
     """A number that counts up to 100."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, word: str) -> None:
+        self._word = word
         self._total = max(1, total)
         self._done = 0
         self._shown = -1
@@ -105,7 +108,8 @@ class _Percentage:
     def add(self, count: int) -> None:
         """Adds ``count`` bytes to those that are done."""
         self._done += count
-        percentage = 100 * self._done // self._total
+        percentage = min(100, 100 * self._done // self._total)
         if percentage > self._shown:
             self._shown = percentage
-            print(f"\rcompared: {percentage} %", end="", file=sys.stderr, flush=True)
+            text = f"\r{self._word}: {percentage} % of {format_size(self._total)}"
+            print(text, end="", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.compare.content import Identity, RawContent, Reader, identity
 from qcow2bm.compare.direct import DirectReader
 from qcow2bm.compare.nbd import NbdReader
+from qcow2bm.compare.tied_process import tied
 from qcow2bm.errors import FormatError, StorageError, UnsupportedError
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.units import escape
@@ -160,7 +161,8 @@ def _options(path: str, *, is_locked: bool) -> str:
         driver = "host_device" if stat.S_ISBLK(os.stat(path).st_mode) else "file"
     except OSError as error:
         raise StorageError.from_os(error, path, 0, 0) from error
-    name = path.replace(",", ",,")  # QEMU's way to write a comma in a value
+    # In a relative path, QEMU would take a colon for the end of a protocol.
+    name = os.path.abspath(path).replace(",", ",,")  # QEMU's way to write a comma in a value
     options = f"driver=qcow2,file.driver={driver},file.filename={name}"
     return options + (",file.locking=off" if is_locked else "")
 
@@ -169,13 +171,11 @@ def _start(
     options: str, socket: str, connections: int, path: str, said: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     command = [_PROGRAM, "--read-only", "--socket", socket, "--shared", str(connections)]
-    if shutil.which("setpriv"):  # then qemu-nbd ends when this process is killed
-        command = ["setpriv", "--pdeathsig", "KILL", *command]
     if not shutil.which(_PROGRAM):
         raise UnsupportedError(f"comparing a qcow2 image without {_PROGRAM} (Debian: qemu-utils)")
     try:
         return subprocess.Popen(
-            [*command, "--image-opts", options],
+            tied([*command, "--image-opts", options]),
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,

@@ -33,11 +33,12 @@ class Monitor(QmpCommands):
     out. Events that QEMU sends are dropped.
     """
 
-    def __init__(self, address: str, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, address: str | socket.socket, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Connects to a QMP server.
 
         Args:
-            address: the path of a unix socket, or HOST:PORT.
+            address: the path of a unix socket, or HOST:PORT; or a socket that is connected, which
+                the monitor closes.
             timeout: how many seconds QEMU may take to answer each command.
 
         Raises:
@@ -56,12 +57,16 @@ class Monitor(QmpCommands):
             self._end()
             raise
 
-    def _connect(self, address: str) -> None:
+    def _connect(self, address: str | socket.socket) -> None:
         from qemu.qmp import ConnectError
 
         seconds = min(_GREETING_SECONDS, self.timeout)
         try:
-            self._socket = _connected(_parse(address), seconds)
+            if isinstance(address, str):
+                self._socket = _connected(_parse(address), seconds)
+            else:
+                self._socket = address
+                self._socket.setblocking(False)
             self._run(self._client.connect(self._socket), seconds)
         except TimeoutError as error:
             reason = (

@@ -128,9 +128,64 @@ def new_file(path: str) -> Iterator[str]:
     """
     folder, name = os.path.split(path)
     descriptor, part = tempfile.mkstemp(".part", f".{_shortened(name)}.", folder or ".")
+    with _becoming(path, descriptor, part):
+        yield part
+
+
+INCOMPLETE = ".incomplete"
+"""What stands behind the name of a file that `incomplete_file` is making."""
+
+
+@contextmanager
+def incomplete_file(path: str) -> Iterator[str]:
+    """Does as `new_file`, but the file is called ``path`` with `INCOMPLETE` behind it meanwhile.
+
+    If the process is killed, that file is left, and its name says what it is.
+
+    Raises:
+        StorageError: one of the two files exists, or the system could not do it.
+    """
+    part = path + INCOMPLETE
+    require_absent(path)
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise StorageError.from_os(error, part, 0, 0, "writing") from error
+    try:
+        with _becoming(path, descriptor, part):
+            yield part
+    except StorageError:
+        raise
+    except FileExistsError:
+        require_absent(path)  # which says so
+        raise
+    except OSError as error:
+        raise StorageError.from_os(error, path, 0, 0, "writing") from error
+
+
+def require_absent(path: str) -> None:
+    """Checks that `incomplete_file` can make ``path``.
+
+    Raises:
+        StorageError: there is such a file, or one that an earlier call left incomplete.
+    """
+    if os.path.lexists(path):
+        reason = "exists already and is not overwritten: choose another name"
+        raise StorageError(path, 0, 0, reason, action="writing")
+    if os.path.lexists(path + INCOMPLETE):
+        reason = (
+            "is being written by another process, or is left from one that was killed: if no "
+            "process writes it, remove it"
+        )
+        raise StorageError(path + INCOMPLETE, 0, 0, reason, action="writing")
+
+
+@contextmanager
+def _becoming(path: str, descriptor: int, part: str) -> Iterator[None]:
+    """Gives the file ``part`` the name ``path`` when the block ends; see `new_file`."""
     try:
         try:
-            yield part
+            yield
             os.fchmod(descriptor, 0o666 & ~_umask())
             os.fsync(descriptor)
         finally:
@@ -138,7 +193,7 @@ def new_file(path: str) -> Iterator[str]:
         os.link(part, path)  # a rename could replace another file
     finally:
         os.unlink(part)
-    _sync_folder(folder or ".")
+    _sync_folder(os.path.dirname(path) or ".")
 
 
 def _shortened(name: str) -> str:

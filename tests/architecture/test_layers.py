@@ -27,7 +27,7 @@ ROWS = (
     ("checking",),
     ("api",),
     ("serve", "qmp", "compare"),
-    ("live",),
+    ("live", "backup"),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -46,7 +46,10 @@ def test_opening_an_image_needs_no_numpy() -> None:
     assert "numpy" not in loaded
 
 
-MODULES = ("compare", "live", "new_file", "problems", "rescue", "sidecar", "stream", "units")
+MODULES = (
+    *("backup", "compare", "live", "new_file", "problems", "rescue", "sidecar", "stream"),
+    "units",
+)
 LITERALS = (
     *("BackupReason", "CommitOutcome", "EntryKind", "Hint", "KeptReason", "Op", "OtherUse"),
     *("Policy", "Severity", "State", "Status"),

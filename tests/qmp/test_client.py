@@ -164,3 +164,11 @@ def test_an_answer_that_qemu_would_not_give_names_the_field(
     with Monitor(address) as monitor, pytest.raises(QmpError, match=reason) as caught:
         query_machine(monitor)
     assert caught.value.command == command
+
+
+def test_a_socket_that_is_connected_serves_as_well(qemu: FakeQemu, address: str) -> None:
+    connected = socket.socket(socket.AF_UNIX)
+    connected.connect(address)
+    with Monitor(connected) as monitor:
+        assert monitor.execute("query-status")["status"].text() == "running"
+    assert connected.fileno() == -1

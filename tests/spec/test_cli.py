@@ -75,19 +75,18 @@ def test_what_every_reading_command_has() -> None:
     rows = page("cli.md").table("Options").rows
     of = {row["option"]: row["of"] for row in rows}
     assert (of["--output"], of["-U, --force-share"]) == (
-        "dump, map, check, measure, verdict, verify, prune, repair, undo, recover, salvage, "
-        "stream dump, stream restore, sidecar load, sidecar dump, edits, live offload, "
+        "dump, map, check, measure, verdict, verify, backup, prune, repair, undo, recover, "
+        "salvage, stream dump, stream restore, sidecar load, sidecar dump, edits, live offload, "
         "live restore, live record, live collect, live status, live remove, rescues",
         "dump, map, check, measure, stream write, sidecar save",
     )
     assert of["--dry-run"] == (
-        "prune, repair, undo, recover, salvage, edits, stream restore, sidecar load, live offload, "
-        "live restore, "
-        "rescue start, rescue finish"
+        "backup, prune, repair, undo, recover, salvage, edits, stream restore, sidecar load, "
+        "live offload, live restore, rescue start, rescue finish"
     )
     assert {of["--wait"], of["--no-lock"]} == {
-        "prune, repair, undo, recover, salvage, edits, stream restore, sidecar load, live restore, "
-        "rescue finish"
+        "backup, prune, repair, undo, recover, salvage, edits, stream restore, sidecar load, "
+        "live restore, rescue finish"
     }
 
 

@@ -53,3 +53,33 @@ def test_an_error_of_the_block_is_not_one_of_the_file_that_is_held(tmp_path: Pat
     path.touch()
     with pytest.raises(BrokenPipeError), new_file.held(str(path)):
         raise BrokenPipeError
+
+
+def test_an_incomplete_file_says_so_and_gets_its_name_at_the_end(tmp_path: Path) -> None:
+    path, part = tmp_path / "file", tmp_path / "file.incomplete"
+    with new_file.incomplete_file(str(path)) as name:
+        assert (name, part.exists(), path.exists()) == (str(part), True, False)
+        part.write_bytes(b"whole")
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], b"whole")
+    for taken in (path, part):
+        with (
+            pytest.raises(qcow2bm.StorageError, match=f"{taken}: "),
+            new_file.incomplete_file(str(path)),
+        ):
+            raise AssertionError("this must not be reached")
+        path.unlink(missing_ok=True)
+        part.touch()
+    assert list(tmp_path.iterdir()) == [part]
+
+
+def test_a_file_that_is_not_completed_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(KeyboardInterrupt), new_file.incomplete_file(str(path)):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(qcow2bm.StorageError, match="file: exists already"),
+        new_file.incomplete_file(str(path)),
+    ):
+        path.write_bytes(b"another")
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], b"another")

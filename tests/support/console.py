@@ -13,7 +13,6 @@ import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from qcow2bm.cli import main
@@ -41,7 +40,7 @@ def _working_in(folder: Path) -> Iterator[None]:
 def _standard_input(data: bytes) -> Iterator[None]:
     """Gives this process another standard input, with a file descriptor of its own."""
     before = sys.stdin
-    with TemporaryFile("w+") as file:
+    with os.fdopen(os.memfd_create("standard input"), "w+") as file:
         file.buffer.write(data)
         file.seek(0)
         sys.stdin = file

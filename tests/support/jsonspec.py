@@ -38,6 +38,11 @@ def check_check(document: object) -> None:
     _check_object("check", document, "check")
 
 
+def check_backup(document: object) -> None:
+    """Raises AssertionError unless the document is what ``backup`` may print."""
+    _check_object("backup", document, "backup")
+
+
 def check_repair(document: object) -> None:
     """Raises AssertionError unless the document is what ``repair`` may print."""
     _check_object("repair", document, "repair")
