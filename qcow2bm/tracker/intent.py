@@ -131,9 +131,11 @@ class IntentLog:
         Raises:
             StateError: a bit could not be stored, or tracking does not go on.
         """
-        if not length or self.is_settled(start, length):
+        if not length:
             return
         with self._changes.lock:
+            if self._is_ready(start, length):
+                return
             is_admitted = self._ask(int(start), int(length))
             if not is_admitted():
                 self.waits += 1
@@ -141,9 +143,11 @@ class IntentLog:
 
     async def until_written(self, start: int, length: int) -> None:
         """`wait` in a task of asyncio."""
-        if not length or self.is_settled(start, length):
+        if not length:
             return
         with self._changes.lock:
+            if self._is_ready(start, length):
+                return
             is_admitted = self._ask(int(start), int(length))
             if is_admitted():
                 return
@@ -158,7 +162,8 @@ class IntentLog:
                 for start, length in ranges.tolist():
                     self._want(start, length, is_ahead=False)
         for start, length in ranges.tolist():
-            self.wait(start, length)
+            if not self.is_settled(start, length):
+                self.wait(start, length)
 
     def is_settled(self, start: int, length: int) -> bool:
         """Whether the granules of a range are durable in every tracked bitmap.
@@ -179,6 +184,18 @@ class IntentLog:
         filled = part[:]
         pure_python.fill(filled, first - 8 * low, last + 1 - 8 * low, is_set=True)
         return filled == part
+
+    def _is_ready(self, start: int, length: int) -> bool:
+        """Whether a write may begin, and nothing is to be stored ahead: what is so most often.
+
+        The lock is held: a region that is durable now stays so until the write is stored.
+        """
+        if self._is_aside or self._refusal:
+            return False
+        first, last = start // self._granularity, (start + length - 1) // self._granularity
+        if first != last or first in self._middles:
+            return False
+        return self._durable[first >> 3] >> (first & 7) & 1 == 1
 
     def _ask(self, start: int, length: int) -> Callable[[], bool]:
         """Wants the regions of a range; returns a function that says whether they are durable.
