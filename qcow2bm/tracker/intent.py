@@ -177,8 +177,9 @@ class IntentLog:
         if not 0 <= start < end <= size:
             return False
         first, last = start >> shift, end - 1 >> shift
-        if first == last:
-            return settled[first >> 3] >> (first & 7) & 1 == 1
+        is_first = settled[first >> 3] >> (first & 7) & 1 == 1
+        if first == last or not is_first:  # most often
+            return is_first
         low, high = first >> 3, (last >> 3) + 1
         part = settled[low:high]
         filled = part[:]
