@@ -68,13 +68,15 @@ def back_up(
     """
     image = planned.image
     image.edit()  # raises if the image is open for reading only, before anything is made
-    dirty = planned.dirty.extents() if planned.dirty else None  # raises if the bitmap has changed
+    dirty = planned.dirty  # which raises if the bitmap has changed
+    extents = None if dirty is None else sum(len(extents) for extents in dirty.extents())
     started = time.monotonic()
     with incomplete_file(planned.target) as part:
         with storage_daemon() as daemon:
             copied = _copy(daemon, planned, part, progress)
         require_sound(part)
-        extents = None if dirty is None else require_allocated(part, dirty)
+        if dirty is not None:
+            require_allocated(part, dirty)
         if verify:
             _verify(image, part)
     seconds = time.monotonic() - started

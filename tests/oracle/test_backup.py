@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, groupby
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from support.console import environment, run, run_on_terminal, start
 from support.jsonspec import check_backup
 from support.qemu import Disk, ToolError, run_ok
@@ -428,18 +429,31 @@ def test_a_failed_edit_leaves_the_backup(due: Disk, monkeypatch: pytest.MonkeyPa
     assert content(due.path.with_name("new")) == content(due.path)
 
 
+class Extents(qcow2bm.DirtySet):
+    """A set of ranges of the disk."""
+
+    def __init__(self, ranges: list[tuple[int, int]]) -> None:
+        self._ranges = ranges
+
+    @property
+    def disk_size(self) -> int:
+        return SIZE
+
+    def extents(self) -> Iterator[NDArray[np.int64]]:
+        yield np.array(self._ranges, np.int64)
+
+
 @pytest.mark.spec("BACKUP-11")
 def test_a_copy_that_lacks_something_is_noticed(due: Disk, tmp_path: Path) -> None:
     back_up(due, "new", "--base", "full", "--then", "keep")
     path = str(tmp_path / "new")
-    everything = np.array([[0, SIZE]])
-    dirty = np.array([[start, length] for start, length in due.extents(NAME)])
-    assert require_allocated(path, [dirty]) == 1
+    dirty = Extents([*due.extents(NAME)])
+    require_allocated(path, dirty)
     with pytest.raises(qcow2bm.StorageError, match="lacks the guest bytes from 0x0"):
-        require_allocated(path, [everything])
+        require_allocated(path, Extents([(0, SIZE)]))
     for first in (21 * MiB, 22 * MiB):
         with pytest.raises(qcow2bm.StorageError, match=f"from {first:#x}"):
-            require_allocated(path, [dirty, np.array([[first, 512]])])
+            require_allocated(path, dirty | Extents([(first, 512)]))
     require_sound(path)
     with qcow2bm.open(path) as image:
         l1_table = image.header.l1_table_offset
