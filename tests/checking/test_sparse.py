@@ -165,7 +165,7 @@ def test_little_more_is_read_than_is_stored(name: str, tmp_path: Path) -> None:
         (name, command)
         for row, name in enumerate(IMAGES)
         for column, command in enumerate([*COMMANDS, ["verdict", "00000"]])
-        if column < 2 or (row + column) % 3 == 0
+        if not column or (row + column) % 4 == 0
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

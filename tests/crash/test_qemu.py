@@ -73,7 +73,7 @@ def test_states_in_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: 
     for name in NAMES[first : first + LAYOUTS_PER_TEST]:
         random = Random(name)
         found = operations(LAYOUTS[name])
-        for operation in random.sample(found, min(len(found), 2)):
+        for operation in random.sample(found, min(len(found), 1)):
             judge, plan = planned(build(name), operation)
             size = judge.old.fixed[0].size
             (tmp_path / DATA_FILE_NAME.decode()).write_bytes(bytes(512))

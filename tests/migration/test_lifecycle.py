@@ -541,14 +541,13 @@ def interrupt(name: str, afterwards: str, at: int, modules: tuple[str, ...]) -> 
 
 
 def interrupts(name: str, *, is_all: bool) -> Iterator[Interrupted]:
-    """Each of its lines, or some, with one or two in turn of what can come afterwards."""
+    """Each of its lines, or some, with one in turn of what can come afterwards."""
     every = list(AFTERWARDS)
     for at in range(0, 100000, 1 if is_all else 17):
-        for which in (at, at + 2) if is_all else (at,):
-            found = interrupt(name, every[which % len(every)], at, MODULES)
-            if not found:
-                return
-            yield found
+        found = interrupt(name, every[at % len(every)], at, MODULES)
+        if not found:
+            return
+        yield found
 
 
 def require_interrupts(name: str, *, is_all: bool) -> None:

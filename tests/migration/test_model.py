@@ -55,11 +55,8 @@ SOME = [
 def depth_of(options: Options) -> int:
     """How deep options are explored at length: each further event takes four times as long."""
     if options == Options(False, True, ("fine", "coarse"), "merge"):
-        return 5
-    if not options.is_watched:
-        return 3
-    has_most_states = options.generation and not options.carried
-    return 4 if has_most_states or options[2:4] == (("fine",), "merge") else 3
+        return 4
+    return 4 if options == Options(False, True, ("fine",), "merge") else 3
 
 
 DEEP = [(options, depth_of(options)) for options in ALL]
@@ -294,7 +291,6 @@ INTENT = Options(False, True, (), "drop", intent=True)
         pytest.param(INTENT, (), 4, marks=pytest.mark.deep),
         pytest.param(INTENT._replace(is_watched=False), FIRST, 3, marks=pytest.mark.deep),
         pytest.param(INTENT._replace(carried=("fine",)), FIRST, 2, marks=pytest.mark.deep),
-        pytest.param(INTENT._replace(generation=True), FIRST, 2, marks=pytest.mark.deep),
     ],
     ids=str,
 )

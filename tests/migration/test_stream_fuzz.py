@@ -111,7 +111,7 @@ def test_mutants() -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("part", range(10))
 def test_many_mutants(part: int) -> None:
-    fuzz(seed=2, count=100_000, part=part, parts=10)
+    fuzz(seed=2, count=50_000, part=part, parts=10)
 
 
 @given(data=st.binary(max_size=500))

@@ -247,5 +247,5 @@ def test_damaged_images(base: Path, tmp_path: Path) -> None:
 @pytest.mark.deep
 @pytest.mark.spec("CHECK-2")
 def test_many_damaged_images(base: Path, tmp_path: Path) -> None:
-    ends = compare(base, tmp_path, 1, 600)
+    ends = compare(base, tmp_path, 1, 300)
     print("damaged images, by the status of qemu-img check:", dict(ends))

@@ -200,7 +200,7 @@ def mutants(lab: Lab, count: int) -> Iterator[tuple[int, Finding]]:
         yield seed, lab.judge("plain", bytes(data))
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("count", [200, pytest.param(1500, marks=pytest.mark.deep)])
 def test_mutants(lab: Lab, count: int) -> None:
     """Both must refuse the same images; if there are several faults, QEMU may name any of them."""
     agreed = {Disagreement.NONE, Disagreement.REASON}

@@ -211,7 +211,7 @@ def interrupt_each(
 
 
 every_step = pytest.mark.parametrize(
-    "step", [pytest.param(2, marks=pytest.mark.deep), pytest.param(17, id="some")]
+    "step", [pytest.param(3, marks=pytest.mark.deep), pytest.param(17, id="some")]
 )
 
 
@@ -256,7 +256,7 @@ def test_every_interruption_of_an_exact_restore(
 
 @pytest.mark.spec("LIVE-11", "LIVE-20")
 @pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.deep), 47])
+@pytest.mark.parametrize("step", [pytest.param(8, marks=pytest.mark.deep), 47])
 def test_every_interruption_of_new_tails(
     disk: Disk, tmp_path: Path, ending: Ending, step: int
 ) -> None:

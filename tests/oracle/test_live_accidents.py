@@ -135,7 +135,7 @@ def assert_refused(scene: Scene) -> None:
 @pytest.mark.spec("LIVE-11", "LIVE-12", "LIVE-18", "LIVE-19")
 @pytest.mark.parametrize("dies", ["tool", "source", "destination"])
 @pytest.mark.parametrize("is_sent", [False, True])
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.deep), 7])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.deep), 7])
 def test_an_accident_on_the_way(
     tmp_path: Path, dies: Literal["tool", "source", "destination"], is_sent: bool, step: int
 ) -> None:

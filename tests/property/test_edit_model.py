@@ -233,4 +233,4 @@ def test_any_sequence_of_edits() -> None:
 
 @pytest.mark.deep
 def test_any_sequence_of_edits_at_length() -> None:
-    run(800, 80)
+    run(400, 80)

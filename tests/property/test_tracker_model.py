@@ -231,4 +231,4 @@ def test_any_sequence() -> None:
 
 @pytest.mark.deep
 def test_any_sequence_at_length() -> None:
-    run(300, 60)
+    run(150, 60)
