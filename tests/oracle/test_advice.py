@@ -66,7 +66,9 @@ def require_done(path: Path, followed: Followed, what: str) -> str:
 
 
 @pytest.mark.spec("CLI-43", "CLI-44", "CLI-45")
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [pytest.param(n, marks=pytest.mark.deep) if n % 3 else n for n in range(PARTS)]
+)
 def test_the_advice_for_every_broken_image(part: int, tmp_path: Path) -> None:
     path = tmp_path / "vm.qcow2"
     ends: Counter[str] = Counter()
