@@ -298,13 +298,20 @@ def interrupted(disk: Disk, event: Callable[[], object]) -> None:
 
 def daemons() -> list[int]:
     """The storage daemons that this process has started."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if "qemu-storage" in line]
+    children = {
+        int(pid)
+        for path in Path("/proc/self/task").glob("*/children")
+        for pid in path.read_text().split()
+    }
+    return [pid for pid in children if b"qemu-storage-daemon" in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    """The command line of a process; empty if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.mark.spec("BACKUP-7")
