@@ -43,6 +43,14 @@ MORE_MEMORY = {
     "one bitmap table of all bitmaps in a hole": 480 * MIB,
 }
 
+LONG = {
+    "L2 tables far apart",
+    "one bitmap table of all bitmaps in a hole",
+    "bitmap tables in holes",
+    "bitmap tables that overlap",
+}
+"""Images whose check takes more than a second."""
+
 MEASURE = """
 import sys
 from qcow2bm.cli import main
@@ -143,7 +151,10 @@ def test_an_edit_reads_no_holes_to_find_the_end(small: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.spec("CHECK-6")
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.deep) if name in LONG else name for name in IMAGES],
+)
 def test_little_more_is_read_than_is_stored(name: str, tmp_path: Path) -> None:
     """The limit is for what is read whole: a refcount table, and the metadata of bitmaps."""
     path = tmp_path / "vm.qcow2"

@@ -251,7 +251,7 @@ def judge_all(run: Run, random: Random, most: int) -> int:
 @pytest.mark.spec("INV-INTENT", "INTENT-5")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_some_states(layout: str) -> None:
-    for seed in range(3):
+    for seed in range(2):
         assert judge_all(play(layout, seed), Random(seed), 3)
 
 

@@ -45,7 +45,7 @@ ALL = [
     if carried or policy == "drop"
 ]
 SOME = [
-    (Options(False, False, ("fine",), "merge"), 3),
+    (Options(False, False, ("fine",), "merge"), 2),
     (Options(False, True, ("fine", "coarse"), "merge"), 3),
     (Options(True, True, (), "drop"), 2),
 ]

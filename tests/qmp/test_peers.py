@@ -192,7 +192,7 @@ def test_the_error_names_the_command(command: str, wrong: object, tmp_path: Path
 class Impatient(rescue.Monitor):
     """Waits for a moment only where no answer comes, and elsewhere as long as it takes."""
 
-    SECONDS = 0.2
+    SECONDS = 0.05
 
     def __init__(self, address: str, silent_at: str) -> None:
         self._silent_at = silent_at
