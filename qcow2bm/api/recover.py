@@ -59,6 +59,9 @@ def recover(
     """See `Image.recover`; the image is open for editing, or for reading in a dry run."""
     intent, reason = evidence(opened)
     if intent is None:
+        bitmaps = BitmapMapping(opened).values()
+        if names is None and all(bitmap.status == VALID for bitmap in bitmaps):
+            return Recovery(())
         raise IntentError(reason)
     found = {bitmap.name: bitmap for bitmap in _covered(opened, intent)}
     wanted = list(found) if names is None else list(dict.fromkeys(names))

@@ -49,8 +49,9 @@ def back_up(
     *Guarantees*: the target has its name only when it is complete and durable, and the bitmap
     changes after that, in one edit. If anything fails before, or this process is killed, the image
     is as before, and there is no file with the name of the target. The locks of the image are held
-    all the time, so no other process writes to the disk meanwhile. The thread that calls this has
-    no running event loop.
+    all the time, so no other process writes to the disk meanwhile.
+
+    A coroutine calls this by `asyncio.to_thread`: the thread must not have a running event loop.
 
     Args:
         planned: what `plan_backup` returned for an image that is open for editing.
@@ -103,7 +104,10 @@ def _copy(
     new: dict[str, Any] = {"driver": "qcow2", "file": "file", "size": image.virtual_size}
     if base is not None:
         options = {"driver": "qcow2", "read-only": True, "file": file_node(base)}
+        before = daemon.files()
         daemon.add_node("base", base, options)
+        if image.has_data_file:  # whose name may be that of a file of the base
+            _require_other_files(before, daemon.files(), base)
         new |= {"backing-file": _backing_name(base, part), "backing-fmt": "qcow2"}
     daemon.add_node("file", part, file_node(part))
     daemon.run_job("blockdev-create", {"options": new}, part)
@@ -117,6 +121,20 @@ def _copy(
     daemon.execute("blockdev-del", {"node-name": "target"})
     daemon.quit()
     return copied
+
+
+def _require_other_files(
+    of_disk: dict[int, compare.Identity], opened: dict[int, compare.Identity], base: str
+) -> None:
+    """Raises `StorageError` if the base has a file of the disk, and so changes with the disk.
+
+    ``of_disk`` are the open files before the base was opened, by their descriptors, and ``opened``
+    those afterwards.
+    """
+    of_base = {opened[number] for number in opened.keys() - of_disk.keys()}
+    if not of_base.isdisjoint(of_disk.values()):
+        reason = "has the data file of the disk itself: give the last backup of the disk"
+        raise StorageError(base, 0, 0, reason)
 
 
 def _backing_name(base: str, part: str) -> str:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import IO, Any
 
-from qcow2bm.compare.tied_process import tied
+from qcow2bm.compare.content import Identity, identity
+from qcow2bm.compare.tied_process import opened_files, tied
 from qcow2bm.errors import QmpError, QmpRefusedError, StorageError, UnsupportedError
 from qcow2bm.qmp.answers import Answer
 from qcow2bm.qmp.client import Monitor
@@ -78,6 +79,11 @@ class StorageDaemon:
             if "encrypt." in reason:  # QEMU names the option by which it would get the secret
                 reason = "it is encrypted, and no secret can be given here"
             raise StorageError(path, 0, 0, f"QEMU cannot open it: {reason}") from error
+
+    def files(self) -> dict[int, Identity]:
+        """Returns which files the daemon has open, by the numbers of their descriptors."""
+        opened = opened_files(self._process.pid).items()
+        return {number: identity(status) for number, (_, status) in opened}
 
     def run_job(
         self,

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from qcow2bm import backup
 
 _EPILOG = """\
-TARGET is an ordinary qcow2 image: with --base an overlay of PREVIOUS that has what NAME has as
-dirty, with --full the whole disk. To restore: qemu-img convert -O raw TARGET DISK. The copying is
+Without --verify, nothing checks that PREVIOUS is the right backup: if it is another one, TARGET is
+wrong, and NAME is cleared all the same.
+
+TARGET is an ordinary qcow2 image: with --base an overlay of PREVIOUS that has what is dirty in
+NAME, with --full the whole disk. To restore: qemu-img convert -O raw TARGET DISK. The copying is
 done by qemu-storage-daemon; IMAGE is locked meanwhile.
 
 When TARGET is complete, --then says what becomes of NAME. clear: NAME becomes clean, so that the
@@ -35,6 +38,9 @@ TARGET.incomplete may be left.
 
 exit status: 0 done; 1 the command failed; 64 wrong usage
 """
+
+
+_NO_BITMAP = "there is no such bitmap: the next backup must be a full one, too"
 
 
 class Arguments(EditingArguments):
@@ -63,7 +69,9 @@ def define(parser: Parser) -> None:
     add_image(parser, "a qcow2 file or block device that no other process uses")
     parser.add_word("name", "NAME", "the bitmap that has what was written since PREVIOUS was taken")
     parser.add_word("target", "TARGET", "the qcow2 file to make; it must not exist")
-    parser.add_word("new", "NEW", "with --then rotate, the bitmap that records from now on", "*")
+    parser.add_word(
+        "new", "NEW", "behind TARGET, with --then rotate: the bitmap that records from now on", "*"
+    )
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(
         "--base", metavar="PREVIOUS", help="the last backup, a qcow2 image, on which TARGET lies"
@@ -132,7 +140,7 @@ def _print(arguments: Arguments, planned: backup.PlannedBackup, done: backup.Bac
     fate = {
         "clear": f"{name} is clean, and records what is written from now on",
         "rotate": f"{name} is disabled, and {quoted(planned.new or '')} records from now on",
-        "keep": f"{name} is as before",
+        "keep": f"{name} is as before" if planned.name in planned.image.bitmaps else _NO_BITMAP,
     }
     print_text(fate[planned.then])
 

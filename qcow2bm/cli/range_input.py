@@ -35,13 +35,14 @@ Range = tuple[int, int | None]
 
 _NUMBER = rb"([0-8]?\d{1,18})"  # fits into int64
 _TEXT = re.compile(
-    rb"^[ \t]*%b[ \t]+%b[ \t]+(0[ \t]+clean|1[ \t]+dirty)[ \t]*\r?\n" % (_NUMBER, _NUMBER),
+    rb"^[ \t]*%b[ \t]+%b[ \t]+(0[ \t]+clean|1[ \t]+dirty)(?:[ \t]+(?:%b))?[ \t]*\r?\n"
+    % (_NUMBER, _NUMBER, b"unallocated|data|zero|compressed"),
     re.MULTILINE,
 )
 _JSON = re.compile(
     rb'^[ \t]*\{ *"offset": *%b, *"length": *%b, *"type": *'
-    rb'(0, *"description": *"clean"|1, *"description": *"dirty") *\},?[ \t]*\r?\n'
-    % (_NUMBER, _NUMBER),
+    rb'(0, *"description": *"clean"|1, *"description": *"dirty")'
+    rb'(?:, *"[a-z]+": *(?:true|false))* *\},?[ \t]*\r?\n' % (_NUMBER, _NUMBER),
     re.MULTILINE,
 )
 _END_OF_JSON = re.compile(rb"^[ \t]*\][ \t]*\r?\n", re.MULTILINE)

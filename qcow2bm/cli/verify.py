@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 _MOST_LISTED = 20
 
 _EPILOG = """\
-What is clean in the bitmap must be equal in BACKUP and in the disk. BACKUP is what the backup
-restores to with which the bitmap began: the last full backup with all increments since. Dirty
-ranges are not read.
+What is clean in the bitmap must be equal in BACKUP and in the disk. BACKUP is the content of the
+disk when the bitmap was added or last cleared: the last full backup with all increments since.
+Dirty ranges are not read.
 
 The disk is what IMAGE shows; if IMAGE has a raw data file, --new FILE reads the data file itself,
 which is faster. BACKUP and NEW are raw files or block devices, or qcow2 images, which are read with

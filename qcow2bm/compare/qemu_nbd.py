@@ -20,7 +20,7 @@ from qcow2bm.clusters.file import ClusterFile
 from qcow2bm.compare.content import Identity, RawContent, Reader, identity
 from qcow2bm.compare.direct import DirectReader
 from qcow2bm.compare.nbd import NbdReader
-from qcow2bm.compare.tied_process import tied
+from qcow2bm.compare.tied_process import opened_files, tied
 from qcow2bm.errors import FormatError, StorageError, UnsupportedError
 from qcow2bm.storage.file import FileStorage
 from qcow2bm.units import escape
@@ -119,7 +119,7 @@ def served(
         own = identity(os.stat(path))
         readers: Sequence[Reader] = connected
         contents, identities = [], set()
-        for name, status in _opened_files(process.pid).items():
+        for name, status in dict(opened_files(process.pid).values()).items():
             identities.add(identity(status))
             is_own = identity(status) == own
             needs_lock = not (is_own and is_locked)
@@ -140,20 +140,6 @@ def _direct(connected: Sequence[NbdReader], storage: FileStorage) -> Sequence[Re
     except (FormatError, UnsupportedError):  # of no harm: qemu-nbd can open the file
         return connected
     return [DirectReader(each, file) for each in connected]
-
-
-def _opened_files(process_id: int) -> dict[str, os.stat_result]:
-    """Returns the regular files and block devices that a process has open, by their paths."""
-    folder = f"/proc/{process_id}/fd"
-    found = {}
-    for number in os.listdir(folder):
-        with suppress(FileNotFoundError):  # closed since the folder was listed
-            place = os.path.join(folder, number)
-            status = os.stat(place)
-            is_file = stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
-            if is_file and status.st_nlink:  # the temporary file for messages has no name
-                found[os.readlink(place)] = status
-    return found
 
 
 def _options(path: str, *, is_locked: bool) -> str:

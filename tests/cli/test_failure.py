@@ -77,7 +77,7 @@ FAILURES = {
     "undo vm.qcow2 text": ("format", "text"),
     "measure vm.qcow2 nope": ("bitmap-not-found", "vm.qcow2"),
     "prune vm.qcow2 --keep nope": ("bitmap-not-found", "vm.qcow2"),
-    "recover vm.qcow2": ("intent", "vm.qcow2"),
+    "recover crashed.qcow2": ("intent", "crashed.qcow2"),
     "salvage vm.qcow2 daily --all-dirty": ("bitmap", "vm.qcow2"),
     "stream dump text": ("format", "text"),
     "stream restore missing vm.qcow2": ("storage", "missing"),

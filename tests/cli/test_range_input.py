@@ -95,7 +95,9 @@ def test_the_map_of_several_bitmaps_is_that_of_their_combination(
 
 
 @pytest.mark.spec("ALG-7")
-@pytest.mark.parametrize("form", FORMS, ids=" ".join)
+@pytest.mark.parametrize(
+    "form", [*FORMS, ("--data",), ("--data", "--json", "--dirty")], ids=" ".join
+)
 @pytest.mark.parametrize("name", TABLES)
 def test_what_map_prints_can_be_set_and_reset(
     folder: Path, form: tuple[str, ...], name: str

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,17 @@ def test_each_night_restores_to_the_disk_of_that_night(kind: str, tmp_path: Path
         assert content(tmp_path / name) == expected
         assert Disk(tmp_path / name).check().returncode == 0
         assert run_ok("qemu-img", "info", "--backing-chain", tmp_path / name)
+
+
+@pytest.mark.spec("BACKUP-12")
+def test_a_base_with_the_data_file_of_the_disk_is_refused(tmp_path: Path) -> None:
+    disk = make(tmp_path, "data file")
+    shutil.copy(disk.path, tmp_path / "copy.qcow2")
+    before, there = disk.path.read_bytes(), files(tmp_path)
+    done = run(["backup", "vm.qcow2", NAME, "new", "--base", "copy.qcow2"], tmp_path)
+    assert (done.status, done.out) == (1, "")
+    assert "copy.qcow2: has the data file of the disk itself" in done.err
+    assert (disk.path.read_bytes(), files(tmp_path)) == (before, there)
 
 
 @pytest.mark.spec("BACKUP-2")

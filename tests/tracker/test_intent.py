@@ -301,6 +301,17 @@ def test_a_limited_flush_takes_out_regions_if_it_stores_all() -> None:
         assert regions(opened) == set()
 
 
+@pytest.mark.spec("INTENT-5")
+def test_where_all_bitmaps_are_valid_there_is_nothing_to_recover() -> None:
+    data = image()
+    before = bytes(data)
+    with qcow2bm.open(data, "r+") as opened:
+        assert opened.recover().names == ()
+        with pytest.raises(qcow2bm.IntentError, match="there is no intent bitmap"):
+            opened.recover(["a"])
+    assert data == before
+
+
 LATER = 500 * MIB
 """Where the guest writes after tracking has ended."""
 
