@@ -582,8 +582,8 @@ class Image:
             dry_run: write nothing; the image need not be open for editing.
 
         Raises:
-            IntentError: there is no intent bitmap that has every write. If all bitmaps are valid and
-                no names are given, there is nothing to do.
+            IntentError: there is no intent bitmap that has every write; unless all bitmaps are
+                valid and no names are given.
             BitmapError: a bitmap is not one of those that the intent bitmap stands for, or not
                 in_use.
             Qcow2BmError: as `edit` and a commit do.
