@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from hypothesis import settings
@@ -24,6 +25,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files of tests/cli anew instead of comparing with them",
     )
+    parser.addoption(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="run one of N parts of the tests, K from 0 on (or more: K modulo N)",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, parts = map(int, text.split("/"))
+    return number % parts, parts
 
 
 def pytest_configure() -> None:
@@ -45,12 +57,18 @@ _MOST_MEASURED = 10
 """In how many cases of a parametrized test coverage is measured: measuring triples the time."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measures no coverage in long tests, and in most of the many cases of a test.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Measures no coverage in long tests, and in most of the many cases of a test; see `--part`.
 
     They run the same lines thousands of times; others reach all of these lines, too. In a test of
     memory, what measuring takes would count as well.
     """
+    if config.option.part:
+        number, parts = config.option.part
+        of_part = [crc32(item.nodeid.encode()) % parts for item in items]
+        left_out = [item for item, part in zip(items, of_part, strict=True) if part != number]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item, part in zip(items, of_part, strict=True) if part == number]
     folder = Path(__file__).parent
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
