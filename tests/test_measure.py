@@ -10,12 +10,12 @@ import pytest
 from numpy.typing import NDArray
 from support import golden_images
 from support.audit import Audit
+from support.device import Device
 from support.images import ONES, ZEROES, Stored, build_image
 from support.layouts import LAYOUTS, build
 
 import qcow2bm
 from qcow2bm import Addition, BitmapSpace, Growth, build_empty_image
-from qcow2bm.storage.memory import MemoryStorage
 
 CLUSTER = 512
 COVERED = 8 * CLUSTER << 16  # bytes of the disk, by a cluster of bits
@@ -170,18 +170,6 @@ def test_a_device_without_room_is_an_error_that_says_what_is_missing(spare: int)
             addition = image.measure_addition(granularity=1 << 16)
             assert addition.full.total == 5 * CLUSTER
             assert addition.full.file == 0
-
-
-class Device(MemoryStorage):
-    """A storage that cannot grow, with some free clusters at its end."""
-
-    def __init__(self, data: bytearray, spare: int) -> None:
-        super().__init__(data)
-        data.extend(bytes(spare * CLUSTER))
-        self.length = len(data)
-
-    def capacity(self) -> int:
-        return self.length
 
 
 @pytest.mark.spec("MEASURE-8")

@@ -70,7 +70,7 @@ def back_up(
     image = planned.image
     image.edit()  # raises if the image is open for reading only, before anything is made
     dirty = planned.dirty  # which raises if the bitmap has changed
-    extents = None if dirty is None else sum(len(extents) for extents in dirty.extents())
+    extents = None if dirty is None else dirty.totals().extents
     started = time.monotonic()
     with incomplete_file(planned.target) as part:
         with storage_daemon() as daemon:

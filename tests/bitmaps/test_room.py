@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
+from support.device import Device
 from support.images import Stored, build_image
 from support.layouts import append, filled, set_refcount
 
@@ -22,18 +23,6 @@ if TYPE_CHECKING:
 CLUSTER = 512
 COVERED = 8 * CLUSTER << 16  # bytes of the disk, by a cluster of bits
 SMALL, LARGE = ("small", 2 * CLUSTER), ("large", 3 * CLUSTER)
-
-
-class Device(MemoryStorage):
-    """A storage that cannot grow."""
-
-    def __init__(self, data: bytearray, spare: int) -> None:
-        super().__init__(data)
-        data.extend(bytes(spare * CLUSTER))
-        self.length = len(data)
-
-    def capacity(self) -> int:
-        return self.length
 
 
 class FullDisk(MemoryStorage):
