@@ -140,7 +140,9 @@ class Session:
             self.in_flight.end_draining()
             if self.intent:
                 self.intent.end(self.state)
-                if not is_trusted and self.storage.is_held:
+                if not self.storage.is_held:  # the image is given away
+                    self._is_distrusted = True
+                elif not is_trusted:
                     self.store.distrust(is_intent)
                     self._complete_distrust()
         finally:

@@ -459,6 +459,18 @@ def test_abandoning_when_the_image_is_closed_already() -> None:
 
 
 @pytest.mark.spec("INTENT-9")
+def test_abandoning_again_when_the_image_is_given_away() -> None:
+    data = image()
+    with qcow2bm.open(data, "r+") as opened, opened.track(intent=True) as tracker:
+        tracker.inactivate()
+        before = bytes(data)
+        tracker.abandon()
+        tracker.abandon()
+    tracker.abandon()
+    assert data == before
+
+
+@pytest.mark.spec("INTENT-9")
 def test_abandoning_leaves_the_intent_of_the_next_tracker_alone() -> None:
     data = image()
     with qcow2bm.open(data, "r+") as opened:
